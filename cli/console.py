@@ -1,0 +1,104 @@
+"""What the terminal shows: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+__all__ = ["Terminal", "human_bytes", "human_count"]
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Terminal:
+    """How one command talks: `as_json` puts one JSON object on stdout, `quiet` drops progress and remarks."""
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+        self.results = Console(highlight=False, soft_wrap=True, markup=False)
+        self.remarks = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, quiet=quiet)
+
+    def result(self, data: dict[str, Any], show: Callable[[Console], object]) -> None:
+        """Print the result once, as JSON or as `show` draws it."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(_json_ready(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        else:
+            show(self.results)
+
+    def remark(self, text: str) -> None:
+        self.remarks.print(text)
+
+    @contextmanager
+    def progress(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Yields `advance(count)`: a live bar on a terminal, a line every ten seconds elsewhere."""
+        if self.quiet:
+            yield lambda count: None
+        elif self.remarks.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
+            with Progress(*columns, console=self.remarks) as bar:
+                task = bar.add_task(description, total=total)
+                yield lambda count: bar.advance(task, count)
+        else:
+            yield _PlainProgress(self.remarks, description, total)
+
+
+class _PlainProgress:
+    def __init__(self, console: Console, description: str, total: int) -> None:
+        self._console = console
+        self._description = description
+        self._total = total
+        self._done = 0
+        self._shown_at = time.monotonic()
+
+    def __call__(self, count: int) -> None:
+        self._done += count
+        now = time.monotonic()
+        if now - self._shown_at >= _SECONDS_BETWEEN_LINES or self._done >= self._total:
+            self._shown_at = now
+            self._console.print(f"{self._description}: {self._done * 100 // max(self._total, 1)} %")
+
+
+def human_bytes(count: int) -> str:
+    """1234567 as "1.23 MB"; powers of 1000."""
+    value = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def human_count(count: int) -> str:
+    """1234567 as "1.23 M"."""
+    value = float(count)
+    for unit in ("", " k", " M", " B"):
+        if value < 1000:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g} T"
+
+
+def _json_ready(value: Any) -> Any:
+    """NaN and infinity are not JSON: null stands for "not a number here"."""
+    if isinstance(value, dict):
+        return {key: _json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_ready(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,289 @@
+"""kvconvert demo: the main job, end to end, on the checkpoint that ships with the package."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .. import configs
+from ..convert.architectures import find_architecture
+from ..convert.checkpoint import open_checkpoint
+from ..convert.errors import OutputError
+from ..convert.execute import execute
+from ..convert.gqa import Gqa
+from ..convert.inspection import inspect_checkpoint
+from ..convert.text import TextSource
+from .console import Terminal
+from .inspect import show_inspection
+from .options import DryRun, Json, Quiet
+
+__all__ = ["demo"]
+
+_MODEL = configs.DEMO / "model"
+_UPTRAIN_TEXT = configs.DEMO / "uptrain.jsonl"
+_HELD_OUT_TEXT = configs.DEMO / "heldout.jsonl"
+_RESULTS_NAME = "results.json"
+_PICTURE_NAME = "recovery.png"
+_MARKER_NAME = ".kvconvert-demo"
+
+_FRACTION = 0.05  # of pretraining: the α of the GQA paper
+_SEQUENCE_LENGTH = 256  # as in pretraining
+_BATCH_SIZE = 16
+_LEARNING_RATE = 2e-3  # the peak of pretraining; half of it recovers less (docs/measurements.md)
+_EVAL_STEPS = 32
+
+
+@dataclass(frozen=True)
+class _Variant:
+    name: str
+    label: str
+    num_key_value_heads: int
+    uptrained: bool
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where results go.")] = Path("kvconvert-demo"),
+    uptrain_all: Annotated[bool, typer.Option("--all", help="Uptrain the MQA model too.")] = False,
+    dry_run: DryRun = False,
+    force: Annotated[bool, typer.Option("--force", help="Run again, even if the results are there.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Convert, evaluate and uptrain the demo checkpoint: a table, and a picture as PNG. Needs no network.
+
+    Example: kvconvert demo --output kvconvert-demo
+    """
+    terminal = Terminal(as_json=as_json, quiet=quiet)
+    variants = (
+        _Variant("gqa2", "GQA, 2 K/V heads", 2, uptrained=True),
+        _Variant("mqa", "MQA, 1 K/V head", 1, uptrained=uptrain_all),
+    )
+    if dry_run:
+        plan = _plan(variants, output)
+        terminal.result(plan, lambda console: _show_plan(plan, console))
+        return
+    results = None if force else _finished_results(output, variants)
+    if results is None:
+        _claim(output, force=force)
+        results = _run(variants, output, terminal)
+        (output / _RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n")
+    else:
+        terminal.remark(f"{output} holds finished results; --force runs the demo again")
+    terminal.result(results, lambda console: _show(results, output, console))
+
+
+def _pretraining_tokens() -> int:
+    return int(json.loads((_MODEL / "pretraining.json").read_text())["pretraining_tokens"])
+
+
+def _uptraining_steps() -> int:
+    return math.ceil(_FRACTION * _pretraining_tokens() / (_SEQUENCE_LENGTH * _BATCH_SIZE))
+
+
+def _plan(variants: tuple[_Variant, ...], output: Path) -> dict[str, Any]:
+    return {
+        "model": str(_MODEL),
+        "output": str(output),
+        "pretraining_tokens": _pretraining_tokens(),
+        "uptraining_tokens": _uptraining_steps() * _SEQUENCE_LENGTH * _BATCH_SIZE,
+        "uptraining_steps": _uptraining_steps(),
+        "variants": [asdict(variant) for variant in variants],
+        "dry_run": True,
+    }
+
+
+def _show_plan(plan: dict[str, Any], console: Console) -> None:
+    console.print(f"demo checkpoint {plan['model']}")
+    for variant in plan["variants"]:
+        training = f"uptrain {plan['uptraining_steps']} steps ({plan['uptraining_tokens']} tokens)"
+        stages = ["convert", "evaluate", *([training, "evaluate"] if variant["uptrained"] else [])]
+        console.print(f"  {variant['label']:<17} {' → '.join(stages)}")
+    console.print(f"  would write to {plan['output']}")
+
+
+def _settings_of(variants: tuple[_Variant, ...]) -> dict[str, Any]:
+    """What decides the results: equal settings, equal results."""
+    return {
+        "kvconvert_version": version("kvconvert"),
+        "uptrained": [variant.name for variant in variants if variant.uptrained],
+        "learning_rate": _LEARNING_RATE,
+        "uptraining_tokens": _uptraining_steps() * _SEQUENCE_LENGTH * _BATCH_SIZE,
+    }
+
+
+def _finished_results(output: Path, variants: tuple[_Variant, ...]) -> dict[str, Any] | None:
+    path = output / _RESULTS_NAME
+    if not path.exists() or not (output / _MARKER_NAME).exists():
+        return None
+    results: dict[str, Any] = json.loads(path.read_text())
+    return results if results["settings"] == _settings_of(variants) else None
+
+
+def _claim(output: Path, *, force: bool) -> None:
+    """Make the output directory ours; one that holds something else is refused."""
+    ours = not output.exists() or (output / _MARKER_NAME).exists()
+    if not ours and not force and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError(f"{output} exists and is not a demo's", hint="choose another place with --output")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / _MARKER_NAME).touch()
+        (output / _RESULTS_NAME).unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written ({error.strerror})") from error
+
+
+def _run(variants: tuple[_Variant, ...], output: Path, terminal: Terminal) -> dict[str, Any]:
+    start = time.monotonic()
+    with open_checkpoint(_MODEL) as checkpoint:
+        inspection = inspect_checkpoint(checkpoint)
+        if not terminal.as_json:
+            show_inspection(inspection, terminal.remarks)
+        rows = []
+        for variant in variants:
+            plan = Gqa(variant.num_key_value_heads).plan(checkpoint, find_architecture(checkpoint))
+            execute(plan, checkpoint, output / variant.name, force=True)
+            terminal.remark(f"converted to {variant.label}: {output / variant.name}")
+            rows.append(asdict(variant) | {"cache_bytes_per_token": plan.cache_bytes_per_token[1]})
+
+    from ..measure.held_out import load_windows
+    from ..measure.picture import Curve, Point, draw_recovery
+
+    windows = load_windows(_MODEL, TextSource(str(_HELD_OUT_TEXT)), window=_SEQUENCE_LENGTH)
+    curves = []
+    for variant, row in zip(variants, rows, strict=True):
+        row["before"] = _evaluate(output / variant.name, windows, f"evaluating {variant.label}", terminal)
+    for variant, row in zip(variants, rows, strict=True):
+        row["after"] = None
+        if variant.uptrained:
+            recovery = _uptrain(variant, output, windows, terminal)
+            curves.append(Curve(variant.label, *zip(*recovery, strict=True)))
+            row["recovery"] = recovery
+            row["after"] = _evaluate(
+                output / f"{variant.name}-uptrained", windows, f"evaluating {variant.label}, uptrained", terminal
+            )
+    original = {
+        "label": f"original, {inspection.num_key_value_heads} K/V heads",
+        "num_key_value_heads": inspection.num_key_value_heads,
+        "cache_bytes_per_token": inspection.cache_bytes_per_token,
+        "perplexity": rows[0]["before"]["against"]["original_perplexity"],
+    }
+    draw_recovery(
+        output / _PICTURE_NAME,
+        original=Point(original["label"], original["cache_bytes_per_token"], original["perplexity"]),
+        curves=curves,
+        points=[
+            Point(
+                row["label"],
+                row["cache_bytes_per_token"],
+                row["before"]["perplexity"],
+                row["after"]["perplexity"] if row["after"] else None,
+            )
+            for row in rows
+        ],
+    )
+    return {
+        "settings": _settings_of(variants),
+        "original": original,
+        "converted": rows,
+        "method": windows.method,
+        "num_held_out_tokens": windows.num_scored_tokens,
+        "picture": str(output / _PICTURE_NAME),
+        "seconds": round(time.monotonic() - start, 1),
+    }
+
+
+def _evaluate(model: Path, windows: Any, description: str, terminal: Terminal) -> dict[str, Any]:
+    from ..measure.held_out import evaluate_checkpoint
+
+    with terminal.progress(description, len(windows.input_ids)) as advance:
+        evaluation = evaluate_checkpoint(model, windows, against=_MODEL, batch_size=_BATCH_SIZE, progress=advance)
+    return asdict(evaluation)
+
+
+def _uptrain(variant: _Variant, output: Path, windows: Any, terminal: Terminal) -> list[tuple[int, float]]:
+    """Uptrain a converted checkpoint; returns (tokens, held-out perplexity) along the way."""
+    from ..measure.perplexity import evaluate
+    from ..uptrain import run
+
+    recovery = []
+
+    def show(record: dict[str, Any]) -> None:
+        if "eval_nats_per_token" in record:
+            perplexity = math.exp(record["eval_nats_per_token"])
+            recovery.append((record["tokens"], perplexity))
+            terminal.remark(f"{variant.label}: held-out perplexity {perplexity:.1f} after {record['tokens']} tokens")
+
+    with open_checkpoint(output / variant.name) as checkpoint:
+        settings = run.UptrainSettings(
+            steps=_uptraining_steps(),
+            sequence_length=_SEQUENCE_LENGTH,
+            batch_size=_BATCH_SIZE,
+            learning_rate=_LEARNING_RATE,
+            precision=run.default_precision(),
+        )
+        job = run.UptrainJob(
+            checkpoint,
+            settings,
+            TextSource(str(_UPTRAIN_TEXT)),
+            output / f"{variant.name}-uptrained",
+            teacher=str(_MODEL),
+        )
+        with terminal.progress(f"uptraining {variant.label}", settings.steps) as advance:
+            watch = run.Observation(
+                eval_steps=_EVAL_STEPS,
+                score=lambda model: evaluate(model, windows, batch_size=_BATCH_SIZE).nats_per_token,
+                progress=advance,
+                show=show,
+            )
+            run.uptrain(job, watch, force=True)
+    return recovery
+
+
+def _show(results: dict[str, Any], output: Path, console: Console) -> None:
+    table = Table(title="kvconvert demo: mean pooling, then 5 % of the pretraining tokens")
+    for heading in (
+        "model",
+        "K/V heads",
+        "cache bytes/token",
+        "perplexity",
+        "uptrained",
+        "KL to original",
+        "uptrained",
+    ):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    original = results["original"]
+    table.add_row(
+        "original",
+        str(original["num_key_value_heads"]),
+        str(original["cache_bytes_per_token"]),
+        f"{original['perplexity']:.1f}",
+        "",
+        "0",
+        "",
+    )
+    for row in results["converted"]:
+        before, after = row["before"], row["after"]
+        table.add_row(
+            row["name"],
+            str(row["num_key_value_heads"]),
+            str(row["cache_bytes_per_token"]),
+            f"{before['perplexity']:.1f}",
+            f"{after['perplexity']:.1f}" if after else "",
+            f"{before['against']['kl_nats_per_token']:.3f}",
+            f"{after['against']['kl_nats_per_token']:.3f}" if after else "",
+        )
+    console.print(table)
+    tokens = results["settings"]["uptraining_tokens"]
+    console.print(
+        f"{results['num_held_out_tokens']} held-out tokens, {tokens} uptraining tokens, {results['seconds']:.0f} s"
+    )
+    console.print(f"picture: {output / _PICTURE_NAME}")

@@ -1,0 +1,101 @@
+"""The `kvconvert` command: its sub-commands, and the one place where errors are printed."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from ..convert.errors import KvConvertError
+from .demo import demo
+from .evaluate import evaluate
+from .inspect import inspect
+from .mha2gqa import mha2gqa, mha2mqa
+from .uptrain import uptrain
+
+__all__ = ["app"]
+
+_INTERRUPTED = 130
+_TERMINATED = 143
+
+
+class _Commands(TyperGroup):
+    """Turns errors into one line on stderr, an optional hint, and the documented exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with _errors_for_people(debug=bool(ctx.params.get("debug"))):
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Convert a multi-head-attention checkpoint into one with a smaller K/V cache, then uptrain it.",
+)
+for command in (inspect, mha2gqa, mha2mqa, uptrain, evaluate, demo):
+    app.command()(command)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"kvconvert {version('kvconvert')}")
+        raise typer.Exit
+
+
+@app.callback()
+def kvconvert(
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    pass
+
+
+@contextmanager
+def _errors_for_people(*, debug: bool) -> Iterator[None]:
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    except KvConvertError as error:
+        _fail(str(error), error.hint, error.exit_code, debug)
+    except KeyboardInterrupt:
+        _fail("interrupted", None, _INTERRUPTED, debug)
+    except (typer.Exit, typer.Abort, SystemExit):
+        raise
+    except Exception as error:
+        if _is_usage_error(error):
+            raise
+        hint = "this is a bug: run again with `kvconvert --debug …` and report the traceback"
+        _fail(f"unexpected {type(error).__name__}: {error}", None if debug else hint, 1, debug)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    """Unwind on SIGTERM, so that staged output is removed."""
+    raise SystemExit(_TERMINATED)
+
+
+def _is_usage_error(error: Exception) -> bool:
+    """Whether typer itself knows how to show it: a wrong option, a missing argument."""
+    return hasattr(error, "exit_code") and hasattr(error, "show")
+
+
+def _fail(message: str, hint: str | None, exit_code: int, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+    raise typer.Exit(exit_code)

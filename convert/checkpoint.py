@@ -1,0 +1,284 @@
+"""A read-only checkpoint: its config, the headers of its safetensors files, and single tensors on demand."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO, TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from .errors import CheckpointError, UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["DTYPE_BYTES", "Checkpoint", "TensorInfo", "open_checkpoint", "safetensors_files", "torch_dtype"]
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+DTYPE_BYTES = MappingProxyType(
+    {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+    | {"F8_E4M3": 1, "F8_E5M2": 1, "U64": 8, "U32": 4, "U16": 2}
+)
+_TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+_COPY_CHUNK_BYTES = 16 * 2**20
+_MISSING_DIRECTORY_HINT = (
+    "give a directory that holds config.json and safetensors files, or a hub id such as org/name "
+    "(set HF_HUB_OFFLINE=1 to use only what is in the local cache)"
+)
+
+
+def torch_dtype(dtype: str) -> Any:
+    """The torch dtype of a safetensors floating-point dtype name; KeyError for any other."""
+    import torch
+
+    return getattr(torch, _TORCH_DTYPES[dtype])
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `begin` and `end` are byte positions in `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    begin: int
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.end - self.begin
+
+    @property
+    def num_elements(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass
+class Checkpoint:
+    """An opened checkpoint. Opening reads headers only; `read` and `copy_bytes` touch one tensor.
+
+    `path` is None when only the headers of a hub repository were fetched; tensors cannot be read then.
+    """
+
+    name: str
+    path: Path | None
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    size_on_disk_bytes: int
+    _maps: dict[str, mmap.mmap] = field(default_factory=dict, repr=False)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for mapped in self._maps.values():
+            mapped.close()
+        self._maps.clear()
+
+    @property
+    def directory(self) -> Path:
+        if self.path is None:
+            raise CheckpointError(f"{self.name}: only its headers were fetched, its files are not on this machine")
+        return self.path
+
+    @cached_property
+    def num_parameters(self) -> int:
+        return sum(info.num_elements for info in self.tensors.values())
+
+    @cached_property
+    def dtype(self) -> str:
+        """The safetensors dtype that most parameters have."""
+        counts: dict[str, int] = {}
+        for info in self.tensors.values():
+            counts[info.dtype] = counts.get(info.dtype, 0) + info.num_elements
+        return max(counts, key=lambda dtype: counts[dtype])
+
+    def read(self, name: str) -> Tensor:
+        """One floating-point tensor, copied out of the mapped file, in its own dtype."""
+        import torch
+
+        info = self.tensors[name]
+        if info.dtype not in _TORCH_DTYPES:
+            raise UnsupportedError(
+                f"{name} has dtype {info.dtype}, which cannot be averaged ({info.file})",
+                hint="convert a checkpoint whose attention weights are float32, float16 or bfloat16",
+            )
+        raw = bytearray(self._map(info.file)[info.begin : info.end])
+        self._forget(info)
+        return torch.frombuffer(raw, dtype=torch_dtype(info.dtype)).reshape(info.shape)
+
+    def copy_bytes(self, name: str, target: IO[bytes]) -> None:
+        """Append the tensor's bytes to `target` without decoding them."""
+        info = self.tensors[name]
+        with memoryview(self._map(info.file)) as view:
+            for begin in range(info.begin, info.end, _COPY_CHUNK_BYTES):
+                with view[begin : min(begin + _COPY_CHUNK_BYTES, info.end)] as chunk:
+                    target.write(chunk)
+        self._forget(info)
+
+    def _map(self, file: str) -> mmap.mmap:
+        if file not in self._maps:
+            with (self.directory / file).open("rb") as handle:
+                self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[file]
+
+    def _forget(self, info: TensorInfo) -> None:
+        """Let the kernel drop the tensor's pages, so that memory does not grow with the checkpoint."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            begin = info.begin // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map(info.file).madvise(mmap.MADV_DONTNEED, begin, info.end - begin)
+
+
+def open_checkpoint(model: str | Path, *, revision: str | None = None, headers_only: bool = False) -> Checkpoint:
+    """Open a local directory or a hub id.
+
+    A hub id is downloaded to the hub cache (HF_HOME, HF_HUB_OFFLINE and the token are honoured) unless
+    `headers_only`, which fetches config.json and the headers of the safetensors files, whatever the size.
+    Raises CheckpointError: missing, truncated or corrupt files, a shard that the index names and that is not there.
+    """
+    name = str(model)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _open_directory(path, name)
+    if path.exists():
+        raise CheckpointError(f"{name} is a file, not a checkpoint directory", hint=_MISSING_DIRECTORY_HINT)
+    if not _looks_like_hub_id(name):
+        raise CheckpointError(f"{name}: no such directory", hint=_MISSING_DIRECTORY_HINT)
+    return _open_hub(name, revision, headers_only)
+
+
+def safetensors_files(directory: Path) -> list[str]:
+    """Names of the weight files of a checkpoint directory, in order; the index decides where there is one."""
+    index_path = directory / INDEX_NAME
+    if index_path.exists():
+        weight_map = _read_json(index_path).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index_path}: weight_map is missing or empty")
+        return sorted(set(weight_map.values()))
+    if (directory / WEIGHTS_NAME).exists():
+        return [WEIGHTS_NAME]
+    if any(directory.glob("pytorch_model*.bin")):
+        raise UnsupportedError(
+            f"{directory}: the weights are pytorch_model.bin, which this version does not read",
+            hint="save the model again with transformers: save_pretrained writes safetensors",
+        )
+    found = sorted(path.name for path in directory.glob("*.safetensors"))
+    described = f"has {', '.join(found[:3])} but no {INDEX_NAME}" if found else "holds no safetensors file"
+    raise CheckpointError(f"{directory}: {described}", hint=f"expected {WEIGHTS_NAME}, or shards with {INDEX_NAME}")
+
+
+def _open_directory(path: Path, name: str) -> Checkpoint:
+    config_path = path / CONFIG_NAME
+    if not config_path.exists():
+        raise CheckpointError(f"{path}: no {CONFIG_NAME}", hint=_MISSING_DIRECTORY_HINT)
+    files = safetensors_files(path)
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        if not (path / file).exists():
+            raise CheckpointError(
+                f"{path}: shard {file} is missing ({INDEX_NAME} names it)", hint="download the checkpoint again"
+            )
+        for info in _read_header(path / file):
+            if info.name in tensors:
+                raise CheckpointError(f"{path}: {info.name} is in both {tensors[info.name].file} and {file}")
+            tensors[info.name] = info
+    if (path / INDEX_NAME).exists():
+        _check_index(path, tensors)
+    size = sum((path / file).stat().st_size for file in files)
+    return Checkpoint(name=name, path=path, config=_read_json(config_path), tensors=tensors, size_on_disk_bytes=size)
+
+
+def _check_index(path: Path, tensors: dict[str, TensorInfo]) -> None:
+    for tensor, file in _read_json(path / INDEX_NAME)["weight_map"].items():
+        if tensor not in tensors or tensors[tensor].file != file:
+            raise CheckpointError(
+                f"{path}: {INDEX_NAME} says that {tensor} is in {file}, but it is not there",
+                hint="download the checkpoint again",
+            )
+
+
+def _read_header(path: Path) -> Iterator[TensorInfo]:
+    """Tensor infos of one safetensors file, in file order; safetensors itself validates header and length."""
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_bytes))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: not a valid safetensors file, or truncated ({_first_line(error)})",
+            hint="download the file again",
+        ) from error
+    header.pop("__metadata__", None)
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        start = 8 + header_bytes
+        yield TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path.name, start + begin, start + end)
+
+
+def _open_hub(repo_id: str, revision: str | None, headers_only: bool) -> Checkpoint:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, NotASafetensorsRepoError
+
+    skipped = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "original/*", "onnx/*"]
+    try:
+        if not headers_only or os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}:
+            snapshot = snapshot_download(repo_id, revision=revision, ignore_patterns=skipped)
+            return _open_directory(Path(snapshot), repo_id)
+        config_path = hf_hub_download(repo_id, CONFIG_NAME, revision=revision)
+        metadata = HfApi().get_safetensors_metadata(repo_id, revision=revision)
+    except EntryNotFoundError as error:
+        raise CheckpointError(f"{repo_id}: {_first_line(error)}", hint=_MISSING_DIRECTORY_HINT) from error
+    except NotASafetensorsRepoError as error:
+        raise CheckpointError(f"{repo_id}: the repository holds no safetensors weights") from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{repo_id}: no such directory here, and the hub did not give it ({_first_line(error)})",
+            hint=_MISSING_DIRECTORY_HINT,
+        ) from error
+    tensors = {
+        name: TensorInfo(name, info.dtype, tuple(info.shape), file, *info.data_offsets)
+        for file, file_metadata in metadata.files_metadata.items()
+        for name, info in file_metadata.tensors.items()
+    }
+    size = sum(info.num_bytes for info in tensors.values())
+    return Checkpoint(repo_id, None, _read_json(Path(config_path)), tensors, size)
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    parts = name.split("/")
+    return len(parts) <= 2 and all(parts) and not name.startswith((".", "/", "~")) and "\\" not in name
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({_first_line(error)})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return content
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,87 @@
+"""Carries out a plan: streams one tensor at a time from the checkpoint to a staged directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .checkpoint import CONFIG_NAME, Checkpoint
+from .companions import copy_companions
+from .loading import check_opens
+from .plan import ConversionPlan
+from .writer import CheckpointWriter, check_free_space, check_output, staged_directory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["DEFAULT_MAX_SHARD_BYTES", "PROVENANCE_NAME", "ExecutionResult", "execute"]
+
+DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
+PROVENANCE_NAME = "kvconvert.json"
+
+
+@dataclass(frozen=True)
+class ExecutionResult:
+    output: Path
+    opened_as: str
+
+
+def execute(
+    plan: ConversionPlan,
+    checkpoint: Checkpoint,
+    output: Path,
+    *,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    force: bool = False,
+    progress: Callable[[int], object] = lambda num_bytes: None,
+) -> ExecutionResult:
+    """Write the converted checkpoint to `output`, which appears only when whole and checked.
+
+    `progress` is called with the number of bytes written since the last call. Raises OutputError for a place that
+    exists or cannot hold the result, KvConvertError if the stock class does not accept what was written.
+    """
+    check_output(output, force=force, source=checkpoint.directory)
+    check_free_space(output, plan.bytes_out)
+    steps = {step.writes.name: step for step in plan.steps}
+    with staged_directory(output, force=force) as staging:
+        writer = CheckpointWriter(staging, [step.writes for step in plan.steps], max_shard_bytes=max_shard_bytes)
+        for spec, file in writer.write_tensors():
+            step = steps[spec.name]
+            if step.op is None:
+                checkpoint.copy_bytes(step.reads, file)
+            else:
+                file.write(_tensor_bytes(step.op(checkpoint.read(step.reads))))
+            progress(spec.num_bytes)
+        copy_companions(checkpoint.directory, staging)
+        if plan.config == checkpoint.config:
+            (staging / CONFIG_NAME).write_bytes((checkpoint.directory / CONFIG_NAME).read_bytes())
+        else:
+            writer.write_config(dict(plan.config))
+        writer.write_text(PROVENANCE_NAME, json.dumps(_provenance(plan, checkpoint), indent=2) + "\n")
+        opened_as = check_opens(staging)
+    return ExecutionResult(output, opened_as)
+
+
+def _provenance(plan: ConversionPlan, checkpoint: Checkpoint) -> dict[str, object]:
+    """What made this directory, so that a result found later explains itself."""
+    source = Path(checkpoint.name)
+    return {
+        "kvconvert_version": version("kvconvert"),
+        "source": source.resolve().name if source.is_dir() else checkpoint.name,
+        "target": plan.target,
+        "method": plan.method,
+        "num_key_value_heads": {
+            "source": plan.source.num_key_value_heads,
+            "result": plan.result.num_key_value_heads,
+        },
+    }
+
+
+def _tensor_bytes(tensor: Tensor) -> bytes:
+    import torch
+
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()

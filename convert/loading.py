@@ -1,0 +1,63 @@
+"""Opening a checkpoint in its stock transformers class, with the checks that transformers leaves out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError, KvConvertError
+
+__all__ = ["check_opens", "load_model"]
+
+
+def check_opens(directory: Path) -> str:
+    """Open the checkpoint in its stock class on the meta device, loading no weight; returns the class name.
+
+    Raises KvConvertError if a key is missing, unexpected or of the wrong shape.
+    """
+    model, problem = _open(directory, device_map="meta", dtype="auto")
+    if problem:
+        raise KvConvertError(
+            f"{type(model).__name__} does not accept the result: {problem}",
+            hint="the source may hold tensors that its class does not know; nothing was written",
+        )
+    return type(model).__name__
+
+
+def load_model(model: str | Path, *, dtype: Any, device: Any) -> Any:
+    """The model in eval mode, in `dtype` on `device`. Raises CheckpointError if its weights do not fill its class.
+
+    transformers only warns about missing keys and fills them with random numbers.
+    """
+    loaded, problem = _open(model, dtype=dtype)
+    if problem:
+        raise CheckpointError(f"{model}: {type(loaded).__name__} does not accept its weights: {problem}")
+    return loaded.to(device).eval()
+
+
+def _open(model: str | Path, **options: Any) -> tuple[Any, str | None]:
+    """The model, and in words what its class found missing, unexpected or of the wrong shape."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            model,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # listed in `info`, where transformers would raise without naming a tensor
+            **options,
+        )
+        loaded, info = opened
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{model}: cannot be opened ({str(error).strip().splitlines()[0]})") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(str(key) for key in info[problem])
+        if keys:
+            return loaded, f"{len(keys)} {problem.replace('_', ' ')}, first {keys[0]}"
+    return loaded, None

@@ -1,0 +1,188 @@
+"""Documents: where text comes from and how it becomes token ids. Calibration, uptraining and evaluation share it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["TextSource", "adds_bos", "encode_documents", "load_tokenizer", "read_documents", "same_vocabulary"]
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tokenizer.tiktoken",
+)
+_ENCODE_BATCH = 64
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Text files (one document each), JSONL or parquet (one document a row), a directory of them, or a dataset name.
+
+    `text_field` is the column that holds the text; `config` and `split` select a part of a named dataset.
+    """
+
+    location: str
+    text_field: str = "text"
+    split: str = "train"
+    config: str | None = None
+
+
+def read_documents(source: TextSource) -> Iterator[str]:
+    """The non-empty documents of the source, in order. Raises DataError: missing, unreadable or without text."""
+    path = Path(source.location).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and _reader(file))
+        if not files:
+            raise DataError(f"{path}: no .txt, .jsonl or .parquet file in this directory")
+    elif path.is_file():
+        if not _reader(path):
+            raise DataError(f"{path}: unknown kind of file", hint="give .txt, .jsonl, .jsonl.gz or .parquet")
+        files = [path]
+    else:
+        yield from _non_empty(_read_dataset(source), source.location)
+        return
+    documents = (document for file in files for document in _read_file(file, source.text_field))
+    yield from _non_empty(documents, source.location)
+
+
+def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a checkpoint. Raises DataError when there is none."""
+    from transformers import AutoTokenizer
+
+    directory = Path(model)
+    if directory.is_dir() and not any((directory / name).exists() for name in _TOKENIZER_FILES):
+        raise DataError(
+            f"{model}: no tokenizer ({', '.join(_TOKENIZER_FILES[:3])} …) beside the weights",
+            hint="copy the tokenizer files of the original model into this directory",
+        )
+    try:
+        return AutoTokenizer.from_pretrained(directory if directory.is_dir() else str(model))
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"{model}: the tokenizer cannot be loaded ({reason})") from error
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer itself puts a BOS before a text, as Llama's does and GPT-NeoX's does not."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and len(ids) > 0 and ids[0] == tokenizer.bos_token_id
+
+
+def encode_documents(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, bos: bool = False
+) -> Iterator[list[int]]:
+    """Token ids of each document: BOS if asked for, the text without other special tokens, EOS if there is one."""
+    before = [tokenizer.bos_token_id] if bos else []
+    after = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    iterator = iter(documents)
+    while batch := list(islice(iterator, _ENCODE_BATCH)):
+        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+            yield before + ids + after
+
+
+def same_vocabulary(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether both map the same strings to the same ids, so that their models' logits can be compared."""
+    return one.get_vocab() == other.get_vocab()
+
+
+def _non_empty(documents: Iterable[str], location: str) -> Iterator[str]:
+    found = False
+    for document in documents:
+        if document.strip():
+            found = True
+            yield document
+    if not found:
+        raise DataError(f"{location}: no text in it", hint="every document is empty")
+
+
+def _reader(path: Path) -> str | None:
+    suffixes = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+    readers = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".parquet": "parquet"}
+    return readers.get(suffixes)
+
+
+def _read_file(path: Path, text_field: str) -> Iterator[str]:
+    reader = _reader(path)
+    try:
+        if reader == "text":
+            yield path.read_text(encoding="utf-8")
+        elif reader == "jsonl":
+            yield from _read_jsonl(path, text_field)
+        else:
+            yield from _read_parquet(path, text_field)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 (byte {error.start})") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+
+
+def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
+    open_text = gzip.open if path.suffix == ".gz" else open
+    with open_text(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}, line {number}: not JSON ({error})") from error
+            yield _text_of(record, text_field, f"{path}, line {number}")
+
+
+def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+        if text_field not in file.schema_arrow.names:
+            raise _no_field(str(path), text_field, file.schema_arrow.names)
+        for batch in file.iter_batches(columns=[text_field], batch_size=_ENCODE_BATCH):
+            for value in batch.column(0):
+                yield value.as_py() or ""
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path}: not a parquet file ({error})") from error
+
+
+def _read_dataset(source: TextSource) -> Iterator[str]:
+    import datasets
+
+    try:
+        dataset: Any = datasets.load_dataset(source.location, source.config, split=source.split, streaming=True)
+        for record in dataset:
+            yield _text_of(record, source.text_field, source.location)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"{source.location}: no such file here, and not a readable dataset ({reason})",
+            hint="give a text, JSONL or parquet file, a directory of them, or the name of a dataset on the hub",
+        ) from error
+
+
+def _text_of(record: Any, text_field: str, where: str) -> str:
+    if not isinstance(record, dict) or text_field not in record:
+        raise _no_field(where, text_field, list(record) if isinstance(record, dict) else [])
+    text = record[text_field]
+    if text is not None and not isinstance(text, str):
+        raise DataError(f"{where}: field {text_field!r} is {type(text).__name__}, not text")
+    return text or ""
+
+
+def _no_field(where: str, text_field: str, fields: list[str]) -> DataError:
+    return DataError(
+        f"{where}: no field {text_field!r} (there is {', '.join(fields) or 'none'})", hint="use --text-field"
+    )

@@ -1,0 +1,1 @@
+"""Numbers about a model, alone or against its original."""

@@ -1,0 +1,79 @@
+"""Held-out text and checkpoints, from their names to an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ..convert.errors import DataError
+from ..convert.loading import load_model
+from ..convert.text import TextSource, adds_bos, encode_documents, load_tokenizer, read_documents, same_vocabulary
+from .perplexity import Evaluation, Windows, cut_windows, evaluate
+
+__all__ = ["default_device", "evaluate_checkpoint", "load_windows"]
+
+
+def default_device() -> torch.device:
+    """The accelerator of this machine if it has one, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def load_windows(
+    model: str | Path,
+    source: TextSource,
+    *,
+    window: int,
+    stride: int | None = None,
+    bos: Literal["auto", "always", "never"] = "auto",
+    max_windows: int | None = None,
+) -> Windows:
+    """The source's documents, tokenised for `model`, joined by EOS and cut into windows.
+
+    bos "auto" puts BOS before each window if the tokenizer puts one before a text. Raises DataError for empty or
+    short text, a missing tokenizer, or BOS asked of a tokenizer that has none.
+    """
+    tokenizer = load_tokenizer(model)
+    if bos == "always" and tokenizer.bos_token_id is None:
+        raise DataError(f"{model}: its tokenizer has no BOS token", hint="use --bos never")
+    with_bos = bos == "always" or (bos == "auto" and adds_bos(tokenizer))
+    token_ids = torch.tensor(list(chain.from_iterable(encode_documents(read_documents(source), tokenizer))))
+    return cut_windows(
+        token_ids,
+        window=window,
+        stride=stride,
+        bos_token_id=tokenizer.bos_token_id if with_bos else None,
+        max_windows=max_windows,
+    )
+
+
+def evaluate_checkpoint(
+    model: str | Path,
+    windows: Windows,
+    *,
+    against: str | Path | None = None,
+    dtype: Any = torch.float32,
+    device: Any = None,
+    batch_size: int = 8,
+    progress: Callable[[int], object] = lambda num_windows: None,
+) -> Evaluation:
+    """Load `model`, and its original if given, and evaluate it on the windows.
+
+    Raises DataError if the two do not share their vocabulary.
+    """
+    device = device or default_device()
+    if against is not None and not same_vocabulary(load_tokenizer(model), load_tokenizer(against)):
+        raise DataError(
+            f"{against}: its tokenizer differs from that of {model}",
+            hint="--against takes the original that was converted",
+        )
+    original = load_model(against, dtype=dtype, device=device) if against is not None else None
+    loaded = load_model(model, dtype=dtype, device=device)
+    if original is not None and original.config.vocab_size != loaded.config.vocab_size:
+        raise DataError(
+            f"{against}: vocab_size {original.config.vocab_size}, but {model} has {loaded.config.vocab_size}"
+        )
+    return evaluate(loaded, windows, original=original, batch_size=batch_size, progress=progress)

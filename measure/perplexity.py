@@ -1,0 +1,173 @@
+"""Perplexity of a model on held-out text, alone or against its original."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..convert.errors import DataError
+
+__all__ = ["Comparison", "Evaluation", "Windows", "cut_windows", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token ids cut for scoring. Of each window, the tokens from `scored_from[i]` on are scored.
+
+    input_ids: (num_windows, window) int64. `method` says in words how the text was cut.
+    """
+
+    input_ids: Tensor
+    scored_from: tuple[int, ...]
+    method: str
+
+    @property
+    def num_scored_tokens(self) -> int:
+        return sum(self.input_ids.shape[1] - begin for begin in self.scored_from)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model against its original on the same tokens, in nats per token, with standard errors over windows."""
+
+    original_nats_per_token: float
+    original_perplexity: float
+    excess_nats_per_token: float
+    excess_standard_error: float
+    kl_nats_per_token: float
+    kl_standard_error: float
+    top1_agreement: float
+
+    @property
+    def perplexity_increase(self) -> float:
+        """Relative: 0.05 is five percent above the original."""
+        return math.expm1(self.excess_nats_per_token)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Nats per token ± standard error over windows, and its exponential. `method` belongs to the number."""
+
+    nats_per_token: float
+    standard_error: float
+    perplexity: float
+    num_tokens: int
+    num_windows: int
+    method: str
+    against: Comparison | None = None
+
+
+def cut_windows(
+    token_ids: Tensor,
+    *,
+    window: int,
+    stride: int | None = None,
+    bos_token_id: int | None = None,
+    max_windows: int | None = None,
+) -> Windows:
+    """Cut one stream of tokens, (num_tokens,), into windows of `window` tokens every `stride` (default: window).
+
+    With `bos_token_id` each window starts with that token, which takes the place of one text token. Every text token
+    is scored at most once: of overlapping windows only the tokens that the window before did not reach, and never
+    the first token of a window without BOS in front. A last, shorter window is left out.
+    Raises DataError if the text is shorter than one window.
+    """
+    text_window = window - (bos_token_id is not None)
+    stride = text_window if stride is None else stride
+    if not 1 <= stride <= text_window or text_window < 2:
+        raise DataError(f"stride {stride} does not fit a window of {window} tokens", hint="use 1 ≤ stride ≤ window")
+    starts = range(0, len(token_ids) - text_window + 1, stride)
+    if not starts:
+        raise DataError(
+            f"the text has {len(token_ids)} tokens, fewer than one window of {window}",
+            hint="use more text or a smaller --window",
+        )
+    starts = starts[:max_windows]
+    input_ids = torch.stack([token_ids[start : start + text_window] for start in starts])
+    offset = 0
+    if bos_token_id is not None:
+        offset = 1
+        input_ids = torch.cat([torch.full((len(starts), 1), bos_token_id), input_ids], dim=1)
+    scored_from = tuple(1 if index == 0 else max(1, offset + text_window - stride) for index in range(len(starts)))
+    kind = "non-overlapping" if stride == text_window else f"overlapping (stride {stride})"
+    bos = "BOS before each window" if offset else "no BOS, first token of each window not scored"
+    method = f"documents joined by EOS, {kind} windows of {window} tokens, {bos}, last partial window left out"
+    return Windows(input_ids, scored_from, method)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: Any,
+    windows: Windows,
+    *,
+    original: Any | None = None,
+    batch_size: int = 8,
+    progress: Callable[[int], object] = lambda num_windows: None,
+) -> Evaluation:
+    """Score the windows with `model` and, if given, compare with `original` (same vocabulary) token by token.
+
+    The models are causal language models of transformers, in eval mode, each on its own device. KL is
+    KL(original ‖ model) in nats, from float32 log-probabilities.
+    """
+    nats: list[Tensor] = []  # one tensor of token losses per window
+    original_nats: list[Tensor] = []
+    divergence: list[Tensor] = []
+    num_agreeing = 0
+    for begin in range(0, len(windows.input_ids), batch_size):
+        batch = windows.input_ids[begin : begin + batch_size]
+        logits = _logits(model, batch)
+        reference = _logits(original, batch) if original is not None else None
+        for row in range(len(batch)):
+            first = windows.scored_from[begin + row]
+            targets = batch[row, first:]
+            log_probs = logits[row, first - 1 : -1].float().log_softmax(-1).cpu()  # (T, vocab_size)
+            nats.append(F.nll_loss(log_probs, targets, reduction="none"))
+            if reference is not None:
+                expected = reference[row, first - 1 : -1].float().log_softmax(-1).cpu()
+                original_nats.append(F.nll_loss(expected, targets, reduction="none"))
+                divergence.append(F.kl_div(log_probs, expected, reduction="none", log_target=True).sum(-1))
+                num_agreeing += int((log_probs.argmax(-1) == expected.argmax(-1)).sum())
+        progress(len(batch))
+    mean, error = _mean_and_error(nats)
+    comparison = None
+    if original is not None:
+        original_mean, _ = _mean_and_error(original_nats)
+        excess, excess_error = _mean_and_error([a - b for a, b in zip(nats, original_nats, strict=True)])
+        kl, kl_error = _mean_and_error(divergence)
+        comparison = Comparison(
+            original_nats_per_token=original_mean,
+            original_perplexity=math.exp(original_mean),
+            excess_nats_per_token=excess,
+            excess_standard_error=excess_error,
+            kl_nats_per_token=kl,
+            kl_standard_error=kl_error,
+            top1_agreement=num_agreeing / windows.num_scored_tokens,
+        )
+    return Evaluation(
+        nats_per_token=mean,
+        standard_error=error,
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        num_tokens=windows.num_scored_tokens,
+        num_windows=len(windows.input_ids),
+        method=windows.method,
+        against=comparison,
+    )
+
+
+def _logits(model: Any, input_ids: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=input_ids.to(model.device), use_cache=False).logits
+    return logits
+
+
+def _mean_and_error(per_window: list[Tensor]) -> tuple[float, float]:
+    """Mean over all tokens, and the standard error of the windows' means (nan for a single window)."""
+    mean = torch.cat(per_window).double().mean().item()
+    means = torch.stack([tokens.double().mean() for tokens in per_window])
+    error = means.std().item() / math.sqrt(len(means)) if len(means) > 1 else math.nan
+    return mean, error

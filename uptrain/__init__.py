@@ -1,0 +1,1 @@
+"""Uptraining: data, objectives, trainer. Works on any converted checkpoint."""
