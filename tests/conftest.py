@@ -1,0 +1,154 @@
+"""Shared fixtures: tiny real checkpoints, a tokenizer, and the installed command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings as hypothesis_settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+NUM_HEADS = 8
+HEAD_DIM = 8
+HIDDEN_SIZE = NUM_HEADS * HEAD_DIM
+VOCAB_SIZE = 384
+PROSE = (
+    "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, "
+    "it was the epoch of belief, it was the epoch of incredulity, it was the season of Light, it was the season of "
+    "Darkness, it was the spring of hope, it was the winter of despair, we had everything before us, we had nothing "
+    "before us, we were all going direct to Heaven, we were all going direct the other way. "
+)
+
+# no deadline: the machine is shared, and a slow first import is not a failure; the same examples on every run
+hypothesis_settings.register_profile("kvconvert", deadline=None, derandomize=True, max_examples=50)
+hypothesis_settings.load_profile("kvconvert")
+
+CheckpointFactory = Callable[..., Path]
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def build_model(model_type: str = "llama", *, seed: int = 0, **overrides: object) -> torch.nn.Module:
+    """A tiny float32 model of the real class, its weights large enough that logits have a scale above 1."""
+    settings: dict[str, object] = {
+        "hidden_size": HIDDEN_SIZE,
+        "num_attention_heads": NUM_HEADS,
+        "num_key_value_heads": NUM_HEADS,
+        "head_dim": HEAD_DIM,
+        "num_hidden_layers": 2,
+        "intermediate_size": 48,
+        "vocab_size": VOCAB_SIZE,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+        "num_local_experts": 2,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    }
+    config = AutoConfig.for_model(model_type, **(settings | overrides))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.add_(0.1 * noise)
+            elif parameter.dim() == 1:
+                parameter.copy_(0.5 * noise)
+            else:
+                parameter.copy_(noise * 1.5 / parameter.shape[-1] ** 0.5)
+    return model.eval()
+
+
+def tie_heads(model: torch.nn.Module, num_groups: int, *, projections: tuple[str, ...] = ("k_proj", "v_proj")) -> None:
+    """Make all K/V heads of a group equal to its first, so that pooling them loses nothing."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.split(".")[-2] in projections:
+                heads = parameter.view(num_groups, -1, HEAD_DIM, *parameter.shape[1:])
+                heads.copy_(heads[:, :1].clone().expand_as(heads))
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> CheckpointFactory:
+    """Save a tiny checkpoint and return its directory."""
+
+    def make(
+        model_type: str = "llama",
+        *,
+        name: str = "model",
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        max_shard_size: str = "5GB",
+        tie_groups: int | None = None,
+        with_tokenizer: bool = False,
+        **overrides: object,
+    ) -> Path:
+        directory = tmp_path / name
+        model = build_model(model_type, seed=seed, **overrides)
+        if tie_groups is not None:
+            tie_heads(model, tie_groups)
+        model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+        if with_tokenizer:
+            build_tokenizer().save_pretrained(directory)
+        return directory
+
+    return make
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE with BOS and EOS, trained on PROSE."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([PROSE], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=128
+    )
+
+
+@pytest.fixture
+def prose_file(tmp_path: Path) -> Path:
+    """Forty documents of prose as JSONL."""
+    path = tmp_path / "prose.jsonl"
+    lines = [json.dumps({"text": f"Chapter {number}. {PROSE}"}) for number in range(40)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def kvconvert(tmp_path: Path) -> Command:
+    """Run the installed command in a clean process, offline, from an empty directory."""
+    working_directory = tmp_path / "cwd"
+    working_directory.mkdir()
+    script = Path(sys.executable).with_name("kvconvert")
+
+    def run(*arguments: object, env: dict[str, str] | None = None, **options: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(script), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=working_directory,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **(env or {})},
+            timeout=300,
+            check=False,
+            **options,  # type: ignore[call-overload]
+        )
+
+    return run

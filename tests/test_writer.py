@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kvconvert.convert.checkpoint import open_checkpoint
+from kvconvert.convert.errors import OutputError
+from kvconvert.convert.writer import CheckpointWriter, TensorSpec, check_free_space, check_output, staged_directory
+from safetensors.torch import load_file, save_file
+
+TENSORS = {
+    "a": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3),
+    "b": torch.arange(5, dtype=torch.float32),
+    "c": torch.ones(3, dtype=torch.bfloat16),
+}
+NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+
+
+def write(directory: Path, *, max_shard_bytes: int) -> CheckpointWriter:
+    specs = [TensorSpec(name, NAMES[t.dtype], tuple(t.shape)) for name, t in TENSORS.items()]
+    writer = CheckpointWriter(directory, specs, max_shard_bytes=max_shard_bytes)
+    for spec, file in writer.write_tensors():
+        file.write(TENSORS[spec.name].view(torch.uint8).numpy().tobytes())
+    return writer
+
+
+def test_one_shard_has_the_bytes_of_the_safetensors_library(tmp_path: Path) -> None:
+    write(tmp_path, max_shard_bytes=10**9)
+    save_file(TENSORS, tmp_path / "reference.safetensors", metadata={"format": "pt"})
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "reference.safetensors").read_bytes()
+    assert not (tmp_path / "model.safetensors.index.json").exists()
+
+
+def test_shards_respect_the_limit_and_the_index_finds_every_tensor(tmp_path: Path) -> None:
+    write(tmp_path, max_shard_bytes=26)
+    files = sorted(tmp_path.glob("model-*.safetensors"))
+    assert [file.name for file in files] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_parameters": 14, "total_size": 38}
+    for name, file in index["weight_map"].items():
+        assert torch.equal(load_file(tmp_path / file)[name], TENSORS[name])
+
+
+def test_a_tensor_larger_than_the_limit_gets_a_shard_of_its_own(tmp_path: Path) -> None:
+    write(tmp_path, max_shard_bytes=1)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) == 3
+
+
+def test_a_wrong_number_of_bytes_is_noticed(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, [TensorSpec("a", "F32", (2,))], max_shard_bytes=100)
+    with pytest.raises(AssertionError, match="a: 5 bytes missing"):
+        for _, file in writer.write_tensors():
+            file.write(b"abc")
+
+
+def test_output_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "out"
+    with pytest.raises(RuntimeError, match="boom"), staged_directory(output) as staging:
+        (staging / "file").write_text("half")
+        raise RuntimeError("boom")
+    assert list(tmp_path.iterdir()) == []
+    with staged_directory(output) as staging:
+        (staging / "file").write_text("whole")
+        assert not output.exists()
+    assert (output / "file").read_text() == "whole"
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
+
+
+def test_force_replaces_at_the_end_only(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "old").touch()
+    with pytest.raises(RuntimeError), staged_directory(output, force=True):
+        raise RuntimeError
+    assert (output / "old").exists()
+    with staged_directory(output, force=True) as staging:
+        (staging / "new").touch()
+    assert [path.name for path in output.iterdir()] == ["new"]
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "exists").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="exists already exists"):
+        check_output(tmp_path / "exists", force=False)
+    with pytest.raises(OutputError, match="is the source itself"):
+        check_output(tmp_path / "exists", force=True, source=tmp_path / "exists")
+    with pytest.raises(OutputError, match="is a file, not a directory"):
+        check_output(tmp_path / "file", force=True)
+    with pytest.raises(OutputError, match="is not a writable directory"):
+        check_output(tmp_path / "file" / "below", force=False)
+    check_output(tmp_path / "new" / "deeper", force=False)
+
+
+def test_too_little_space_is_seen_before_writing(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"needs 1000000\.\d\d GB, but its disk has \d+\.\d\d GB free"):
+        check_free_space(tmp_path / "out", 10**15)
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE makes the operating system refuse the write, as a full disk does."""
+    program = f"""
+import resource, signal
+from pathlib import Path
+from kvconvert.convert.writer import staged_directory
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+with staged_directory(Path({str(tmp_path / "out")!r})) as staging, (staging / "big").open("wb") as file:
+    file.write(bytes(5000))
+"""
+    outcome = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "OutputError" in outcome.stderr
+    assert "the disk is full" in outcome.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_written_shards_open_as_a_checkpoint(tmp_path: Path) -> None:
+    write(tmp_path, max_shard_bytes=26).write_config({"model_type": "llama"})
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert {name: checkpoint.read(name).tolist() for name in checkpoint.tensors} == {
+            name: tensor.tolist() for name, tensor in TENSORS.items()
+        }
