@@ -283,6 +283,7 @@ def _show(results: dict[str, Any], output: Path, console: Console) -> None:
         )
     console.print(table)
     tokens = results["settings"]["uptraining_tokens"]
+    console.print("KL: to the original, nats per token. uptrained: the column before it, after uptraining")
     console.print(
         f"{results['num_held_out_tokens']} held-out tokens, {tokens} uptraining tokens, {results['seconds']:.0f} s"
     )

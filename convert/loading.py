@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, KvConvertError
 
-__all__ = ["check_opens", "load_model"]
+__all__ = ["check_opens", "load_model", "quiet_transformers"]
 
 
 def check_opens(directory: Path) -> str:
@@ -35,27 +37,36 @@ def load_model(model: str | Path, *, dtype: Any, device: Any) -> Any:
     return loaded.to(device).eval()
 
 
-def _open(model: str | Path, **options: Any) -> tuple[Any, str | None]:
-    """The model, and in words what its class found missing, unexpected or of the wrong shape."""
-    from transformers import AutoModelForCausalLM
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no warnings of transformers: kvconvert shows its own progress and checks for itself."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        opened: Any = AutoModelForCausalLM.from_pretrained(
-            model,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # listed in `info`, where transformers would raise without naming a tensor
-            **options,
-        )
-        loaded, info = opened
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{model}: cannot be opened ({str(error).strip().splitlines()[0]})") from error
+        yield
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
+
+
+def _open(model: str | Path, **options: Any) -> tuple[Any, str | None]:
+    """The model, and in words what its class found missing, unexpected or of the wrong shape."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet_transformers():
+            opened: Any = AutoModelForCausalLM.from_pretrained(
+                model,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # listed in `info`; transformers would raise without naming one
+                **options,
+            )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{model}: cannot be opened ({str(error).strip().splitlines()[0]})") from error
+    loaded, info = opened
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(str(key) for key in info[problem])
         if keys:

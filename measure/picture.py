@@ -41,27 +41,26 @@ def draw_recovery(path: Path, *, original: Point, curves: Sequence[Curve], point
         recovery.plot(thousands, curve.perplexities, color=colour, marker="o", markersize=3, label=curve.label)
     recovery.axhline(original.before, color="black", linestyle="--", linewidth=1, label=original.label)
     recovery.set(xlabel="uptraining tokens (thousands)", ylabel="held-out perplexity", title="Recovery")
-    frontier.scatter([original.cache_bytes_per_token], [original.before], color="black", zorder=3)
-    frontier.annotate(
-        original.label,
-        (original.cache_bytes_per_token, original.before),
-        (0, 8),
-        textcoords="offset points",
-        ha="right",
-    )
-    for point, colour in zip(points, _COLOURS, strict=False):
-        x = point.cache_bytes_per_token
-        frontier.scatter([x], [point.before], facecolors="none", edgecolors=colour, zorder=3)
-        frontier.annotate(point.label, (x, point.before), (8, 0), textcoords="offset points", va="center")
+    for point, colour in zip((original, *points), ("black", *_COLOURS), strict=False):
+        x, is_original = point.cache_bytes_per_token, point is original
+        frontier.scatter([x], [point.before], color=colour if is_original else "none", edgecolors=colour, zorder=3)
+        above = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
+        frontier.annotate(point.label, (x, point.before), **above)
         if point.after is not None:
             frontier.annotate("", (x, point.after), (x, point.before), arrowprops={"arrowstyle": "->", "color": colour})
             frontier.scatter([x], [point.after], color=colour, zorder=3)
-            frontier.annotate("uptrained", (x, point.after), (8, 0), textcoords="offset points", va="center")
+            frontier.annotate(
+                "uptrained", (x, point.after), (-8, 0), textcoords="offset points", ha="right", va="center"
+            )
     frontier.set(xlabel="K/V cache, bytes per token", ylabel="held-out perplexity", title="Quality against cache")
     frontier.set_xscale("log", base=2)
-    frontier.margins(x=0.25)
+    sizes = sorted({point.cache_bytes_per_token for point in (original, *points)})
+    frontier.set_xticks(sizes, [str(size) for size in sizes])
+    frontier.margins(x=0.25, y=0.15)
     for axes in (recovery, frontier):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.grid(alpha=0.3, which="both")
     recovery.legend(frameon=False)
     figure.savefig(path, dpi=150)

@@ -139,7 +139,7 @@ def kvconvert(tmp_path: Path) -> Command:
     working_directory.mkdir()
     script = Path(sys.executable).with_name("kvconvert")
 
-    def run(*arguments: object, env: dict[str, str] | None = None, **options: object) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [str(script), *map(str, arguments)],
             capture_output=True,
@@ -148,7 +148,6 @@ def kvconvert(tmp_path: Path) -> Command:
             env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **(env or {})},
             timeout=300,
             check=False,
-            **options,  # type: ignore[call-overload]
         )
 
     return run

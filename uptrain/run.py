@@ -26,7 +26,7 @@ from ..convert.checkpoint import CONFIG_NAME, Checkpoint, torch_dtype
 from ..convert.companions import copy_companions
 from ..convert.errors import DataError, InputError, OutputError, PreemptedError, UnsupportedError
 from ..convert.execute import DEFAULT_MAX_SHARD_BYTES, PROVENANCE_NAME
-from ..convert.loading import check_opens, load_model
+from ..convert.loading import check_opens, load_model, quiet_transformers
 from ..convert.text import TextSource, adds_bos, encode_documents, load_tokenizer, read_documents, same_vocabulary
 from ..convert.writer import check_free_space, check_output, staged_directory
 from .data import PackedBlocks, pack_documents
@@ -200,7 +200,7 @@ def uptrain(job: UptrainJob, watch: Observation, *, resume: bool = False, force:
     )
     trainer.remove_callback(PrinterCallback)
     start = time.monotonic()
-    with signals:
+    with signals, quiet_transformers():
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     if trainer.state.global_step < settings.steps:
         raise PreemptedError(
@@ -357,7 +357,8 @@ def _publish(job: UptrainJob, student: Any, *, num_tokens: int, force: bool) -> 
             parameter.data = parameter.data.to(torch_dtype(dtype))
     with staged_directory(job.output, force=force) as staging:
         student.generation_config = GenerationConfig()  # the source's own is copied below, valid or not
-        student.save_pretrained(staging, max_shard_size=DEFAULT_MAX_SHARD_BYTES)
+        with quiet_transformers():
+            student.save_pretrained(staging, max_shard_size=DEFAULT_MAX_SHARD_BYTES)
         (staging / "generation_config.json").unlink(missing_ok=True)
         copy_companions(source.directory, staging)
         shutil.copyfile(source.directory / CONFIG_NAME, staging / CONFIG_NAME)

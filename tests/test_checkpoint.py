@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CheckpointFactory, Command
+from kvconvert.convert import find_architecture, inspect_checkpoint, open_checkpoint
+from kvconvert.convert.architecture import read_attention
+from kvconvert.convert.errors import CheckpointError, UnsupportedError
+from kvconvert.convert.kv_cache import kv_cache_bytes, kv_cache_bytes_per_token
+from safetensors.torch import load_file, save_file
+
+
+def edit_config(directory: Path, **changes: object) -> None:
+    config = json.loads((directory / "config.json").read_text()) | changes
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def read_shape(directory: Path) -> None:
+    with open_checkpoint(directory) as checkpoint:
+        read_attention(checkpoint, find_architecture(checkpoint))
+
+
+def test_reads_headers_and_single_tensors(make_checkpoint: CheckpointFactory) -> None:
+    source = make_checkpoint(dtype=torch.bfloat16, max_shard_size="60KB")
+    expected = {name: tensor for file in source.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    with open_checkpoint(source) as checkpoint:
+        assert checkpoint.tensors.keys() == expected.keys()
+        assert checkpoint.num_parameters == sum(tensor.numel() for tensor in expected.values())
+        assert checkpoint.dtype == "BF16"
+        for name, tensor in expected.items():
+            assert torch.equal(checkpoint.read(name), tensor)
+
+
+def test_a_missing_shard(make_checkpoint: CheckpointFactory) -> None:
+    source = make_checkpoint(max_shard_size="60KB")
+    shard = sorted(source.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=f"shard {shard.name} is missing"):
+        open_checkpoint(source)
+
+
+def test_a_shard_without_its_tensor(make_checkpoint: CheckpointFactory) -> None:
+    source = make_checkpoint(max_shard_size="60KB")
+    shard = sorted(source.glob("*.safetensors"))[1]
+    weights = load_file(shard)
+    dropped = sorted(weights)[0]
+    save_file({name: tensor for name, tensor in weights.items() if name != dropped}, shard)
+    with pytest.raises(CheckpointError, match=f"{dropped} is in {shard.name}, but it is not there"):
+        open_checkpoint(source)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_truncated_file(keep: int, make_checkpoint: CheckpointFactory) -> None:
+    weights = make_checkpoint() / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="not a valid safetensors file, or truncated"):
+        open_checkpoint(weights.parent)
+
+
+def test_a_corrupt_header(make_checkpoint: CheckpointFactory) -> None:
+    weights = make_checkpoint() / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[8:12] = b"\xff\xff\xff\xff"
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match="not a valid safetensors file"):
+        open_checkpoint(weights.parent)
+
+
+def test_what_is_not_a_checkpoint(tmp_path: Path, make_checkpoint: CheckpointFactory) -> None:
+    with pytest.raises(CheckpointError, match="nowhere/at/all: no such directory"):
+        open_checkpoint("nowhere/at/all")
+    (tmp_path / "file.bin").touch()
+    with pytest.raises(CheckpointError, match="is a file, not a checkpoint directory"):
+        open_checkpoint(tmp_path / "file.bin")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        open_checkpoint(tmp_path / "empty")
+    source = make_checkpoint()
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    with pytest.raises(UnsupportedError, match=r"the weights are pytorch_model\.bin"):
+        open_checkpoint(source)
+    (source / "pytorch_model.bin").rename(source / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"has other\.safetensors but no model\.safetensors\.index\.json"):
+        open_checkpoint(source)
+    (source / "config.json").write_text("{")
+    (source / "other.safetensors").rename(source / "model.safetensors")
+    with pytest.raises(CheckpointError, match="not readable as JSON"):
+        open_checkpoint(source)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_key_value_heads": 4}, r"layer 0: k_proj has 8 heads, config.json says num_key_value_heads = 4"),
+        ({"num_key_value_heads": 3}, "num_attention_heads = 8 is not a multiple of num_key_value_heads = 3"),
+        ({"num_hidden_layers": 3}, r"layer 2: model.layers.2.self_attn.q_proj.weight is missing"),
+        ({"num_hidden_layers": 1}, r"model.layers.1.self_attn.k_proj.weight exists, .* num_hidden_layers = 1"),
+        ({"num_attention_heads": 7}, "which does not split into config.json's num_attention_heads = 7"),
+        ({"num_attention_heads": None}, "config.json has num_attention_heads = None, expected a positive integer"),
+        ({"head_dim": 16}, r"layer 0: q_proj has shape \[64, 64\], config.json implies \[128, 64\]"),
+    ],
+)
+def test_a_config_that_contradicts_the_tensors(
+    changes: dict[str, object], message: str, make_checkpoint: CheckpointFactory
+) -> None:
+    source = make_checkpoint()
+    edit_config(source, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        read_shape(source)
+
+
+def test_what_a_config_leaves_out_comes_from_the_tensors(make_checkpoint: CheckpointFactory) -> None:
+    """mistral's class has 8 K/V heads by default, llama's as many as query heads: the tensors know."""
+    source = make_checkpoint("mistral", num_key_value_heads=2)
+    config = json.loads((source / "config.json").read_text())
+    del config["num_key_value_heads"], config["head_dim"]
+    (source / "config.json").write_text(json.dumps(config))
+    with open_checkpoint(source) as checkpoint:
+        shape = read_attention(checkpoint, find_architecture(checkpoint))
+    assert (shape.num_key_value_heads, shape.head_dim, shape.kind) == (2, 8, "GQA")
+
+
+def test_integer_weights_are_not_averaged(make_checkpoint: CheckpointFactory) -> None:
+    source = make_checkpoint()
+    name = "model.layers.0.self_attn.k_proj.weight"
+    weights = load_file(source / "model.safetensors")
+    save_file(weights | {name: weights[name].to(torch.int8)}, source / "model.safetensors")
+    with open_checkpoint(source) as checkpoint, pytest.raises(UnsupportedError, match=f"{name} has dtype I8"):
+        checkpoint.read(name)
+
+
+def test_inspection_of_an_mha_checkpoint(make_checkpoint: CheckpointFactory) -> None:
+    source = make_checkpoint(dtype=torch.bfloat16)
+    with open_checkpoint(source) as checkpoint:
+        inspection = inspect_checkpoint(checkpoint, context_length=1000)
+    assert inspection.attention == "MHA"
+    assert inspection.cache_bytes_per_token == 2 * 2 * 8 * 8 * 2
+    assert inspection.cache_bytes_for_context == 1000 * inspection.cache_bytes_per_token
+    assert inspection.size_on_disk_bytes == (source / "model.safetensors").stat().st_size
+    assert [(target.command, target.possible, target.groups) for target in inspection.targets] == [
+        ("mha2gqa", True, (2, 4)),
+        ("mha2mqa", True, (1,)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("num_key_value_heads", "reasons"),
+    [
+        (1, ["the model has one K/V head already", "the model is MQA already"]),
+        (2, ["2 K/V heads have no divisor between 1 and 2; mha2mqa pools them all", "2 K/V heads become 1"]),
+    ],
+)
+def test_inspection_says_why_a_target_is_not_possible(
+    num_key_value_heads: int, reasons: list[str], make_checkpoint: CheckpointFactory
+) -> None:
+    with open_checkpoint(make_checkpoint(num_key_value_heads=num_key_value_heads)) as checkpoint:
+        assert [target.reason for target in inspect_checkpoint(checkpoint).targets] == reasons
+
+
+def test_a_refused_checkpoint_is_inspected_all_the_same(make_checkpoint: CheckpointFactory) -> None:
+    with open_checkpoint(make_checkpoint("phi", qk_layernorm=True)) as checkpoint:
+        targets = inspect_checkpoint(checkpoint).targets
+    assert not any(target.possible for target in targets)
+    assert all("normalised per head" in target.reason for target in targets)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "num_sliding"),
+    [
+        ("mistral", {"sliding_window": 16}, 2),
+        ("mistral", {"sliding_window": None}, 0),
+        ("gemma2", {"sliding_window": 16}, 1),
+        ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}, 1),
+        ("qwen2", {"sliding_window": 16, "use_sliding_window": False}, 0),
+        ("llama", {}, 0),
+    ],
+)
+@pytest.mark.parametrize("listed", [True, False])
+def test_sliding_windows_bound_the_cache(
+    model_type: str, overrides: dict[str, object], num_sliding: int, listed: bool, make_checkpoint: CheckpointFactory
+) -> None:
+    """With config.json's layer_types as transformers 5 writes them, and without as older versions did."""
+    source = make_checkpoint(model_type, **overrides)
+    if not listed:
+        config = json.loads((source / "config.json").read_text())
+        config.pop("layer_types", None)
+        (source / "config.json").write_text(json.dumps(config | overrides))
+    with open_checkpoint(source) as checkpoint:
+        inspection = inspect_checkpoint(checkpoint, context_length=100)
+    tokens = num_sliding * 16 + (2 - num_sliding) * 100
+    assert inspection.cache_bytes_for_context == tokens * 2 * 8 * 8 * 2
+
+
+def test_cache_arithmetic_of_llama_2_7b() -> None:
+    """The figures of DESIGN §10."""
+    shape = {"num_layers": 32, "head_dim": 128}
+    assert kv_cache_bytes_per_token(num_key_value_heads=32, **shape) == 524_288
+    assert kv_cache_bytes_per_token(num_key_value_heads=8, **shape) == 131_072
+    assert kv_cache_bytes_per_token(num_key_value_heads=1, **shape) == 16_384
+    full = kv_cache_bytes(4096, windows=[None] * 32, num_key_value_heads=32, head_dim=128)
+    assert full == 4096 * 524_288
+
+
+class _Hub(SimpleHTTPRequestHandler):
+    """The part of the hub's HTTP interface that huggingface_hub needs, serving one repository from a directory."""
+
+    repository: Path
+    num_weight_bytes_sent = 0
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def _answer(self, *, with_body: bool) -> None:
+        path = self.path.partition("?")[0]
+        if path.startswith("/api/models/org/tiny"):
+            self._send_json({"id": "org/tiny", "sha": "0" * 40, "siblings": self._siblings()}, path)
+            return
+        file = self.repository / path.rpartition("/")[2]
+        if not path.startswith("/org/tiny/resolve/") or not file.is_file():
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound" if "/org/tiny/" in path else "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        content, status = file.read_bytes(), 200
+        total = len(content)
+        if "Range" in self.headers:
+            begin, end = self.headers["Range"].removeprefix("bytes=").split("-")
+            content, status = content[int(begin) : int(end or total - 1) + 1], 206
+        if with_body and file.suffix == ".safetensors":
+            type(self).num_weight_bytes_sent += len(content)
+        self.send_response(status)
+        self.send_header("ETag", f'"{file.name}-{total}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if with_body:
+            self.wfile.write(content)
+
+    def _siblings(self) -> list[dict[str, str]]:
+        return [{"rfilename": path.name} for path in sorted(self.repository.iterdir())]
+
+    def _send_json(self, data: object, path: str) -> None:
+        if "/tree/" in path:
+            data = [
+                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name}
+                for file in self.repository.iterdir()
+            ]
+        body = json.dumps(data).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def serve(repository: Path) -> Iterator[tuple[str, type[_Hub]]]:
+    handler = type("Hub", (_Hub,), {"repository": repository})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", handler
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_hub_id_is_inspected_downloaded_once_and_then_used_offline(
+    make_checkpoint: CheckpointFactory, kvconvert: Command, tmp_path: Path
+) -> None:
+    source = make_checkpoint(with_tokenizer=True, vocab_size=50_000)
+    size = (source / "model.safetensors").stat().st_size
+    home = {"HF_HOME": str(tmp_path / "hf-home")}
+    with serve(source) as (endpoint, hub):
+        online = home | {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}
+        inspected = kvconvert("inspect", "org/tiny", "--json", env=online)
+        assert inspected.returncode == 0, inspected.stderr
+        assert json.loads(inspected.stdout)["num_key_value_heads"] == 8
+        assert json.loads(inspected.stdout)["size_on_disk_bytes"] < size
+        assert hub.num_weight_bytes_sent < size / 10  # headers only
+        converted = kvconvert("mha2gqa", "org/tiny", "--groups", 2, env=online)
+        assert converted.returncode == 0, converted.stderr
+        missing = kvconvert("inspect", "org/other", env=online)
+        assert missing.returncode == 2
+        assert "org/other: " in missing.stderr
+    again = kvconvert("mha2mqa", "org/tiny", env=home)
+    assert again.returncode == 0, again.stderr
+    working_directory = tmp_path / "cwd"
+    assert {path.name for path in working_directory.iterdir()} == {"tiny-gqa2", "tiny-mqa"}
+    assert json.loads((working_directory / "tiny-mqa" / "kvconvert.json").read_text())["source"] == "org/tiny"
+
+
+def test_a_hub_id_that_is_not_cached_fails_offline(kvconvert: Command, tmp_path: Path) -> None:
+    outcome = kvconvert("inspect", "org/none", env={"HF_HOME": str(tmp_path / "hf-home")})
+    assert outcome.returncode == 2
+    assert outcome.stderr.startswith("error: org/none: ")
+    assert os.linesep not in outcome.stderr.splitlines()[0]

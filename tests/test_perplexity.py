@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import VOCAB_SIZE, build_model
+from hypothesis import given
+from hypothesis import strategies as st
+from kvconvert.convert.errors import DataError
+from kvconvert.measure.perplexity import cut_windows, evaluate
+
+
+def tokens(count: int) -> torch.Tensor:
+    return torch.randint(3, VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(count))
+
+
+@given(
+    count=st.integers(2, 200),
+    window=st.integers(3, 40),
+    stride=st.integers(1, 40),
+    bos=st.booleans(),
+    max_windows=st.none() | st.integers(1, 5),
+)
+def test_every_token_is_scored_once_and_in_its_context(
+    count: int, window: int, stride: int, bos: bool, max_windows: int | None
+) -> None:
+    text_window = window - bos
+    text = torch.arange(1000, 1000 + count)  # each token names its place
+    options = {"window": window, "stride": stride, "bos_token_id": 7 if bos else None, "max_windows": max_windows}
+    if stride > text_window or count < text_window:
+        with pytest.raises(DataError):
+            cut_windows(text, **options)
+        return
+    windows = cut_windows(text, **options)
+    scored = []
+    for row, first in zip(windows.input_ids, windows.scored_from, strict=True):
+        assert len(row) == window
+        assert not bos or row[0] == 7
+        assert first >= 1
+        scored += row[first:].tolist()
+    assert len(scored) == len(set(scored)) == windows.num_scored_tokens
+    if bos or stride < text_window:  # nothing lies between the windows' scored parts
+        assert scored == list(range(scored[0], scored[-1] + 1))
+        assert scored[0] == (1000 if bos else 1001)
+
+
+def test_nats_equal_a_loop_in_float64() -> None:
+    model = build_model()
+    windows = cut_windows(tokens(100), window=16, stride=8)
+    nats = []
+    with torch.inference_mode():
+        for row, first in zip(windows.input_ids, windows.scored_from, strict=True):
+            probabilities = model(input_ids=row[None], use_cache=False).logits[0].double().softmax(-1)
+            nats.append([-math.log(probabilities[place - 1, row[place]]) for place in range(first, len(row))])
+    evaluation = evaluate(model, windows, batch_size=3)
+    flat = [value for window in nats for value in window]
+    assert evaluation.num_tokens == len(flat)
+    assert evaluation.nats_per_token == pytest.approx(sum(flat) / len(flat), abs=1e-5)
+    assert evaluation.perplexity == pytest.approx(math.exp(sum(flat) / len(flat)), rel=1e-5)
+    means = [sum(window) / len(window) for window in nats]
+    center = sum(means) / len(means)
+    variance = sum((value - center) ** 2 for value in means) / (len(means) - 1)
+    assert evaluation.standard_error == pytest.approx(math.sqrt(variance / len(means)), abs=1e-5)
+
+
+def test_comparison_with_the_original_equals_a_float64_formula() -> None:
+    model, original = build_model(seed=1), build_model(seed=2)
+    windows = cut_windows(tokens(64), window=16)
+    with torch.inference_mode():
+        p = original(input_ids=windows.input_ids, use_cache=False).logits[:, :-1].double().log_softmax(-1)
+        q = model(input_ids=windows.input_ids, use_cache=False).logits[:, :-1].double().log_softmax(-1)
+    targets = windows.input_ids[:, 1:, None]
+    comparison = evaluate(model, windows, original=original).against
+    assert comparison is not None
+    assert comparison.kl_nats_per_token == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), abs=1e-5)
+    assert comparison.top1_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
+    excess = (p - q).gather(-1, targets).mean().item()
+    assert comparison.excess_nats_per_token == pytest.approx(excess, abs=1e-5)
+    assert comparison.perplexity_increase == pytest.approx(math.exp(excess) - 1, rel=1e-4)
+    assert comparison.original_perplexity == pytest.approx(math.exp(-p.gather(-1, targets).mean().item()), rel=1e-5)
+
+
+def test_a_model_against_itself_differs_in_nothing() -> None:
+    model = build_model()
+    comparison = evaluate(model, cut_windows(tokens(64), window=16), original=model).against
+    assert comparison is not None
+    assert (comparison.excess_nats_per_token, comparison.kl_nats_per_token) == (0, 0)
+    assert comparison.top1_agreement == 1
+
+
+def test_the_batch_size_does_not_matter() -> None:
+    model = build_model()
+    windows = cut_windows(tokens(100), window=10)
+    one, other = (evaluate(model, windows, batch_size=size).nats_per_token for size in (1, 10))
+    assert one == pytest.approx(other, abs=1e-6)
+
+
+def test_the_method_is_stated() -> None:
+    assert cut_windows(tokens(20), window=10).method == (
+        "documents joined by EOS, non-overlapping windows of 10 tokens, "
+        "no BOS, first token of each window not scored, last partial window left out"
+    )
+    overlapping = cut_windows(tokens(20), window=10, stride=4, bos_token_id=1).method
+    assert "overlapping (stride 4) windows of 10 tokens, BOS before each window" in overlapping
+
+
+def test_text_shorter_than_a_window() -> None:
+    with pytest.raises(DataError, match="the text has 9 tokens, fewer than one window of 10"):
+        cut_windows(tokens(9), window=10)
