@@ -50,6 +50,7 @@ __all__ = [
 METRICS_NAME = "metrics.jsonl"
 SETTINGS_NAME = "settings.json"
 _MAX_DEFAULT_SEQUENCE_LENGTH = 2048
+_OPTIMIZER = "adamw_torch"
 
 
 @dataclass(frozen=True)
@@ -327,6 +328,7 @@ def _training_arguments(job: UptrainJob, watch: Observation, device: torch.devic
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler,
         warmup_steps=math.ceil(settings.warmup_fraction * settings.steps),
+        optim=_OPTIMIZER,
         weight_decay=settings.weight_decay,
         adam_beta2=0.95,
         max_grad_norm=settings.max_grad_norm,

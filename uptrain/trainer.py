@@ -99,10 +99,13 @@ class MetricsLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._path.exists():
-            records = [json.loads(line) for line in self._path.read_text().splitlines()]
-            kept = [record for record in records if record["step"] <= state.global_step and state.global_step]
-            self._path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        kept = [line for line in lines if 0 < state.global_step >= json.loads(line)["step"]]
+        self._path.write_text("".join(line + "\n" for line in kept))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            control.should_log = True
 
     def on_log(
         self,

@@ -1,0 +1,379 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PROSE, VOCAB_SIZE, CheckpointFactory, build_model, build_tokenizer
+from kvconvert import configs
+from kvconvert.convert import ARCHITECTURES, Gqa, execute, find_architecture, open_checkpoint
+from kvconvert.convert.errors import DataError, DivergedError, InputError, OutputError, PreemptedError, UnsupportedError
+from kvconvert.convert.text import TextSource, encode_documents
+from kvconvert.measure.held_out import evaluate_checkpoint, load_windows
+from kvconvert.uptrain import run, trainer
+from kvconvert.uptrain.data import PackedBlocks, pack_documents
+from kvconvert.uptrain.trainer import UptrainTrainer
+from safetensors.torch import load_file
+
+LENGTH = 32
+
+
+class KilledError(Exception):
+    """Stands for a machine that goes away without a word."""
+
+
+SETTINGS = run.UptrainSettings(steps=6, sequence_length=LENGTH, learning_rate=1e-2, batch_size=4)
+
+
+@pytest.fixture
+def train(make_checkpoint: CheckpointFactory, prose_file: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Uptrain one tiny checkpoint; returns where the result is."""
+    source = make_checkpoint(num_key_value_heads=2, with_tokenizer=True)
+
+    def train_into(
+        name: str,
+        *,
+        settings: run.UptrainSettings = SETTINGS,
+        teacher: str | None = None,
+        watch: run.Observation | None = None,
+        data: Path = prose_file,
+        model: Path = source,
+        **options: bool,
+    ) -> Path:
+        with open_checkpoint(model) as checkpoint:
+            job = run.UptrainJob(checkpoint, settings, TextSource(str(data)), tmp_path / name, teacher)
+            run.uptrain(job, watch or run.Observation(), **options)
+        return tmp_path / name
+
+    return train_into
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    return all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(one).items())
+
+
+def settings_with(**changes: Any) -> run.UptrainSettings:
+    return run.UptrainSettings(**{**SETTINGS.__dict__, **changes})
+
+
+def pack(folder: Path, documents: list[list[int]], length: int, max_blocks: int = 100) -> None:
+    pack_documents(
+        documents, folder, source="test", tokenizer=build_tokenizer(), sequence_length=length, max_blocks=max_blocks
+    )
+
+
+def test_blocks_hold_the_documents_one_after_the_other(tmp_path: Path) -> None:
+    pack(tmp_path, [[10, 11, 12], [20, 21], [30, 31, 32, 33, 34, 35, 36], [40]], length=4)
+    blocks = PackedBlocks(tmp_path, num_samples=3, seed=0)
+    by_first_token = {sample["input_ids"][0].item(): sample for sample in (blocks[i] for i in range(3))}
+    assert {key: sample["input_ids"].tolist() for key, sample in by_first_token.items()} == {
+        10: [10, 11, 12, 20],
+        21: [21, 30, 31, 32],
+        33: [33, 34, 35, 36],
+    }
+    assert by_first_token[10]["position_ids"].tolist() == [0, 1, 2, 0]
+    assert by_first_token[10]["labels"].tolist() == [-100, 11, 12, -100]
+    assert by_first_token[21]["position_ids"].tolist() == [0, 0, 1, 2]
+    assert by_first_token[21]["labels"].tolist() == [21, -100, 31, 32]
+    assert by_first_token[33]["position_ids"].tolist() == [0, 1, 2, 3]
+    assert by_first_token[33]["labels"].tolist() == [33, 34, 35, 36]
+
+
+def test_each_pass_sees_every_block_once_in_another_order(tmp_path: Path) -> None:
+    pack(tmp_path, [list(range(80))], length=4)
+    blocks = PackedBlocks(tmp_path, num_samples=60, seed=0)
+    passes = [[blocks[i]["input_ids"][0].item() for i in range(begin, begin + 20)] for begin in (0, 20, 40)]
+    assert all(sorted(order) == list(range(0, 80, 4)) for order in passes)
+    assert passes[0] != passes[1] != passes[2]
+    assert passes[0] != [PackedBlocks(tmp_path, num_samples=20, seed=1)[i]["input_ids"][0].item() for i in range(20)]
+
+
+def test_no_more_than_the_tokens_needed_are_packed(tmp_path: Path) -> None:
+    pack(tmp_path, [list(range(10))] * 1000, length=4, max_blocks=7)
+    assert (tmp_path / "tokens.bin").stat().st_size == 7 * 4 * 2
+
+
+def test_text_shorter_than_a_block(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="test: 3 tokens, fewer than one block of 4"):
+        pack(tmp_path, [[1, 2, 3]], length=4)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_packed_documents_do_not_see_each_other(model_type: str, tmp_path: Path) -> None:
+    """Trap 2: what the trainer feeds isolates documents; the same with an attention mask, the control, does not."""
+    first, second = list(range(10, 20)), list(range(30, 46))
+    pack(tmp_path, [first, second], length=26)
+    feed = {k: v[None] for k, v in PackedBlocks(tmp_path, num_samples=1, seed=0)[0].items() if k != "labels"}
+    perturbed = {**feed, "input_ids": feed["input_ids"].clone()}
+    perturbed["input_ids"][0, :10] += 100
+    model = build_model(model_type)
+    mask = torch.ones_like(feed["input_ids"])
+    with torch.inference_mode():
+        alone, other = (model(**f, use_cache=False).logits[0, 10:] for f in (feed, perturbed))
+        leaking = [model(**f, attention_mask=mask, use_cache=False).logits[0, 10:] for f in (feed, perturbed)]
+    torch.testing.assert_close(alone, other, rtol=0, atol=1e-5 * alone.abs().max().item())
+    assert (leaking[0] - leaking[1]).abs().max() > 1e-3
+
+
+def test_the_trainer_feeds_neither_mask_nor_cache(train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    fed: list[dict[str, Any]] = []
+    compute_loss = UptrainTrainer.compute_loss
+
+    def spy(self: UptrainTrainer, model: Any, *args: Any, **kwargs: Any) -> Any:
+        model.register_forward_pre_hook(lambda module, positional, named: fed.append(named), with_kwargs=True)
+        monkeypatch.setattr(UptrainTrainer, "compute_loss", compute_loss)
+        return compute_loss(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(UptrainTrainer, "compute_loss", spy)
+    train("out", settings=settings_with(steps=1))
+    assert [sorted(named) for named in fed] == [["input_ids", "position_ids", "use_cache"]]
+    assert fed[0]["use_cache"] is False
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_gradient_accumulation_changes_nothing(
+    with_teacher: bool, train: Callable[..., Path], make_checkpoint: CheckpointFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap 1: 4 sequences at once, or 1 at a time. The control lets the Trainer scale the loss a second time."""
+    teacher = str(make_checkpoint(name="teacher", seed=1, with_tokenizer=True)) if with_teacher else None
+    # plain gradient steps without clipping: AdamW and clipping would hide a wrong scale of the gradient
+    monkeypatch.setattr(run, "_OPTIMIZER", "sgd")
+    at_once = settings_with(max_grad_norm=0.0)
+    accumulated = settings_with(max_grad_norm=0.0, batch_size=1, gradient_accumulation_steps=4)
+    whole = weights(train("whole", teacher=teacher, settings=at_once))
+    parts = weights(train("parts", teacher=teacher, settings=accumulated))
+    monkeypatch.setattr(UptrainTrainer, "loss_is_scaled_for_ga", False)
+    scaled_twice = weights(train("scaled-twice", teacher=teacher, settings=accumulated))
+    name = "model.layers.0.self_attn.k_proj.weight"
+    # float32, six steps: sums in another order
+    torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-5)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(scaled_twice[name], whole[name], rtol=1e-4, atol=1e-5)
+
+
+def test_master_weights_are_float32_and_the_result_has_the_sources_dtype(
+    train: Callable[..., Path], make_checkpoint: CheckpointFactory
+) -> None:
+    """Trap 3: at this learning rate one bfloat16 step changes almost nothing; float32 weights move everywhere."""
+    source = make_checkpoint(name="half", dtype=torch.bfloat16, with_tokenizer=True)
+    seen: list[tuple[set[torch.dtype], torch.Tensor]] = []
+
+    def score(model: Any) -> float:
+        dtypes = {parameter.dtype for parameter in model.parameters()}
+        seen.append((dtypes, model.model.layers[0].mlp.up_proj.weight.detach().clone()))
+        return 0.0
+
+    watch = run.Observation(score=score, eval_steps=1)
+    settings = settings_with(steps=3, learning_rate=1e-5, warmup_fraction=0.0, lr_scheduler="constant_with_warmup")
+    output = train("out", model=source, watch=watch, settings=settings)
+    assert [dtypes for dtypes, _ in seen] == [{torch.float32}] * 4
+    moved = (seen[-1][1] != seen[0][1]).double().mean().item()
+    moved_in_half = (seen[-1][1].bfloat16() != seen[0][1].bfloat16()).double().mean().item()
+    assert moved > 0.99
+    assert moved_in_half < 0.5
+    assert {tensor.dtype for tensor in weights(output).values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("culprit", ["loss", "gradient norm"])
+def test_a_non_finite_step_is_not_taken(
+    culprit: str, train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Trap 5: the third step is poisoned; the weights stay those after the second."""
+    states: list[tuple[Any, dict[str, torch.Tensor]]] = []
+    calls = 0
+    cross_entropy_sum = trainer.cross_entropy_sum
+
+    def poisoned(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        loss = cross_entropy_sum(logits, labels)
+        if calls < 3:
+            return loss
+        if culprit == "loss":
+            return loss * float("nan")
+        logits.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    def score(model: Any) -> float:
+        states.append((model, {name: tensor.clone() for name, tensor in model.state_dict().items()}))
+        return 0.0
+
+    monkeypatch.setattr(trainer, "cross_entropy_sum", poisoned)
+    with pytest.raises(DivergedError, match=f"step 3: {culprit} is (nan|inf); the weights were not updated") as raised:
+        train("out", watch=run.Observation(score=score, eval_steps=1, log_steps=1))
+    assert raised.value.exit_code == 4
+    model, after_second = states[-1]
+    assert len(states) == 3
+    assert all(torch.equal(tensor, after_second[name]) for name, tensor in model.state_dict().items())
+    assert not (tmp_path / "out").exists()
+    records = [json.loads(line) for line in (tmp_path / "out.uptraining" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "loss" in record] == [1, 2]
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_interrupted_and_resumed_equals_uninterrupted(
+    with_teacher: bool, train: Callable[..., Path], make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    teacher = str(make_checkpoint(name="teacher", seed=1, with_tokenizer=True)) if with_teacher else None
+    settings = settings_with(gradient_accumulation_steps=2)
+    whole = train("whole", teacher=teacher, settings=settings)
+
+    done = 0
+
+    def stop_after_three(num_steps: int) -> None:
+        nonlocal done
+        done += num_steps
+        if num_steps and done == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(PreemptedError, match="stopped at step 3 of 6") as raised:
+        train("parts", teacher=teacher, settings=settings, watch=run.Observation(progress=stop_after_three))
+    assert raised.value.exit_code == 75
+    assert not (tmp_path / "parts").exists()
+    parts = train("parts", teacher=teacher, settings=settings, resume=True)
+    assert same_weights(whole, parts)
+    assert not (tmp_path / "parts.uptraining").exists()
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(train: Callable[..., Path]) -> None:
+    """No warning at step 5, checkpoints at 2 and 4: records and weights are as if nothing had happened."""
+    watch = run.Observation(save_steps=2, log_steps=1)
+    whole = train("whole", watch=watch)
+
+    done = 0
+
+    def die_at_five(num_steps: int) -> None:
+        nonlocal done
+        done += num_steps
+        if done == 5:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train("parts", watch=run.Observation(save_steps=2, log_steps=1, progress=die_at_five))
+    parts = train("parts", watch=watch, resume=True)
+    assert same_weights(whole, parts)
+    records = [[json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (whole, parts)]
+    assert [[record["step"] for record in run_records] for run_records in records] == [list(range(1, 7))] * 2
+    assert [record["loss"] for record in records[0]] == [record["loss"] for record in records[1]]
+
+
+def test_resuming_something_else_is_refused(train: Callable[..., Path], tmp_path: Path) -> None:
+    def die(num_steps: int) -> None:
+        if num_steps:
+            raise KilledError
+
+    with pytest.raises(InputError, match="no run to resume here"):
+        train("out", resume=True)
+    with pytest.raises(KilledError):
+        train("out", watch=run.Observation(progress=die))
+    with pytest.raises(OutputError, match="holds an unfinished run"):
+        train("out")
+    with pytest.raises(InputError, match=r"other settings: learning_rate was 0\.01, now 0\.02"):
+        train("out", settings=settings_with(learning_rate=2e-2), resume=True)
+    assert (tmp_path / "out.uptraining").exists()
+    train("out", force=True)
+    assert not (tmp_path / "out.uptraining").exists()
+
+
+def test_the_result_keeps_config_and_companions_of_the_source(train: Callable[..., Path], tmp_path: Path) -> None:
+    output = train("out")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (output / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+    assert weights(output).keys() == weights(tmp_path / "model").keys()
+    record = json.loads((output / "kvconvert.json").read_text())["uptraining"]
+    assert record["tokens"] == 6 * 4 * LENGTH
+    assert record["objective"] == "cross-entropy"
+    assert {path.name for path in output.iterdir()} == {path.name for path in (tmp_path / "model").iterdir()} | {
+        "kvconvert.json",
+        "metrics.jsonl",
+    }
+
+
+def test_tied_embeddings_stay_tied(train: Callable[..., Path], make_checkpoint: CheckpointFactory) -> None:
+    source = make_checkpoint(name="tied", tie_word_embeddings=True, with_tokenizer=True)
+    assert "lm_head.weight" not in weights(train("out", model=source))
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(
+    train: Callable[..., Path], make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    other = make_checkpoint(name="other", with_tokenizer=True)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[5:7]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(DataError, match="its tokenizer differs"):
+        train("out", teacher=str(other))
+    larger = make_checkpoint(name="larger", vocab_size=VOCAB_SIZE + 8, with_tokenizer=True)
+    with pytest.raises(DataError, match=f"vocab_size {VOCAB_SIZE + 8}, but"):
+        train("out", teacher=str(larger), force=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sequence_length": 4096}, r"sequence length 4096 does not fit .* \(max_position_embeddings = 128\)"),
+        ({"sequence_length": 1}, "sequence length is 1, expected at least 2"),
+        ({"learning_rate": float("nan")}, "learning rate is nan, expected a positive number"),
+        ({"steps": 0}, "steps is 0, expected at least 1"),
+    ],
+)
+def test_unusable_settings(changes: dict[str, Any], message: str, train: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        train("out", settings=settings_with(**changes))
+    assert not (tmp_path / "out.uptraining").exists()
+
+
+def test_unusable_text_leaves_nothing_behind(train: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("It was.")
+    with pytest.raises(DataError, match="no text in it"):
+        train("out", data=tmp_path / "empty.txt")
+    with pytest.raises(DataError, match="fewer than one block of 32"):
+        train("out", data=tmp_path / "short.txt")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_documents_get_bos_where_the_tokenizer_puts_one(tmp_path: Path) -> None:
+    ids = next(encode_documents([PROSE], build_tokenizer(), bos=True))
+    pack(tmp_path, [ids], length=16)
+    firsts = {PackedBlocks(tmp_path, num_samples=20, seed=0)[i]["input_ids"][0].item() for i in range(20)}
+    assert 1 in firsts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_the_demo_model_recovers(with_teacher: bool, tmp_path: Path) -> None:
+    """48 steps, a fifth of the demo's: held-out loss of the pooled model goes most of the way back."""
+    original = configs.DEMO / "model"
+    with open_checkpoint(original) as checkpoint:
+        execute(Gqa(2).plan(checkpoint, find_architecture(checkpoint)), checkpoint, tmp_path / "gqa2")
+    held_out = TextSource(str(configs.DEMO / "heldout.jsonl"))
+    windows = load_windows(original, held_out, window=256, max_windows=64)
+    before = evaluate_checkpoint(tmp_path / "gqa2", windows, against=original)
+    settings = run.UptrainSettings(
+        steps=48, sequence_length=256, learning_rate=2e-3, batch_size=8, precision=run.default_precision()
+    )
+    with open_checkpoint(tmp_path / "gqa2") as checkpoint:
+        source = TextSource(str(configs.DEMO / "uptrain.jsonl"))
+        job = run.UptrainJob(
+            checkpoint, settings, source, tmp_path / "out", teacher=str(original) if with_teacher else None
+        )
+        run.uptrain(job, run.Observation())
+    after = evaluate_checkpoint(tmp_path / "out", windows, against=original)
+    assert before.against is not None
+    assert after.against is not None
+    assert after.against.excess_nats_per_token < 0.4 * before.against.excess_nats_per_token
+    assert after.nats_per_token + 10 * after.standard_error < before.nats_per_token
+    assert after.against.kl_nats_per_token < 0.4 * before.against.kl_nats_per_token
