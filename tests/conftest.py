@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ CheckpointFactory = Callable[..., Path]
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def build_model(model_type: str = "llama", *, seed: int = 0, **overrides: object) -> torch.nn.Module:
+def build_model(model_type: str = "llama", *, seed: int = 0, **overrides: object) -> Any:
     """A tiny float32 model of the real class, its weights large enough that logits have a scale above 1."""
     settings: dict[str, object] = {
         "hidden_size": HIDDEN_SIZE,
@@ -70,7 +71,7 @@ def build_model(model_type: str = "llama", *, seed: int = 0, **overrides: object
     return model.eval()
 
 
-def tie_heads(model: torch.nn.Module, num_groups: int, *, projections: tuple[str, ...] = ("k_proj", "v_proj")) -> None:
+def tie_heads(model: Any, num_groups: int, *, projections: tuple[str, ...] = ("k_proj", "v_proj")) -> None:
     """Make all K/V heads of a group equal to its first, so that pooling them loses nothing."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -58,7 +58,12 @@ def test_forward_kl_keeps_one_tensor_in_the_students_dtype() -> None:
     student, teacher, labels = batch()
     student = student.bfloat16().requires_grad_()
     saved: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         total = forward_kl_sum(student, teacher.bfloat16(), labels)
     large = [tensor for tensor in saved if tensor.is_floating_point()]
     assert [tensor.dtype for tensor in large] == [torch.bfloat16]

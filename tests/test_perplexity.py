@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ def test_every_token_is_scored_once_and_in_its_context(
 ) -> None:
     text_window = window - bos
     text = torch.arange(1000, 1000 + count)  # each token names its place
-    options = {"window": window, "stride": stride, "bos_token_id": 7 if bos else None, "max_windows": max_windows}
+    options: dict[str, Any] = {"window": window, "stride": stride}
+    options |= {"bos_token_id": 7 if bos else None, "max_windows": max_windows}
     if stride > text_window or count < text_window:
         with pytest.raises(DataError):
             cut_windows(text, **options)

@@ -15,7 +15,7 @@ from kvconvert.convert import ARCHITECTURES, Gqa, execute, find_architecture, op
 from kvconvert.convert.errors import DataError, DivergedError, InputError, OutputError, PreemptedError, UnsupportedError
 from kvconvert.convert.text import TextSource, encode_documents
 from kvconvert.measure.held_out import evaluate_checkpoint, load_windows
-from kvconvert.uptrain import run, trainer
+from kvconvert.uptrain import objective, run, trainer
 from kvconvert.uptrain.data import PackedBlocks, pack_documents
 from kvconvert.uptrain.trainer import UptrainTrainer
 from safetensors.torch import load_file
@@ -190,7 +190,7 @@ def test_a_non_finite_step_is_not_taken(
     """Trap 5: the third step is poisoned; the weights stay those after the second."""
     states: list[tuple[Any, dict[str, torch.Tensor]]] = []
     calls = 0
-    cross_entropy_sum = trainer.cross_entropy_sum
+    cross_entropy_sum = objective.cross_entropy_sum
 
     def poisoned(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         nonlocal calls

@@ -1,0 +1,362 @@
+"""The installed command, run as people run it: exit codes, stdout, stderr, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CheckpointFactory, Command
+from kvconvert.cli.main import app
+from kvconvert.cli.options import parse_percentage, parse_size
+from kvconvert.configs import DEMO
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from typer import BadParameter
+from typer.main import get_command
+
+README = Path(__file__).parents[1] / "README.md"
+COMMANDS = ("inspect", "mha2gqa", "mha2mqa", "uptrain", "evaluate", "demo")
+
+
+def snapshot(directory: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(directory.rglob("*"))}
+
+
+def drop_shard(model: Path) -> None:
+    sorted(model.glob("*.safetensors"))[0].unlink()
+
+
+def truncate(model: Path) -> None:
+    weights = next(model.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def corrupt(model: Path) -> None:
+    weights = next(model.glob("*.safetensors"))
+    weights.write_bytes(b"\0" * 8 + weights.read_bytes()[8:])
+
+
+def contradict(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text()) | {"num_key_value_heads": 4}
+    (model / "config.json").write_text(json.dumps(config))
+
+
+def rename_architecture(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text()) | {"model_type": "nonesuch"}
+    (model / "config.json").write_text(json.dumps(config))
+
+
+def occupy_output(model: Path) -> None:
+    (model.with_name("model-gqa2")).mkdir()
+
+
+def add_stray_tensor(model: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    save_file(weights | {"stray.weight": torch.ones(2)}, model / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message", "code"),
+    [
+        (shutil.rmtree, r"model: no such directory", 2),
+        (drop_shard, r"shard model-00001-of-\d+\.safetensors is missing", 2),
+        (truncate, r"model-\d+-of-\d+\.safetensors: not a valid safetensors file, or truncated", 2),
+        (corrupt, r"not a valid safetensors file", 2),
+        (contradict, r"layer 0: k_proj has 8 heads, config\.json says num_key_value_heads = 4", 2),
+        (rename_architecture, r"model_type 'nonesuch' is not supported", 2),
+        (occupy_output, r"model-gqa2 already exists", 2),
+    ],
+)
+def test_a_bad_checkpoint_gives_one_line_and_leaves_nothing(
+    damage: Callable[[Path], None],
+    message: str,
+    code: int,
+    make_checkpoint: CheckpointFactory,
+    kvconvert: Command,
+    tmp_path: Path,
+) -> None:
+    model = make_checkpoint(max_shard_size="60KB")
+    damage(model)
+    before = snapshot(tmp_path)
+    outcome = kvconvert("mha2gqa", model, "--groups", 2)
+    assert outcome.returncode == code
+    assert outcome.stdout == ""
+    lines = outcome.stderr.splitlines()
+    assert re.search(f"^error: .*{message}", lines[0])
+    assert [line.split(":")[0] for line in lines[1:]] in ([], ["hint"])
+    assert snapshot(tmp_path) == before
+
+
+def test_a_result_that_its_class_refuses_is_removed(
+    make_checkpoint: CheckpointFactory, kvconvert: Command, tmp_path: Path
+) -> None:
+    model = make_checkpoint()
+    add_stray_tensor(model)
+    before = snapshot(tmp_path)
+    outcome = kvconvert("mha2gqa", model, "--groups", 2, "--quiet")
+    assert outcome.returncode == 1
+    assert outcome.stderr.startswith("error: LlamaForCausalLM does not accept the result: 1 unexpected keys")
+    assert snapshot(tmp_path) == before
+
+
+def test_a_full_disk(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    """`ulimit -f` makes the operating system refuse to write more, as a full disk does."""
+    model = make_checkpoint()
+    before = snapshot(tmp_path)
+    program = Path(sys.executable).with_name("kvconvert")
+    outcome = subprocess.run(
+        ["bash", "-c", f"ulimit -f 20; exec {program} mha2gqa {model} --groups 2 --quiet"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert outcome.returncode == 2
+    assert re.fullmatch(
+        r"error: \S+model-gqa2: the disk is full \(.*\)\nhint: free some space, .*\n", outcome.stderr
+    ), outcome.stderr
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mha2gqa", "MODEL", "--groups", "3"], r"8 K/V heads cannot form 3 equal groups\nhint: .*1, 2, 4, 8"),
+        (["mha2gqa", "MODEL", "--groups", "8"], r"already has 8 K/V heads\nhint: .*--force"),
+        (["mha2gqa", "MODEL", "--groups", "2", "--output", "MODEL", "--force"], "is the source itself"),
+        (["evaluate", "MODEL", "--data", "none.jsonl"], r"none\.jsonl: no such file here"),
+        (["evaluate", "MODEL", "--data", "EMPTY"], r"empty\.txt: no text in it"),
+        (["evaluate", "MODEL", "--data", "SHORT"], r"the text has \d+ tokens, fewer than one window of 512"),
+        (["evaluate", "MODEL", "--data", "SHORT", "--max-ppl-increase", "5%"], "--max-ppl-increase needs --against"),
+        (["evaluate", "BARE", "--data", "SHORT"], r"bare: no tokenizer"),
+        (["uptrain", "MODEL", "--steps", "1", "--data", "EMPTY"], r"empty\.txt: no text in it"),
+        (["uptrain", "MODEL", "--steps", "1", "--data", "SHORT"], r"fewer than one block of 128"),
+        (["uptrain", "BARE", "--steps", "1", "--data", "SHORT"], r"bare: no tokenizer"),
+        (["uptrain", "MODEL", "--steps", "1", "--data", "SHORT", "--resume"], "no run to resume here"),
+    ],
+)
+def test_bad_requests_give_one_line_and_leave_nothing(
+    arguments: list[str], message: str, make_checkpoint: CheckpointFactory, kvconvert: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "short.txt").write_text("It was the best of times.")
+    places = {
+        "MODEL": make_checkpoint(with_tokenizer=True),
+        "BARE": make_checkpoint(name="bare"),
+        "EMPTY": tmp_path / "empty.txt",
+        "SHORT": tmp_path / "short.txt",
+    }
+    before = snapshot(tmp_path)
+    outcome = kvconvert(*(places.get(argument, argument) for argument in arguments))
+    assert outcome.returncode == 2, outcome.stderr
+    assert outcome.stdout == ""
+    assert re.search(rf"\Aerror: .*{message}", outcome.stderr), outcome.stderr
+    assert len(outcome.stderr.splitlines()) <= 2
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["mha2gqa"],
+        ["mha2gqa", "x"],
+        ["nonesuch"],
+        ["mha2gqa", "x", "-g", "0"],
+        ["mha2gqa", "x", "-g", "2", "--method", "m"],
+    ],
+)
+def test_wrong_usage_exits_with_2_and_shows_the_usage(arguments: list[str], kvconvert: Command) -> None:
+    outcome = kvconvert(*arguments)
+    assert outcome.returncode == 2
+    assert outcome.stdout == ""
+    assert "Usage: kvconvert" in outcome.stderr
+
+
+def test_convert_as_json_is_one_object_and_the_result_opens(
+    make_checkpoint: CheckpointFactory, kvconvert: Command, tmp_path: Path
+) -> None:
+    """Options before MODEL, as the client wrote the command."""
+    model = make_checkpoint()
+    outcome = kvconvert("mha2gqa", "--groups", 2, model, "--json")
+    assert outcome.returncode == 0, outcome.stderr
+    result = json.loads(outcome.stdout)
+    assert result["output"] == str(tmp_path / "model-gqa2")
+    assert result["num_key_value_heads"] == {"source": 8, "result": 2}
+    assert result["cache_bytes_per_token"] == {"source": 512, "result": 128}
+    assert result["opened_as"] == "LlamaForCausalLM"
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "model-gqa2")
+    assert opened.config.num_key_value_heads == 2
+    assert json.loads(kvconvert("inspect", tmp_path / "model-gqa2", "--json").stdout)["attention"] == "GQA"
+
+
+def test_convert_for_people(make_checkpoint: CheckpointFactory, kvconvert: Command, tmp_path: Path) -> None:
+    outcome = kvconvert("mha2mqa", make_checkpoint(), "-o", tmp_path / "deep" / "out", "--max-shard-size", "100KB")
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout.splitlines() == [
+        "llama: 8 → 1 K/V heads",
+        "  method      mean, 4 tensors pooled, 17 copied",
+        "  K/V cache   512 → 64 bytes per token (16-bit), 1/8",
+        "  weights     403 kB → 345 kB",
+        f"  wrote {tmp_path / 'deep' / 'out'} (opens as LlamaForCausalLM)",
+    ]
+    assert "converting: 100 %" in outcome.stderr
+    assert len(list((tmp_path / "deep" / "out").glob("*.safetensors"))) > 1
+
+
+def test_a_dry_run_writes_nothing(
+    make_checkpoint: CheckpointFactory, kvconvert: Command, prose_file: Path, tmp_path: Path
+) -> None:
+    model = make_checkpoint(with_tokenizer=True)
+    before = snapshot(tmp_path)
+    convert = kvconvert("mha2gqa", model, "--groups", 2, "--dry-run", "--json")
+    plan = json.loads(convert.stdout)["plan"]
+    assert {step["writes"]["name"] for step in plan["steps"] if step["op"]} == {
+        f"model.layers.{layer}.self_attn.{projection}_proj.weight" for layer in range(2) for projection in "kv"
+    }
+    train = kvconvert("uptrain", model, "--steps", 10, "--data", prose_file, "--dry-run", "--json")
+    assert json.loads(train.stdout)["tokens"] == 10 * 8 * 128
+    demo = kvconvert("demo", "--dry-run", "--json")
+    assert json.loads(demo.stdout)["uptraining_steps"] == 256
+    assert snapshot(tmp_path) == before
+
+
+def test_evaluate_and_its_gate(kvconvert: Command, tmp_path: Path) -> None:
+    original, held_out = DEMO / "model", DEMO / "heldout.jsonl"
+    assert kvconvert("mha2mqa", original, "--output", tmp_path / "mqa", "--quiet").returncode == 0
+    common = ["--data", held_out, "--window", 64, "--max-windows", 8, "--against", original, "--json"]
+    passed = kvconvert("evaluate", original, *common, "--max-ppl-increase", "0%")
+    assert passed.returncode == 0, passed.stderr
+    gate = {"name": "max_ppl_increase", "value": 0.0, "threshold": 0.0, "passed": True}
+    assert json.loads(passed.stdout)["gate"] == gate
+    failed = kvconvert("evaluate", tmp_path / "mqa", *common, "--max-ppl-increase", "50%")
+    assert failed.returncode == 3
+    result = json.loads(failed.stdout)
+    assert result["gate"]["passed"] is False
+    assert result["num_windows"] == 8
+    assert result["against"]["kl_nats_per_token"] > 1
+    assert re.search(r"error: perplexity is \d+\.\d% above the original, more than the allowed 50\.0%", failed.stderr)
+
+
+def test_one_window_has_no_standard_error(
+    make_checkpoint: CheckpointFactory, kvconvert: Command, prose_file: Path
+) -> None:
+    model = make_checkpoint(with_tokenizer=True)
+    outcome = kvconvert("evaluate", model, "--data", prose_file, "--window", 64, "--max-windows", 1, "--json")
+    assert json.loads(outcome.stdout)["standard_error"] is None
+
+
+def test_uptrain_is_stopped_by_sigterm_and_resumed(
+    make_checkpoint: CheckpointFactory, kvconvert: Command, prose_file: Path, tmp_path: Path
+) -> None:
+    model = make_checkpoint(with_tokenizer=True)
+    arguments = ["uptrain", model, "--steps", 400, "--data", prose_file, "--batch-size", 2, "--log-steps", 1]
+    program = Path(sys.executable).with_name("kvconvert")
+    metrics = tmp_path / "model-uptrained.uptraining" / "metrics.jsonl"
+    with subprocess.Popen(
+        [str(program), *map(str, arguments)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert re.search(r"error: stopped at step \d+ of 400; saved in ", errors)
+    assert not (tmp_path / "model-uptrained").exists()
+    resumed = kvconvert(*arguments, "--resume", "--json")
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["tokens"] == 400 * 2 * 128
+    lines = (tmp_path / "model-uptrained" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == list(range(1, 401))
+
+
+def test_a_diverging_run_exits_with_4(
+    make_checkpoint: CheckpointFactory, kvconvert: Command, prose_file: Path, tmp_path: Path
+) -> None:
+    model = make_checkpoint(with_tokenizer=True)
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    outcome = kvconvert("uptrain", model, "--steps", 5, "--data", prose_file, "--quiet")
+    assert outcome.returncode == 4
+    assert outcome.stderr.startswith("error: step 1: loss is nan; the weights were not updated\nhint: ")
+    assert not (tmp_path / "model-uptrained").exists()
+
+
+def test_an_unexpected_error_is_one_line_and_debug_shows_the_traceback(kvconvert: Command, tmp_path: Path) -> None:
+    """A config that is a directory is nothing that the code foresees."""
+    broken = tmp_path / "broken"
+    (broken / "model.safetensors").mkdir(parents=True)
+    (broken / "config.json").write_text('{"model_type": "llama"}')
+    outcome = kvconvert("inspect", broken)
+    assert outcome.returncode in (1, 2)
+    assert len(outcome.stderr.splitlines()) <= 2
+    assert "Traceback" in kvconvert("--debug", "inspect", broken).stderr
+
+
+def test_help_does_not_import_torch(kvconvert: Command) -> None:
+    program = (
+        "import sys; from kvconvert.cli.main import app; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    outcome = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert outcome.stdout.split() == ["False", "False"]
+    assert kvconvert("--help").returncode == 0
+
+
+def test_inspect_does_not_import_torch(make_checkpoint: CheckpointFactory) -> None:
+    program = (
+        "import sys; from kvconvert.convert import inspect_checkpoint, open_checkpoint\n"
+        f"inspect_checkpoint(open_checkpoint({str(make_checkpoint())!r})); print('torch' in sys.modules)"
+    )
+    outcome = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert outcome.stdout.split() == ["False"]
+
+
+def test_every_command_has_an_example_and_a_place_in_the_readme() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    assert tuple(commands) == COMMANDS
+    readme = README.read_text()
+    for name, command in commands.items():
+        assert f"Example: kvconvert {name} " in command.help
+        assert f"### `kvconvert {name}" in readme
+        for parameter in command.params:
+            assert getattr(parameter, "help", None) or parameter.name == "help", f"{name}: {parameter.name} has no help"
+
+
+def test_every_example_parses() -> None:
+    """The arguments of each example are ones that its command takes."""
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    for name, command in commands.items():
+        example = re.search(r"Example: kvconvert \S+ (.*)", command.help)
+        assert example is not None
+        context = command.make_context(name, example[1].split(), resilient_parsing=False)
+        assert context.params
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("500 MB", 5 * 10**8), ("1.5kb", 1500), ("2GiB", 2**31), ("100", 100)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "5XB", "-1GB", "0GB", "GB"])
+def test_what_is_not_a_size(text: str) -> None:
+    with pytest.raises(BadParameter, match="is not a size; write for example 5GB"):
+        parse_size(text)
+
+
+def test_percentages() -> None:
+    assert parse_percentage("5%") == parse_percentage("0.05") == 0.05
+    for text in ("five", "5%%", "-5%"):
+        with pytest.raises(BadParameter, match="is not a percentage"):
+            parse_percentage(text)

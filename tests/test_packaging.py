@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import ast
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import kvconvert.configs
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+FOLDERS = ("cli", "configs", "convert", "measure", "uptrain")
+
+
+def test_every_package_of_the_tree_is_installed() -> None:
+    """A sub-package missing from the list works in an editable install and is absent from the wheel."""
+    found = {
+        "kvconvert." + str(path.parent.relative_to(ROOT)).replace("/", ".")
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("__init__.py")
+    }
+    setuptools = PROJECT["tool"]["setuptools"]
+    assert set(setuptools["packages"]) == found
+    assert {name: path for name, path in setuptools["package-dir"].items() if "." not in path} == {
+        f"kvconvert.{folder}": folder for folder in FOLDERS
+    }
+    assert all((ROOT / folder / "py.typed").exists() for folder in FOLDERS)
+
+
+def test_every_demo_file_is_package_data() -> None:
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["kvconvert.configs"]
+    covered = {path for pattern in patterns for path in (ROOT / "configs").glob(pattern) if path.is_file()}
+    assert covered == {path for path in (ROOT / "configs" / "demo").rglob("*") if path.is_file()}
+    assert (kvconvert.configs.DEMO / "model" / "model.safetensors").exists()
+
+
+def test_demo_sizes() -> None:
+    """The checkpoint stays under 12 MB, its texts together under 4 MB."""
+    sizes = {path.name: path.stat().st_size for path in (ROOT / "configs" / "demo").rglob("*") if path.is_file()}
+    assert sizes["model.safetensors"] <= 12e6
+    assert sizes["uptrain.jsonl"] + sizes["heldout.jsonl"] <= 4e6
+
+
+def test_dependencies_point_one_way() -> None:
+    """cli → uptrain → measure → convert; nothing imports cli."""
+    allowed = {
+        "convert": {"convert"},
+        "measure": {"measure", "convert"},
+        "uptrain": {"uptrain", "measure", "convert"},
+        "cli": {"cli", "uptrain", "measure", "convert", "configs"},
+    }
+    for folder, wanted in allowed.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            imported = set()
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and node.level == 2:
+                    names = [alias.name for alias in node.names] if node.module is None else [node.module.split(".")[0]]
+                    imported.update(names)
+            assert imported <= wanted, path
+
+
+def test_public_names_exist() -> None:
+    for folder in FOLDERS:
+        for path in (ROOT / folder).rglob("*.py"):
+            tree = ast.parse(path.read_text())
+            exported = [
+                ast.literal_eval(node.value)
+                for node in tree.body
+                if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
+            ]
+            names = {
+                name
+                for node in tree.body
+                for name in (
+                    [node.name]
+                    if isinstance(node, ast.FunctionDef | ast.ClassDef)
+                    else [getattr(target, "id", "") for target in getattr(node, "targets", [])]
+                    or [getattr(getattr(node, "target", None), "id", "")]
+                )
+            }
+            names |= {
+                alias.asname or alias.name
+                for node in tree.body
+                if isinstance(node, ast.ImportFrom)
+                for alias in node.names
+            }
+            for name in exported[0] if exported else []:
+                assert name in names, f"{path}: {name}"
+
+
+def test_the_version_is_written_once() -> None:
+    assert version("kvconvert") == PROJECT["project"]["version"]
+    assert f"## {version('kvconvert')}" in (ROOT / "CHANGELOG.md").read_text()
