@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,9 +20,16 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Terminal:
-    """How one command talks: `as_json` puts one JSON object on stdout, `quiet` drops progress and remarks."""
+    """How one command talks: `as_json` puts one JSON object on stdout, `quiet` drops progress and remarks.
+
+    Of several processes that a launcher started, only the first talks.
+    """
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.is_first_process = os.environ.get("RANK", "0") == "0"
+        quiet = quiet or not self.is_first_process
+        if quiet:
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         self.as_json = as_json
         self.quiet = quiet
         self.results = Console(highlight=False, soft_wrap=True, markup=False)
@@ -29,6 +37,8 @@ class Terminal:
 
     def result(self, data: dict[str, Any], show: Callable[[Console], object]) -> None:
         """Print the result once, as JSON or as `show` draws it."""
+        if not self.is_first_process:
+            return
         if self.as_json:
             sys.stdout.write(json.dumps(_json_ready(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         else:

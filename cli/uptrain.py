@@ -151,9 +151,8 @@ def uptrain(
                 resume=resume,
                 force=force,
             )
-    terminal.result(
-        _summary(job) | {"seconds": round(result.seconds, 1), "dry_run": False}, lambda console: _show(result, console)
-    )
+    outcome = {"passes": result.passes, "seconds": round(result.seconds, 1), "dry_run": False}
+    terminal.result(_summary(job) | outcome, lambda console: _show(result, console))
 
 
 def _scorer(job: UptrainJob, source: TextSource) -> Any:
@@ -200,5 +199,5 @@ def _show_plan(job: UptrainJob, console: Console) -> None:
 def _show(result: UptrainResult, console: Console) -> None:
     rate = result.tokens / max(result.seconds, 1e-9)
     console.print(f"uptrained for {result.steps} steps, {human_count(result.tokens)} tokens, {result.objective}")
-    console.print(f"  {result.seconds:.0f} s, {rate:.0f} tokens/s")
+    console.print(f"  {result.seconds:.0f} s, {rate:.0f} tokens/s, {result.passes:.2f} passes over the text")
     console.print(f"  wrote {result.output}")

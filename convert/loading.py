@@ -40,16 +40,18 @@ def load_model(model: str | Path, *, dtype: Any, device: Any) -> Any:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No progress bars and no warnings of transformers: kvconvert shows its own progress and checks for itself."""
+    from huggingface_hub.utils import are_progress_bars_disabled
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
+    verbosity, had_bars = logging.get_verbosity(), not are_progress_bars_disabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
+        if had_bars:
+            logging.enable_progress_bar()
 
 
 def _open(model: str | Path, **options: Any) -> tuple[Any, str | None]:

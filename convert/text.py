@@ -15,7 +15,7 @@ from .errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TextSource", "adds_bos", "encode_documents", "load_tokenizer", "read_documents", "same_vocabulary"]
+__all__ = ["TextSource", "adds_bos", "check_tokenizers", "encode_documents", "load_tokenizer", "read_documents"]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -94,9 +94,24 @@ def encode_documents(
             yield before + ids + after
 
 
-def same_vocabulary(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether both map the same strings to the same ids, so that their models' logits can be compared."""
-    return one.get_vocab() == other.get_vocab()
+def check_tokenizers(model: str | Path, original: str | Path | None) -> None:
+    """Raise DataError if `model` has no tokenizer, or if its logits cannot be compared with those of `original`."""
+    tokenizer = load_tokenizer(model)
+    if original is None:
+        return
+    if load_tokenizer(original).get_vocab() != tokenizer.get_vocab():
+        difference = "its tokenizer differs from that of"
+    elif _vocab_size(original) != _vocab_size(model):
+        difference = f"its logits have {_vocab_size(original)} entries, not {_vocab_size(model)} as those of"
+    else:
+        return
+    raise DataError(f"{original}: {difference} {model}", hint="use the original that was converted")
+
+
+def _vocab_size(model: str | Path) -> int:
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(model).get_text_config().vocab_size)
 
 
 def _non_empty(documents: Iterable[str], location: str) -> Iterator[str]:

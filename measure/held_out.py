@@ -11,7 +11,14 @@ import torch
 
 from ..convert.errors import DataError
 from ..convert.loading import load_model
-from ..convert.text import TextSource, adds_bos, encode_documents, load_tokenizer, read_documents, same_vocabulary
+from ..convert.text import (
+    TextSource,
+    adds_bos,
+    check_tokenizers,
+    encode_documents,
+    load_tokenizer,
+    read_documents,
+)
 from .perplexity import Evaluation, Windows, cut_windows, evaluate
 
 __all__ = ["default_device", "evaluate_checkpoint", "load_windows"]
@@ -65,15 +72,7 @@ def evaluate_checkpoint(
     Raises DataError if the two do not share their vocabulary.
     """
     device = device or default_device()
-    if against is not None and not same_vocabulary(load_tokenizer(model), load_tokenizer(against)):
-        raise DataError(
-            f"{against}: its tokenizer differs from that of {model}",
-            hint="--against takes the original that was converted",
-        )
+    check_tokenizers(model, against)
     original = load_model(against, dtype=dtype, device=device) if against is not None else None
     loaded = load_model(model, dtype=dtype, device=device)
-    if original is not None and original.config.vocab_size != loaded.config.vocab_size:
-        raise DataError(
-            f"{against}: vocab_size {original.config.vocab_size}, but {model} has {loaded.config.vocab_size}"
-        )
     return evaluate(loaded, windows, original=original, batch_size=batch_size, progress=progress)

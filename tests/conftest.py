@@ -147,7 +147,7 @@ def kvconvert(tmp_path: Path) -> Command:
             text=True,
             cwd=working_directory,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **(env or {})},
-            timeout=300,
+            timeout=900,
             check=False,
         )
 

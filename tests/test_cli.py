@@ -18,6 +18,8 @@ from conftest import CheckpointFactory, Command
 from kvconvert.cli.main import app
 from kvconvert.cli.options import parse_percentage, parse_size
 from kvconvert.configs import DEMO
+from kvconvert.convert import ARCHITECTURES
+from kvconvert.convert import errors as errors_module
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer import BadParameter
@@ -360,3 +362,22 @@ def test_percentages() -> None:
     for text in ("five", "5%%", "-5%"):
         with pytest.raises(BadParameter, match="is not a percentage"):
             parse_percentage(text)
+
+
+def test_the_readme_shows_what_inspect_prints(kvconvert: Command) -> None:
+    blocks = README.read_text().split("    $ kvconvert inspect configs/demo/model\n")
+    shown = [line.removeprefix("    ") for line in blocks[1].split("\n\n")[0].splitlines()]
+    outcome = kvconvert("inspect", DEMO / "model")
+    assert shown[0] == "configs/demo/model"
+    assert outcome.stdout.splitlines()[1:] == shown[1:]
+
+
+def test_the_readme_lists_the_architectures() -> None:
+    listed = README.read_text().split("Supported architectures: ")[1].split(".\n")[0]
+    assert re.split(r",\s+", listed) == list(ARCHITECTURES)
+
+
+def test_the_readme_lists_the_exit_codes() -> None:
+    codes = {int(code) for code in re.findall(r"^\| (\d+) \| ", README.read_text(), re.MULTILINE)}
+    errors = [error for error in vars(errors_module).values() if isinstance(error, type)]
+    assert {error.exit_code for error in errors} | {0} <= codes

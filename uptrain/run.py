@@ -24,10 +24,17 @@ from transformers import (
 
 from ..convert.checkpoint import CONFIG_NAME, Checkpoint, torch_dtype
 from ..convert.companions import copy_companions
-from ..convert.errors import DataError, InputError, OutputError, PreemptedError, UnsupportedError
+from ..convert.errors import InputError, OutputError, PreemptedError, UnsupportedError
 from ..convert.execute import DEFAULT_MAX_SHARD_BYTES, PROVENANCE_NAME
 from ..convert.loading import check_opens, load_model, quiet_transformers
-from ..convert.text import TextSource, adds_bos, encode_documents, load_tokenizer, read_documents, same_vocabulary
+from ..convert.text import (
+    TextSource,
+    adds_bos,
+    check_tokenizers,
+    encode_documents,
+    load_tokenizer,
+    read_documents,
+)
 from ..convert.writer import check_free_space, check_output, staged_directory
 from .data import PackedBlocks, pack_documents
 from .trainer import MetricsLog, PeriodicEvaluation, StepProgress, StopOnSignal, UptrainTrainer
@@ -94,9 +101,10 @@ class UptrainSettings:
 
 @dataclass(frozen=True)
 class UptrainResult:
-    """`seconds` is the time in training, evaluation included, since the start or the last resume."""
+    """`passes` is how often the text was seen; `seconds` the time in training since the start or the last resume."""
 
     output: Path
+    passes: float
     steps: int
     tokens: int
     objective: str
@@ -180,20 +188,22 @@ def uptrain(job: UptrainJob, watch: Observation, *, resume: bool = False, force:
     state = PartialState()
     settings = job.settings
     num_samples = settings.steps * settings.sequences_per_step
+    torch.manual_seed(settings.seed)
     with state.main_process_first():
-        if state.is_main_process:
-            check_job(job, resume=resume, force=force)
-            if not resume:
-                _prepare(job, num_samples)
-        last = _last_checkpoint(job.work)
+        check_job(job, resume=resume or not state.is_main_process, force=force)
+        student = load_model(job.checkpoint.directory, dtype=torch.float32, device=state.device)
+        teacher = None
+        if job.teacher is not None:
+            teacher = load_model(job.teacher, dtype="auto", device=state.device).requires_grad_(False)
+        if state.is_main_process and not resume:
+            _prepare(job, num_samples)
+    last = _last_checkpoint(job.work)
     dataset = PackedBlocks(job.work / "data", num_samples=num_samples, seed=settings.seed)
 
-    torch.manual_seed(settings.seed)
-    student = load_model(job.checkpoint.directory, dtype=torch.float32, device=state.device)
     signals = StopOnSignal()
     trainer = UptrainTrainer(
         model=student,
-        teacher=_load_teacher(job, student, state.device),
+        teacher=teacher,
         args=_training_arguments(job, watch, state.device),
         train_dataset=dataset,
         data_collator=default_data_collator,
@@ -214,6 +224,7 @@ def uptrain(job: UptrainJob, watch: Observation, *, resume: bool = False, force:
     state.wait_for_everyone()
     return UptrainResult(
         output=job.output,
+        passes=num_samples / dataset.index.num_blocks,
         steps=settings.steps,
         tokens=settings.steps * settings.tokens_per_step,
         objective=job.objective,
@@ -231,12 +242,7 @@ def check_job(job: UptrainJob, *, resume: bool = False, force: bool = False) -> 
             f"sequence length {length} does not fit {job.checkpoint.name} (max_position_embeddings = {longest})",
             hint=f"use --sequence-length {longest} or less",
         )
-    tokenizer = load_tokenizer(job.checkpoint.directory)
-    if job.teacher is not None and not same_vocabulary(tokenizer, load_tokenizer(job.teacher)):
-        raise DataError(
-            f"{job.teacher}: its tokenizer differs from that of {job.checkpoint.name}",
-            hint="a teacher must share the vocabulary: use the original that was converted",
-        )
+    check_tokenizers(job.checkpoint.directory, job.teacher)
     if resume:
         _check_same_run(job.work, _describe(job))
     elif job.work.exists() and not force:
@@ -295,18 +301,6 @@ def _last_checkpoint(work: Path) -> Path | None:
     """The newest complete checkpoint: the Trainer writes trainer_state.json last."""
     found = [path for path in (work / "checkpoints").glob("checkpoint-*") if (path / "trainer_state.json").exists()]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _load_teacher(job: UptrainJob, student: Any, device: Any) -> Any | None:
-    if job.teacher is None:
-        return None
-    teacher = load_model(job.teacher, dtype="auto", device=device).requires_grad_(False)
-    if teacher.config.vocab_size != student.config.vocab_size:
-        raise DataError(
-            f"{job.teacher}: vocab_size {teacher.config.vocab_size}, "
-            f"but {job.checkpoint.name} has {student.config.vocab_size}"
-        )
-    return teacher
 
 
 def _reports(job: UptrainJob, watch: Observation) -> list[TrainerCallback]:

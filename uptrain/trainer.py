@@ -75,7 +75,7 @@ class UptrainTrainer(Trainer):
         if not math.isfinite(value):
             raise DivergedError(
                 f"step {self.state.global_step + 1}: {quantity} is {value}; the weights were not updated",
-                hint="use a smaller --lr, or --resume from the last checkpoint with other data",
+                hint="use a smaller --lr, and --force to start over",
             )
 
 

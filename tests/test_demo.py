@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Command
+from kvconvert.measure.picture import Curve, Point, draw_recovery
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.slow
+def test_the_demo_runs_from_end_to_end_and_once(kvconvert: Command, tmp_path: Path) -> None:
+    output = tmp_path / "demo"
+    first = kvconvert("demo", "--output", output, "--json")
+    assert first.returncode == 0, first.stderr
+    results = json.loads(first.stdout)
+    assert (output / "recovery.png").read_bytes().startswith(PNG_SIGNATURE)
+    assert {path.name for path in output.iterdir()} == {
+        ".kvconvert-demo",
+        "gqa2",
+        "gqa2-uptrained",
+        "mqa",
+        "recovery.png",
+        "results.json",
+    }
+    original = results["original"]
+    gqa, mqa = results["converted"]
+    assert [row["cache_bytes_per_token"] for row in (original, gqa, mqa)] == [4096, 1024, 512]
+    assert original["perplexity"] < gqa["after"]["perplexity"] < 1.1 * original["perplexity"]
+    assert 4 * original["perplexity"] < gqa["before"]["perplexity"] < mqa["before"]["perplexity"]
+    assert gqa["after"]["against"]["kl_nats_per_token"] < 0.2 * gqa["before"]["against"]["kl_nats_per_token"]
+    assert mqa["after"] is None
+    assert [tokens for tokens, _ in gqa["recovery"]] == [step * 4096 for step in range(0, 257, 32)]
+
+    written = (output / "gqa2-uptrained" / "model.safetensors").stat().st_mtime_ns
+    second = kvconvert("demo", "--output", output)
+    assert "holds finished results; --force runs the demo again" in second.stderr
+    row = next(line for line in second.stdout.splitlines() if "gqa2 " in line)
+    shown = [cell.strip() for cell in row.strip("│").split("│")]
+    figures = [f"{gqa[stage]['perplexity']:.1f}" for stage in ("before", "after")]
+    figures += [f"{gqa[stage]['against']['kl_nats_per_token']:.3f}" for stage in ("before", "after")]
+    assert shown == ["gqa2", "2", "1024", *figures]
+    assert (output / "gqa2-uptrained" / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_a_directory_that_is_not_a_demos_is_left_alone(kvconvert: Command, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    outcome = kvconvert("demo", "--output", tmp_path / "mine")
+    assert outcome.returncode == 2
+    assert outcome.stderr.startswith(f"error: {tmp_path / 'mine'} exists and is not a demo's\nhint: ")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["file"]
+
+
+def test_the_picture_is_a_png_for_one_curve_and_for_two(tmp_path: Path) -> None:
+    points = [Point("GQA", 1024, 120.0, 22.0), Point("MQA", 512, 140.0)]
+    curves = [Curve("GQA", [0, 1000], [120.0, 22.0]), Curve("MQA", [0, 1000], [140.0, 24.0])]
+    for count in (1, 2):
+        path = tmp_path / f"{count}.png"
+        draw_recovery(path, original=Point("original", 4096, 21.0), curves=curves[:count], points=points)
+        assert path.read_bytes().startswith(PNG_SIGNATURE)
