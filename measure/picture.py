@@ -56,7 +56,7 @@ def draw_recovery(path: Path, *, original: Point, curves: Sequence[Curve], point
     frontier.set_xscale("log", base=2)
     sizes = sorted({point.cache_bytes_per_token for point in (original, *points)})
     frontier.set_xticks(sizes, [str(size) for size in sizes])
-    frontier.margins(x=0.25, y=0.15)
+    frontier.margins(x=0.35, y=0.15)
     for axes in (recovery, frontier):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
