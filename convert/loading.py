@@ -40,7 +40,7 @@ def load_model(model: str | Path, *, dtype: Any, device: Any) -> Any:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No progress bars and no warnings of transformers: kvconvert shows its own progress and checks for itself."""
-    from huggingface_hub.utils import are_progress_bars_disabled
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled
     from transformers.utils import logging
 
     verbosity, had_bars = logging.get_verbosity(), not are_progress_bars_disabled()

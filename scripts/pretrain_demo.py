@@ -113,7 +113,7 @@ def held_out_nats(model: LlamaForCausalLM, held_out: torch.Tensor) -> float:
     model.eval()
     losses = [model(input_ids=w, labels=w, use_cache=False).loss.item() * len(w) for w in windows.split(BATCH_SIZE)]
     model.train()
-    return sum(losses) / len(windows)
+    return float(sum(losses)) / len(windows)
 
 
 def learning_rate(step: int) -> float:
