@@ -17,10 +17,11 @@ from rich.table import Table
 from .. import configs
 from ..convert.architectures import find_architecture
 from ..convert.checkpoint import open_checkpoint
-from ..convert.errors import OutputError
+from ..convert.errors import OutputError, PreemptedError
 from ..convert.execute import execute
 from ..convert.gqa import Gqa
 from ..convert.inspection import inspect_checkpoint
+from ..convert.output import write_text
 from ..convert.text import TextSource
 from .console import Terminal
 from .inspect import show_inspection
@@ -75,7 +76,7 @@ def demo(
     if results is None:
         _claim(output, force=force)
         results = _run(variants, output, terminal)
-        (output / _RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n")
+        write_text(output / _RESULTS_NAME, json.dumps(results, indent=2) + "\n")
     else:
         terminal.remark(f"{output} holds finished results; --force runs the demo again")
     terminal.result(results, lambda console: _show(results, output, console))
@@ -131,7 +132,7 @@ def _finished_results(output: Path, variants: tuple[_Variant, ...]) -> dict[str,
 def _claim(output: Path, *, force: bool) -> None:
     """Make the output directory ours; one that holds something else is refused."""
     ours = not output.exists() or (output / _MARKER_NAME).exists()
-    if not ours and not force and (not output.is_dir() or any(output.iterdir())):
+    if not ours and (not output.is_dir() or any(output.iterdir())):
         raise OutputError(f"{output} exists and is not a demo's", hint="choose another place with --output")
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -244,7 +245,12 @@ def _uptrain(variant: _Variant, output: Path, windows: Any, terminal: Terminal) 
                 progress=advance,
                 show=show,
             )
-            run.uptrain(job, watch, force=True)
+            try:
+                run.uptrain(job, watch, force=True)
+            except PreemptedError as error:
+                raise PreemptedError(
+                    "the demo was stopped", hint="run it again; it starts from the beginning"
+                ) from error
     return recovery
 
 

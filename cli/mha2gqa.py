@@ -13,8 +13,8 @@ from ..convert.architectures import find_architecture
 from ..convert.checkpoint import open_checkpoint
 from ..convert.execute import execute
 from ..convert.gqa import Gqa
+from ..convert.output import check_output
 from ..convert.plan import ConversionPlan
-from ..convert.writer import check_output
 from .console import Terminal, human_bytes
 from .options import DryRun, Force, Json, Model, Output, Quiet, Revision, default_output, parse_size
 
@@ -91,7 +91,7 @@ def _convert(
     max_shard_bytes = parse_size(max_shard_size)
     with open_checkpoint(model, revision=revision, headers_only=dry_run) as checkpoint:
         target = output or default_output(checkpoint, suffix)
-        check_output(target, force=force, source=checkpoint.path)
+        check_output(target, force=force, inputs=[checkpoint.path] if checkpoint.path else [])
         plan = settings.plan(checkpoint, find_architecture(checkpoint))
         summary = _summary(plan) | {"output": str(target), "dry_run": dry_run}
         if dry_run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -40,7 +41,7 @@ Output = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output that kvconvert wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no remarks.")]
 Data = Annotated[
@@ -56,8 +57,8 @@ def default_output(checkpoint: Checkpoint, suffix: str) -> Path:
     """Beside a local checkpoint, in the current directory for a hub id: `model_dir-gqa8`."""
     local = Path(checkpoint.name).expanduser()
     if local.is_dir():
-        resolved = local.resolve()
-        return resolved.with_name(f"{resolved.name}-{suffix}")
+        absolute = Path(os.path.abspath(local))
+        return absolute.with_name(f"{absolute.name}-{suffix}")
     return Path(f"{checkpoint.name.rpartition('/')[2]}-{suffix}")
 
 
@@ -72,6 +73,6 @@ def parse_size(text: str) -> int:
 def parse_percentage(text: str) -> float:
     """ "5%" or "0.05" as 0.05. Raises typer.BadParameter."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", text.strip())
-    if not match:
+    if not match or (float(match[1]) >= 1 and not match[2]):  # 5 could mean 5 % or 500 %
         raise typer.BadParameter(f"{text!r} is not a percentage; write for example 5% or 0.05")
     return float(match[1]) / (100 if match[2] else 1)

@@ -111,8 +111,8 @@ def uptrain(
 
         settings = run.UptrainSettings(
             steps=steps,
-            sequence_length=sequence_length or run.default_sequence_length(checkpoint),
-            learning_rate=lr or run.default_learning_rate(checkpoint),
+            sequence_length=run.default_sequence_length(checkpoint) if sequence_length is None else sequence_length,
+            learning_rate=run.default_learning_rate(checkpoint) if lr is None else lr,
             batch_size=batch_size,
             gradient_accumulation_steps=gradient_accumulation_steps,
             lr_scheduler=lr_scheduler.value,
@@ -134,6 +134,7 @@ def uptrain(
             run.check_job(job, resume=resume, force=force)
             terminal.result(_summary(job) | {"dry_run": True}, lambda console: _show_plan(job, console))
             return
+        run.check_job(job, resume=resume, force=force)
         score = None
         if eval_data is not None:
             score = _scorer(job, TextSource(eval_data, text_field=text_field, split=split, config=data_config))
@@ -197,7 +198,8 @@ def _show_plan(job: UptrainJob, console: Console) -> None:
 
 
 def _show(result: UptrainResult, console: Console) -> None:
-    rate = result.tokens / max(result.seconds, 1e-9)
     console.print(f"uptrained for {result.steps} steps, {human_count(result.tokens)} tokens, {result.objective}")
-    console.print(f"  {result.seconds:.0f} s, {rate:.0f} tokens/s, {result.passes:.2f} passes over the text")
+    console.print(
+        f"  {result.seconds:.0f} s, {result.tokens_per_second:.0f} tokens/s, {result.passes:.2f} passes over the text"
+    )
     console.print(f"  wrote {result.output}")

@@ -84,9 +84,8 @@ def read_attention(checkpoint: Checkpoint, architecture: Architecture) -> Attent
     A config that omits num_key_value_heads or head_dim (they have defaults that differ by class and version) is
     completed from the tensors. Raises CheckpointError where a tensor is missing or contradicts the config.
     """
-    config = checkpoint.config
-    num_layers = _config_int(checkpoint, "num_hidden_layers")
-    num_heads = _config_int(checkpoint, "num_attention_heads")
+    num_layers = checkpoint.config_int("num_hidden_layers")
+    num_heads = checkpoint.config_int("num_attention_heads")
     queries = _tensor(checkpoint, architecture, 0, "q_proj")
     keys = _tensor(checkpoint, architecture, 0, "k_proj")
     if len(queries.shape) != 2 or queries.shape[0] % num_heads:
@@ -94,8 +93,8 @@ def read_attention(checkpoint: Checkpoint, architecture: Architecture) -> Attent
             f"layer 0: q_proj has shape {list(queries.shape)}, which does not split into config.json's "
             f"num_attention_heads = {num_heads} ({queries.file})"
         )
-    head_dim = config.get("head_dim") or queries.shape[0] // num_heads
-    num_kv_heads = config.get("num_key_value_heads") or max(keys.shape[0] // head_dim, 1)
+    head_dim = checkpoint.config_int("head_dim", default=queries.shape[0] // num_heads)
+    num_kv_heads = checkpoint.config_int("num_key_value_heads", default=max(keys.shape[0] // head_dim, 1))
     if num_heads % num_kv_heads:
         raise CheckpointError(
             f"{checkpoint.name}: num_attention_heads = {num_heads} is not a multiple of "
@@ -106,7 +105,7 @@ def read_attention(checkpoint: Checkpoint, architecture: Architecture) -> Attent
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,
         head_dim=head_dim,
-        windows=_windows(config, architecture, num_layers),
+        windows=_windows(checkpoint, architecture, num_layers),
     )
     for layer in range(num_layers):
         _check_layer(checkpoint, architecture, shape, layer)
@@ -116,11 +115,12 @@ def read_attention(checkpoint: Checkpoint, architecture: Architecture) -> Attent
     return shape
 
 
-def _windows(config: Config, architecture: Architecture, num_layers: int) -> tuple[int | None, ...]:
-    window = config.get("sliding_window")
+def _windows(checkpoint: Checkpoint, architecture: Architecture, num_layers: int) -> tuple[int | None, ...]:
+    config = checkpoint.config
     layer_types = config.get("layer_types")
-    if not window:
+    if not config.get("sliding_window"):
         return (None,) * num_layers
+    window = checkpoint.config_int("sliding_window")
     if layer_types:
         return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
     return tuple(window if architecture.is_sliding(config, layer) else None for layer in range(num_layers))
@@ -172,10 +172,3 @@ def _tensor(checkpoint: Checkpoint, architecture: Architecture, layer: int, proj
             hint="the checkpoint is incomplete, or config.json's num_hidden_layers or model_type is wrong",
         )
     return checkpoint.tensors[name]
-
-
-def _config_int(checkpoint: Checkpoint, key: str) -> int:
-    value = checkpoint.config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"{checkpoint.name}: config.json has {key} = {value!r}, expected a positive integer")
-    return value

@@ -29,7 +29,7 @@ def _all_but_every_fourth_layer(config: Config, layer: int) -> bool:
 
 
 def _qwen2_layers(config: Config, layer: int) -> bool:
-    return bool(config.get("use_sliding_window")) and layer >= int(config.get("max_window_layers") or 28)
+    return bool(config.get("use_sliding_window")) and layer >= int(config.get("max_window_layers", 28))
 
 
 _ENTRIES = (
@@ -65,12 +65,36 @@ _ENTRIES = (
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({entry.model_type: entry for entry in _ENTRIES})
 
 
+def _reasons() -> dict[str, str]:
+    """Why known architectures are not in the table."""
+    causes = {
+        "its keys are normalised after the projection, and this version only pools projections without such norms": (
+            "apertus exaone4 gemma3 gemma3_text hunyuan_v1_dense nanochat olmo2 olmo3 olmoe qwen3 qwen3_moe"
+        ),
+        "its query, key and value projections are one fused tensor, which this version does not take apart": (
+            "dbrx falcon jetmoe persimmon phi3 qwen"
+        ),
+        "its class has no grouped keys and values, and this version does not convert to another class": (
+            "biogpt bloom codegen gpt2 gpt_neo gpt_neox gptj mpt opt xglm"
+        ),
+        "its class has either one K/V head or all of them, and this version does not convert it": "gpt_bigcode",
+        "encoder-decoder models are not converted by this version": "bart flan-t5 marian mbart mt5 pegasus t5 whisper",
+        "its cache holds a latent, not keys and values": "deepseek_v2 deepseek_v3 minicpm3",
+        "its attention takes the difference of two heads, which pooling does not preserve": "diffllama",
+    }
+    return {model_type: cause for cause, model_types in causes.items() for model_type in model_types.split()}
+
+
+_REASONS = _reasons()
+
+
 def find_architecture(checkpoint: Checkpoint) -> Architecture:
     """The entry of the checkpoint's `model_type`. Raises UnsupportedError when there is none."""
     model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        reason = _REASONS.get(str(model_type), "kvconvert does not know this architecture")
         raise UnsupportedError(
-            f"{checkpoint.name}: model_type {model_type!r} is not supported",
+            f"{checkpoint.name}: model_type {model_type!r} is not supported: {reason}",
             hint=f"supported: {', '.join(ARCHITECTURES)}",
         )
     return ARCHITECTURES[model_type]

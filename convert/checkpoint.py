@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from .errors import CheckpointError, UnsupportedError
+from .errors import CheckpointError, KvConvertError, UnsupportedError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,6 +110,15 @@ class Checkpoint:
         for info in self.tensors.values():
             counts[info.dtype] = counts.get(info.dtype, 0) + info.num_elements
         return max(counts, key=lambda dtype: counts[dtype])
+
+    def config_int(self, key: str, *, default: int | None = None) -> int:
+        """A positive integer of config.json, `default` if it is absent or null. Raises CheckpointError."""
+        value = self.config.get(key)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(f"{self.name}: config.json has {key} = {value!r}, expected a positive integer")
+        return value
 
     def read(self, name: str) -> Tensor:
         """One floating-point tensor, copied out of the mapped file, in its own dtype."""
@@ -237,7 +246,7 @@ def _read_header(path: Path) -> Iterator[TensorInfo]:
 
 def _open_hub(repo_id: str, revision: str | None, headers_only: bool) -> Checkpoint:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, NotASafetensorsRepoError
+    from huggingface_hub.errors import EntryNotFoundError, NotASafetensorsRepoError
 
     skipped = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "original/*", "onnx/*"]
     try:
@@ -246,11 +255,13 @@ def _open_hub(repo_id: str, revision: str | None, headers_only: bool) -> Checkpo
             return _open_directory(Path(snapshot), repo_id)
         config_path = hf_hub_download(repo_id, CONFIG_NAME, revision=revision)
         metadata = HfApi().get_safetensors_metadata(repo_id, revision=revision)
+    except KvConvertError:
+        raise
     except EntryNotFoundError as error:
         raise CheckpointError(f"{repo_id}: {_first_line(error)}", hint=_MISSING_DIRECTORY_HINT) from error
     except NotASafetensorsRepoError as error:
         raise CheckpointError(f"{repo_id}: the repository holds no safetensors weights") from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # the HTTP library behind the hub has errors of its own
         raise CheckpointError(
             f"{repo_id}: no such directory here, and the hub did not give it ({_first_line(error)})",
             hint=_MISSING_DIRECTORY_HINT,

@@ -6,14 +6,17 @@ import shutil
 from pathlib import Path
 
 from .checkpoint import CONFIG_NAME, INDEX_NAME
+from .output import PROVENANCE_NAME
 
 __all__ = ["copy_companions"]
 
 _WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz"}
 )
-# README.md is the card of the source and not true of the result
-_NOT_COPIED = frozenset({CONFIG_NAME, INDEX_NAME, "README.md", "pytorch_model.bin.index.json", "kvconvert.json"})
+# true of the source only: its card, its training
+_NOT_COPIED = frozenset(
+    {CONFIG_NAME, INDEX_NAME, "README.md", "pytorch_model.bin.index.json", "metrics.jsonl", PROVENANCE_NAME}
+)
 _COPIED_DIRECTORIES = ("additional_chat_templates",)
 
 

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 from .checkpoint import CONFIG_NAME, Checkpoint
 from .companions import copy_companions
 from .loading import check_opens
+from .output import PROVENANCE_NAME, check_free_space, check_output, staged_directory, write_text
 from .plan import ConversionPlan
-from .writer import CheckpointWriter, check_free_space, check_output, staged_directory
+from .writer import CheckpointWriter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["DEFAULT_MAX_SHARD_BYTES", "PROVENANCE_NAME", "ExecutionResult", "execute"]
+__all__ = ["DEFAULT_MAX_SHARD_BYTES", "ExecutionResult", "execute"]
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
-PROVENANCE_NAME = "kvconvert.json"
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,11 @@ def execute(
     """Write the converted checkpoint to `output`, which appears only when whole and checked.
 
     `progress` is called with the number of bytes written since the last call. Raises OutputError for a place that
-    exists or cannot hold the result, KvConvertError if the stock class does not accept what was written.
+    exists or cannot hold the result, CheckpointError if the stock class does not accept the source or the result.
     """
-    check_output(output, force=force, source=checkpoint.directory)
+    check_output(output, force=force, inputs=[checkpoint.directory])
     check_free_space(output, plan.bytes_out)
+    check_opens(checkpoint.directory)
     steps = {step.writes.name: step for step in plan.steps}
     with staged_directory(output, force=force) as staging:
         writer = CheckpointWriter(staging, [step.writes for step in plan.steps], max_shard_bytes=max_shard_bytes)
@@ -61,7 +62,7 @@ def execute(
             (staging / CONFIG_NAME).write_bytes((checkpoint.directory / CONFIG_NAME).read_bytes())
         else:
             writer.write_config(dict(plan.config))
-        writer.write_text(PROVENANCE_NAME, json.dumps(_provenance(plan, checkpoint), indent=2) + "\n")
+        write_text(staging / PROVENANCE_NAME, json.dumps(_provenance(plan, checkpoint), indent=2) + "\n")
         opened_as = check_opens(staging)
     return ExecutionResult(output, opened_as)
 

@@ -52,7 +52,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = N
     """
     architecture = find_architecture(checkpoint)
     shape = read_attention(checkpoint, architecture)
-    context = context_length or int(checkpoint.config.get("max_position_embeddings") or 2048)
+    context = context_length or checkpoint.config_int("max_position_embeddings", default=2048)
     return Inspection(
         model=checkpoint.name,
         model_type=architecture.model_type,

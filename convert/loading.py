@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, KvConvertError
+from .errors import CheckpointError
 
 __all__ = ["check_opens", "load_model", "quiet_transformers"]
 
@@ -15,13 +15,13 @@ __all__ = ["check_opens", "load_model", "quiet_transformers"]
 def check_opens(directory: Path) -> str:
     """Open the checkpoint in its stock class on the meta device, loading no weight; returns the class name.
 
-    Raises KvConvertError if a key is missing, unexpected or of the wrong shape.
+    Raises CheckpointError if a key is missing, unexpected or of the wrong shape.
     """
     model, problem = _open(directory, device_map="meta", dtype="auto")
     if problem:
-        raise KvConvertError(
-            f"{type(model).__name__} does not accept the result: {problem}",
-            hint="the source may hold tensors that its class does not know; nothing was written",
+        raise CheckpointError(
+            f"{directory}: {type(model).__name__} does not accept its weights: {problem}",
+            hint="config.json and the weights belong to different models, or one of them was edited",
         )
     return type(model).__name__
 
@@ -66,8 +66,9 @@ def _open(model: str | Path, **options: Any) -> tuple[Any, str | None]:
                 ignore_mismatched_sizes=True,  # listed in `info`; transformers would raise without naming one
                 **options,
             )
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{model}: cannot be opened ({str(error).strip().splitlines()[0]})") from error
+    except Exception as error:  # a config can be wrong in more ways than transformers has words for
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(f"{model}: transformers cannot open it ({reason[:200]})") from error
     loaded, info = opened
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(str(key) for key in info[problem])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -141,7 +142,7 @@ def _read_file(path: Path, text_field: str) -> Iterator[str]:
             yield from _read_parquet(path, text_field)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 (byte {error.start})") from error
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
 
 
@@ -167,8 +168,8 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
         if text_field not in file.schema_arrow.names:
             raise _no_field(str(path), text_field, file.schema_arrow.names)
         for batch in file.iter_batches(columns=[text_field], batch_size=_ENCODE_BATCH):
-            for value in batch.column(0):
-                yield value.as_py() or ""
+            for record in batch.to_pylist():
+                yield _text_of(record, text_field, str(path))
     except pa.ArrowInvalid as error:
         raise DataError(f"{path}: not a parquet file ({error})") from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +47,9 @@ def load_windows(
     if bos == "always" and tokenizer.bos_token_id is None:
         raise DataError(f"{model}: its tokenizer has no BOS token", hint="use --bos never")
     with_bos = bos == "always" or (bos == "auto" and adds_bos(tokenizer))
-    token_ids = torch.tensor(list(chain.from_iterable(encode_documents(read_documents(source), tokenizer))))
+    num_needed = None if max_windows is None else window + (max_windows - 1) * (stride or window)
+    ids = chain.from_iterable(encode_documents(read_documents(source), tokenizer))
+    token_ids = torch.tensor(list(islice(ids, num_needed)))
     return cut_windows(
         token_ids,
         window=window,

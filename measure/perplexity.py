@@ -81,7 +81,9 @@ def cut_windows(
     text_window = window - (bos_token_id is not None)
     stride = text_window if stride is None else stride
     if not 1 <= stride <= text_window or text_window < 2:
-        raise DataError(f"stride {stride} does not fit a window of {window} tokens", hint="use 1 ≤ stride ≤ window")
+        raise DataError(
+            f"stride {stride} does not fit a window of {window} tokens", hint=f"use --stride {text_window} or less"
+        )
     starts = range(0, len(token_ids) - text_window + 1, stride)
     if not starts:
         raise DataError(

@@ -45,10 +45,11 @@ def test_the_demo_runs_from_end_to_end_and_once(kvconvert: Command, tmp_path: Pa
     assert (output / "gqa2-uptrained" / "model.safetensors").stat().st_mtime_ns == written
 
 
-def test_a_directory_that_is_not_a_demos_is_left_alone(kvconvert: Command, tmp_path: Path) -> None:
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_a_directory_that_is_not_a_demos_is_left_alone(force: list[str], kvconvert: Command, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").touch()
-    outcome = kvconvert("demo", "--output", tmp_path / "mine")
+    outcome = kvconvert("demo", "--output", tmp_path / "mine", *force)
     assert outcome.returncode == 2
     assert outcome.stderr.startswith(f"error: {tmp_path / 'mine'} exists and is not a demo's\nhint: ")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["file"]

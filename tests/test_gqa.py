@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CheckpointFactory
 from kvconvert.convert import ConversionPlan, Gqa, execute, find_architecture, open_checkpoint
-from kvconvert.convert.errors import CheckpointError, KvConvertError, OutputError, UnsupportedError
+from kvconvert.convert.errors import CheckpointError, OutputError, UnsupportedError
 from kvconvert.convert.loading import check_opens, load_model
 from safetensors.torch import load_file, save_file
 
@@ -132,9 +133,22 @@ def test_random_heads_have_the_initializer_range(make_checkpoint: CheckpointFact
 def test_a_key_that_the_class_does_not_know_is_refused(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
     source = make_checkpoint()
     save_file(load_file(source / "model.safetensors") | {"stray.weight": torch.ones(2)}, source / "model.safetensors")
-    with pytest.raises(KvConvertError, match=r"does not accept the result: 1 unexpected keys, first stray\.weight"):
+    message = r"LlamaForCausalLM does not accept its weights: 1 unexpected keys, first stray\.weight"
+    with pytest.raises(CheckpointError, match=message):
         convert(source, Gqa(2), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_result_is_not_published(
+    make_checkpoint: CheckpointFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan that forgets to change the config, as a bug would."""
+    source = make_checkpoint()
+    with open_checkpoint(source) as checkpoint:
+        plan = Gqa(2).plan(checkpoint, find_architecture(checkpoint))
+        with pytest.raises(CheckpointError, match="4 mismatched keys"):
+            execute(replace(plan, config=checkpoint.config), checkpoint, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_missing_and_misshapen_keys_are_seen(make_checkpoint: CheckpointFactory) -> None:
@@ -142,12 +156,12 @@ def test_missing_and_misshapen_keys_are_seen(make_checkpoint: CheckpointFactory)
     weights = load_file(source / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     save_file({key: value for key, value in weights.items() if key != name}, source / "model.safetensors")
-    with pytest.raises(KvConvertError, match=f"1 missing keys, first {name}"):
+    with pytest.raises(CheckpointError, match=f"1 missing keys, first {name}"):
         check_opens(source)
     with pytest.raises(CheckpointError, match=f"1 missing keys, first {name}"):
         load_model(source, dtype=torch.float32, device="cpu")
     save_file(weights | {name: weights[name][:-1].clone()}, source / "model.safetensors")
-    with pytest.raises(KvConvertError, match="1 mismatched keys"):
+    with pytest.raises(CheckpointError, match="1 mismatched keys"):
         check_opens(source)
 
 

@@ -61,6 +61,7 @@ def test_a_named_dataset_is_read_through_the_datasets_library(tmp_path: Path, mo
         ("a.jsonl", b'{"body": "x"}', r"line 1: no field 'text' \(there is body\)"),
         ("a.jsonl", b'{"text": "x"}\n{', r"line 2: not JSON"),
         ("a.txt", b"ab\xff", r"a\.txt: not UTF-8 \(byte 2\)"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}')[:-9], r"a\.jsonl\.gz: cannot be read"),
         ("a.parquet", b"PAR1", r"a\.parquet: not a parquet file"),
         ("a.csv", b"x", r"a\.csv: unknown kind of file"),
     ],
@@ -69,6 +70,12 @@ def test_unusable_files(name: str, content: bytes, message: str, tmp_path: Path)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         read(tmp_path / name)
+
+
+def test_a_column_of_numbers_is_not_text(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="field 'text' is int, not text"):
+        read(tmp_path / "a.parquet")
 
 
 def test_unusable_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

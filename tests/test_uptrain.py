@@ -67,7 +67,7 @@ def settings_with(**changes: Any) -> run.UptrainSettings:
 
 def pack(folder: Path, documents: list[list[int]], length: int, max_blocks: int = 100) -> None:
     pack_documents(
-        documents, folder, source="test", tokenizer=build_tokenizer(), sequence_length=length, max_blocks=max_blocks
+        documents, folder, source="test", vocab_size=VOCAB_SIZE, sequence_length=length, max_blocks=max_blocks
     )
 
 
@@ -280,8 +280,58 @@ def test_resuming_something_else_is_refused(train: Callable[..., Path], tmp_path
     with pytest.raises(InputError, match=r"other settings: learning_rate was 0\.01, now 0\.02"):
         train("out", settings=settings_with(learning_rate=2e-2), resume=True)
     assert (tmp_path / "out.uptraining").exists()
-    train("out", force=True)
+    (tmp_path / "out.uptraining" / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    train("out", resume=True)  # a torn last line is no obstacle
     assert not (tmp_path / "out.uptraining").exists()
+    (tmp_path / "other.uptraining").mkdir()
+    with pytest.raises(OutputError, match="is in the way and not a run's"):
+        train("other", force=True)
+
+
+def test_a_run_that_died_while_packing_is_resumed(train: Callable[..., Path], tmp_path: Path) -> None:
+    def die(num_steps: int) -> None:
+        raise KilledError
+
+    with pytest.raises(KilledError):
+        train("out", watch=run.Observation(progress=die))
+    (tmp_path / "out.uptraining" / "data" / "index.json").unlink()
+    assert same_weights(train("out", resume=True), train("whole"))
+
+
+def test_force_starts_over(train: Callable[..., Path]) -> None:
+    first = train("out", settings=settings_with(learning_rate=1e-3))
+    before = weights(first)
+    second = train("out", force=True)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(second).items())
+    assert same_weights(second, train("whole"))
+
+
+def test_what_is_read_is_never_replaced(
+    train: Callable[..., Path], make_checkpoint: CheckpointFactory, prose_file: Path, tmp_path: Path
+) -> None:
+    teacher = make_checkpoint(name="teacher", with_tokenizer=True)
+    (teacher / "kvconvert.json").write_text("{}")
+    with pytest.raises(OutputError, match=f"is {teacher}, which is read"):
+        train("teacher", teacher=str(teacher), force=True)
+    (tmp_path / "data").mkdir()
+    prose_file.rename(tmp_path / "data" / "prose.jsonl")
+    with pytest.raises(OutputError, match=r"holds .*prose\.jsonl, which is read"):
+        train("data", data=tmp_path / "data" / "prose.jsonl", force=True)
+
+
+def test_architectures_of_unknown_packing_are_refused(
+    train: Callable[..., Path], make_checkpoint: CheckpointFactory
+) -> None:
+    model = make_checkpoint("opt", name="opt", with_tokenizer=True, word_embed_proj_dim=64, ffn_dim=64)
+    with pytest.raises(UnsupportedError, match="model_type 'opt' is not supported"):
+        train("out", model=model)
+
+
+def test_one_process_uses_one_gpu(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    """Without a launcher the Trainer would wrap several GPUs in DataParallel and eat the data twice as fast."""
+    with open_checkpoint(make_checkpoint()) as checkpoint:
+        job = run.UptrainJob(checkpoint, SETTINGS, TextSource("text"), tmp_path / "out")
+        assert run._training_arguments(job, run.Observation(), torch.device("cpu")).n_gpu <= 1
 
 
 def test_the_result_keeps_config_and_companions_of_the_source(train: Callable[..., Path], tmp_path: Path) -> None:

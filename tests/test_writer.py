@@ -9,7 +9,8 @@ import pytest
 import torch
 from kvconvert.convert.checkpoint import open_checkpoint
 from kvconvert.convert.errors import OutputError
-from kvconvert.convert.writer import CheckpointWriter, TensorSpec, check_free_space, check_output, staged_directory
+from kvconvert.convert.output import check_free_space, check_output, staged_directory, write_text
+from kvconvert.convert.writer import CheckpointWriter, TensorSpec
 from safetensors.torch import load_file, save_file
 
 TENSORS = {
@@ -85,15 +86,43 @@ def test_force_replaces_at_the_end_only(tmp_path: Path) -> None:
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "exists").mkdir()
     (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "exists")
     with pytest.raises(OutputError, match="exists already exists"):
         check_output(tmp_path / "exists", force=False)
-    with pytest.raises(OutputError, match="is the source itself"):
-        check_output(tmp_path / "exists", force=True, source=tmp_path / "exists")
     with pytest.raises(OutputError, match="is a file, not a directory"):
         check_output(tmp_path / "file", force=True)
+    with pytest.raises(OutputError, match="is a symbolic link"):
+        check_output(tmp_path / "link", force=True)
     with pytest.raises(OutputError, match="is not a writable directory"):
         check_output(tmp_path / "file" / "below", force=False)
     check_output(tmp_path / "new" / "deeper", force=False)
+
+
+def test_force_spares_what_is_read_and_what_is_not_ours(tmp_path: Path) -> None:
+    model = tmp_path / "models" / "model"
+    model.mkdir(parents=True)
+    for output, what in ((model, "is"), (model.parent, "holds")):
+        with pytest.raises(OutputError, match=f"{output} {what} {model}, which is read"):
+            check_output(output, force=True, inputs=[model])
+    check_output(model, force=True)  # empty
+    (model / "precious").touch()
+    with pytest.raises(OutputError, match="was not written by kvconvert"):
+        check_output(model, force=True)
+    (model / "kvconvert.json").touch()
+    check_output(model, force=True)
+
+
+def test_a_relative_output_that_fails_leaves_no_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RuntimeError), staged_directory(Path("new/deep/out")):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_is_replaced_whole(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.json", "one")
+    write_text(tmp_path / "a.json", "two")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.json": "two"}
 
 
 def test_too_little_space_is_seen_before_writing(tmp_path: Path) -> None:
@@ -106,7 +135,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
     program = f"""
 import resource, signal
 from pathlib import Path
-from kvconvert.convert.writer import staged_directory
+from kvconvert.convert.output import staged_directory
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 with staged_directory(Path({str(tmp_path / "out")!r})) as staging, (staging / "big").open("wb") as file:

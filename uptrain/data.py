@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -13,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from ..convert.errors import DataError
+from ..convert.output import write_text
 
-__all__ = ["BlockIndex", "PackedBlocks", "pack_documents", "tokenizer_hash"]
+__all__ = ["INDEX_NAME", "BlockIndex", "PackedBlocks", "pack_documents"]
 
 _TOKENS_NAME = "tokens.bin"
 _STARTS_NAME = "document_starts.bin"
-_INDEX_NAME = "index.json"
+INDEX_NAME = "index.json"
 _IGNORED_LABEL = -100
 
 
@@ -30,12 +29,10 @@ class BlockIndex:
     """What a folder of packed blocks holds, and from what it was made."""
 
     source: str
-    tokenizer_sha256: str
     sequence_length: int
     num_blocks: int
     num_documents: int
     dtype: str
-    tokens_sha256: str
 
 
 def pack_documents(
@@ -43,7 +40,7 @@ def pack_documents(
     folder: Path,
     *,
     source: str,
-    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
     sequence_length: int,
     max_blocks: int,
 ) -> BlockIndex:
@@ -53,15 +50,14 @@ def pack_documents(
     index.json, written last. Raises DataError when the text does not fill one block.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
     wanted = max_blocks * sequence_length
-    num_tokens, starts, digest = 0, [], hashlib.sha256()
+    num_tokens, starts = 0, []
     with (folder / _TOKENS_NAME).open("wb") as file:
         for ids in documents:
             starts.append(num_tokens)
             raw = np.asarray(ids[: wanted - num_tokens], dtype=dtype).tobytes()
             file.write(raw)
-            digest.update(raw)
             num_tokens += len(raw) // dtype.itemsize
             if num_tokens == wanted:
                 break
@@ -74,21 +70,13 @@ def pack_documents(
     np.asarray(starts, dtype=np.int64).tofile(folder / _STARTS_NAME)
     index = BlockIndex(
         source=source,
-        tokenizer_sha256=tokenizer_hash(tokenizer),
         sequence_length=sequence_length,
         num_blocks=num_blocks,
         num_documents=len(starts),
         dtype=dtype.name,
-        tokens_sha256=digest.hexdigest(),
     )
-    (folder / _INDEX_NAME).write_text(json.dumps(asdict(index), indent=2) + "\n")
+    write_text(folder / INDEX_NAME, json.dumps(asdict(index), indent=2) + "\n")
     return index
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the vocabulary, the same for equal tokenizers whatever files they came from."""
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
-    return hashlib.sha256(vocabulary.encode()).hexdigest()
 
 
 class PackedBlocks(Dataset[dict[str, Tensor]]):
@@ -100,7 +88,7 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(self, folder: Path, *, num_samples: int, seed: int) -> None:
-        self.index = BlockIndex(**json.loads((folder / _INDEX_NAME).read_text()))
+        self.index = BlockIndex(**json.loads((folder / INDEX_NAME).read_text()))
         shape = (self.index.num_blocks, self.index.sequence_length)
         self._tokens = np.memmap(folder / _TOKENS_NAME, dtype=self.index.dtype, mode="r", shape=shape)
         self._starts = np.fromfile(folder / _STARTS_NAME, dtype=np.int64)

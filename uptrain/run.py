@@ -22,11 +22,20 @@ from transformers import (
     default_data_collator,
 )
 
+from ..convert.architectures import find_architecture
 from ..convert.checkpoint import CONFIG_NAME, Checkpoint, torch_dtype
 from ..convert.companions import copy_companions
 from ..convert.errors import InputError, OutputError, PreemptedError, UnsupportedError
-from ..convert.execute import DEFAULT_MAX_SHARD_BYTES, PROVENANCE_NAME
+from ..convert.execute import DEFAULT_MAX_SHARD_BYTES
 from ..convert.loading import check_opens, load_model, quiet_transformers
+from ..convert.output import (
+    PROVENANCE_NAME,
+    check_free_space,
+    check_output,
+    disk_errors,
+    staged_directory,
+    write_text,
+)
 from ..convert.text import (
     TextSource,
     adds_bos,
@@ -35,8 +44,7 @@ from ..convert.text import (
     load_tokenizer,
     read_documents,
 )
-from ..convert.writer import check_free_space, check_output, staged_directory
-from .data import PackedBlocks, pack_documents
+from .data import INDEX_NAME, PackedBlocks, pack_documents
 from .trainer import MetricsLog, PeriodicEvaluation, StepProgress, StopOnSignal, UptrainTrainer
 
 __all__ = [
@@ -101,7 +109,7 @@ class UptrainSettings:
 
 @dataclass(frozen=True)
 class UptrainResult:
-    """`passes` is how often the text was seen; `seconds` the time in training since the start or the last resume."""
+    """`passes` is how often the text was seen. Time and rate are those since the start or the last resume."""
 
     output: Path
     passes: float
@@ -110,6 +118,7 @@ class UptrainResult:
     objective: str
     settings: UptrainSettings
     seconds: float
+    tokens_per_second: float
 
 
 def default_sequence_length(checkpoint: Checkpoint) -> int:
@@ -185,21 +194,26 @@ def uptrain(job: UptrainJob, watch: Observation, *, resume: bool = False, force:
     Raises InputError for unusable input, DivergedError on a non-finite loss or gradient (before the optimizer step),
     PreemptedError after SIGTERM or SIGINT, once a checkpoint is saved.
     """
+    with disk_errors(job.work):
+        return _uptrain(job, watch, resume=resume, force=force)
+
+
+def _uptrain(job: UptrainJob, watch: Observation, *, resume: bool, force: bool) -> UptrainResult:
     state = PartialState()
     settings = job.settings
     num_samples = settings.steps * settings.sequences_per_step
     torch.manual_seed(settings.seed)
+    # 1. Refuse what can be refused; load the models before anything is written.
     with state.main_process_first():
         check_job(job, resume=resume or not state.is_main_process, force=force)
         student = load_model(job.checkpoint.directory, dtype=torch.float32, device=state.device)
         teacher = None
         if job.teacher is not None:
             teacher = load_model(job.teacher, dtype="auto", device=state.device).requires_grad_(False)
-        if state.is_main_process and not resume:
-            _prepare(job, num_samples)
-    last = _last_checkpoint(job.work)
+        if state.is_main_process:
+            _prepare(job, num_samples, resume=resume)
+    # 2. Train.
     dataset = PackedBlocks(job.work / "data", num_samples=num_samples, seed=settings.seed)
-
     signals = StopOnSignal()
     trainer = UptrainTrainer(
         model=student,
@@ -210,6 +224,8 @@ def uptrain(job: UptrainJob, watch: Observation, *, resume: bool = False, force:
         callbacks=[*_reports(job, watch), signals],
     )
     trainer.remove_callback(PrinterCallback)
+    last = _last_checkpoint(job.work)
+    num_steps_before = int(last.name.rpartition("-")[2]) if last else 0
     start = time.monotonic()
     with signals, quiet_transformers():
         trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -219,6 +235,7 @@ def uptrain(job: UptrainJob, watch: Observation, *, resume: bool = False, force:
             hint="run the same command with --resume to go on",
         )
     seconds = time.monotonic() - start
+    # 3. Write the result.
     if state.is_main_process:
         _publish(job, student, num_tokens=settings.steps * settings.tokens_per_step, force=force)
     state.wait_for_everyone()
@@ -230,12 +247,16 @@ def uptrain(job: UptrainJob, watch: Observation, *, resume: bool = False, force:
         objective=job.objective,
         settings=settings,
         seconds=seconds,
+        tokens_per_second=(settings.steps - num_steps_before) * settings.tokens_per_step / max(seconds, 1e-9),
     )
 
 
 def check_job(job: UptrainJob, *, resume: bool = False, force: bool = False) -> None:
     """Raise InputError for whatever can be refused before training; touches nothing."""
-    check_output(job.output, force=force, source=job.checkpoint.directory)
+    inputs = [job.checkpoint.directory, Path(job.source.location)]
+    inputs += [Path(job.teacher)] if job.teacher is not None else []
+    check_output(job.output, force=force, inputs=inputs)
+    find_architecture(job.checkpoint)  # only of these is it known that packed documents do not see each other
     longest, length = _longest_sequence(job.checkpoint), job.settings.sequence_length
     if length > longest:
         raise UnsupportedError(
@@ -245,31 +266,36 @@ def check_job(job: UptrainJob, *, resume: bool = False, force: bool = False) -> 
     check_tokenizers(job.checkpoint.directory, job.teacher)
     if resume:
         _check_same_run(job.work, _describe(job))
+    elif job.work.exists() and not (job.work / SETTINGS_NAME).exists():
+        raise OutputError(f"{job.work} is in the way and not a run's", hint="remove it, or choose another --output")
     elif job.work.exists() and not force:
         raise OutputError(
             f"{job.work} holds an unfinished run", hint="pass --resume to go on with it, or --force to start over"
         )
 
 
-def _prepare(job: UptrainJob, num_samples: int) -> None:
-    """Pack the training text into a fresh work directory; leaves nothing behind when it cannot."""
+def _prepare(job: UptrainJob, num_samples: int, *, resume: bool) -> None:
+    """Pack the training text into the work directory; leaves nothing behind when it cannot."""
+    if resume and (job.work / "data" / INDEX_NAME).exists():
+        return
     tokenizer = load_tokenizer(job.checkpoint.directory)
     shutil.rmtree(job.work, ignore_errors=True)
     try:
-        # float32 weights, two AdamW moments and the weights again while a checkpoint is replaced
-        check_free_space(job.output, 2 * 12 * job.checkpoint.num_parameters)
+        # a checkpoint is float32 weights and two AdamW moments; two are kept while a third is written
+        check_free_space(job.output, 3 * 12 * job.checkpoint.num_parameters)
+        job.work.mkdir(parents=True)
+        write_text(job.work / SETTINGS_NAME, json.dumps(_describe(job), indent=2) + "\n")
         pack_documents(
             encode_documents(read_documents(job.source), tokenizer, bos=adds_bos(tokenizer)),
             job.work / "data",
             source=job.source.location,
-            tokenizer=tokenizer,
+            vocab_size=len(tokenizer),
             sequence_length=job.settings.sequence_length,
             max_blocks=num_samples,
         )
     except BaseException:
         shutil.rmtree(job.work, ignore_errors=True)
         raise
-    (job.work / SETTINGS_NAME).write_text(json.dumps(_describe(job), indent=2) + "\n")
 
 
 def _describe(job: UptrainJob) -> dict[str, Any]:
@@ -293,7 +319,7 @@ def _check_same_run(work: Path, description: dict[str, Any]) -> None:
     if changed:
         raise InputError(
             f"{work}: the run to resume had other settings: {'; '.join(changed)}",
-            hint="resume with the same settings, or pass --force to start over",
+            hint="resume with the same settings, or start over with --force in place of --resume",
         )
 
 
@@ -314,7 +340,7 @@ def _reports(job: UptrainJob, watch: Observation) -> list[TrainerCallback]:
 
 def _training_arguments(job: UptrainJob, watch: Observation, device: torch.device) -> TrainingArguments:
     settings = job.settings
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(job.work / "checkpoints"),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
@@ -339,6 +365,8 @@ def _training_arguments(job: UptrainJob, watch: Observation, device: torch.devic
         disable_tqdm=True,
         report_to="none",
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs need a launcher; the Trainer would wrap in DataParallel
+    return arguments
 
 
 def _publish(job: UptrainJob, student: Any, *, num_tokens: int, force: bool) -> None:
@@ -359,7 +387,7 @@ def _publish(job: UptrainJob, student: Any, *, num_tokens: int, force: bool) -> 
         copy_companions(source.directory, staging)
         shutil.copyfile(source.directory / CONFIG_NAME, staging / CONFIG_NAME)
         shutil.copyfile(job.work / METRICS_NAME, staging / METRICS_NAME)
-        (staging / PROVENANCE_NAME).write_text(json.dumps(provenance, indent=2) + "\n")
+        write_text(staging / PROVENANCE_NAME, json.dumps(provenance, indent=2) + "\n")
         check_opens(staging)
     shutil.rmtree(job.work)
 

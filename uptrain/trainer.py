@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..convert.errors import DivergedError
+from ..convert.output import write_text
 from .objective import IGNORED_LABEL, cross_entropy_sum, forward_kl_sum
 
 __all__ = ["MetricsLog", "PeriodicEvaluation", "StepProgress", "StopOnSignal", "UptrainTrainer"]
@@ -99,9 +100,12 @@ class MetricsLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        kept = [line for line in lines if 0 < state.global_step >= json.loads(line)["step"]]
-        self._path.write_text("".join(line + "\n" for line in kept))
+        if not state.is_world_process_zero:
+            return
+        text = self._path.read_text() if self._path.exists() and state.global_step > 0 else ""
+        whole_lines = text[: text.rfind("\n") + 1].splitlines()  # a killed run may have torn the last one
+        kept = [line for line in whole_lines if json.loads(line)["step"] <= state.global_step]
+        write_text(self._path, "".join(line + "\n" for line in kept))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step == state.max_steps:
