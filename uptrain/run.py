@@ -199,7 +199,8 @@ def uptrain(job: UptrainJob, watch: Observation, *, resume: bool = False, force:
 
 
 def _uptrain(job: UptrainJob, watch: Observation, *, resume: bool, force: bool) -> UptrainResult:
-    state = PartialState()
+    # without cpu=True accelerate takes the processes of a launcher on a CPU for one each
+    state = PartialState(cpu=not torch.accelerator.is_available())
     settings = job.settings
     num_samples = settings.steps * settings.sequences_per_step
     torch.manual_seed(settings.seed)
