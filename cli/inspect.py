@@ -52,6 +52,8 @@ def show_inspection(inspection: Inspection, console: Console) -> None:
     }
     for target in inspection.targets:
         rows[target.command] = target.reason if target.possible else f"not possible: {target.reason}"
+    if inspection.approximation:
+        rows["note"] = f"pooling is only approximate: {inspection.approximation}"
     console.print(inspection.model)
     for label, text in rows.items():
         console.print(f"  {label:<13} {text}")

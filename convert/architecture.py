@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .checkpoint import Checkpoint, TensorInfo
-from .errors import CheckpointError, UnsupportedError
+from .errors import CheckpointError
 
-__all__ = ["Architecture", "AttentionShape", "read_attention"]
+__all__ = ["Architecture", "AttentionShape", "HeadTensor", "read_attention"]
 
 Config = Mapping[str, Any]
 
@@ -20,11 +20,28 @@ def no_sliding_window(config: Config, layer: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """Where the attention tensors of one `model_type` are, and when its checkpoints cannot be converted.
+class HeadTensor:
+    """A tensor whose rows are heads, one after the other: first `num_query_heads` of them, then the K/V heads.
 
-    `refused_if` maps a config flag to the reason why a checkpoint that sets it is refused. `is_sliding(config, layer)`
-    says whether a layer uses config's sliding_window when the config does not list `layer_types`.
+    `num_runs` says how often all K/V heads follow: twice where keys and values are in one tensor. `is_norm` marks the
+    gains of a norm.
+    """
+
+    name: str
+    num_query_heads: int = 0
+    num_runs: int = 1
+    is_norm: bool = False
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where the attention tensors of one `model_type` are, and how its config differs.
+
+    `qkv_proj` names the fused projection, rows [q; k; v], of an architecture that has one in place of q, k and v.
+    `key_norm` names the norm of the projected keys, `{head}` in it a tensor per K/V head; where `always_normalised`,
+    there is one without a tensor. `even_key_value_heads`: the class takes no odd number of them. `config_names`
+    translates the usual names of config.json (a dot leads into a section). `is_sliding(config, layer)` says whether a
+    layer uses config's sliding_window when the config does not list `layer_types`.
     """
 
     model_type: str
@@ -33,21 +50,68 @@ class Architecture:
     k_proj: str = "k_proj"
     v_proj: str = "v_proj"
     o_proj: str = "o_proj"
-    refused_if: Mapping[str, str] = field(default_factory=dict)
+    qkv_proj: str | None = None
+    key_norm: str | None = None
+    always_normalised: bool = False
+    even_key_value_heads: bool = False
+    config_names: Mapping[str, str] = field(default_factory=dict)
     is_sliding: Callable[[Config, int], bool] = no_sliding_window
 
     def tensor_name(self, layer: int, projection: str, kind: str = "weight") -> str:
-        """Full name of a projection ("q_proj", "k_proj", "v_proj", "o_proj") of a layer; kind is weight or bias."""
+        """Full name of a projection ("q_proj", …, "o_proj", "qkv_proj") of a layer; kind is weight or bias."""
         return f"{self.attention.format(layer=layer)}.{getattr(self, projection)}.{kind}"
+
+    def config_name(self, name: str) -> str:
+        return self.config_names.get(name, name)
 
     def refusal(self, config: Config) -> str | None:
         """Why this checkpoint's configuration cannot be converted, or None."""
         if config.get("quantization_config"):
             return "the checkpoint is quantised; convert the unquantised original, then quantise the result"
-        for flag, reason in self.refused_if.items():
-            if config.get(flag):
-                return reason
         return None
+
+    def approximation(self, checkpoint: Checkpoint) -> str | None:
+        """Why pooling is not a mean of what the heads compute, beyond being a mean of their weights; or None."""
+        attention = self.attention.format(layer=0)
+        normalised = self.key_norm and any(
+            name.startswith(f"{attention}.{self.key_norm.split('.')[0]}.") for name in checkpoint.tensors
+        )
+        if normalised or self.always_normalised:
+            return "keys are normalised after the projection: the norm of a mean is not the mean of the norms"
+        if checkpoint.config_value(self.config_name("clip_qkv")) is not None:
+            return "queries, keys and values are clipped after the projection"
+        return None
+
+    def key_value_tensors(self, checkpoint: Checkpoint, shape: AttentionShape, layer: int) -> list[HeadTensor]:
+        """The tensors of a layer that hold one row, or one run of rows, per K/V head, in a single tensor each."""
+        if self.qkv_proj is not None:
+            candidates = [
+                HeadTensor(self.tensor_name(layer, "qkv_proj", kind), shape.num_attention_heads, num_runs=2)
+                for kind in ("weight", "bias")
+            ]
+        else:
+            candidates = [
+                HeadTensor(self.tensor_name(layer, projection, kind))
+                for projection in ("k_proj", "v_proj")
+                for kind in ("weight", "bias")
+            ]
+        if self.key_norm is not None and "{head}" not in self.key_norm:
+            for kind in ("weight", "bias"):
+                name = self.tensor_name(layer, "key_norm", kind)
+                if name in checkpoint.tensors and checkpoint.tensors[name].shape != (shape.head_dim,):
+                    candidates.append(HeadTensor(name, is_norm=True))
+        return [tensor for tensor in candidates if tensor.name in checkpoint.tensors]
+
+    def key_norms_per_head(self, checkpoint: Checkpoint, shape: AttentionShape, layer: int) -> list[list[str]]:
+        """Norms that have a tensor of their own per K/V head: for weight and bias, the names in the order of heads."""
+        if self.key_norm is None or "{head}" not in self.key_norm:
+            return []
+        names = [
+            [f"{self.attention}.{self.key_norm}.{kind}".format(layer=layer, head=head) for head in range(num_heads)]
+            for num_heads in (shape.num_key_value_heads,)
+            for kind in ("weight", "bias")
+        ]
+        return [group for group in names if group[0] in checkpoint.tensors]
 
 
 @dataclass(frozen=True)
@@ -84,24 +148,26 @@ def read_attention(checkpoint: Checkpoint, architecture: Architecture) -> Attent
     A config that omits num_key_value_heads or head_dim (they have defaults that differ by class and version) is
     completed from the tensors. Raises CheckpointError where a tensor is missing or contradicts the config.
     """
-    num_layers = checkpoint.config_int("num_hidden_layers")
-    num_heads = checkpoint.config_int("num_attention_heads")
-    queries = _tensor(checkpoint, architecture, 0, "q_proj")
-    keys = _tensor(checkpoint, architecture, 0, "k_proj")
-    if len(queries.shape) != 2 or queries.shape[0] % num_heads:
+    num_layers = checkpoint.config_int(architecture.config_name("num_hidden_layers"))
+    num_heads = checkpoint.config_int(architecture.config_name("num_attention_heads"))
+    num_kv_heads_name = architecture.config_name("num_key_value_heads")
+    outputs = _tensor(checkpoint, architecture, 0, "o_proj")  # (hidden_size, num_attention_heads · head_dim)
+    if len(outputs.shape) != 2 or outputs.shape[1] % num_heads:
         raise CheckpointError(
-            f"layer 0: q_proj has shape {list(queries.shape)}, which does not split into config.json's "
-            f"num_attention_heads = {num_heads} ({queries.file})"
+            f"layer 0: {architecture.o_proj} has shape {list(outputs.shape)}, which does not split into config.json's "
+            f"num_attention_heads = {num_heads} ({outputs.file})"
         )
-    head_dim = checkpoint.config_int("head_dim", default=queries.shape[0] // num_heads)
-    num_kv_heads = checkpoint.config_int("num_key_value_heads", default=max(keys.shape[0] // head_dim, 1))
+    head_dim = checkpoint.config_int("head_dim", default=outputs.shape[1] // num_heads)
+    num_kv_heads = checkpoint.config_int(
+        num_kv_heads_name, default=_count_key_value_heads(checkpoint, architecture, num_heads, head_dim)
+    )
     if num_heads % num_kv_heads:
         raise CheckpointError(
             f"{checkpoint.name}: num_attention_heads = {num_heads} is not a multiple of "
             f"num_key_value_heads = {num_kv_heads}"
         )
     shape = AttentionShape(
-        hidden_size=queries.shape[1],
+        hidden_size=outputs.shape[0],
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,
         head_dim=head_dim,
@@ -109,10 +175,18 @@ def read_attention(checkpoint: Checkpoint, architecture: Architecture) -> Attent
     )
     for layer in range(num_layers):
         _check_layer(checkpoint, architecture, shape, layer)
-    beyond = architecture.tensor_name(num_layers, "k_proj")
+    beyond = architecture.tensor_name(num_layers, "o_proj")
     if beyond in checkpoint.tensors:
         raise CheckpointError(f"{beyond} exists, but config.json says num_hidden_layers = {num_layers}")
     return shape
+
+
+def _count_key_value_heads(checkpoint: Checkpoint, architecture: Architecture, num_heads: int, head_dim: int) -> int:
+    if architecture.qkv_proj is None:
+        rows = _tensor(checkpoint, architecture, 0, "k_proj").shape[0]
+    else:
+        rows = (_tensor(checkpoint, architecture, 0, "qkv_proj").shape[0] - num_heads * head_dim) // 2
+    return max(rows // head_dim, 1)
 
 
 def _windows(checkpoint: Checkpoint, architecture: Architecture, num_layers: int) -> tuple[int | None, ...]:
@@ -129,12 +203,12 @@ def _windows(checkpoint: Checkpoint, architecture: Architecture, num_layers: int
 def _check_layer(checkpoint: Checkpoint, architecture: Architecture, shape: AttentionShape, layer: int) -> None:
     query_rows = shape.num_attention_heads * shape.head_dim
     kv_rows = shape.num_key_value_heads * shape.head_dim
-    expected = {
-        "q_proj": (query_rows, shape.hidden_size),
-        "k_proj": (kv_rows, shape.hidden_size),
-        "v_proj": (kv_rows, shape.hidden_size),
-        "o_proj": (shape.hidden_size, query_rows),
-    }
+    expected = {"o_proj": (shape.hidden_size, query_rows)}
+    if architecture.qkv_proj is not None:
+        expected["qkv_proj"] = (query_rows + 2 * kv_rows, shape.hidden_size)
+    else:
+        expected["q_proj"] = (query_rows, shape.hidden_size)
+        expected["k_proj"] = expected["v_proj"] = (kv_rows, shape.hidden_size)
     for projection, wanted in expected.items():
         info = _tensor(checkpoint, architecture, layer, projection)
         if info.shape != wanted:
@@ -164,9 +238,6 @@ def _contradiction(
 def _tensor(checkpoint: Checkpoint, architecture: Architecture, layer: int, projection: str) -> TensorInfo:
     name = architecture.tensor_name(layer, projection)
     if name not in checkpoint.tensors:
-        fused = architecture.attention.format(layer=layer) + ".qkv_proj.weight"
-        if fused in checkpoint.tensors:
-            raise UnsupportedError(f"{fused}: fused q/k/v projections are not supported by this version")
         raise CheckpointError(
             f"layer {layer}: {name} is missing from {checkpoint.name}",
             hint="the checkpoint is incomplete, or config.json's num_hidden_layers or model_type is wrong",

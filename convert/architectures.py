@@ -11,10 +11,6 @@ from .errors import UnsupportedError
 
 __all__ = ["ARCHITECTURES", "find_architecture"]
 
-_HEAD_NORM = (
-    "its keys are normalised per head after the projection, and this version only pools projections without such norms"
-)
-
 
 def _every_layer(config: Config, layer: int) -> bool:
     return True
@@ -25,7 +21,17 @@ def _even_layers(config: Config, layer: int) -> bool:
 
 
 def _all_but_every_fourth_layer(config: Config, layer: int) -> bool:
-    return bool((layer + 1) % int(config.get("sliding_window_pattern") or 4))
+    return (layer + 1) % _pattern(config, 4) != 0
+
+
+def _all_but_every_sixth_layer(config: Config, layer: int) -> bool:
+    return (layer + 1) % _pattern(config, 6) != 0
+
+
+def _pattern(config: Config, default: int) -> int:
+    """Exaone writes the pattern of its layers as a text such as LLLG."""
+    pattern = config.get("sliding_window_pattern") or default
+    return len(pattern) if isinstance(pattern, str) else int(pattern)
 
 
 def _qwen2_layers(config: Config, layer: int) -> bool:
@@ -33,32 +39,56 @@ def _qwen2_layers(config: Config, layer: int) -> bool:
 
 
 _ENTRIES = (
+    Architecture("apertus", key_norm="k_norm"),
     Architecture("arcee"),
     Architecture("bitnet"),
-    Architecture("cohere", refused_if={"use_qk_norm": _HEAD_NORM}),
+    Architecture("cohere", key_norm="k_norm"),
     Architecture("cohere2", is_sliding=_all_but_every_fourth_layer),
+    Architecture(
+        "dbrx",
+        attention="transformer.blocks.{layer}.norm_attn_norm.attn",
+        qkv_proj="Wqkv",
+        o_proj="out_proj",
+        config_names={
+            "num_hidden_layers": "n_layers",
+            "num_attention_heads": "n_heads",
+            "num_key_value_heads": "attn_config.kv_n_heads",
+            "clip_qkv": "attn_config.clip_qkv",
+        },
+    ),
+    Architecture("diffllama", even_key_value_heads=True),
     Architecture("ernie4_5"),
+    Architecture("exaone4", key_norm="k_norm", is_sliding=_all_but_every_fourth_layer),
     Architecture("gemma"),
     Architecture("gemma2", is_sliding=_even_layers),
+    Architecture("gemma3_text", key_norm="k_norm", is_sliding=_all_but_every_sixth_layer),
     Architecture("glm"),
     Architecture("glm4"),
     Architecture("granite"),
     Architecture("granitemoe"),
     Architecture("helium"),
+    Architecture("hunyuan_v1_dense", key_norm="key_layernorm"),
     Architecture("hyperclovax"),
     Architecture("jais2"),
     Architecture("llama"),
     Architecture("mistral", is_sliding=_every_layer),
     Architecture("mixtral", is_sliding=_every_layer),
+    Architecture("nanochat", always_normalised=True),
     Architecture("nemotron"),
     Architecture("olmo"),
-    Architecture("phi", o_proj="dense", refused_if={"qk_layernorm": _HEAD_NORM}),
+    Architecture("olmo2", key_norm="k_norm"),
+    Architecture("olmo3", key_norm="k_norm", is_sliding=_all_but_every_fourth_layer),
+    Architecture("olmoe", key_norm="k_norm"),
+    Architecture("phi", o_proj="dense", key_norm="k_layernorm"),
+    Architecture("phi3", qkv_proj="qkv_proj", is_sliding=_every_layer),
     Architecture("phimoe", is_sliding=_every_layer),
     Architecture("qwen2", is_sliding=_qwen2_layers),
     Architecture("qwen2_moe", is_sliding=_qwen2_layers),
+    Architecture("qwen3", key_norm="k_norm", is_sliding=_qwen2_layers),
+    Architecture("qwen3_moe", key_norm="k_norm", is_sliding=_qwen2_layers),
     Architecture("seed_oss"),
     Architecture("smollm3"),
-    Architecture("stablelm", refused_if={"qk_layernorm": _HEAD_NORM}),
+    Architecture("stablelm", key_norm="k_layernorm.norms.{head}"),
     Architecture("starcoder2", is_sliding=_every_layer),
 )
 
@@ -68,19 +98,17 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({entry.model_type: 
 def _reasons() -> dict[str, str]:
     """Why known architectures are not in the table."""
     causes = {
-        "its keys are normalised after the projection, and this version only pools projections without such norms": (
-            "apertus exaone4 gemma3 gemma3_text hunyuan_v1_dense nanochat olmo2 olmo3 olmoe qwen3 qwen3_moe"
+        "its query, key and value projections are one fused tensor of a kind that this version does not take apart": (
+            "falcon persimmon qwen"
         ),
-        "its query, key and value projections are one fused tensor, which this version does not take apart": (
-            "dbrx falcon jetmoe persimmon phi3 qwen"
-        ),
+        "its experts hold the query projections, so that fewer K/V heads would change them too": "jetmoe",
+        "it has a vision part that this version does not know; convert its language model": "gemma3",
         "its class has no grouped keys and values, and this version does not convert to another class": (
             "biogpt bloom codegen gpt2 gpt_neo gpt_neox gptj mpt opt xglm"
         ),
         "its class has either one K/V head or all of them, and this version does not convert it": "gpt_bigcode",
         "encoder-decoder models are not converted by this version": "bart flan-t5 marian mbart mt5 pegasus t5 whisper",
         "its cache holds a latent, not keys and values": "deepseek_v2 deepseek_v3 minicpm3",
-        "its attention takes the difference of two heads, which pooling does not preserve": "diffllama",
     }
     return {model_type: cause for cause, model_types in causes.items() for model_type in model_types.split()}
 

@@ -111,9 +111,16 @@ class Checkpoint:
             counts[info.dtype] = counts.get(info.dtype, 0) + info.num_elements
         return max(counts, key=lambda dtype: counts[dtype])
 
+    def config_value(self, key: str) -> Any:
+        """A value of config.json, None if it is absent; a dot in `key` leads into a section."""
+        value: Any = self.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
     def config_int(self, key: str, *, default: int | None = None) -> int:
         """A positive integer of config.json, `default` if it is absent or null. Raises CheckpointError."""
-        value = self.config.get(key)
+        value = self.config_value(key)
         if value is None and default is not None:
             return default
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -53,9 +53,9 @@ def execute(
         for spec, file in writer.write_tensors():
             step = steps[spec.name]
             if step.op is None:
-                checkpoint.copy_bytes(step.reads, file)
+                checkpoint.copy_bytes(step.reads[0], file)
             else:
-                file.write(_tensor_bytes(step.op(checkpoint.read(step.reads))))
+                file.write(_tensor_bytes(step.op(_read_rows(checkpoint, step.reads))))
             progress(spec.num_bytes)
         copy_companions(checkpoint.directory, staging)
         if plan.config == checkpoint.config:
@@ -80,6 +80,12 @@ def _provenance(plan: ConversionPlan, checkpoint: Checkpoint) -> dict[str, objec
             "result": plan.result.num_key_value_heads,
         },
     }
+
+
+def _read_rows(checkpoint: Checkpoint, names: tuple[str, ...]) -> Tensor:
+    import torch
+
+    return torch.cat([checkpoint.read(name) for name in names])
 
 
 def _tensor_bytes(tensor: Tensor) -> bytes:

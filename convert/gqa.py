@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
-from .architecture import Architecture, AttentionShape, read_attention
+from .architecture import Architecture, AttentionShape, HeadTensor, read_attention
 from .checkpoint import Checkpoint
 from .errors import UnsupportedError
 from .heads import POOLING_METHODS, HeadGrouping
@@ -41,58 +43,86 @@ class Gqa:
             raise UnsupportedError(f"{checkpoint.name}: {refusal}")
         source = read_attention(checkpoint, architecture)
         grouping = HeadGrouping.contiguous(source.num_key_value_heads, self.num_key_value_heads)
+        if architecture.even_key_value_heads and self.num_key_value_heads % 2:
+            raise UnsupportedError(
+                f"{architecture.model_type} needs an even number of K/V heads, not {self.num_key_value_heads}",
+                hint="its attention is the difference of two halves of them",
+            )
         unchanged = self.num_key_value_heads == source.num_key_value_heads
         if unchanged and not self.allow_same:
             raise UnsupportedError(
                 f"{checkpoint.name} already has {source.num_key_value_heads} K/V heads",
                 hint="ask for fewer groups, or pass --force to write an identical copy",
             )
-        pooled = set() if unchanged else _pooled_tensors(checkpoint, architecture, source)
+        steps = {name: _copy_step(checkpoint, name) for name in checkpoint.tensors}
+        if not unchanged:
+            for layer in range(source.num_hidden_layers):
+                self._pool_layer(steps, checkpoint, architecture, source, grouping, layer)
         return ConversionPlan(
             target="mqa" if self.num_key_value_heads == 1 else "gqa",
             method=self.method,
             model_type=architecture.model_type,
             source=source,
             result=source.with_key_value_heads(self.num_key_value_heads),
-            config=checkpoint.config if unchanged else self._result_config(checkpoint, source),
-            steps=tuple(
-                self._pool_step(checkpoint, name, source, grouping) if name in pooled else _copy_step(checkpoint, name)
-                for name in checkpoint.tensors
-            ),
+            config=checkpoint.config if unchanged else self._result_config(checkpoint, architecture, source),
+            steps=tuple(steps.values()),
             bytes_in=sum(info.num_bytes for info in checkpoint.tensors.values()),
         )
 
-    def _pool_step(self, checkpoint: Checkpoint, name: str, source: AttentionShape, grouping: HeadGrouping) -> Step:
-        info = checkpoint.tensors[name]
-        shape = (self.num_key_value_heads * source.head_dim, *info.shape[1:])
-        if self.method == "random":
+    def _pool_layer(
+        self,
+        steps: dict[str, Step],
+        checkpoint: Checkpoint,
+        architecture: Architecture,
+        source: AttentionShape,
+        grouping: HeadGrouping,
+        layer: int,
+    ) -> None:
+        """Replace the copy steps of a layer's K/V heads, and of the norms that belong to them."""
+        for tensor in architecture.key_value_tensors(checkpoint, source, layer):
+            info = checkpoint.tensors[tensor.name]
+            num_heads = tensor.num_query_heads + tensor.num_runs * source.num_key_value_heads
+            num_kept = tensor.num_query_heads + tensor.num_runs * self.num_key_value_heads
+            spec = TensorSpec(tensor.name, info.dtype, (info.shape[0] // num_heads * num_kept, *info.shape[1:]))
+            steps[tensor.name] = Step((tensor.name,), spec, self._pooling(checkpoint, tensor, grouping))
+        for names in architecture.key_norms_per_head(checkpoint, source, layer):
+            for name in names:
+                del steps[name]
+            for group, name in zip(grouping.groups, names, strict=False):
+                info = checkpoint.tensors[name]
+                whole = HeadGrouping((tuple(range(len(group))),))
+                op = self._pooling(checkpoint, HeadTensor(name, is_norm=True), whole)
+                spec = TensorSpec(name, info.dtype, info.shape)
+                steps[name] = Step(tuple(names[head] for head in group), spec, op)
+
+    def _pooling(self, checkpoint: Checkpoint, tensor: HeadTensor, grouping: HeadGrouping) -> PoolHeads:
+        method, std, seed = self.method, None, None
+        if method == "random" and tensor.is_norm:
+            method = "mean"  # a gain near zero would switch the fresh keys off
+        if method == "random":
             std = float(checkpoint.config.get("initializer_range") or _DEFAULT_INITIALIZER_RANGE)
-            op = PoolHeads("random", grouping, std=std, seed=_tensor_seed(self.seed, name))
-        else:
-            op = PoolHeads(self.method, grouping)
-        return Step(name, TensorSpec(name, info.dtype, shape), op)
+            seed = _tensor_seed(self.seed, tensor.name)
+        return PoolHeads(
+            method, grouping, num_query_heads=tensor.num_query_heads, num_runs=tensor.num_runs, std=std, seed=seed
+        )
 
-    def _result_config(self, checkpoint: Checkpoint, source: AttentionShape) -> dict[str, object]:
-        config = dict(checkpoint.config)
+    def _result_config(
+        self, checkpoint: Checkpoint, architecture: Architecture, source: AttentionShape
+    ) -> dict[str, Any]:
+        config: dict[str, Any] = copy.deepcopy(checkpoint.config)
         config.pop("auto_map", None)  # the result opens in the stock class; the source's own code knows no grouping
-        config["num_key_value_heads"] = self.num_key_value_heads
         config["head_dim"] = source.head_dim
+        *sections, name = architecture.config_name("num_key_value_heads").split(".")
+        section = config
+        for part in sections:
+            section = section[part]
+        section[name] = self.num_key_value_heads
         return config
-
-
-def _pooled_tensors(checkpoint: Checkpoint, architecture: Architecture, source: AttentionShape) -> set[str]:
-    names = {
-        architecture.tensor_name(layer, projection, kind)
-        for layer in range(source.num_hidden_layers)
-        for projection in ("k_proj", "v_proj")
-        for kind in ("weight", "bias")
-    }
-    return names & checkpoint.tensors.keys()
 
 
 def _copy_step(checkpoint: Checkpoint, name: str) -> Step:
     info = checkpoint.tensors[name]
-    return Step(name, TensorSpec(name, info.dtype, info.shape))
+    return Step((name,), TensorSpec(name, info.dtype, info.shape))
 
 
 def _tensor_seed(seed: int, name: str) -> int:

@@ -43,6 +43,7 @@ class Inspection:
     context_length: int
     cache_bytes_for_context: int
     targets: tuple[Target, ...]
+    approximation: str | None
 
 
 def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = None) -> Inspection:
@@ -80,6 +81,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = N
             bytes_per_value=_CACHE_VALUE_BYTES,
         ),
         targets=_targets(checkpoint, architecture, shape),
+        approximation=architecture.approximation(checkpoint),
     )
 
 
@@ -88,15 +90,16 @@ def _targets(checkpoint: Checkpoint, architecture: Architecture, shape: Attentio
     if refusal:
         return Target("mha2gqa", False, refusal), Target("mha2mqa", False, refusal)
     heads = shape.num_key_value_heads
-    groups = tuple(n for n in range(2, heads) if heads % n == 0)
+    step = 2 if architecture.even_key_value_heads else 1
+    groups = tuple(n for n in range(2, heads, step) if heads % n == 0)
     if groups:
         gqa = Target("mha2gqa", True, f"--groups {' or '.join(map(str, groups))}", groups)
     elif heads == 1:
         gqa = Target("mha2gqa", False, "the model has one K/V head already")
     else:
-        gqa = Target(
-            "mha2gqa", False, f"{heads} K/V heads have no divisor between 1 and {heads}; mha2mqa pools them all"
-        )
+        gqa = Target("mha2gqa", False, f"{heads} K/V heads have no divisor between 1 and {heads}")
     if heads == 1:
         return gqa, Target("mha2mqa", False, "the model is MQA already")
+    if architecture.even_key_value_heads:
+        return gqa, Target("mha2mqa", False, f"{architecture.model_type} needs an even number of K/V heads")
     return gqa, Target("mha2mqa", True, f"{heads} K/V heads become 1", (1,))

@@ -19,10 +19,16 @@ __all__ = ["ConversionPlan", "PoolHeads", "Step"]
 
 @dataclass(frozen=True)
 class PoolHeads:
-    """Reduce the heads of one key or value projection to one per group. `std` and `seed` are those of random heads."""
+    """Reduce the K/V heads of one tensor to one per group.
+
+    The tensor's rows are `num_query_heads` heads that stay, then all K/V heads, `num_runs` times (keys, then values,
+    in a fused projection). `std` and `seed` are those of random heads.
+    """
 
     method: str
     grouping: HeadGrouping
+    num_query_heads: int = 0
+    num_runs: int = 1
     std: float | None = None
     seed: int | None = None
 
@@ -32,19 +38,32 @@ class PoolHeads:
         if (self.method == "random") != (self.std is not None and self.seed is not None):
             raise ValueError("std and seed belong to the random method, and only to it")
 
-    def __call__(self, projection: Tensor) -> Tensor:
-        if self.method == "random":
-            return POOLING_METHODS["random"](projection, self.grouping, std=self.std, seed=self.seed)
-        return POOLING_METHODS[self.method](projection, self.grouping)
+    def __call__(self, tensor: Tensor) -> Tensor:
+        import torch
+
+        num_heads = self.num_query_heads + self.num_runs * self.grouping.num_heads
+        queries, pooled = tensor.tensor_split([tensor.shape[0] // num_heads * self.num_query_heads])
+        runs = [self._pool(run, index) for index, run in enumerate(pooled.chunk(self.num_runs))]
+        return torch.cat([queries, *runs])
+
+    def _pool(self, run: Tensor, index: int) -> Tensor:
+        pool = POOLING_METHODS[self.method]
+        if self.seed is None:
+            return pool(run, self.grouping)
+        return pool(run, self.grouping, std=self.std, seed=self.seed + index)
 
 
 @dataclass(frozen=True)
 class Step:
-    """Read one tensor, write one. Without `op` the bytes are copied and never decoded."""
+    """Read tensors, write one. Several are joined along their rows. Without `op` bytes are copied, never decoded."""
 
-    reads: str
+    reads: tuple[str, ...]
     writes: TensorSpec
     op: PoolHeads | None = None
+
+    def __post_init__(self) -> None:
+        if self.op is None and len(self.reads) != 1:
+            raise ValueError(f"{self.writes.name} would be a copy of {len(self.reads)} tensors")
 
 
 @dataclass(frozen=True)
@@ -100,6 +119,6 @@ def _step(data: Mapping[str, Any]) -> Step:
     writes = TensorSpec(spec["name"], spec["dtype"], tuple(spec["shape"]))
     op = data["op"]
     if op is None:
-        return Step(data["reads"], writes)
+        return Step(tuple(data["reads"]), writes)
     grouping = HeadGrouping(tuple(tuple(group) for group in op["grouping"]["groups"]))
-    return Step(data["reads"], writes, PoolHeads(**{**op, "grouping": grouping}))
+    return Step(tuple(data["reads"]), writes, PoolHeads(**{**op, "grouping": grouping}))

@@ -20,6 +20,24 @@ NUM_HEADS = 8
 HEAD_DIM = 8
 HIDDEN_SIZE = NUM_HEADS * HEAD_DIM
 VOCAB_SIZE = 384
+# settings with which a row's checkpoints have the tensors that matter, or logits of a scale above 1
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "cohere": {"logit_scale": 1.0},
+    "cohere2": {"logit_scale": 1.0},
+    "dbrx": {
+        "d_model": 64,
+        "n_heads": 8,
+        "n_layers": 2,
+        "max_seq_len": 128,
+        "attn_config": {"kv_n_heads": 8, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 2, "moe_top_k": 1, "hidden_size": 64},
+    },
+    "glm": {"attention_bias": True},
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "nemotron": {"attention_bias": True},
+    "olmo": {"clip_qkv": 1.5},
+    "stablelm": {"use_qkv_bias": True},
+}
 PROSE = (
     "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, "
     "it was the epoch of belief, it was the epoch of incredulity, it was the season of Light, it was the season of "
@@ -50,9 +68,9 @@ def build_model(model_type: str = "llama", *, seed: int = 0, **overrides: object
         "bos_token_id": 1,
         "eos_token_id": 2,
         "tie_word_embeddings": False,
-        "num_local_experts": 2,
-        "num_experts": 2,
-        "num_experts_per_tok": 1,
+        "num_local_experts": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
         "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 32,
     }
@@ -71,13 +89,38 @@ def build_model(model_type: str = "llama", *, seed: int = 0, **overrides: object
     return model.eval()
 
 
-def tie_heads(model: Any, num_groups: int, *, projections: tuple[str, ...] = ("k_proj", "v_proj")) -> None:
+def tie_heads(model: Any, num_groups: int) -> None:
     """Make all K/V heads of a group equal to its first, so that pooling them loses nothing."""
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.split(".")[-2] in projections:
-                heads = parameter.view(num_groups, -1, HEAD_DIM, *parameter.shape[1:])
-                heads.copy_(heads[:, :1].clone().expand_as(heads))
+        for runs in key_value_heads(model).values():
+            for heads in runs:  # (K, …)
+                size = len(heads) // num_groups
+                for head, tensor in enumerate(heads):
+                    tensor.copy_(heads[head // size * size])
+
+
+def key_value_heads(model: Any) -> dict[str, list[list[torch.Tensor]]]:
+    """Of each parameter that belongs to K/V heads, its runs (keys, values) of heads, as views in the order of heads.
+
+    Written from what the classes compute, to check the converter against: it shares nothing with it.
+    """
+    config = model.config
+    section = config.attn_config if hasattr(config, "attn_config") else config
+    num_heads = getattr(section, "kv_n_heads", None) or section.num_key_value_heads
+    found: dict[str, list[list[torch.Tensor]]] = {}
+    for name, parameter in model.named_parameters():
+        *_, module, kind = name.split(".")
+        if module in ("k_proj", "v_proj"):
+            found[name] = [list(parameter.view(num_heads, HEAD_DIM, -1))]
+        elif module in ("qkv_proj", "Wqkv"):
+            rows = parameter[NUM_HEADS * HEAD_DIM :].view(2, num_heads, HEAD_DIM, -1)
+            found[name] = [list(rows[0]), list(rows[1])]
+        elif module == "k_norm" and parameter.numel() == num_heads * HEAD_DIM and num_heads > 1:
+            found[name] = [list(parameter.view(num_heads, HEAD_DIM))]
+        elif ".k_layernorm.norms." in name:
+            prefix = name.split(".norms.")[0]
+            found.setdefault(f"{prefix}.{kind}", [[]])[0].append(parameter)
+    return found
 
 
 @pytest.fixture

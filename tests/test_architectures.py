@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import HEAD_DIM, VOCAB_SIZE, CheckpointFactory
+from conftest import HEAD_DIM, OVERRIDES, VOCAB_SIZE, CheckpointFactory, key_value_heads
 from kvconvert.convert.architectures import ARCHITECTURES, find_architecture
 from kvconvert.convert.checkpoint import open_checkpoint
 from kvconvert.convert.errors import UnsupportedError
 from kvconvert.convert.execute import execute
 from kvconvert.convert.gqa import Gqa
+from kvconvert.convert.inspection import inspect_checkpoint
 from kvconvert.convert.loading import load_model
 from transformers import DynamicCache
 
-# settings with which a row's checkpoints have the tensors that matter: biases, every optional projection
-OVERRIDES: dict[str, dict[str, object]] = {
-    "llama": {"attention_bias": True, "mlp_bias": True},
-    "olmo": {"clip_qkv": 1.5},
-    "stablelm": {"use_qkv_bias": True},
-    "nemotron": {"attention_bias": True},
-    "glm": {"attention_bias": True},
-    "cohere": {"logit_scale": 1.0},
-    "cohere2": {"logit_scale": 1.0},
-}
+VARIANTS = [(model_type, OVERRIDES.get(model_type, {})) for model_type in ARCHITECTURES] + [
+    ("cohere", {"logit_scale": 1.0, "use_qk_norm": True}),
+    ("phi", {"qk_layernorm": True}),
+    ("stablelm", {"qk_layernorm": True}),
+    ("olmoe", {"clip_qkv": 1.5}),
+]
+IDS = [model_type + "".join(f"-{flag}" for flag in flags if "q" in flag) for model_type, flags in VARIANTS]
 
 
 def convert(source: Path, num_key_value_heads: int, output: Path) -> Path:
@@ -45,14 +44,19 @@ def input_ids() -> torch.Tensor:
     return torch.randint(3, VOCAB_SIZE, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(("model_type", "overrides"), VARIANTS, ids=IDS)
 def test_pooling_equal_heads_changes_nothing(
-    model_type: str, groups: int, make_checkpoint: CheckpointFactory, tmp_path: Path, input_ids: torch.Tensor
+    model_type: str,
+    overrides: dict[str, Any],
+    groups: int,
+    make_checkpoint: CheckpointFactory,
+    tmp_path: Path,
+    input_ids: torch.Tensor,
 ) -> None:
-    source = make_checkpoint(
-        model_type, seed=groups, tie_groups=groups, max_shard_size="60KB", **OVERRIDES.get(model_type, {})
-    )
+    if ARCHITECTURES[model_type].even_key_value_heads and groups == 1:
+        groups = 2
+    source = make_checkpoint(model_type, seed=groups, tie_groups=groups, max_shard_size="60KB", **overrides)
     original = load_model(source, dtype=torch.float32, device="cpu")
     converted = load_model(convert(source, groups, tmp_path / "out"), dtype=torch.float32, device="cpu")
     assert type(converted) is type(original)
@@ -87,44 +91,71 @@ def test_pooling_different_heads_changes_the_logits(
     assert (found - expected).abs().max() > 0.1 * expected.abs().max()
 
 
+@pytest.mark.parametrize(("model_type", "overrides"), VARIANTS, ids=IDS)
+def test_each_head_is_the_float64_mean_of_its_group(
+    model_type: str, overrides: dict[str, Any], make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    source = make_checkpoint(model_type, seed=3, dtype=torch.bfloat16, **overrides)
+    original = load_model(source, dtype="auto", device="cpu")
+    converted = load_model(convert(source, 2, tmp_path / "out"), dtype="auto", device="cpu")
+    before, after = key_value_heads(original), key_value_heads(converted)
+    assert before.keys() == after.keys()
+    assert len(before) >= 2
+    for name, runs in before.items():
+        for run, pooled in zip(runs, after[name], strict=True):
+            assert (len(run), len(pooled)) == (8, 2)
+            for group in range(2):
+                total = torch.stack([tensor.double() for tensor in run[4 * group : 4 * group + 4]]).sum(0)
+                assert torch.equal(pooled[group], (total / 4).to(torch.bfloat16)), (name, group)
+    kept = dict(converted.named_parameters())
+    for name, parameter in original.named_parameters():
+        if name in kept and kept[name].shape == parameter.shape and ".k_layernorm.norms." not in name:
+            assert torch.equal(kept[name], parameter), name
+
+
+@pytest.mark.parametrize(("model_type", "overrides"), VARIANTS, ids=IDS)
+def test_gradients_reach_every_parameter(
+    model_type: str, overrides: dict[str, Any], make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    source = make_checkpoint(model_type, **overrides)
+    model = load_model(convert(source, 2, tmp_path / "out"), dtype=torch.float32, device="cpu")
+    tokens = torch.arange(3, 67)[None]
+    logits = model(input_ids=tokens, use_cache=False).logits
+    torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:]).backward()
+    for name, parameter in model.named_parameters():
+        if "expert" not in name:  # an expert that no token was sent to learns nothing
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().max() > 0, name
+
+
 @pytest.mark.parametrize(
-    ("model_type", "flags", "bias"),
+    ("model_type", "overrides", "reason"),
     [
-        ("llama", {}, False),
-        ("llama", {"attention_bias": True}, True),
-        ("stablelm", {}, False),
-        ("stablelm", {"use_qkv_bias": True}, True),
-        ("phi", {}, True),
+        ("llama", {}, None),
+        ("qwen3", {}, "keys are normalised after the projection"),
+        ("nanochat", {}, "keys are normalised after the projection"),
+        ("stablelm", {}, None),
+        ("stablelm", {"qk_layernorm": True}, "keys are normalised after the projection"),
+        ("olmo", {"clip_qkv": 8.0}, "queries, keys and values are clipped"),
+        ("dbrx", OVERRIDES["dbrx"], "queries, keys and values are clipped"),
     ],
 )
-def test_each_head_is_the_float64_mean_of_its_group(
-    model_type: str, flags: dict[str, object], bias: bool, make_checkpoint: CheckpointFactory, tmp_path: Path
+def test_inspection_says_where_pooling_is_approximate(
+    model_type: str, overrides: dict[str, Any], reason: str | None, make_checkpoint: CheckpointFactory
 ) -> None:
-    source = make_checkpoint(model_type, seed=3, dtype=torch.bfloat16, **flags)
-    before = load_model(source, dtype="auto", device="cpu").state_dict()
-    after = load_model(convert(source, 2, tmp_path / "out"), dtype="auto", device="cpu").state_dict()
-    num_pooled = 0
-    for name, tensor in before.items():
-        if ".k_proj." not in name and ".v_proj." not in name:
-            assert torch.equal(after[name], tensor), name
-            continue
-        num_pooled += 1
-        for group in range(2):
-            total = sum(
-                tensor[head * HEAD_DIM : (head + 1) * HEAD_DIM].double() for head in range(4 * group, 4 * group + 4)
-            )
-            expected = (total / 4).to(torch.bfloat16)
-            assert torch.equal(after[name][group * HEAD_DIM : (group + 1) * HEAD_DIM], expected), (name, group)
-    assert num_pooled == 2 * 2 * (2 if bias else 1)
+    with open_checkpoint(make_checkpoint(model_type, **overrides)) as checkpoint:
+        found = inspect_checkpoint(checkpoint).approximation
+    assert (found is None) == (reason is None)
+    assert (found or "").startswith(reason or "")
 
 
-@pytest.mark.parametrize(
-    ("model_type", "flag"), [("phi", "qk_layernorm"), ("stablelm", "qk_layernorm"), ("cohere", "use_qk_norm")]
-)
-def test_keys_normalised_per_head_are_refused(model_type: str, flag: str, make_checkpoint: CheckpointFactory) -> None:
-    with open_checkpoint(make_checkpoint(model_type, **{flag: True})) as checkpoint:
-        with pytest.raises(UnsupportedError, match="keys are normalised per head"):
-            Gqa(2).plan(checkpoint, find_architecture(checkpoint))
+def test_differential_attention_needs_an_even_number_of_heads(make_checkpoint: CheckpointFactory) -> None:
+    with open_checkpoint(make_checkpoint("diffllama")) as checkpoint:
+        with pytest.raises(UnsupportedError, match="diffllama needs an even number of K/V heads, not 1"):
+            Gqa(1).plan(checkpoint, find_architecture(checkpoint))
+        gqa, mqa = inspect_checkpoint(checkpoint).targets
+    assert gqa.groups == (2, 4)
+    assert not mqa.possible
 
 
 def test_an_unknown_architecture_lists_the_known_ones(make_checkpoint: CheckpointFactory) -> None:

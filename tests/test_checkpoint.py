@@ -101,11 +101,11 @@ def test_what_is_not_a_checkpoint(tmp_path: Path, make_checkpoint: CheckpointFac
     [
         ({"num_key_value_heads": 4}, r"layer 0: k_proj has 8 heads, config.json says num_key_value_heads = 4"),
         ({"num_key_value_heads": 3}, "num_attention_heads = 8 is not a multiple of num_key_value_heads = 3"),
-        ({"num_hidden_layers": 3}, r"layer 2: model.layers.2.self_attn.q_proj.weight is missing"),
-        ({"num_hidden_layers": 1}, r"model.layers.1.self_attn.k_proj.weight exists, .* num_hidden_layers = 1"),
+        ({"num_hidden_layers": 3}, r"layer 2: model.layers.2.self_attn.o_proj.weight is missing"),
+        ({"num_hidden_layers": 1}, r"model.layers.1.self_attn.o_proj.weight exists, .* num_hidden_layers = 1"),
         ({"num_attention_heads": 7}, "which does not split into config.json's num_attention_heads = 7"),
         ({"num_attention_heads": None}, "config.json has num_attention_heads = None, expected a positive integer"),
-        ({"head_dim": 16}, r"layer 0: q_proj has shape \[64, 64\], config.json implies \[128, 64\]"),
+        ({"head_dim": 16}, r"layer 0: o_proj has shape \[64, 64\], config.json implies \[64, 128\]"),
     ],
 )
 def test_a_config_that_contradicts_the_tensors(
@@ -155,7 +155,7 @@ def test_inspection_of_an_mha_checkpoint(make_checkpoint: CheckpointFactory) -> 
     ("num_key_value_heads", "reasons"),
     [
         (1, ["the model has one K/V head already", "the model is MQA already"]),
-        (2, ["2 K/V heads have no divisor between 1 and 2; mha2mqa pools them all", "2 K/V heads become 1"]),
+        (2, ["2 K/V heads have no divisor between 1 and 2", "2 K/V heads become 1"]),
     ],
 )
 def test_inspection_says_why_a_target_is_not_possible(
@@ -166,10 +166,12 @@ def test_inspection_says_why_a_target_is_not_possible(
 
 
 def test_a_refused_checkpoint_is_inspected_all_the_same(make_checkpoint: CheckpointFactory) -> None:
-    with open_checkpoint(make_checkpoint("phi", qk_layernorm=True)) as checkpoint:
+    source = make_checkpoint()
+    edit_config(source, quantization_config={"quant_method": "bitsandbytes"})
+    with open_checkpoint(source) as checkpoint:
         targets = inspect_checkpoint(checkpoint).targets
     assert not any(target.possible for target in targets)
-    assert all("normalised per head" in target.reason for target in targets)
+    assert all("quantised" in target.reason for target in targets)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROSE, VOCAB_SIZE, CheckpointFactory, build_model, build_tokenizer
+from conftest import OVERRIDES, PROSE, VOCAB_SIZE, CheckpointFactory, build_model, build_tokenizer
 from kvconvert import configs
 from kvconvert.convert import ARCHITECTURES, Gqa, execute, find_architecture, open_checkpoint
 from kvconvert.convert.errors import DataError, DivergedError, InputError, OutputError, PreemptedError, UnsupportedError
@@ -117,7 +117,7 @@ def test_packed_documents_do_not_see_each_other(model_type: str, tmp_path: Path)
     feed = {k: v[None] for k, v in PackedBlocks(tmp_path, num_samples=1, seed=0)[0].items() if k != "labels"}
     perturbed = {**feed, "input_ids": feed["input_ids"].clone()}
     perturbed["input_ids"][0, :10] += 100
-    model = build_model(model_type)
+    model = build_model(model_type, **OVERRIDES.get(model_type, {}))
     mask = torch.ones_like(feed["input_ids"])
     with torch.inference_mode():
         alone, other = (model(**f, use_cache=False).logits[0, 10:] for f in (feed, perturbed))
