@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from .architecture import Architecture, Config
@@ -125,4 +126,13 @@ def find_architecture(checkpoint: Checkpoint) -> Architecture:
             f"{checkpoint.name}: model_type {model_type!r} is not supported: {reason}",
             hint=f"supported: {', '.join(ARCHITECTURES)}",
         )
-    return ARCHITECTURES[model_type]
+    return _located(ARCHITECTURES[model_type], checkpoint)
+
+
+def _located(architecture: Architecture, checkpoint: Checkpoint) -> Architecture:
+    """The entry with its names as this checkpoint has them: a base class saves without the prefix of its parent."""
+    without_prefix = architecture.attention.partition(".")[2]
+    bare = replace(architecture, attention=without_prefix)
+    if bare.tensor_name(0, "o_proj") in checkpoint.tensors:
+        return bare
+    return architecture

@@ -19,17 +19,21 @@ from .errors import CheckpointError, KvConvertError, UnsupportedError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["DTYPE_BYTES", "Checkpoint", "TensorInfo", "open_checkpoint", "safetensors_files", "torch_dtype"]
+__all__ = ["DTYPE_BYTES", "Checkpoint", "TensorInfo", "open_checkpoint", "tensor_bytes", "torch_dtype", "weight_files"]
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+PICKLE_NAME = "pytorch_model.bin"
+PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
 
 DTYPE_BYTES = MappingProxyType(
     {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
     | {"F8_E4M3": 1, "F8_E5M2": 1, "U64": 8, "U32": 4, "U16": 2}
 )
 _TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+_OTHER_TORCH_DTYPES = {"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
 
 _COPY_CHUNK_BYTES = 16 * 2**20
 _MISSING_DIRECTORY_HINT = (
@@ -45,9 +49,16 @@ def torch_dtype(dtype: str) -> Any:
     return getattr(torch, _TORCH_DTYPES[dtype])
 
 
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """The values of a tensor as safetensors stores them: row by row, little endian."""
+    import torch
+
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `begin` and `end` are byte positions in `file`."""
+    """Where a tensor lies: `begin` and `end` are byte positions in `file`, from its start in a pytorch_model.bin."""
 
     name: str
     dtype: str
@@ -72,7 +83,8 @@ class TensorInfo:
 class Checkpoint:
     """An opened checkpoint. Opening reads headers only; `read` and `copy_bytes` touch one tensor.
 
-    `path` is None when only the headers of a hub repository were fetched; tensors cannot be read then.
+    `path` is None when only the headers of a hub repository were fetched; tensors cannot be read then. `pickled` holds
+    the tensors of pytorch_model.bin files, mapped from the disk.
     """
 
     name: str
@@ -80,6 +92,7 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     size_on_disk_bytes: int
+    pickled: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
     _maps: dict[str, mmap.mmap] = field(default_factory=dict, repr=False)
 
     def __enter__(self) -> Checkpoint:
@@ -137,6 +150,8 @@ class Checkpoint:
                 f"{name} has dtype {info.dtype}, which cannot be averaged ({info.file})",
                 hint="convert a checkpoint whose attention weights are float32, float16 or bfloat16",
             )
+        if info.file in self.pickled:
+            return self.pickled[info.file][name].clone()
         raw = bytearray(self._map(info.file)[info.begin : info.end])
         self._forget(info)
         return torch.frombuffer(raw, dtype=torch_dtype(info.dtype)).reshape(info.shape)
@@ -144,6 +159,9 @@ class Checkpoint:
     def copy_bytes(self, name: str, target: IO[bytes]) -> None:
         """Append the tensor's bytes to `target` without decoding them."""
         info = self.tensors[name]
+        if info.file in self.pickled:
+            target.write(tensor_bytes(self.pickled[info.file][name]))
+            return
         with memoryview(self._map(info.file)) as view:
             for begin in range(info.begin, info.end, _COPY_CHUNK_BYTES):
                 with view[begin : min(begin + _COPY_CHUNK_BYTES, info.end)] as chunk:
@@ -181,54 +199,87 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, headers_o
     return _open_hub(name, revision, headers_only)
 
 
-def safetensors_files(directory: Path) -> list[str]:
-    """Names of the weight files of a checkpoint directory, in order; the index decides where there is one."""
-    index_path = directory / INDEX_NAME
-    if index_path.exists():
-        weight_map = _read_json(index_path).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index_path}: weight_map is missing or empty")
-        return sorted(set(weight_map.values()))
-    if (directory / WEIGHTS_NAME).exists():
-        return [WEIGHTS_NAME]
-    if any(directory.glob("pytorch_model*.bin")):
-        raise UnsupportedError(
-            f"{directory}: the weights are pytorch_model.bin, which this version does not read",
-            hint="save the model again with transformers: save_pretrained writes safetensors",
-        )
+def weight_files(directory: Path) -> tuple[list[str], Path | None]:
+    """Names of the weight files of a checkpoint directory, in order, and the index that lists them if there is one.
+
+    safetensors are preferred to pytorch_model.bin. Raises CheckpointError when there is neither.
+    """
+    for name, index_name in ((WEIGHTS_NAME, INDEX_NAME), (PICKLE_NAME, PICKLE_INDEX_NAME)):
+        index_path = directory / index_name
+        if index_path.exists():
+            weight_map = _read_json(index_path).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CheckpointError(f"{index_path}: weight_map is missing or empty")
+            return sorted(set(weight_map.values())), index_path
+        if (directory / name).exists():
+            return [name], None
     found = sorted(path.name for path in directory.glob("*.safetensors"))
-    described = f"has {', '.join(found[:3])} but no {INDEX_NAME}" if found else "holds no safetensors file"
-    raise CheckpointError(f"{directory}: {described}", hint=f"expected {WEIGHTS_NAME}, or shards with {INDEX_NAME}")
+    described = f"has {', '.join(found[:3])} but no {INDEX_NAME}" if found else "holds no weights"
+    raise CheckpointError(
+        f"{directory}: {described}", hint=f"expected {WEIGHTS_NAME}, shards with {INDEX_NAME}, or {PICKLE_NAME}"
+    )
 
 
 def _open_directory(path: Path, name: str) -> Checkpoint:
     config_path = path / CONFIG_NAME
     if not config_path.exists():
         raise CheckpointError(f"{path}: no {CONFIG_NAME}", hint=_MISSING_DIRECTORY_HINT)
-    files = safetensors_files(path)
-    tensors: dict[str, TensorInfo] = {}
+    files, index_path = weight_files(path)
+    checkpoint = Checkpoint(name=name, path=path, config=_read_json(config_path), tensors={}, size_on_disk_bytes=0)
     for file in files:
         if not (path / file).exists():
+            index_name = index_path.name if index_path else CONFIG_NAME
             raise CheckpointError(
-                f"{path}: shard {file} is missing ({INDEX_NAME} names it)", hint="download the checkpoint again"
+                f"{path}: shard {file} is missing ({index_name} names it)", hint="download the checkpoint again"
             )
-        for info in _read_header(path / file):
-            if info.name in tensors:
-                raise CheckpointError(f"{path}: {info.name} is in both {tensors[info.name].file} and {file}")
-            tensors[info.name] = info
-    if (path / INDEX_NAME).exists():
-        _check_index(path, tensors)
-    size = sum((path / file).stat().st_size for file in files)
-    return Checkpoint(name=name, path=path, config=_read_json(config_path), tensors=tensors, size_on_disk_bytes=size)
+        checkpoint.size_on_disk_bytes += (path / file).stat().st_size
+        if file.endswith(".safetensors"):
+            infos = list(_read_header(path / file))
+        else:
+            checkpoint.pickled[file] = _load_pickle(path / file)
+            infos = [_info(tensor_name, tensor, file) for tensor_name, tensor in checkpoint.pickled[file].items()]
+        for info in infos:
+            if info.name in checkpoint.tensors:
+                raise CheckpointError(
+                    f"{path}: {info.name} is in both {checkpoint.tensors[info.name].file} and {info.file}"
+                )
+            checkpoint.tensors[info.name] = info
+    if index_path is not None:
+        _check_index(index_path, checkpoint.tensors)
+    return checkpoint
 
 
-def _check_index(path: Path, tensors: dict[str, TensorInfo]) -> None:
-    for tensor, file in _read_json(path / INDEX_NAME)["weight_map"].items():
+def _check_index(index_path: Path, tensors: dict[str, TensorInfo]) -> None:
+    for tensor, file in _read_json(index_path)["weight_map"].items():
         if tensor not in tensors or tensors[tensor].file != file:
             raise CheckpointError(
-                f"{path}: {INDEX_NAME} says that {tensor} is in {file}, but it is not there",
+                f"{index_path}: says that {tensor} is in {file}, but it is not there",
                 hint="download the checkpoint again",
             )
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pytorch_model.bin, mapped, not read. Code in the pickle is refused, never run."""
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # zip, pickle and torch each have errors of their own
+        raise CheckpointError(
+            f"{path}: not a file of tensors that torch reads without running code ({_first_line(error)[:200]})",
+            hint="download it again, or save the model as safetensors",
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise CheckpointError(f"{path}: holds something else than named tensors")
+    return state
+
+
+def _info(name: str, tensor: Tensor, file: str) -> TensorInfo:
+    dtypes = {torch_name: name for name, torch_name in _TORCH_DTYPES.items()} | _OTHER_TORCH_DTYPES
+    dtype = dtypes.get(str(tensor.dtype).removeprefix("torch."))
+    if dtype is None:
+        raise UnsupportedError(f"{name} has dtype {tensor.dtype}, which safetensors cannot hold ({file})")
+    return TensorInfo(name, dtype, tuple(tensor.shape), file, 0, tensor.nbytes)
 
 
 def _read_header(path: Path) -> Iterator[TensorInfo]:
@@ -258,8 +309,10 @@ def _open_hub(repo_id: str, revision: str | None, headers_only: bool) -> Checkpo
     skipped = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "original/*", "onnx/*"]
     try:
         if not headers_only or os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}:
-            snapshot = snapshot_download(repo_id, revision=revision, ignore_patterns=skipped)
-            return _open_directory(Path(snapshot), repo_id)
+            snapshot = Path(snapshot_download(repo_id, revision=revision, ignore_patterns=skipped))
+            if not any(snapshot.glob("*.safetensors")):
+                snapshot_download(repo_id, revision=revision, allow_patterns=["pytorch_model*"])
+            return _open_directory(snapshot, repo_id)
         config_path = hf_hub_download(repo_id, CONFIG_NAME, revision=revision)
         metadata = HfApi().get_safetensors_metadata(repo_id, revision=revision)
     except KvConvertError:

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoint import CONFIG_NAME, Checkpoint
+from .checkpoint import CONFIG_NAME, Checkpoint, tensor_bytes
 from .companions import copy_companions
 from .loading import check_opens
 from .output import PROVENANCE_NAME, check_free_space, check_output, staged_directory, write_text
@@ -55,7 +55,7 @@ def execute(
             if step.op is None:
                 checkpoint.copy_bytes(step.reads[0], file)
             else:
-                file.write(_tensor_bytes(step.op(_read_rows(checkpoint, step.reads))))
+                file.write(tensor_bytes(step.op(_read_rows(checkpoint, step.reads))))
             progress(spec.num_bytes)
         copy_companions(checkpoint.directory, staging)
         if plan.config == checkpoint.config:
@@ -86,9 +86,3 @@ def _read_rows(checkpoint: Checkpoint, names: tuple[str, ...]) -> Tensor:
     import torch
 
     return torch.cat([checkpoint.read(name) for name in names])
-
-
-def _tensor_bytes(tensor: Tensor) -> bytes:
-    import torch
-
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()

@@ -27,13 +27,19 @@ def check_opens(directory: Path) -> str:
 
 
 def load_model(model: str | Path, *, dtype: Any, device: Any) -> Any:
-    """The model in eval mode, in `dtype` on `device`. Raises CheckpointError if its weights do not fill its class.
+    """The language model in eval mode, in `dtype` on `device`.
 
-    transformers only warns about missing keys and fills them with random numbers.
+    Raises CheckpointError if its weights do not fill its class (transformers only warns about missing keys and fills
+    them with random numbers), or if it was saved without the head that predicts tokens.
     """
     loaded, problem = _open(model, dtype=dtype)
     if problem:
         raise CheckpointError(f"{model}: {type(loaded).__name__} does not accept its weights: {problem}")
+    if loaded.get_output_embeddings() is None:
+        raise CheckpointError(
+            f"{model}: was saved as {type(loaded).__name__}, without the head that predicts tokens",
+            hint="save it with its ForCausalLM class; mha2gqa and mha2mqa take it as it is",
+        )
     return loaded.to(device).eval()
 
 
@@ -56,11 +62,13 @@ def quiet_transformers() -> Iterator[None]:
 
 def _open(model: str | Path, **options: Any) -> tuple[Any, str | None]:
     """The model, and in words what its class found missing, unexpected or of the wrong shape."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     try:
         with quiet_transformers():
-            opened: Any = AutoModelForCausalLM.from_pretrained(
+            saved_as = (AutoConfig.from_pretrained(model).architectures or [""])[0]
+            auto_class: Any = AutoModel if saved_as.endswith("Model") else AutoModelForCausalLM
+            opened: Any = auto_class.from_pretrained(
                 model,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # listed in `info`; transformers would raise without naming one
