@@ -42,7 +42,8 @@ def show_inspection(inspection: Inspection, console: Console) -> None:
     context = f"{human_bytes(inspection.cache_bytes_for_context)} for {inspection.context_length} tokens"
     size = f"{human_count(inspection.num_parameters)}, {inspection.dtype}"
     rows = {
-        "architecture": f"{inspection.model_type} ({inspection.attention})",
+        "architecture": f"{inspection.model_type} ({inspection.attention})"
+        + (f", converts to {inspection.converts_to}" if inspection.converts_to != inspection.model_type else ""),
         "layers": str(inspection.num_hidden_layers),
         "query heads": str(inspection.num_attention_heads),
         "K/V heads": str(inspection.num_key_value_heads),

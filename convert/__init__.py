@@ -8,14 +8,17 @@ from .gqa import Gqa
 from .heads import HeadGrouping
 from .inspection import inspect_checkpoint
 from .plan import ConversionPlan
+from .translations import TRANSLATIONS, as_native
 
 __all__ = [
     "ARCHITECTURES",
+    "TRANSLATIONS",
     "Checkpoint",
     "ConversionPlan",
     "Gqa",
     "HeadGrouping",
     "KvConvertError",
+    "as_native",
     "execute",
     "find_architecture",
     "inspect_checkpoint",

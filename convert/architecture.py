@@ -39,9 +39,10 @@ class Architecture:
 
     `qkv_proj` names the fused projection, rows [q; k; v], of an architecture that has one in place of q, k and v.
     `key_norm` names the norm of the projected keys, `{head}` in it a tensor per K/V head; where `always_normalised`,
-    there is one without a tensor. `even_key_value_heads`: the class takes no odd number of them. `config_names`
-    translates the usual names of config.json (a dot leads into a section). `is_sliding(config, layer)` says whether a
-    layer uses config's sliding_window when the config does not list `layer_types`.
+    there is one without a tensor. `even_key_value_heads`: the class takes no odd number of them. `only_one_or_all`: it
+    has either one K/V head or as many as query heads, which config's multi_query says. `config_names` translates the
+    usual names of config.json (a dot leads into a section). `is_sliding(config, layer)` says whether a layer uses
+    config's sliding_window when the config does not list `layer_types`.
     """
 
     model_type: str
@@ -54,6 +55,7 @@ class Architecture:
     key_norm: str | None = None
     always_normalised: bool = False
     even_key_value_heads: bool = False
+    only_one_or_all: bool = False
     config_names: Mapping[str, str] = field(default_factory=dict)
     is_sliding: Callable[[Config, int], bool] = no_sliding_window
 
@@ -150,7 +152,6 @@ def read_attention(checkpoint: Checkpoint, architecture: Architecture) -> Attent
     """
     num_layers = checkpoint.config_int(architecture.config_name("num_hidden_layers"))
     num_heads = checkpoint.config_int(architecture.config_name("num_attention_heads"))
-    num_kv_heads_name = architecture.config_name("num_key_value_heads")
     outputs = _tensor(checkpoint, architecture, 0, "o_proj")  # (hidden_size, num_attention_heads · head_dim)
     if len(outputs.shape) != 2 or outputs.shape[1] % num_heads:
         raise CheckpointError(
@@ -158,9 +159,10 @@ def read_attention(checkpoint: Checkpoint, architecture: Architecture) -> Attent
             f"num_attention_heads = {num_heads} ({outputs.file})"
         )
     head_dim = checkpoint.config_int("head_dim", default=outputs.shape[1] // num_heads)
-    num_kv_heads = checkpoint.config_int(
-        num_kv_heads_name, default=_count_key_value_heads(checkpoint, architecture, num_heads, head_dim)
-    )
+    num_kv_heads = _count_key_value_heads(checkpoint, architecture, num_heads, head_dim)
+    if not architecture.only_one_or_all:
+        name = architecture.config_name("num_key_value_heads")
+        num_kv_heads = checkpoint.config_int(name, default=num_kv_heads)
     if num_heads % num_kv_heads:
         raise CheckpointError(
             f"{checkpoint.name}: num_attention_heads = {num_heads} is not a multiple of "

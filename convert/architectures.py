@@ -65,6 +65,14 @@ _ENTRIES = (
     Architecture("gemma3_text", key_norm="k_norm", is_sliding=_all_but_every_sixth_layer),
     Architecture("glm"),
     Architecture("glm4"),
+    Architecture(
+        "gpt_bigcode",
+        attention="transformer.h.{layer}.attn",
+        qkv_proj="c_attn",
+        o_proj="c_proj",
+        only_one_or_all=True,
+        config_names={"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
+    ),
     Architecture("granite"),
     Architecture("granitemoe"),
     Architecture("helium"),
@@ -105,9 +113,8 @@ def _reasons() -> dict[str, str]:
         "its experts hold the query projections, so that fewer K/V heads would change them too": "jetmoe",
         "it has a vision part that this version does not know; convert its language model": "gemma3",
         "its class has no grouped keys and values, and this version does not convert to another class": (
-            "biogpt bloom codegen gpt2 gpt_neo gpt_neox gptj mpt opt xglm"
+            "biogpt bloom mpt xglm"
         ),
-        "its class has either one K/V head or all of them, and this version does not convert it": "gpt_bigcode",
         "encoder-decoder models are not converted by this version": "bart flan-t5 marian mbart mt5 pegasus t5 whisper",
         "its cache holds a latent, not keys and values": "deepseek_v2 deepseek_v3 minicpm3",
     }

@@ -58,8 +58,9 @@ def execute(
                 file.write(tensor_bytes(step.op(_read_rows(checkpoint, step.reads))))
             progress(spec.num_bytes)
         copy_companions(checkpoint.directory, staging)
-        if plan.config == checkpoint.config:
-            (staging / CONFIG_NAME).write_bytes((checkpoint.directory / CONFIG_NAME).read_bytes())
+        source_config = (checkpoint.directory / CONFIG_NAME).read_bytes()
+        if plan.config == json.loads(source_config):
+            (staging / CONFIG_NAME).write_bytes(source_config)
         else:
             writer.write_config(dict(plan.config))
         write_text(staging / PROVENANCE_NAME, json.dumps(_provenance(plan, checkpoint), indent=2) + "\n")

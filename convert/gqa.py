@@ -48,6 +48,12 @@ class Gqa:
                 f"{architecture.model_type} needs an even number of K/V heads, not {self.num_key_value_heads}",
                 hint="its attention is the difference of two halves of them",
             )
+        if architecture.only_one_or_all and self.num_key_value_heads not in (1, source.num_key_value_heads):
+            raise UnsupportedError(
+                f"{checkpoint.name}: {architecture.model_type}, its native class, has one K/V head or "
+                f"{source.num_attention_heads}, not {self.num_key_value_heads}",
+                hint="use mha2mqa",
+            )
         unchanged = self.num_key_value_heads == source.num_key_value_heads
         if unchanged and not self.allow_same:
             raise UnsupportedError(
@@ -111,6 +117,8 @@ class Gqa:
     ) -> dict[str, Any]:
         config: dict[str, Any] = copy.deepcopy(checkpoint.config)
         config.pop("auto_map", None)  # the result opens in the stock class; the source's own code knows no grouping
+        if architecture.only_one_or_all:
+            return config | {"multi_query": True}
         config["head_dim"] = source.head_dim
         *sections, name = architecture.config_name("num_key_value_heads").split(".")
         section = config

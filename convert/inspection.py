@@ -8,6 +8,7 @@ from .architecture import Architecture, AttentionShape, read_attention
 from .architectures import find_architecture
 from .checkpoint import Checkpoint
 from .kv_cache import kv_cache_bytes, kv_cache_bytes_per_token
+from .translations import as_native
 
 __all__ = ["Inspection", "Target", "inspect_checkpoint"]
 
@@ -30,6 +31,7 @@ class Inspection:
 
     model: str
     model_type: str
+    converts_to: str
     attention: str
     num_hidden_layers: int
     num_attention_heads: int
@@ -49,23 +51,26 @@ class Inspection:
 def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = None) -> Inspection:
     """Read headers and config; no weight is touched. `context_length` defaults to the longest the model takes.
 
-    Raises UnsupportedError for an unknown architecture, CheckpointError where config and tensors disagree.
+    A class that has no grouped attention is inspected as what it converts to. Raises UnsupportedError for an unknown
+    architecture, CheckpointError where config and tensors disagree.
     """
+    source, checkpoint = checkpoint, as_native(checkpoint)
     architecture = find_architecture(checkpoint)
     shape = read_attention(checkpoint, architecture)
     context = context_length or checkpoint.config_int("max_position_embeddings", default=2048)
     return Inspection(
         model=checkpoint.name,
-        model_type=architecture.model_type,
+        model_type=str(source.config["model_type"]),
+        converts_to=architecture.model_type,
         attention=shape.kind,
         num_hidden_layers=shape.num_hidden_layers,
         num_attention_heads=shape.num_attention_heads,
         num_key_value_heads=shape.num_key_value_heads,
         head_dim=shape.head_dim,
         hidden_size=shape.hidden_size,
-        num_parameters=checkpoint.num_parameters,
-        dtype=checkpoint.dtype,
-        size_on_disk_bytes=checkpoint.size_on_disk_bytes,
+        num_parameters=source.num_parameters,
+        dtype=source.dtype,
+        size_on_disk_bytes=source.size_on_disk_bytes,
         cache_bytes_per_token=kv_cache_bytes_per_token(
             num_layers=shape.num_hidden_layers,
             num_key_value_heads=shape.num_key_value_heads,
@@ -92,7 +97,11 @@ def _targets(checkpoint: Checkpoint, architecture: Architecture, shape: Attentio
     heads = shape.num_key_value_heads
     step = 2 if architecture.even_key_value_heads else 1
     groups = tuple(n for n in range(2, heads, step) if heads % n == 0)
-    if groups:
+    if architecture.only_one_or_all and heads > 1:
+        gqa = Target(
+            "mha2gqa", False, f"{architecture.model_type}, the native class that holds it, has one K/V head or all"
+        )
+    elif groups:
         gqa = Target("mha2gqa", True, f"--groups {' or '.join(map(str, groups))}", groups)
     elif heads == 1:
         gqa = Target("mha2gqa", False, "the model has one K/V head already")

@@ -63,11 +63,13 @@ def quiet_transformers() -> Iterator[None]:
 def _open(model: str | Path, **options: Any) -> tuple[Any, str | None]:
     """The model, and in words what its class found missing, unexpected or of the wrong shape."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     try:
         with quiet_transformers():
             saved_as = (AutoConfig.from_pretrained(model).architectures or [""])[0]
-            auto_class: Any = AutoModel if saved_as.endswith("Model") else AutoModelForCausalLM
+            has_head = saved_as in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or not saved_as.endswith("Model")
+            auto_class: Any = AutoModelForCausalLM if has_head else AutoModel
             opened: Any = auto_class.from_pretrained(
                 model,
                 output_loading_info=True,

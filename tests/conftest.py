@@ -33,6 +33,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 2, "moe_top_k": 1, "hidden_size": 64},
     },
     "glm": {"attention_bias": True},
+    "gpt_bigcode": {"n_embd": 64, "n_head": 8, "n_layer": 2, "n_inner": 48, "n_positions": 128, "multi_query": False},
     "llama": {"attention_bias": True, "mlp_bias": True},
     "nemotron": {"attention_bias": True},
     "olmo": {"clip_qkv": 1.5},
@@ -106,12 +107,22 @@ def key_value_heads(model: Any) -> dict[str, list[list[torch.Tensor]]]:
     """
     config = model.config
     section = config.attn_config if hasattr(config, "attn_config") else config
-    num_heads = getattr(section, "kv_n_heads", None) or section.num_key_value_heads
+    names = ("kv_n_heads", "num_key_value_heads", "num_attention_heads")
+    num_heads = next(getattr(section, name) for name in names if getattr(section, name, None))
     found: dict[str, list[list[torch.Tensor]]] = {}
     for name, parameter in model.named_parameters():
         *_, module, kind = name.split(".")
         if module in ("k_proj", "v_proj"):
             found[name] = [list(parameter.view(num_heads, HEAD_DIM, -1))]
+        elif module == "c_attn" and config.model_type == "gpt2":  # inputs × outputs
+            heads = parameter.view(-1, 3, num_heads, HEAD_DIM)
+            found[name] = [list(heads[:, part].unbind(1)) for part in (1, 2)]
+        elif module in ("query_key_value", "c_attn"):  # GPT-NeoX, GPTBigCode
+            rows = parameter.view(num_heads, 3, HEAD_DIM, -1)
+            found[name] = [list(rows[:, 1]), list(rows[:, 2])]
+        elif module == "qkv_proj" and config.model_type == "codegen":  # 4 blocks of q, v, k, two heads in each
+            rows = parameter.view(4, 3, num_heads // 4, HEAD_DIM, -1)
+            found[name] = [[head for block in rows for head in block[part]] for part in (2, 1)]
         elif module in ("qkv_proj", "Wqkv"):
             rows = parameter[NUM_HEADS * HEAD_DIM :].view(2, num_heads, HEAD_DIM, -1)
             found[name] = [list(rows[0]), list(rows[1])]

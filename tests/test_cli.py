@@ -68,7 +68,7 @@ def occupy_output(model: Path) -> None:
         (corrupt, r"not a valid safetensors file"),
         (edit_config(num_key_value_heads=4), r"layer 0: k_proj has 8 heads, config\.json says num_key_value_heads = 4"),
         (edit_config(model_type="nonesuch"), r"model_type 'nonesuch' is not supported: kvconvert does not know"),
-        (edit_config(model_type="gpt2"), r"model_type 'gpt2' is not supported: its class has no grouped keys"),
+        (edit_config(model_type="bloom"), r"model_type 'bloom' is not supported: its class has no grouped keys"),
         (edit_config(num_key_value_heads="8"), r"num_key_value_heads = '8', expected a positive integer"),
         (edit_config(head_dim="8"), r"head_dim = '8', expected a positive integer"),
         (edit_config(intermediate_size=100), r"LlamaForCausalLM does not accept its weights: \d+ mismatched keys"),

@@ -1,0 +1,99 @@
+"""A checkpoint seen as one of another class that computes the same function and, unlike its own, has grouped attention.
+
+The view is a Checkpoint: methods plan on it and `execute` reads from it as from any other, one tensor at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import IO, TYPE_CHECKING, Any
+
+from .checkpoint import Checkpoint, TensorInfo, tensor_bytes
+from .errors import CheckpointError, UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Derived", "TranslatedCheckpoint", "Translation"]
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A tensor of the target class: `compute` of the source tensors `reads`, in float64; without it the same bytes."""
+
+    reads: tuple[str, ...]
+    shape: tuple[int, ...]
+    compute: Callable[..., Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Translation:
+    """How checkpoints of one `model_type` become checkpoints of `target`.
+
+    `config` makes the target's config.json, `tensors` says where each of its tensors comes from. `refusal` gives the
+    reason why a checkpoint cannot be translated exactly, or None.
+    """
+
+    model_type: str
+    target: str
+    config: Callable[[Checkpoint], dict[str, Any]]
+    tensors: Callable[[Checkpoint], Mapping[str, Derived]]
+    refusal: Callable[[Checkpoint], str | None] = lambda checkpoint: None
+
+
+@dataclass
+class TranslatedCheckpoint(Checkpoint):
+    """`source` as its translation. Its tensors have the dtype of the source tensor that they are made from first."""
+
+    source: Checkpoint = field(kw_only=True)
+    derived: Mapping[str, Derived] = field(kw_only=True)
+
+    @classmethod
+    def of(cls, source: Checkpoint, translation: Translation) -> TranslatedCheckpoint:
+        """Raises UnsupportedError where the translation would not be exact, CheckpointError for missing tensors."""
+        refusal = translation.refusal(source)
+        if refusal:
+            raise UnsupportedError(f"{source.name}: {refusal}")
+        derived = translation.tensors(source)
+        tensors = {name: _info(source, name, tensor) for name, tensor in derived.items()}
+        return cls(
+            source.name,
+            source.path,
+            translation.config(source),
+            tensors,
+            source.size_on_disk_bytes,
+            source=source,
+            derived=derived,
+        )
+
+    def close(self) -> None:
+        self.source.close()
+
+    def read(self, name: str) -> Tensor:
+        derived = self.derived[name]
+        tensors = [self.source.read(source_name) for source_name in derived.reads]
+        if derived.compute is None:
+            return tensors[0]
+        return derived.compute(*(tensor.double() for tensor in tensors)).to(tensors[0].dtype)
+
+    def copy_bytes(self, name: str, target: IO[bytes]) -> None:
+        derived = self.derived[name]
+        if derived.compute is None:
+            self.source.copy_bytes(derived.reads[0], target)
+        else:
+            target.write(tensor_bytes(self.read(name)))
+
+
+def _info(source: Checkpoint, name: str, derived: Derived) -> TensorInfo:
+    for source_name in derived.reads:
+        if source_name not in source.tensors:
+            raise CheckpointError(
+                f"{source_name} is missing from {source.name}",
+                hint="the checkpoint is incomplete, or config.json's model_type is wrong",
+            )
+    origin = source.tensors[derived.reads[0]]
+    num_bytes = origin.num_bytes // max(origin.num_elements, 1)
+    for size in derived.shape:
+        num_bytes *= size
+    return replace(origin, name=name, shape=derived.shape, begin=0, end=num_bytes)

@@ -1,0 +1,89 @@
+"""GPT-J and CodeGen as Phi: one norm for parallel branches, rotary pairs regrouped."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint import Checkpoint
+from ..translation import Derived, Translation
+from .common import common_config, linear, present_prefix, rope_config, whole, zeros
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["CODEGEN", "GPTJ"]
+
+_CODEGEN_BLOCKS = 4  # CodeGen's q, v and k lie in four blocks, one per accelerator of its training
+
+
+def _gptj_to_phi_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    config = checkpoint.config
+    hidden_size, num_heads = checkpoint.config_int("n_embd"), checkpoint.config_int("n_head")
+    rotary_dim = checkpoint.config_int("rotary_dim", default=hidden_size // num_heads)
+    return common_config(checkpoint, "phi", "PhiForCausalLM") | {
+        "hidden_act": config.get("activation_function", "gelu_new"),
+        "hidden_size": hidden_size,
+        "intermediate_size": checkpoint.config_int("n_inner", default=4 * hidden_size),
+        "layer_norm_eps": config.get("layer_norm_epsilon", 1e-5),
+        "max_position_embeddings": checkpoint.config_int("n_positions", default=2048),
+        "num_attention_heads": num_heads,
+        "num_hidden_layers": checkpoint.config_int("n_layer"),
+        "num_key_value_heads": num_heads,
+        **rope_config({}, rotary_dim * num_heads / hidden_size, 10000),
+    }
+
+
+def _gptj_to_phi_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
+    """GPT-J and CodeGen: one norm, parallel residual, interleaved rotary dims, no biases in attention."""
+    hidden_size, num_heads = checkpoint.config_int("n_embd"), checkpoint.config_int("n_head")
+    inner = checkpoint.config_int("n_inner", default=4 * hidden_size)
+    vocab_size = checkpoint.config_int("vocab_size")
+    rotary_dim = checkpoint.config_int("rotary_dim", default=hidden_size // num_heads)
+    half_split = partial(_half_split, num_heads=num_heads, rotary_dim=rotary_dim)
+    prefix = present_prefix(checkpoint, "transformer.", "wte.weight")
+    tensors = {
+        "model.embed_tokens.weight": Derived((f"{prefix}wte.weight",), (vocab_size, hidden_size)),
+        "model.final_layernorm.weight": Derived((f"{prefix}ln_f.weight",), (hidden_size,)),
+        "model.final_layernorm.bias": Derived((f"{prefix}ln_f.bias",), (hidden_size,)),
+        **linear(checkpoint, "lm_head", "lm_head", vocab_size),
+    }
+    for layer in range(checkpoint.config_int("n_layer")):
+        old, new = f"{prefix}h.{layer}", f"model.layers.{layer}"
+        for kind in ("weight", "bias"):
+            tensors[f"{new}.input_layernorm.{kind}"] = Derived((f"{old}.ln_1.{kind}",), (hidden_size,))
+        square = (hidden_size, hidden_size)
+        fused = f"{old}.attn.qkv_proj.weight"
+        for index, projection in enumerate(("q_proj", "v_proj", "k_proj")):  # CodeGen's order
+            turn = whole if projection == "v_proj" else half_split
+            if fused in checkpoint.tensors:
+                derived = Derived((fused,), square, partial(_codegen_part, index=index, turn=turn))
+            else:
+                derived = Derived((f"{old}.attn.{projection}.weight",), square, turn)
+            tensors[f"{new}.self_attn.{projection}.weight"] = derived
+            tensors[f"{new}.self_attn.{projection}.bias"] = zeros(derived)
+        tensors |= linear(checkpoint, f"{new}.self_attn.dense", f"{old}.attn.out_proj", hidden_size)
+        tensors |= linear(checkpoint, f"{new}.mlp.fc1", f"{old}.mlp.fc_in", inner)
+        tensors |= linear(checkpoint, f"{new}.mlp.fc2", f"{old}.mlp.fc_out", hidden_size)
+    return tensors
+
+
+def _codegen_part(tensor: Tensor, *, index: int, turn: Any) -> Tensor:
+    """q, v or k of a projection whose rows are (4 blocks, 3, rows of the block)."""
+    rows = tensor.shape[0] // (3 * _CODEGEN_BLOCKS)
+    part = tensor.reshape(_CODEGEN_BLOCKS, 3, rows, *tensor.shape[1:])[:, index].reshape(-1, *tensor.shape[1:])
+    turned: Tensor = turn(part)
+    return turned
+
+
+def _half_split(projection: Tensor, *, num_heads: int, rotary_dim: int) -> Tensor:
+    """Rotary pairs (2i, 2i + 1) of each head as pairs (i, i + rotary_dim / 2); the other dims stay."""
+    import torch
+
+    heads = projection.reshape(num_heads, -1, *projection.shape[1:])
+    even, odd = heads[:, 0:rotary_dim:2], heads[:, 1:rotary_dim:2]
+    return torch.cat([even, odd, heads[:, rotary_dim:]], dim=1).reshape(projection.shape)
+
+
+GPTJ = (Translation("gptj", "phi", _gptj_to_phi_config, _gptj_to_phi_tensors),)
+CODEGEN = (Translation("codegen", "phi", _gptj_to_phi_config, _gptj_to_phi_tensors),)

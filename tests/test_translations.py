@@ -1,0 +1,234 @@
+"""Classes without grouped attention, converted to the native class that has it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import HEAD_DIM, OVERRIDES, VOCAB_SIZE, CheckpointFactory, Command
+from kvconvert.convert import Gqa, as_native, execute, find_architecture, inspect_checkpoint, open_checkpoint
+from kvconvert.convert.errors import CheckpointError, UnsupportedError
+from kvconvert.convert.loading import load_model
+from safetensors.torch import load_file, save_file
+from transformers import DynamicCache
+
+GPTJ: dict[str, Any] = {"n_embd": 64, "n_head": 8, "n_layer": 2, "n_inner": 48, "n_positions": 128, "rotary_dim": 4}
+ROTARY: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 99.0, "partial_rotary_factor": 0.5}}
+ROWS: list[tuple[str, dict[str, Any], str]] = [
+    ("gpt_neox", ROTARY, "phi"),
+    ("gpt_neox", {**ROTARY, "attention_bias": False}, "phi"),
+    ("gpt_neox", {**ROTARY, "use_parallel_residual": False}, "nemotron"),
+    ("gpt_neox", {**ROTARY, "use_parallel_residual": False, "attention_bias": False}, "nemotron"),
+    ("gptj", GPTJ, "phi"),
+    ("codegen", GPTJ, "phi"),
+]
+GPT2: dict[str, Any] = {"n_embd": 64, "n_head": 8, "n_layer": 2, "n_inner": 48, "n_positions": 128}
+OPT: dict[str, Any] = {"ffn_dim": 48, "word_embed_proj_dim": 64, "pad_token_id": 0}
+NEO: dict[str, Any] = {
+    "num_heads": 8,
+    "num_layers": 2,
+    "attention_types": [[["global", "local"], 1]],
+    "window_size": 128,
+}
+ROWS += [
+    ("gpt2", GPT2, "gpt_bigcode"),
+    ("gpt2", {**GPT2, "scale_attn_by_inverse_layer_idx": True}, "gpt_bigcode"),
+    ("gpt2", {**GPT2, "tie_word_embeddings": True}, "gpt_bigcode"),
+    ("opt", OPT, "gpt_bigcode"),
+    ("gpt_neo", NEO, "gpt_bigcode"),
+    ("gpt_bigcode", OVERRIDES["gpt_bigcode"], "gpt_bigcode"),
+]
+IDS = ["neox", "neox-no-bias", "neox-sequential", "neox-sequential-no-bias", "gptj", "codegen"]
+IDS += ["gpt2", "gpt2-scaled", "gpt2-tied", "opt", "gpt_neo", "gpt_bigcode"]
+
+
+def convert(source: Path, num_key_value_heads: int, output: Path, **options: Any) -> Path:
+    with as_native(open_checkpoint(source)) as checkpoint:
+        plan = Gqa(num_key_value_heads, **options).plan(checkpoint, find_architecture(checkpoint))
+        execute(plan, checkpoint, output)
+    return output
+
+
+def load(directory: Path) -> Any:
+    return load_model(directory, dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture
+def input_ids() -> torch.Tensor:
+    return torch.randint(3, VOCAB_SIZE, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(("model_type", "overrides", "target"), ROWS, ids=IDS)
+def test_pooling_equal_heads_changes_nothing(
+    model_type: str,
+    overrides: dict[str, Any],
+    target: str,
+    groups: int,
+    make_checkpoint: CheckpointFactory,
+    tmp_path: Path,
+    input_ids: torch.Tensor,
+) -> None:
+    if target == "gpt_bigcode":
+        groups = 1
+    source = make_checkpoint(model_type, seed=groups, tie_groups=groups, max_shard_size="60KB", **overrides)
+    original, converted = load(source), load(convert(source, groups, tmp_path / "out"))
+    assert converted.config.model_type == target
+    with torch.inference_mode():
+        expected, found = (model(input_ids=input_ids, use_cache=False).logits for model in (original, converted))
+    scale = expected.abs().max().item()
+    assert scale > 1
+    # folding a norm into a projection rounds its weights once more than the original: 1e-5 of the scale
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * scale)
+
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), input_ids], dim=1)
+    mask = (torch.arange(padded.shape[1]) >= torch.tensor([[3], [3]])).long()
+    generated = [
+        model.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False, use_cache=use_cache)
+        for model, use_cache in ((converted, True), (converted, False), (original, True))
+    ]
+    assert torch.equal(generated[0], generated[1])
+    assert torch.equal(generated[0], generated[2])
+    cache = converted(input_ids, use_cache=True, past_key_values=DynamicCache(config=converted.config)).past_key_values
+    for layer in cache.layers:
+        assert layer.keys.shape == layer.values.shape == (2, groups, input_ids.shape[1], HEAD_DIM)
+
+
+@pytest.mark.parametrize(("model_type", "overrides", "target"), ROWS, ids=IDS)
+def test_keys_and_values_are_the_mean_of_the_originals(
+    model_type: str,
+    overrides: dict[str, Any],
+    target: str,
+    make_checkpoint: CheckpointFactory,
+    tmp_path: Path,
+    input_ids: torch.Tensor,
+) -> None:
+    """Keys, rotated, and values are linear in the weights: in the first layer pooled ones are means of the originals'.
+
+    This goes through the forward pass of both classes and through nothing of the converter.
+    """
+    source = make_checkpoint(model_type, seed=5, **overrides)
+    groups = 1 if target == "gpt_bigcode" else 2
+    original, converted = load(source), load(convert(source, groups, tmp_path / "out"))
+    with torch.inference_mode():
+        caches = [model(input_ids, use_cache=True).past_key_values for model in (original, converted)]
+    expected, found = (cache.layers[0] for cache in caches)
+    keys = expected.keys
+    if model_type in ("gptj", "codegen"):  # their rotary pairs are neighbours, Phi's are half the rotary dims apart
+        keys = torch.cat([keys[..., 0:4:2], keys[..., 1:4:2], keys[..., 4:]], dim=-1)
+    for heads, pooled in ((keys, found.keys), (expected.values, found.values)):
+        mean = heads.double().unflatten(1, (groups, -1)).mean(2)
+        torch.testing.assert_close(pooled.double(), mean, rtol=0, atol=1e-5 * mean.abs().max().item())
+        assert (mean - heads.double()[:, :: 8 // groups]).abs().max() > 0.1  # the first heads are not it
+
+
+@pytest.mark.parametrize(("model_type", "overrides", "target"), ROWS, ids=IDS)
+def test_gradients_reach_every_parameter(
+    model_type: str, overrides: dict[str, Any], target: str, make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    groups = 1 if target == "gpt_bigcode" else 2
+    model = load(convert(make_checkpoint(model_type, **overrides), groups, tmp_path / "out"))
+    tokens = torch.arange(3, 67)[None]
+    logits = model(input_ids=tokens, use_cache=False).logits
+    torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:]).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_without_pooling_only_the_class_changes(
+    make_checkpoint: CheckpointFactory, tmp_path: Path, input_ids: torch.Tensor
+) -> None:
+    source = make_checkpoint("gpt_neox", **ROTARY)
+    original, converted = load(source), load(convert(source, 8, tmp_path / "out", allow_same=True))
+    assert converted.config.model_type == "phi"
+    with torch.inference_mode():
+        expected, found = (model(input_ids=input_ids, use_cache=False).logits for model in (original, converted))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_a_pythia_checkpoint_as_its_authors_saved_it(
+    make_checkpoint: CheckpointFactory, tmp_path: Path, input_ids: torch.Tensor
+) -> None:
+    """embed_out, masks and frequencies among the weights, rotary_pct in the config, float16."""
+    source = make_checkpoint("gpt_neox", tie_groups=2, dtype=torch.float16, **ROTARY)
+    weights = load_file(source / "model.safetensors")
+    assert "embed_out.weight" in weights
+    for layer in range(2):
+        attention = f"gpt_neox.layers.{layer}.attention"
+        weights[f"{attention}.bias"] = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+        weights[f"{attention}.masked_bias"] = torch.tensor(-1e9)
+        weights[f"{attention}.rotary_emb.inv_freq"] = torch.ones(2)
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    for name in ("rope_parameters", "dtype"):
+        del config[name]
+    config |= {"rotary_pct": 0.5, "rotary_emb_base": 99, "torch_dtype": "float16"}
+    (source / "config.json").write_text(json.dumps(config))
+    original, converted = load(source), load(convert(source, 2, tmp_path / "out"))
+    assert load_model(tmp_path / "out", dtype="auto", device="cpu").dtype == torch.float16
+    with torch.inference_mode():
+        expected, found = (model(input_ids=input_ids, use_cache=False).logits for model in (original, converted))
+    # the folded weights are rounded to float16, 11 bits: 2e-3 of the scale
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 * expected.abs().max().item())
+
+
+def test_inspect_and_convert_say_what_the_result_is(make_checkpoint: CheckpointFactory, kvconvert: Command) -> None:
+    source = make_checkpoint("gpt_neox", **ROTARY)
+    with open_checkpoint(source) as checkpoint:
+        inspection = inspect_checkpoint(checkpoint)
+    assert (inspection.model_type, inspection.converts_to) == ("gpt_neox", "phi")
+    assert inspection.num_parameters == checkpoint.num_parameters
+    assert "gpt_neox (MHA), converts to phi" in kvconvert("inspect", source).stdout
+    outcome = kvconvert("mha2mqa", source, "--json")
+    assert json.loads(outcome.stdout)["opened_as"] == "PhiForCausalLM"
+
+
+def test_a_missing_tensor_is_named(make_checkpoint: CheckpointFactory) -> None:
+    source = make_checkpoint("gptj", **GPTJ)
+    weights = load_file(source / "model.safetensors")
+    name = "transformer.h.1.mlp.fc_in.weight"
+    save_file({key: value for key, value in weights.items() if key != name}, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{name} is missing from"):
+        as_native(open_checkpoint(source))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "message"),
+    [
+        ("opt", {**OPT, "word_embed_proj_dim": 32}, "its embeddings are narrower than its layers"),
+        ("opt", {**OPT, "do_layer_norm_before": False}, "it normalises after each branch"),
+        ("gpt_neo", {**NEO, "window_size": 64}, "exact up to a context of 64, but max_position_embeddings = 128"),
+    ],
+)
+def test_what_would_not_be_exact_is_refused(
+    model_type: str, overrides: dict[str, Any], message: str, make_checkpoint: CheckpointFactory
+) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        as_native(open_checkpoint(make_checkpoint(model_type, **overrides)))
+
+
+def test_learned_positions_have_no_native_class_for_groups(make_checkpoint: CheckpointFactory) -> None:
+    with as_native(open_checkpoint(make_checkpoint("gpt2", **GPT2))) as checkpoint:
+        with pytest.raises(
+            UnsupportedError, match="gpt_bigcode, its native class, has one K/V head or 8, not 2"
+        ) as raised:
+            Gqa(2).plan(checkpoint, find_architecture(checkpoint))
+        assert raised.value.hint == "use mha2mqa"
+        gqa, mqa = inspect_checkpoint(checkpoint).targets
+    assert (gqa.possible, mqa.possible) == (False, True)
+
+
+def test_an_mqa_checkpoint_is_recognised(make_checkpoint: CheckpointFactory) -> None:
+    with open_checkpoint(
+        make_checkpoint("gpt_bigcode", **{**OVERRIDES["gpt_bigcode"], "multi_query": True})
+    ) as checkpoint:
+        inspection = inspect_checkpoint(checkpoint)
+    assert (inspection.attention, inspection.num_key_value_heads) == ("MQA", 1)
+    assert [target.reason for target in inspection.targets] == [
+        "the model has one K/V head already",
+        "the model is MQA already",
+    ]
