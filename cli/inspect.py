@@ -53,6 +53,11 @@ def show_inspection(inspection: Inspection, console: Console) -> None:
     }
     for target in inspection.targets:
         rows[target.command] = target.reason if target.possible else f"not possible: {target.reason}"
+    rows["served by"] = ", ".join(
+        f"{engine.engine} ({engine.evidence}{': ' + engine.how if engine.how else ''})"
+        for engine in inspection.serving
+        if engine.works
+    )
     if inspection.approximation:
         rows["note"] = f"pooling is only approximate: {inspection.approximation}"
     console.print(inspection.model)

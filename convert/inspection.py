@@ -8,6 +8,7 @@ from .architecture import Architecture, AttentionShape, read_attention
 from .architectures import find_architecture
 from .checkpoint import Checkpoint
 from .kv_cache import kv_cache_bytes, kv_cache_bytes_per_token
+from .serving import Serving, serving
 from .translations import as_native
 
 __all__ = ["Inspection", "Target", "inspect_checkpoint"]
@@ -46,6 +47,7 @@ class Inspection:
     cache_bytes_for_context: int
     targets: tuple[Target, ...]
     approximation: str | None
+    serving: tuple[Serving, ...]
 
 
 def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = None) -> Inspection:
@@ -87,6 +89,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = N
         ),
         targets=_targets(checkpoint, architecture, shape),
         approximation=architecture.approximation(checkpoint),
+        serving=serving(architecture.model_type),
     )
 
 
