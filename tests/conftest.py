@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import settings as hypothesis_settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
 NUM_HEADS = 8
 HEAD_DIM = 8
@@ -132,6 +132,41 @@ def key_value_heads(model: Any) -> dict[str, list[list[torch.Tensor]]]:
             prefix = name.split(".norms.")[0]
             found.setdefault(f"{prefix}.{kind}", [[]])[0].append(parameter)
     return found
+
+
+def assert_same_function(original: Any, converted: Any, num_key_value_heads: int) -> None:
+    """Equal logits and greedy tokens, left padding included, with and without a cache, which has fewer heads."""
+    input_ids = torch.randint(3, VOCAB_SIZE, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, found = (model(input_ids=input_ids, use_cache=False).logits for model in (original, converted))
+    scale = expected.abs().max().item()
+    assert scale > 1
+    # float32 sums in another order, and weights that a folded norm rounds once more: 1e-5 of the scale
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * scale)
+
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), input_ids], dim=1)
+    mask = (torch.arange(padded.shape[1]) >= torch.tensor([[3], [3]])).long()
+    generated = [
+        model.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False, use_cache=use_cache)
+        for model, use_cache in ((converted, True), (converted, False), (original, True))
+    ]
+    assert torch.equal(generated[0], generated[1])
+    assert torch.equal(generated[0], generated[2])
+
+    cache = converted(input_ids, use_cache=True, past_key_values=DynamicCache(config=converted.config)).past_key_values
+    for layer in cache.layers:
+        assert layer.keys.shape == layer.values.shape == (2, num_key_value_heads, 12, HEAD_DIM)
+
+
+def assert_gradients_everywhere(model: Any) -> None:
+    """The loss moves every parameter, but for experts: one that no token was sent to learns nothing."""
+    tokens = torch.arange(3, 67)[None]
+    logits = model(input_ids=tokens, use_cache=False).logits
+    torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:]).backward()
+    for name, parameter in model.named_parameters():
+        if "expert" not in name:
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().max() > 0, name
 
 
 @pytest.fixture

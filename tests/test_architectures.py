@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import HEAD_DIM, OVERRIDES, VOCAB_SIZE, CheckpointFactory, key_value_heads
+from conftest import (
+    OVERRIDES,
+    VOCAB_SIZE,
+    CheckpointFactory,
+    assert_gradients_everywhere,
+    assert_same_function,
+    key_value_heads,
+)
 from kvconvert.convert.architectures import ARCHITECTURES, find_architecture
 from kvconvert.convert.checkpoint import open_checkpoint
 from kvconvert.convert.errors import UnsupportedError
@@ -15,7 +22,6 @@ from kvconvert.convert.execute import execute
 from kvconvert.convert.gqa import Gqa
 from kvconvert.convert.inspection import inspect_checkpoint
 from kvconvert.convert.loading import load_model
-from transformers import DynamicCache
 
 VARIANTS = [
     (model_type, OVERRIDES.get(model_type, {}))
@@ -56,7 +62,6 @@ def test_pooling_equal_heads_changes_nothing(
     groups: int,
     make_checkpoint: CheckpointFactory,
     tmp_path: Path,
-    input_ids: torch.Tensor,
 ) -> None:
     if ARCHITECTURES[model_type].even_key_value_heads and groups == 1:
         groups = 2
@@ -64,25 +69,7 @@ def test_pooling_equal_heads_changes_nothing(
     original = load_model(source, dtype=torch.float32, device="cpu")
     converted = load_model(convert(source, groups, tmp_path / "out"), dtype=torch.float32, device="cpu")
     assert type(converted) is type(original)
-    expected, found = logits(original, input_ids), logits(converted, input_ids)
-    scale = expected.abs().max().item()
-    assert scale > 1
-    # float32 sums in another order: 1e-5 of the scale
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * scale)
-
-    # generation with the cache, left padding included, gives the tokens that it gives without
-    padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), input_ids], dim=1)
-    mask = (torch.arange(padded.shape[1]) >= torch.tensor([[3], [3]])).long()
-    generated = [
-        model.generate(padded, attention_mask=mask, max_new_tokens=6, do_sample=False, use_cache=use_cache)
-        for model, use_cache in ((converted, True), (converted, False), (original, True))
-    ]
-    assert torch.equal(generated[0], generated[1])
-    assert torch.equal(generated[0], generated[2])
-
-    cache = converted(input_ids, use_cache=True, past_key_values=DynamicCache(config=converted.config)).past_key_values
-    for layer in cache.layers:
-        assert layer.keys.shape == layer.values.shape == (2, groups, input_ids.shape[1], HEAD_DIM)
+    assert_same_function(original, converted, groups)
 
 
 def test_pooling_different_heads_changes_the_logits(
@@ -123,13 +110,7 @@ def test_gradients_reach_every_parameter(
 ) -> None:
     source = make_checkpoint(model_type, **overrides)
     model = load_model(convert(source, 2, tmp_path / "out"), dtype=torch.float32, device="cpu")
-    tokens = torch.arange(3, 67)[None]
-    logits = model(input_ids=tokens, use_cache=False).logits
-    torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:]).backward()
-    for name, parameter in model.named_parameters():
-        if "expert" not in name:  # an expert that no token was sent to learns nothing
-            assert parameter.grad is not None, name
-            assert parameter.grad.abs().max() > 0, name
+    assert_gradients_everywhere(model)
 
 
 @pytest.mark.parametrize(

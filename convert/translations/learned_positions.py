@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import Checkpoint
 from ..translation import Derived, Translation
-from .common import common_config, linear, present_prefix
+from .common import linear, present_prefix
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,17 +29,8 @@ def _gpt2_refusal(checkpoint: Checkpoint) -> str | None:
 
 
 def _gpt2_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    config = checkpoint.config
-    return _bigcode_config(checkpoint) | {
-        "activation_function": config.get("activation_function", "gelu_new"),
-        "layer_norm_epsilon": config.get("layer_norm_epsilon", 1e-5),
-        "n_embd": checkpoint.config_int("n_embd"),
-        "n_head": checkpoint.config_int("n_head"),
-        "n_inner": config.get("n_inner"),
-        "n_layer": checkpoint.config_int("n_layer"),
-        "n_positions": checkpoint.config_int("n_positions", default=1024),
-        "scale_attn_weights": config.get("scale_attn_weights", True),
-        "tie_word_embeddings": bool(config.get("tie_word_embeddings", True)),
+    return _bigcode_config(checkpoint, num_positions="n_positions") | {
+        "scale_attn_weights": checkpoint.config.get("scale_attn_weights", True),
     }
 
 
@@ -47,17 +38,11 @@ def _gpt2_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
     """GPT-2 stores its projections as (inputs, outputs)."""
     width, num_layers = checkpoint.config_int("n_embd"), checkpoint.config_int("n_layer")
     prefix = present_prefix(checkpoint, "transformer.", "wte.weight")
-    tensors = {
-        f"transformer.{name}": _same(checkpoint, f"{prefix}{name}")
-        for name in ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias")
-    }
-    if "lm_head.weight" in checkpoint.tensors:
-        tensors["lm_head.weight"] = _same(checkpoint, "lm_head.weight")
+    tensors = _ends(checkpoint, prefix)
     for layer in range(num_layers):
         old, new = f"{prefix}h.{layer}", f"transformer.h.{layer}"
-        for norm in ("ln_1", "ln_2"):
-            for kind in ("weight", "bias"):
-                tensors[f"{new}.{norm}.{kind}"] = _same(checkpoint, f"{old}.{norm}.{kind}")
+        for name in ("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias"):
+            tensors[f"{new}.{name}"] = _same(checkpoint, f"{old}.{name}")
         for projection in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
             weight = f"{old}.{projection}.weight"
             shape = checkpoint.tensors[weight].shape[::-1] if weight in checkpoint.tensors else (width, width)
@@ -88,17 +73,15 @@ def _opt_refusal(checkpoint: Checkpoint) -> str | None:
 
 
 def _opt_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    config = checkpoint.config
-    return _bigcode_config(checkpoint) | {
-        "activation_function": config.get("activation_function", "relu"),
-        "layer_norm_epsilon": 1e-5,  # torch's default, which OPT uses
-        "n_embd": checkpoint.config_int("hidden_size"),
-        "n_head": checkpoint.config_int("num_attention_heads"),
-        "n_inner": checkpoint.config_int("ffn_dim"),
-        "n_layer": checkpoint.config_int("num_hidden_layers"),
-        "n_positions": checkpoint.config_int("max_position_embeddings"),
-        "tie_word_embeddings": bool(config.get("tie_word_embeddings", True)),
-    }
+    return _bigcode_config(
+        checkpoint,
+        width="hidden_size",
+        num_heads="num_attention_heads",
+        num_layers="num_hidden_layers",
+        inner="ffn_dim",
+        num_positions="max_position_embeddings",
+        activation="relu",
+    )
 
 
 def _opt_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
@@ -139,17 +122,14 @@ def _neo_refusal(checkpoint: Checkpoint) -> str | None:
 
 
 def _neo_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    config = checkpoint.config
-    return _bigcode_config(checkpoint) | {
-        "activation_function": config.get("activation_function", "gelu_new"),
-        "layer_norm_epsilon": config.get("layer_norm_epsilon", 1e-5),
-        "n_embd": checkpoint.config_int("hidden_size"),
-        "n_head": checkpoint.config_int("num_heads"),
-        "n_inner": config.get("intermediate_size"),
-        "n_layer": checkpoint.config_int("num_layers"),
-        "n_positions": checkpoint.config_int("max_position_embeddings", default=2048),
-        "tie_word_embeddings": bool(config.get("tie_word_embeddings", True)),
-    }
+    return _bigcode_config(
+        checkpoint,
+        width="hidden_size",
+        num_heads="num_heads",
+        num_layers="num_layers",
+        inner="intermediate_size",
+        num_positions="max_position_embeddings",
+    )
 
 
 def _neo_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
@@ -158,17 +138,11 @@ def _neo_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
     inner = checkpoint.config_int("intermediate_size", default=4 * width)
     factor = (width // checkpoint.config_int("num_heads")) ** 0.5
     prefix = present_prefix(checkpoint, "transformer.", "wte.weight")
-    tensors = {
-        f"transformer.{name}": _same(checkpoint, f"{prefix}{name}")
-        for name in ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias")
-    }
-    if "lm_head.weight" in checkpoint.tensors:
-        tensors["lm_head.weight"] = _same(checkpoint, "lm_head.weight")
+    tensors = _ends(checkpoint, prefix)
     for layer in range(checkpoint.config_int("num_layers")):
         old, new = f"{prefix}h.{layer}", f"transformer.h.{layer}"
-        for norm in ("ln_1", "ln_2"):
-            for kind in ("weight", "bias"):
-                tensors[f"{new}.{norm}.{kind}"] = _same(checkpoint, f"{old}.{norm}.{kind}")
+        for name in ("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias"):
+            tensors[f"{new}.{name}"] = _same(checkpoint, f"{old}.{name}")
         tensors |= _stacked(checkpoint, f"{new}.attn.c_attn", f"{old}.attn.attention", width, query_factor=factor)
         tensors |= linear(checkpoint, f"{new}.attn.c_proj", f"{old}.attn.attention.out_proj", width)
         tensors |= linear(checkpoint, f"{new}.mlp.c_fc", f"{old}.mlp.c_fc", inner)
@@ -203,15 +177,44 @@ GPT_BIGCODE = (
 GPT_NEO = (Translation("gpt_neo", "gpt_bigcode", _neo_config, _neo_tensors, _neo_refusal),)
 
 
-def _bigcode_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    config = common_config(checkpoint, "gpt_bigcode", "GPTBigCodeForCausalLM")
-    unknown = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "attention_dropout")
-    return {name: value for name, value in config.items() if name not in unknown} | {
+def _bigcode_config(
+    checkpoint: Checkpoint,
+    *,
+    width: str = "n_embd",
+    num_heads: str = "n_head",
+    num_layers: str = "n_layer",
+    inner: str = "n_inner",
+    num_positions: str,
+    activation: str = "gelu_new",
+) -> dict[str, Any]:
+    """GPTBigCode's config from one whose names the arguments are; `activation` is that of a config without it."""
+    config = checkpoint.config
+    same = ("vocab_size", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
+    return {name: config[name] for name in (*same, "quantization_config") if name in config} | {
+        "architectures": ["GPTBigCodeForCausalLM"],
+        "model_type": "gpt_bigcode",
+        "multi_query": False,
+        "activation_function": config.get("activation_function", activation),
+        "layer_norm_epsilon": config.get("layer_norm_epsilon", 1e-5),
+        "n_embd": checkpoint.config_int(width),
+        "n_head": checkpoint.config_int(num_heads),
+        "n_inner": config.get(inner),
+        "n_layer": checkpoint.config_int(num_layers),
+        "n_positions": checkpoint.config_int(num_positions),
         "attn_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "resid_pdrop": 0.0,
-        "multi_query": False,
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings", True)),
     }
+
+
+def _ends(checkpoint: Checkpoint, prefix: str) -> dict[str, Derived]:
+    """Embeddings, final norm and, where the file has it, the output head of GPT-2 and GPT-Neo."""
+    names = ("wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias")
+    tensors = {f"transformer.{name}": _same(checkpoint, f"{prefix}{name}") for name in names}
+    if "lm_head.weight" in checkpoint.tensors:
+        tensors["lm_head.weight"] = _same(checkpoint, "lm_head.weight")
+    return tensors
 
 
 def _same(checkpoint: Checkpoint, name: str) -> Derived:
