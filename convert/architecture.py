@@ -9,7 +9,7 @@ from typing import Any
 from .checkpoint import Checkpoint, TensorInfo
 from .errors import CheckpointError
 
-__all__ = ["Architecture", "AttentionShape", "HeadTensor", "read_attention"]
+__all__ = ["Architecture", "AttentionShape", "HeadTensor", "read_attention", "refuse_quantised"]
 
 Config = Mapping[str, Any]
 
@@ -17,6 +17,13 @@ Config = Mapping[str, Any]
 def no_sliding_window(config: Config, layer: int) -> bool:
     """For architectures whose layers all attend to the whole context."""
     return False
+
+
+def refuse_quantised(config: Config) -> str | None:
+    """Why a quantised checkpoint cannot be converted; None for others."""
+    if config.get("quantization_config"):
+        return "the checkpoint is quantised; convert the unquantised original, then quantise the result"
+    return None
 
 
 @dataclass(frozen=True)
@@ -68,9 +75,7 @@ class Architecture:
 
     def refusal(self, config: Config) -> str | None:
         """Why this checkpoint's configuration cannot be converted, or None."""
-        if config.get("quantization_config"):
-            return "the checkpoint is quantised; convert the unquantised original, then quantise the result"
-        return None
+        return refuse_quantised(config)
 
     def approximation(self, checkpoint: Checkpoint) -> str | None:
         """Why pooling is not a mean of what the heads compute, beyond being a mean of their weights; or None."""
@@ -108,9 +113,9 @@ class Architecture:
         """Norms that have a tensor of their own per K/V head: for weight and bias, the names in the order of heads."""
         if self.key_norm is None or "{head}" not in self.key_norm:
             return []
+        template = f"{self.attention}.{self.key_norm}"
         names = [
-            [f"{self.attention}.{self.key_norm}.{kind}".format(layer=layer, head=head) for head in range(num_heads)]
-            for num_heads in (shape.num_key_value_heads,)
+            [f"{template}.{kind}".format(layer=layer, head=head) for head in range(shape.num_key_value_heads)]
             for kind in ("weight", "bias")
         ]
         return [group for group in names if group[0] in checkpoint.tensors]

@@ -53,6 +53,7 @@ _ENTRIES = (
         config_names={
             "num_hidden_layers": "n_layers",
             "num_attention_heads": "n_heads",
+            "max_position_embeddings": "max_seq_len",
             "num_key_value_heads": "attn_config.kv_n_heads",
             "clip_qkv": "attn_config.clip_qkv",
         },
@@ -71,7 +72,11 @@ _ENTRIES = (
         qkv_proj="c_attn",
         o_proj="c_proj",
         only_one_or_all=True,
-        config_names={"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
+        config_names={
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "max_position_embeddings": "n_positions",
+        },
     ),
     Architecture("granite"),
     Architecture("granitemoe"),
@@ -115,6 +120,9 @@ def _reasons() -> dict[str, str]:
         "its class has no grouped keys and values, and this version does not convert to another class": (
             "biogpt bloom mpt xglm"
         ),
+        "its class has no grouped keys and values; mha2gqa or mha2mqa converts it to one that has": (
+            "codegen gpt2 gpt_neo gpt_neox gptj opt"
+        ),
         "encoder-decoder models are not converted by this version": "bart flan-t5 marian mbart mt5 pegasus t5 whisper",
         "its cache holds a latent, not keys and values": "deepseek_v2 deepseek_v3 minicpm3",
     }
@@ -131,7 +139,7 @@ def find_architecture(checkpoint: Checkpoint) -> Architecture:
         reason = _REASONS.get(str(model_type), "kvconvert does not know this architecture")
         raise UnsupportedError(
             f"{checkpoint.name}: model_type {model_type!r} is not supported: {reason}",
-            hint=f"supported: {', '.join(ARCHITECTURES)}",
+            hint="docs/architectures.md lists what is supported",
         )
     return _located(ARCHITECTURES[model_type], checkpoint)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -112,15 +113,19 @@ class Checkpoint:
             raise CheckpointError(f"{self.name}: only its headers were fetched, its files are not on this machine")
         return self.path
 
+    def counted_tensors(self) -> list[TensorInfo]:
+        """The tensors that are parameters of the model."""
+        return list(self.tensors.values())
+
     @cached_property
     def num_parameters(self) -> int:
-        return sum(info.num_elements for info in self.tensors.values())
+        return sum(info.num_elements for info in self.counted_tensors())
 
     @cached_property
     def dtype(self) -> str:
         """The safetensors dtype that most parameters have."""
         counts: dict[str, int] = {}
-        for info in self.tensors.values():
+        for info in self.counted_tensors():
             counts[info.dtype] = counts.get(info.dtype, 0) + info.num_elements
         return max(counts, key=lambda dtype: counts[dtype])
 
@@ -263,7 +268,8 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     import torch
 
     try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        is_zip = zipfile.is_zipfile(path)  # torch before 1.6 wrote a format that cannot be mapped
+        state = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
     except Exception as error:  # zip, pickle and torch each have errors of their own
         raise CheckpointError(
             f"{path}: not a file of tensors that torch reads without running code ({_first_line(error)[:200]})",
@@ -319,8 +325,8 @@ def _open_hub(repo_id: str, revision: str | None, headers_only: bool) -> Checkpo
         raise
     except EntryNotFoundError as error:
         raise CheckpointError(f"{repo_id}: {_first_line(error)}", hint=_MISSING_DIRECTORY_HINT) from error
-    except NotASafetensorsRepoError as error:
-        raise CheckpointError(f"{repo_id}: the repository holds no safetensors weights") from error
+    except NotASafetensorsRepoError:
+        return _open_hub(repo_id, revision, headers_only=False)  # pickles have no headers that could be read alone
     except Exception as error:  # the HTTP library behind the hub has errors of its own
         raise CheckpointError(
             f"{repo_id}: no such directory here, and the hub did not give it ({_first_line(error)})",

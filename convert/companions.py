@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 from .checkpoint import CONFIG_NAME, INDEX_NAME
-from .output import PROVENANCE_NAME
+from .output import PROVENANCE_NAME, write_text
+from .text import has_tokenizer, load_tokenizer
 
-__all__ = ["copy_companions"]
+__all__ = ["copy_companions", "name_tokenizer"]
 
 _WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz"}
@@ -18,6 +20,24 @@ _NOT_COPIED = frozenset(
     {CONFIG_NAME, INDEX_NAME, "README.md", "pytorch_model.bin.index.json", "metrics.jsonl", PROVENANCE_NAME}
 )
 _COPIED_DIRECTORIES = ("additional_chat_templates",)
+
+
+def name_tokenizer(source: Path, target: Path) -> None:
+    """Write what the files of a tokenizer left to the `model_type`, which has changed.
+
+    That is its class and special tokens, and tokenizer.json where only a vocabulary and merges were there.
+    """
+    path = target / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if "tokenizer_class" in config or not has_tokenizer(source):
+        return
+    tokenizer = load_tokenizer(source)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and not (target / "tokenizer.json").exists():
+        backend.save(str(target / "tokenizer.json"))
+    tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    config = tokens | config | {"tokenizer_class": type(tokenizer).__name__}
+    write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checkpoint import CONFIG_NAME, Checkpoint, tensor_bytes
-from .companions import copy_companions
+from .companions import copy_companions, name_tokenizer
 from .loading import check_opens
 from .output import PROVENANCE_NAME, check_free_space, check_output, staged_directory, write_text
 from .plan import ConversionPlan
@@ -47,6 +47,7 @@ def execute(
     check_output(output, force=force, inputs=[checkpoint.directory])
     check_free_space(output, plan.bytes_out)
     check_opens(checkpoint.directory)
+    source_config = (checkpoint.directory / CONFIG_NAME).read_bytes()
     steps = {step.writes.name: step for step in plan.steps}
     with staged_directory(output, force=force) as staging:
         writer = CheckpointWriter(staging, [step.writes for step in plan.steps], max_shard_bytes=max_shard_bytes)
@@ -58,7 +59,8 @@ def execute(
                 file.write(tensor_bytes(step.op(_read_rows(checkpoint, step.reads))))
             progress(spec.num_bytes)
         copy_companions(checkpoint.directory, staging)
-        source_config = (checkpoint.directory / CONFIG_NAME).read_bytes()
+        if plan.model_type != json.loads(source_config).get("model_type"):
+            name_tokenizer(checkpoint.directory, staging)
         if plan.config == json.loads(source_config):
             (staging / CONFIG_NAME).write_bytes(source_config)
         else:

@@ -48,17 +48,17 @@ class Gqa:
                 f"{architecture.model_type} needs an even number of K/V heads, not {self.num_key_value_heads}",
                 hint="its attention is the difference of two halves of them",
             )
-        if architecture.only_one_or_all and self.num_key_value_heads not in (1, source.num_key_value_heads):
+        if architecture.only_one_or_all and self.num_key_value_heads != 1:
             raise UnsupportedError(
-                f"{checkpoint.name}: {architecture.model_type}, its native class, has one K/V head or "
-                f"{source.num_attention_heads}, not {self.num_key_value_heads}",
+                f"{checkpoint.name}: the native class for fewer K/V heads, {architecture.model_type}, takes one only, "
+                f"not {self.num_key_value_heads}",
                 hint="use mha2mqa",
             )
         unchanged = self.num_key_value_heads == source.num_key_value_heads
         if unchanged and not self.allow_same:
             raise UnsupportedError(
                 f"{checkpoint.name} already has {source.num_key_value_heads} K/V heads",
-                hint="ask for fewer groups, or pass --force to write an identical copy",
+                hint="ask for fewer groups, or pass --force to keep every head",
             )
         steps = {name: _copy_step(checkpoint, name) for name in checkpoint.tensors}
         if not unchanged:

@@ -59,7 +59,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = N
     source, checkpoint = checkpoint, as_native(checkpoint)
     architecture = find_architecture(checkpoint)
     shape = read_attention(checkpoint, architecture)
-    context = context_length or checkpoint.config_int("max_position_embeddings", default=2048)
+    context = context_length or checkpoint.config_int(architecture.config_name("max_position_embeddings"), default=2048)
     return Inspection(
         model=checkpoint.name,
         model_type=str(source.config["model_type"]),
@@ -70,8 +70,8 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = N
         num_key_value_heads=shape.num_key_value_heads,
         head_dim=shape.head_dim,
         hidden_size=shape.hidden_size,
-        num_parameters=source.num_parameters,
-        dtype=source.dtype,
+        num_parameters=checkpoint.num_parameters,
+        dtype=checkpoint.dtype,
         size_on_disk_bytes=source.size_on_disk_bytes,
         cache_bytes_per_token=kv_cache_bytes_per_token(
             num_layers=shape.num_hidden_layers,
@@ -101,9 +101,7 @@ def _targets(checkpoint: Checkpoint, architecture: Architecture, shape: Attentio
     step = 2 if architecture.even_key_value_heads else 1
     groups = tuple(n for n in range(2, heads, step) if heads % n == 0)
     if architecture.only_one_or_all and heads > 1:
-        gqa = Target(
-            "mha2gqa", False, f"{architecture.model_type}, the native class that holds it, has one K/V head or all"
-        )
+        gqa = Target("mha2gqa", False, f"its native class, {architecture.model_type}, takes one K/V head only")
     elif groups:
         gqa = Target("mha2gqa", True, f"--groups {' or '.join(map(str, groups))}", groups)
     elif heads == 1:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
+
+# what older versions saved among the weights and newer ones compute
+_OLD_BUFFERS = re.compile(
+    r"(attn|attention)\.(bias|masked_bias|causal_mask)$|rotary_emb\.inv_freq$|(^|\.)(decoder|embed_positions)\.(version|_float_tensor)$"
+)
 
 __all__ = ["check_opens", "load_model", "quiet_transformers"]
 
@@ -82,6 +88,8 @@ def _open(model: str | Path, **options: Any) -> tuple[Any, str | None]:
     loaded, info = opened
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(str(key) for key in info[problem])
+        if problem == "unexpected_keys":
+            keys = [key for key in keys if not _OLD_BUFFERS.search(key)]
         if keys:
             return loaded, f"{len(keys)} {problem.replace('_', ' ')}, first {keys[0]}"
     return loaded, None

@@ -16,7 +16,15 @@ from .errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TextSource", "adds_bos", "check_tokenizers", "encode_documents", "load_tokenizer", "read_documents"]
+__all__ = [
+    "TextSource",
+    "adds_bos",
+    "check_tokenizers",
+    "encode_documents",
+    "has_tokenizer",
+    "load_tokenizer",
+    "read_documents",
+]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -60,12 +68,17 @@ def read_documents(source: TextSource) -> Iterator[str]:
     yield from _non_empty(documents, source.location)
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a checkpoint directory holds a tokenizer of any kind."""
+    return any((directory / name).exists() for name in _TOKENIZER_FILES)
+
+
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside a checkpoint. Raises DataError when there is none."""
     from transformers import AutoTokenizer
 
     directory = Path(model)
-    if directory.is_dir() and not any((directory / name).exists() for name in _TOKENIZER_FILES):
+    if directory.is_dir() and not has_tokenizer(directory):
         raise DataError(
             f"{model}: no tokenizer ({', '.join(_TOKENIZER_FILES[:3])} …) beside the weights",
             hint="copy the tokenizer files of the original model into this directory",

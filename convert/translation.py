@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import IO, TYPE_CHECKING, Any
 
+from .architecture import refuse_quantised
 from .checkpoint import Checkpoint, TensorInfo, tensor_bytes
 from .errors import CheckpointError, UnsupportedError
 
@@ -52,7 +53,7 @@ class TranslatedCheckpoint(Checkpoint):
     @classmethod
     def of(cls, source: Checkpoint, translation: Translation) -> TranslatedCheckpoint:
         """Raises UnsupportedError where the translation would not be exact, CheckpointError for missing tensors."""
-        refusal = translation.refusal(source)
+        refusal = refuse_quantised(source.config) or translation.refusal(source)
         if refusal:
             raise UnsupportedError(f"{source.name}: {refusal}")
         derived = translation.tensors(source)
@@ -69,6 +70,11 @@ class TranslatedCheckpoint(Checkpoint):
 
     def close(self) -> None:
         self.source.close()
+
+    def counted_tensors(self) -> list[TensorInfo]:
+        """The source's tensors that are taken over: masks and frequencies among its weights are not."""
+        names = {name for derived in self.derived.values() for name in derived.reads}
+        return [info for name, info in self.source.tensors.items() if name in names]
 
     def read(self, name: str) -> Tensor:
         derived = self.derived[name]

@@ -54,6 +54,16 @@ def test_pickled_weights_convert_to_the_same_tensors(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_pickles_of_torch_before_1_6(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    source = make_checkpoint()
+    expected = load_file(convert(source, tmp_path / "a") / "model.safetensors")
+    weights = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    torch.save(weights, source / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    found = load_file(convert(source, tmp_path / "b") / "model.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 class Bomb:
     """Runs code when it is unpickled by a reader that lets it."""
 

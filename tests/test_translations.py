@@ -19,7 +19,10 @@ from conftest import (
 from kvconvert.convert import Gqa, as_native, execute, find_architecture, inspect_checkpoint, open_checkpoint
 from kvconvert.convert.errors import CheckpointError, UnsupportedError
 from kvconvert.convert.loading import load_model
+from kvconvert.convert.text import load_tokenizer
+from kvconvert.uptrain.run import default_sequence_length
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 GPTJ: dict[str, Any] = {"n_embd": 64, "n_head": 8, "n_layer": 2, "n_inner": 48, "n_positions": 128, "rotary_dim": 4}
 ROTARY: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 99.0, "partial_rotary_factor": 0.5}}
@@ -122,6 +125,78 @@ def test_gradients_reach_every_parameter(
     assert_gradients_everywhere(model)
 
 
+@pytest.mark.parametrize(("model_type", "overrides", "target"), ROWS[4:6], ids=IDS[4:6])
+def test_masks_among_the_weights_are_left_behind(
+    model_type: str, overrides: dict[str, Any], target: str, make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    source = make_checkpoint(model_type, tie_groups=2, **overrides)
+    weights = load_file(source / "model.safetensors")
+    num_parameters = sum(tensor.numel() for tensor in weights.values())
+    for layer in range(2):
+        for buffer in ("bias", "masked_bias", "causal_mask"):
+            weights[f"transformer.h.{layer}.attn.{buffer}"] = torch.ones(1, 1, 200, 200, dtype=torch.bool)
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with open_checkpoint(source) as checkpoint:
+        inspection = inspect_checkpoint(checkpoint)
+    assert (inspection.num_parameters, inspection.dtype) == (num_parameters, "F32")
+    assert_same_function(load(source), load(convert(source, 2, tmp_path / "out")), 2)
+
+
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_rope_scaling_of_older_configs(key: str, make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    source = make_checkpoint("gpt_neox", tie_groups=2, rope_parameters={**ROTARY["rope_parameters"], "rope_theta": 99})
+    config = json.loads((source / "config.json").read_text())
+    del config["rope_parameters"]
+    config |= {"rotary_pct": 0.5, "rotary_emb_base": 99, "rope_scaling": {key: "linear", "factor": 4.0}}
+    (source / "config.json").write_text(json.dumps(config))
+    assert_same_function(load(source), load(convert(source, 2, tmp_path / "out")), 2)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+
+
+def test_the_default_rotary_dim_is_that_of_the_class(make_checkpoint: CheckpointFactory) -> None:
+    source = make_checkpoint("gptj", **GPTJ)
+    config = json.loads((source / "config.json").read_text())
+    del config["rotary_dim"]
+    (source / "config.json").write_text(json.dumps(config))
+    with as_native(open_checkpoint(source)) as checkpoint:
+        assert checkpoint.config["partial_rotary_factor"] == 64 / 8
+
+
+@pytest.mark.parametrize("files", ["tokenizer.json", "vocab.json and merges.txt"])
+def test_a_tokenizer_that_the_model_type_named_is_named(
+    files: str, make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    """GPT-2's own tokenizer_config.json holds a length and nothing else."""
+    source = make_checkpoint("gpt2", **GPT2)
+    vocabulary = {letter: index for index, letter in enumerate("abcdefgh")} | {"<|endoftext|>": 8, "ab": 9}
+    (source / "vocab.json").write_text(json.dumps(vocabulary))
+    (source / "merges.txt").write_text("#version: 0.2\na b\n")
+    (source / "tokenizer_config.json").write_text('{"model_max_length": 128}')
+    if files == "tokenizer.json":
+        AutoTokenizer.from_pretrained(source).backend_tokenizer.save(str(source / "tokenizer.json"))
+    before = load_tokenizer(source)
+    after = load_tokenizer(convert(source, 1, tmp_path / "out"))
+    assert after.eos_token_id == before.eos_token_id == 8
+    assert after("abc")["input_ids"] == before("abc")["input_ids"] == [9, 2]
+    assert after.model_max_length == 128
+
+
+def test_the_longest_context_is_found_under_its_own_name(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    output = convert(make_checkpoint("gpt2", **{**GPT2, "max_position_embeddings": 64}), 1, tmp_path / "out")
+    with open_checkpoint(output) as checkpoint:
+        assert inspect_checkpoint(checkpoint).context_length == 64
+        assert default_sequence_length(checkpoint) == 64
+
+
+def test_a_quantised_source_is_refused_as_such(make_checkpoint: CheckpointFactory) -> None:
+    source = make_checkpoint("gpt_neox", **ROTARY)
+    config = json.loads((source / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match="the checkpoint is quantised"):
+        as_native(open_checkpoint(source))
+
+
 def test_without_pooling_only_the_class_changes(
     make_checkpoint: CheckpointFactory, tmp_path: Path, input_ids: torch.Tensor
 ) -> None:
@@ -196,11 +271,11 @@ def test_what_would_not_be_exact_is_refused(
 
 def test_learned_positions_have_no_native_class_for_groups(make_checkpoint: CheckpointFactory) -> None:
     with as_native(open_checkpoint(make_checkpoint("gpt2", **GPT2))) as checkpoint:
-        with pytest.raises(
-            UnsupportedError, match="gpt_bigcode, its native class, has one K/V head or 8, not 2"
-        ) as raised:
+        with pytest.raises(UnsupportedError, match="gpt_bigcode, takes one only, not 2") as raised:
             Gqa(2).plan(checkpoint, find_architecture(checkpoint))
         assert raised.value.hint == "use mha2mqa"
+        with pytest.raises(UnsupportedError, match="gpt_bigcode, takes one only, not 8"):
+            Gqa(8, allow_same=True).plan(checkpoint, find_architecture(checkpoint))
         gqa, mqa = inspect_checkpoint(checkpoint).targets
     assert (gqa.possible, mqa.possible) == (False, True)
 
@@ -215,3 +290,20 @@ def test_an_mqa_checkpoint_is_recognised(make_checkpoint: CheckpointFactory) -> 
         "the model has one K/V head already",
         "the model is MQA already",
     ]
+
+
+def test_gpt2_as_its_authors_saved_it(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    """No prefix, no output head, masks among the weights, a config that leaves most out."""
+    source = make_checkpoint("gpt2", tie_groups=1, tie_word_embeddings=True, **GPT2)
+    weights = {
+        name.removeprefix("transformer."): tensor for name, tensor in load_file(source / "model.safetensors").items()
+    }
+    assert "lm_head.weight" not in weights
+    for layer in range(2):
+        weights[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 4, 4)
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    kept = ["architectures", "model_type", "n_embd", "n_head", "n_layer", "n_inner", "n_positions", "vocab_size"]
+    kept += ["bos_token_id", "eos_token_id", "pad_token_id"]
+    (source / "config.json").write_text(json.dumps({name: config[name] for name in kept}))
+    assert_same_function(load(source), load(convert(source, 1, tmp_path / "out")), 1)

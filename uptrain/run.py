@@ -261,7 +261,7 @@ def check_job(job: UptrainJob, *, resume: bool = False, force: bool = False) -> 
     longest, length = _longest_sequence(job.checkpoint), job.settings.sequence_length
     if length > longest:
         raise UnsupportedError(
-            f"sequence length {length} does not fit {job.checkpoint.name} (max_position_embeddings = {longest})",
+            f"sequence length {length} does not fit {job.checkpoint.name} (it takes {longest} tokens)",
             hint=f"use --sequence-length {longest} or less",
         )
     check_tokenizers(job.checkpoint.directory, job.teacher)
@@ -394,4 +394,5 @@ def _publish(job: UptrainJob, student: Any, *, num_tokens: int, force: bool) -> 
 
 
 def _longest_sequence(checkpoint: Checkpoint) -> int:
-    return int(checkpoint.config.get("max_position_embeddings") or _MAX_DEFAULT_SEQUENCE_LENGTH)
+    name = find_architecture(checkpoint).config_name("max_position_embeddings")
+    return checkpoint.config_int(name, default=_MAX_DEFAULT_SEQUENCE_LENGTH)

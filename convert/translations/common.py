@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import Checkpoint
+from ..errors import CheckpointError
 from ..translation import Derived
 
 if TYPE_CHECKING:
@@ -31,16 +31,23 @@ def common_config(checkpoint: Checkpoint, model_type: str, class_name: str) -> d
     }
 
 
-def rope_config(config: Mapping[str, Any], partial_rotary_factor: float, rope_theta: float) -> dict[str, Any]:
-    """Rotary settings as transformers 5 reads them, and beside them as version 4 does."""
-    parameters = {"rope_type": "default", "rope_theta": rope_theta, "partial_rotary_factor": partial_rotary_factor}
-    parameters |= config.get("rope_scaling") or {}
-    parameters |= config.get("rope_parameters") or {}
-    return {
-        "rope_parameters": parameters,
-        "rope_theta": parameters["rope_theta"],
-        "partial_rotary_factor": parameters["partial_rotary_factor"],
-    }
+def rope_config(checkpoint: Checkpoint, partial_rotary_factor: float, rope_theta: float) -> dict[str, Any]:
+    """Rotary settings as transformers 5 reads them, and beside them as version 4 does.
+
+    The arguments are the values where the config has no rope_parameters.
+    """
+    parameters: dict[str, Any] = {"rope_theta": rope_theta, "partial_rotary_factor": partial_rotary_factor}
+    scaling = checkpoint.config.get("rope_scaling") or {}
+    newer = checkpoint.config.get("rope_parameters") or {}
+    if not isinstance(scaling, dict) or not isinstance(newer, dict):
+        raise CheckpointError(f"{checkpoint.name}: config.json has rope_scaling = {scaling!r}, expected an object")
+    parameters |= scaling | newer
+    rope_type = parameters.pop("type", "default")  # the name of version 4.42 and before
+    parameters.setdefault("rope_type", rope_type)
+    older = {name: parameters[name] for name in ("rope_theta", "partial_rotary_factor")}
+    if parameters["rope_type"] != "default":
+        older["rope_scaling"] = {name: value for name, value in parameters.items() if name not in older}
+    return {"rope_parameters": parameters, **older}
 
 
 def present_prefix(checkpoint: Checkpoint, prefix: str, name: str) -> str:

@@ -28,7 +28,7 @@ def _neox_to_phi_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "intermediate_size": checkpoint.config_int("intermediate_size"),
         "layer_norm_eps": config.get("layer_norm_eps", 1e-5),
         "max_position_embeddings": checkpoint.config_int("max_position_embeddings", default=2048),
-        **rope_config(config, config.get("rotary_pct", 0.25), config.get("rotary_emb_base", 10000)),
+        **rope_config(checkpoint, config.get("rotary_pct", 0.25), config.get("rotary_emb_base", 10000)),
     }
 
 

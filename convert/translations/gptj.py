@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 
 __all__ = ["CODEGEN", "GPTJ"]
 
+_DEFAULT_ROTARY_DIM = 64  # of both classes, whatever their head_dim
 _CODEGEN_BLOCKS = 4  # CodeGen's q, v and k lie in four blocks, one per accelerator of its training
 
 
 def _gptj_to_phi_config(checkpoint: Checkpoint) -> dict[str, Any]:
     config = checkpoint.config
     hidden_size, num_heads = checkpoint.config_int("n_embd"), checkpoint.config_int("n_head")
-    rotary_dim = checkpoint.config_int("rotary_dim", default=hidden_size // num_heads)
+    rotary_dim = checkpoint.config_int("rotary_dim", default=_DEFAULT_ROTARY_DIM)
     return common_config(checkpoint, "phi", "PhiForCausalLM") | {
         "hidden_act": config.get("activation_function", "gelu_new"),
         "hidden_size": hidden_size,
@@ -30,7 +31,7 @@ def _gptj_to_phi_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "num_attention_heads": num_heads,
         "num_hidden_layers": checkpoint.config_int("n_layer"),
         "num_key_value_heads": num_heads,
-        **rope_config({}, rotary_dim * num_heads / hidden_size, 10000),
+        **rope_config(checkpoint, rotary_dim * num_heads / hidden_size, 10000),
     }
 
 
@@ -39,7 +40,7 @@ def _gptj_to_phi_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
     hidden_size, num_heads = checkpoint.config_int("n_embd"), checkpoint.config_int("n_head")
     inner = checkpoint.config_int("n_inner", default=4 * hidden_size)
     vocab_size = checkpoint.config_int("vocab_size")
-    rotary_dim = checkpoint.config_int("rotary_dim", default=hidden_size // num_heads)
+    rotary_dim = checkpoint.config_int("rotary_dim", default=_DEFAULT_ROTARY_DIM)
     half_split = partial(_half_split, num_heads=num_heads, rotary_dim=rotary_dim)
     prefix = present_prefix(checkpoint, "transformer.", "wte.weight")
     tensors = {
