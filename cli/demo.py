@@ -256,7 +256,7 @@ def _uptrain(variant: _Variant, output: Path, windows: Any, terminal: Terminal) 
 
 def _show(results: dict[str, Any], output: Path, console: Console) -> None:
     table = Table(title="kvconvert demo: mean pooling, then 5 % of the pretraining tokens")
-    for heading in ("model", "K/V heads", "cache B/token", "perplexity", "uptrained", "KL", "uptrained"):
+    for heading in ("model", "K/V heads", "B/token", "perplexity", "after", "KL", "after"):
         table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
     original = results["original"]
     table.add_row(
@@ -281,7 +281,7 @@ def _show(results: dict[str, Any], output: Path, console: Console) -> None:
         )
     console.print(table)
     tokens = results["settings"]["uptraining_tokens"]
-    console.print("KL: to the original, nats per token. uptrained: the column before it, after uptraining")
+    console.print("B/token: K/V cache in 16 bits; KL: to the original, nats per token; after: after uptraining")
     console.print(
         f"{results['num_held_out_tokens']} held-out tokens, {tokens} uptraining tokens, {results['seconds']:.0f} s"
     )
