@@ -24,7 +24,7 @@ class Gqa:
     """Reduce a checkpoint to `num_key_value_heads` K/V heads per layer.
 
     `seed` matters for the random method only. `allow_same` accepts the number of heads that the source has already:
-    every tensor is then copied.
+    no head is then pooled.
     """
 
     num_key_value_heads: int
