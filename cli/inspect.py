@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ..convert.checkpoint import open_checkpoint
 from ..convert.inspection import Inspection, inspect_checkpoint
+from ..convert.serving import engines_line
 from .console import Terminal, human_bytes, human_count
 from .options import Json, Model, Quiet, Revision
 
@@ -42,22 +43,22 @@ def show_inspection(inspection: Inspection, console: Console) -> None:
     context = f"{human_bytes(inspection.cache_bytes_for_context)} for {inspection.context_length} tokens"
     size = f"{human_count(inspection.num_parameters)}, {inspection.dtype}"
     rows = {
-        "architecture": f"{inspection.model_type} ({inspection.attention})"
-        + (f", converts to {inspection.converts_to}" if inspection.converts_to != inspection.model_type else ""),
+        "architecture": f"{inspection.model_type} ({inspection.attention})",
         "layers": str(inspection.num_hidden_layers),
         "query heads": str(inspection.num_attention_heads),
         "K/V heads": str(inspection.num_key_value_heads),
         "head_dim": str(inspection.head_dim),
         "parameters": f"{size}, {human_bytes(inspection.size_on_disk_bytes)} on disk",
-        "K/V cache": f"{inspection.cache_bytes_per_token} bytes per token, {context} (16-bit)",
+        "K/V cache": f"{inspection.cache_bytes_per_token} bytes per token, {context} (16-bit)"
+        + (", and as much per token of the encoder" if inspection.cross_attention else ""),
     }
     for target in inspection.targets:
+        changes = target.model_type not in (None, inspection.model_type)
         rows[target.command] = target.reason if target.possible else f"not possible: {target.reason}"
-    rows["served by"] = ", ".join(
-        f"{engine.engine} ({engine.evidence}{': ' + engine.how if engine.how else ''})"
-        for engine in inspection.serving
-        if engine.works
-    )
+        rows[target.command] += f", as {target.model_type}" if changes else ""
+    for model_type, engines in inspection.serving.items():
+        label = "served by" if len(inspection.serving) == 1 else model_type
+        rows[label] = engines_line(engines)
     if inspection.approximation:
         rows["note"] = f"pooling is only approximate: {inspection.approximation}"
     console.print(inspection.model)

@@ -15,7 +15,7 @@ from ..convert.execute import execute
 from ..convert.gqa import Gqa
 from ..convert.output import check_output
 from ..convert.plan import ConversionPlan
-from ..convert.translations import as_native
+from ..convert.translations import as_target
 from .console import Terminal, human_bytes
 from .options import DryRun, Force, Json, Model, Output, Quiet, Revision, default_output, parse_size
 
@@ -90,7 +90,8 @@ def _convert(
     terminal: Terminal,
 ) -> None:
     max_shard_bytes = parse_size(max_shard_size)
-    with as_native(open_checkpoint(model, revision=revision, headers_only=dry_run)) as checkpoint:
+    source = open_checkpoint(model, revision=revision, headers_only=dry_run)
+    with as_target(source, settings.num_key_value_heads) as checkpoint:
         target = output or default_output(checkpoint, suffix)
         check_output(target, force=force, inputs=[checkpoint.path] if checkpoint.path else [])
         plan = settings.plan(checkpoint, find_architecture(checkpoint))

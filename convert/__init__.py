@@ -8,19 +8,22 @@ from .gqa import Gqa
 from .heads import HeadGrouping
 from .inspection import inspect_checkpoint
 from .plan import ConversionPlan
-from .translations import TRANSLATIONS, as_native
+from .runtime import register
+from .translations import ROUTES, as_target
 
 __all__ = [
     "ARCHITECTURES",
-    "TRANSLATIONS",
+    "ROUTES",
     "Checkpoint",
     "ConversionPlan",
     "Gqa",
     "HeadGrouping",
     "KvConvertError",
-    "as_native",
+    "as_target",
     "execute",
     "find_architecture",
     "inspect_checkpoint",
     "open_checkpoint",
 ]
+
+register()

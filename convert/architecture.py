@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,11 @@ def no_sliding_window(config: Config, layer: int) -> bool:
     return False
 
 
+def any_number(config: Config, num_key_value_heads: int) -> str | None:
+    """For architectures that can have every number of K/V heads that divides the query heads."""
+    return None
+
+
 def refuse_quantised(config: Config) -> str | None:
     """Why a quantised checkpoint cannot be converted; None for others."""
     if config.get("quantization_config"):
@@ -30,13 +36,15 @@ def refuse_quantised(config: Config) -> str | None:
 class HeadTensor:
     """A tensor whose rows are heads, one after the other: first `num_query_heads` of them, then the K/V heads.
 
-    `num_runs` says how often all K/V heads follow: twice where keys and values are in one tensor. `is_norm` marks the
-    gains of a norm.
+    `num_runs` says how often all K/V heads follow: twice where keys and values are in one tensor. `interleaved`: the
+    rows are, for each K/V head, the query heads that read it, its key and its value. `is_norm` marks the gains of a
+    norm.
     """
 
     name: str
     num_query_heads: int = 0
     num_runs: int = 1
+    interleaved: bool = False
     is_norm: bool = False
 
 
@@ -44,34 +52,66 @@ class HeadTensor:
 class Architecture:
     """Where the attention tensors of one `model_type` are, and how its config differs.
 
-    `qkv_proj` names the fused projection, rows [q; k; v], of an architecture that has one in place of q, k and v.
-    `key_norm` names the norm of the projected keys, `{head}` in it a tensor per K/V head; where `always_normalised`,
-    there is one without a tensor. `even_key_value_heads`: the class takes no odd number of them. `only_one_or_all`: it
-    has either one K/V head or as many as query heads, which config's multi_query says. `config_names` translates the
-    usual names of config.json (a dot leads into a section). `is_sliding(config, layer)` says whether a layer uses
-    config's sliding_window when the config does not list `layer_types`.
+    `cross_attention` is where a decoder's second attention is, with the same names of projections. `qkv_proj` names
+    the fused projection of an architecture that has one in place of q, k and v: rows [q; k; v], or, if `interleaved`,
+    for each K/V head its query heads, key and value. `key_norm` names the norm of the projected keys, `{head}` in it a
+    tensor per K/V head; where `always_normalised`, there is one without a tensor.
+
+    `separates_documents`: without an attention mask the class tells documents that share a sequence apart by their
+    position_ids.
+
+    `config_names` translates the usual names of config.json (a dot leads into a section). Where that is not enough,
+    `read_heads(config)` gives the number of K/V heads, and `write_heads(config, number)` what the config of a result
+    has otherwise. `refuse_heads(config, number)` says why the class cannot have so many, or None.
+    `is_sliding(config, layer)` says whether a layer uses config's sliding_window when the config does not list
+    `layer_types`.
     """
 
     model_type: str
     attention: str = "model.layers.{layer}.self_attn"
+    cross_attention: str | None = None
     q_proj: str = "q_proj"
     k_proj: str = "k_proj"
     v_proj: str = "v_proj"
     o_proj: str = "o_proj"
     qkv_proj: str | None = None
+    interleaved: bool = False
     key_norm: str | None = None
     always_normalised: bool = False
-    even_key_value_heads: bool = False
-    only_one_or_all: bool = False
+    separates_documents: bool = True
     config_names: Mapping[str, str] = field(default_factory=dict)
+    read_heads: Callable[[Config], int] | None = None
+    write_heads: Callable[[Config, int], Mapping[str, Any]] | None = None
+    refuse_heads: Callable[[Config, int], str | None] = any_number
     is_sliding: Callable[[Config, int], bool] = no_sliding_window
 
-    def tensor_name(self, layer: int, projection: str, kind: str = "weight") -> str:
-        """Full name of a projection ("q_proj", …, "o_proj", "qkv_proj") of a layer; kind is weight or bias."""
-        return f"{self.attention.format(layer=layer)}.{getattr(self, projection)}.{kind}"
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        """Where a layer's attention modules are: its self-attention and, in some decoders, its cross-attention."""
+        return (self.attention,) if self.cross_attention is None else (self.attention, self.cross_attention)
+
+    def tensor_name(self, layer: int, projection: str, kind: str = "weight", *, attention: str | None = None) -> str:
+        """Full name of a projection ("q_proj", …, "o_proj", "qkv_proj") of a layer; kind is weight or bias.
+
+        `attention` is one of `attentions`, the first unless given.
+        """
+        return f"{(attention or self.attention).format(layer=layer)}.{getattr(self, projection)}.{kind}"
 
     def config_name(self, name: str) -> str:
         return self.config_names.get(name, name)
+
+    def result_config(self, config: Config, num_key_value_heads: int, head_dim: int) -> dict[str, Any]:
+        """The config of a checkpoint with another number of K/V heads."""
+        result: dict[str, Any] = copy.deepcopy(dict(config))
+        if self.write_heads is not None:
+            return {**result, **self.write_heads(config, num_key_value_heads)}
+        result["head_dim"] = head_dim
+        *sections, name = self.config_name("num_key_value_heads").split(".")
+        section = result
+        for part in sections:
+            section = section[part]
+        section[name] = num_key_value_heads
+        return result
 
     def refusal(self, config: Config) -> str | None:
         """Why this checkpoint's configuration cannot be converted, or None."""
@@ -93,12 +133,19 @@ class Architecture:
         """The tensors of a layer that hold one row, or one run of rows, per K/V head, in a single tensor each."""
         if self.qkv_proj is not None:
             candidates = [
-                HeadTensor(self.tensor_name(layer, "qkv_proj", kind), shape.num_attention_heads, num_runs=2)
+                HeadTensor(
+                    self.tensor_name(layer, "qkv_proj", kind, attention=attention),
+                    shape.num_attention_heads,
+                    num_runs=2,
+                    interleaved=self.interleaved,
+                )
+                for attention in self.attentions
                 for kind in ("weight", "bias")
             ]
         else:
             candidates = [
-                HeadTensor(self.tensor_name(layer, projection, kind))
+                HeadTensor(self.tensor_name(layer, projection, kind, attention=attention))
+                for attention in self.attentions
                 for projection in ("k_proj", "v_proj")
                 for kind in ("weight", "bias")
             ]
@@ -125,7 +172,8 @@ class Architecture:
 class AttentionShape:
     """The numbers of a model's attention, as its tensors and its config agree on them.
 
-    `windows` holds, per layer, the sliding window in tokens or None for full attention.
+    `windows` holds, per layer, the sliding window in tokens or None for full attention. With `cross_attention` the
+    cache holds as much again for each token of the encoder.
     """
 
     hidden_size: int
@@ -133,6 +181,7 @@ class AttentionShape:
     num_key_value_heads: int
     head_dim: int
     windows: tuple[int | None, ...]
+    cross_attention: bool = False
 
     @property
     def num_hidden_layers(self) -> int:
@@ -164,10 +213,13 @@ def read_attention(checkpoint: Checkpoint, architecture: Architecture) -> Attent
             f"num_attention_heads = {num_heads} ({outputs.file})"
         )
     head_dim = checkpoint.config_int("head_dim", default=outputs.shape[1] // num_heads)
-    num_kv_heads = _count_key_value_heads(checkpoint, architecture, num_heads, head_dim)
-    if not architecture.only_one_or_all:
-        name = architecture.config_name("num_key_value_heads")
-        num_kv_heads = checkpoint.config_int(name, default=num_kv_heads)
+    if architecture.read_heads is not None:
+        num_kv_heads = architecture.read_heads(checkpoint.config)
+    else:
+        num_kv_heads = checkpoint.config_int(
+            architecture.config_name("num_key_value_heads"),
+            default=_count_key_value_heads(checkpoint, architecture, num_heads, head_dim),
+        )
     if num_heads % num_kv_heads:
         raise CheckpointError(
             f"{checkpoint.name}: num_attention_heads = {num_heads} is not a multiple of "
@@ -179,9 +231,11 @@ def read_attention(checkpoint: Checkpoint, architecture: Architecture) -> Attent
         num_key_value_heads=num_kv_heads,
         head_dim=head_dim,
         windows=_windows(checkpoint, architecture, num_layers),
+        cross_attention=architecture.cross_attention is not None,
     )
     for layer in range(num_layers):
-        _check_layer(checkpoint, architecture, shape, layer)
+        for attention in architecture.attentions:
+            _check_layer(checkpoint, architecture, shape, layer, attention)
     beyond = architecture.tensor_name(num_layers, "o_proj")
     if beyond in checkpoint.tensors:
         raise CheckpointError(f"{beyond} exists, but config.json says num_hidden_layers = {num_layers}")
@@ -207,7 +261,9 @@ def _windows(checkpoint: Checkpoint, architecture: Architecture, num_layers: int
     return tuple(window if architecture.is_sliding(config, layer) else None for layer in range(num_layers))
 
 
-def _check_layer(checkpoint: Checkpoint, architecture: Architecture, shape: AttentionShape, layer: int) -> None:
+def _check_layer(
+    checkpoint: Checkpoint, architecture: Architecture, shape: AttentionShape, layer: int, attention: str
+) -> None:
     query_rows = shape.num_attention_heads * shape.head_dim
     kv_rows = shape.num_key_value_heads * shape.head_dim
     expected = {"o_proj": (shape.hidden_size, query_rows)}
@@ -217,10 +273,10 @@ def _check_layer(checkpoint: Checkpoint, architecture: Architecture, shape: Atte
         expected["q_proj"] = (query_rows, shape.hidden_size)
         expected["k_proj"] = expected["v_proj"] = (kv_rows, shape.hidden_size)
     for projection, wanted in expected.items():
-        info = _tensor(checkpoint, architecture, layer, projection)
+        info = _tensor(checkpoint, architecture, layer, projection, attention=attention)
         if info.shape != wanted:
             raise _contradiction(info, wanted, shape, layer, projection)
-        bias = checkpoint.tensors.get(architecture.tensor_name(layer, projection, "bias"))
+        bias = checkpoint.tensors.get(architecture.tensor_name(layer, projection, "bias", attention=attention))
         if bias is not None and bias.shape != wanted[:1]:
             raise _contradiction(bias, wanted[:1], shape, layer, f"{projection}.bias")
 
@@ -242,8 +298,10 @@ def _contradiction(
     )
 
 
-def _tensor(checkpoint: Checkpoint, architecture: Architecture, layer: int, projection: str) -> TensorInfo:
-    name = architecture.tensor_name(layer, projection)
+def _tensor(
+    checkpoint: Checkpoint, architecture: Architecture, layer: int, projection: str, *, attention: str | None = None
+) -> TensorInfo:
+    name = architecture.tensor_name(layer, projection, attention=attention)
     if name not in checkpoint.tensors:
         raise CheckpointError(
             f"layer {layer}: {name} is missing from {checkpoint.name}",

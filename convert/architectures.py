@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 from .architecture import Architecture, Config
 from .checkpoint import Checkpoint
@@ -39,6 +40,55 @@ def _qwen2_layers(config: Config, layer: int) -> bool:
     return bool(config.get("use_sliding_window")) and layer >= int(config.get("max_window_layers", 28))
 
 
+def _only_heads(config: Config, num_key_value_heads: int) -> dict[str, Any]:
+    """For classes that compute head_dim."""
+    return {"num_key_value_heads": num_key_value_heads}
+
+
+def _even_only(config: Config, num_key_value_heads: int) -> str | None:
+    """DiffLlama's attention is the difference of two halves of its heads."""
+    if num_key_value_heads % 2:
+        return f"diffllama needs an even number of K/V heads, not {num_key_value_heads}"
+    return None
+
+
+def _bigcode_heads(config: Config) -> int:
+    return 1 if config.get("multi_query", True) else int(config.get("n_head", 12))
+
+
+def _bigcode_one_or_all(config: Config, num_key_value_heads: int) -> str | None:
+    if num_key_value_heads in (1, config.get("n_head")):
+        return None
+    return f"gpt_bigcode has one K/V head or as many as query heads, not {num_key_value_heads}"
+
+
+def _falcon_heads(config: Config) -> int:
+    if config.get("new_decoder_architecture"):
+        return int(config.get("num_kv_heads") or config["num_attention_heads"])
+    return 1 if config.get("multi_query", True) else int(config["num_attention_heads"])
+
+
+def _falcon_with_heads(config: Config, num_key_value_heads: int) -> dict[str, Any]:
+    """The old architecture has one K/V head or all of them; the new one, with one norm, computes the same."""
+    if config.get("new_decoder_architecture"):
+        return {"num_kv_heads": num_key_value_heads}
+    if num_key_value_heads == 1:
+        return {"multi_query": True, "num_kv_heads": 1}
+    return {
+        "new_decoder_architecture": True,
+        "num_ln_in_parallel_attn": 1,
+        "multi_query": False,
+        "num_kv_heads": num_key_value_heads,
+    }
+
+
+def _falcon_sequential(config: Config, num_key_value_heads: int) -> str | None:
+    parallel = config.get("parallel_attn", True) or config.get("new_decoder_architecture")
+    if parallel or num_key_value_heads in (1, config["num_attention_heads"]):
+        return None
+    return "a falcon whose branches are not parallel has one K/V head or as many as query heads"
+
+
 _ENTRIES = (
     Architecture("apertus", key_norm="k_norm"),
     Architecture("arcee"),
@@ -58,9 +108,20 @@ _ENTRIES = (
             "clip_qkv": "attn_config.clip_qkv",
         },
     ),
-    Architecture("diffllama", even_key_value_heads=True),
+    Architecture("diffllama", refuse_heads=_even_only),
     Architecture("ernie4_5"),
     Architecture("exaone4", key_norm="k_norm", is_sliding=_all_but_every_fourth_layer),
+    Architecture(
+        "falcon",
+        attention="transformer.h.{layer}.self_attention",
+        qkv_proj="query_key_value",
+        interleaved=True,
+        o_proj="dense",
+        separates_documents=False,
+        read_heads=_falcon_heads,
+        write_heads=_falcon_with_heads,
+        refuse_heads=_falcon_sequential,
+    ),
     Architecture("gemma"),
     Architecture("gemma2", is_sliding=_even_layers),
     Architecture("gemma3_text", key_norm="k_norm", is_sliding=_all_but_every_sixth_layer),
@@ -70,8 +131,11 @@ _ENTRIES = (
         "gpt_bigcode",
         attention="transformer.h.{layer}.attn",
         qkv_proj="c_attn",
+        interleaved=True,
         o_proj="c_proj",
-        only_one_or_all=True,
+        read_heads=_bigcode_heads,
+        write_heads=lambda config, number: {"multi_query": number == 1},
+        refuse_heads=_bigcode_one_or_all,
         config_names={
             "num_hidden_layers": "n_layer",
             "num_attention_heads": "n_head",
@@ -80,6 +144,42 @@ _ENTRIES = (
     ),
     Architecture("granite"),
     Architecture("granitemoe"),
+    Architecture(
+        "grouped_bart",
+        attention="model.decoder.layers.{layer}.self_attn",
+        cross_attention="model.decoder.layers.{layer}.encoder_attn",
+        o_proj="out_proj",
+        config_names={"num_hidden_layers": "decoder_layers", "num_attention_heads": "decoder_attention_heads"},
+        write_heads=_only_heads,
+    ),
+    Architecture("grouped_decoder", key_norm="k_norm"),
+    Architecture(
+        "grouped_t5",
+        attention="decoder.block.{layer}.layer.0.SelfAttention",
+        cross_attention="decoder.block.{layer}.layer.1.EncDecAttention",
+        q_proj="q",
+        k_proj="k",
+        v_proj="v",
+        o_proj="o",
+        config_names={
+            "num_hidden_layers": "num_decoder_layers",
+            "num_attention_heads": "num_heads",
+            "max_position_embeddings": "n_positions",
+        },
+        write_heads=_only_heads,
+    ),
+    Architecture(
+        "grouped_whisper",
+        attention="model.decoder.layers.{layer}.self_attn",
+        cross_attention="model.decoder.layers.{layer}.encoder_attn",
+        o_proj="out_proj",
+        config_names={
+            "num_hidden_layers": "decoder_layers",
+            "num_attention_heads": "decoder_attention_heads",
+            "max_position_embeddings": "max_target_positions",
+        },
+        write_heads=_only_heads,
+    ),
     Architecture("helium"),
     Architecture("hunyuan_v1_dense", key_norm="key_layernorm"),
     Architecture("hyperclovax"),
@@ -112,18 +212,12 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({entry.model_type: 
 def _reasons() -> dict[str, str]:
     """Why known architectures are not in the table."""
     causes = {
-        "its query, key and value projections are one fused tensor of a kind that this version does not take apart": (
-            "falcon persimmon qwen"
+        "its class has no grouped keys and values; mha2gqa or mha2mqa converts it to one that has": (
+            "bart biogpt bloom codegen gpt2 gpt_neo gpt_neox gptj mpt mt5 opt persimmon qwen t5 whisper xglm"
         ),
         "its experts hold the query projections, so that fewer K/V heads would change them too": "jetmoe",
         "it has a vision part that this version does not know; convert its language model": "gemma3",
-        "its class has no grouped keys and values, and this version does not convert to another class": (
-            "biogpt bloom mpt xglm"
-        ),
-        "its class has no grouped keys and values; mha2gqa or mha2mqa converts it to one that has": (
-            "codegen gpt2 gpt_neo gpt_neox gptj opt"
-        ),
-        "encoder-decoder models are not converted by this version": "bart flan-t5 marian mbart mt5 pegasus t5 whisper",
+        "this version does not know its encoder-decoder class": "blenderbot m2m_100 marian mbart pegasus umt5",
         "its cache holds a latent, not keys and values": "deepseek_v2 deepseek_v3 minicpm3",
     }
     return {model_type: cause for cause, model_types in causes.items() for model_type in model_types.split()}
@@ -146,8 +240,12 @@ def find_architecture(checkpoint: Checkpoint) -> Architecture:
 
 def _located(architecture: Architecture, checkpoint: Checkpoint) -> Architecture:
     """The entry with its names as this checkpoint has them: a base class saves without the prefix of its parent."""
-    without_prefix = architecture.attention.partition(".")[2]
-    bare = replace(architecture, attention=without_prefix)
+    cross = architecture.cross_attention
+    bare = replace(
+        architecture,
+        attention=architecture.attention.partition(".")[2],
+        cross_attention=cross.partition(".")[2] if cross else None,
+    )
     if bare.tensor_name(0, "o_proj") in checkpoint.tensors:
         return bare
     return architecture

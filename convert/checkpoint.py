@@ -6,7 +6,7 @@ import json
 import mmap
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -113,9 +113,10 @@ class Checkpoint:
             raise CheckpointError(f"{self.name}: only its headers were fetched, its files are not on this machine")
         return self.path
 
-    def counted_tensors(self) -> list[TensorInfo]:
-        """The tensors that are parameters of the model."""
-        return list(self.tensors.values())
+    def counted_tensors(self, names: Iterable[str] | None = None) -> list[TensorInfo]:
+        """The tensors that are parameters of the model, or those of them that are named."""
+        chosen = self.tensors if names is None else set(names)
+        return [info for name, info in self.tensors.items() if name in chosen]
 
     @cached_property
     def num_parameters(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from .checkpoint import CONFIG_NAME, Checkpoint, tensor_bytes
 from .companions import copy_companions, name_tokenizer
-from .loading import check_opens
+from .loading import check_opens, knows_class
 from .output import PROVENANCE_NAME, check_free_space, check_output, staged_directory, write_text
 from .plan import ConversionPlan
+from .runtime import RUNTIME_CLASSES
 from .writer import CheckpointWriter
 
 if TYPE_CHECKING:
@@ -46,8 +48,10 @@ def execute(
     """
     check_output(output, force=force, inputs=[checkpoint.directory])
     check_free_space(output, plan.bytes_out)
-    check_opens(checkpoint.directory)
     source_config = (checkpoint.directory / CONFIG_NAME).read_bytes()
+    source_type = json.loads(source_config).get("model_type")
+    if knows_class(source_type):
+        check_opens(checkpoint.directory)
     steps = {step.writes.name: step for step in plan.steps}
     with staged_directory(output, force=force) as staging:
         writer = CheckpointWriter(staging, [step.writes for step in plan.steps], max_shard_bytes=max_shard_bytes)
@@ -59,8 +63,11 @@ def execute(
                 file.write(tensor_bytes(step.op(_read_rows(checkpoint, step.reads))))
             progress(spec.num_bytes)
         copy_companions(checkpoint.directory, staging)
-        if plan.model_type != json.loads(source_config).get("model_type"):
+        if plan.model_type != source_type:
             name_tokenizer(checkpoint.directory, staging)
+        if plan.model_type in RUNTIME_CLASSES:
+            for code in RUNTIME_CLASSES[plan.model_type].files:
+                shutil.copyfile(code, staging / code.name)
         if plan.config == json.loads(source_config):
             (staging / CONFIG_NAME).write_bytes(source_config)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from .checkpoint import Checkpoint
 from .errors import UnsupportedError
 from .heads import POOLING_METHODS, HeadGrouping
 from .plan import ConversionPlan, PoolHeads, Step
+from .runtime import RUNTIME_CLASSES
 from .writer import TensorSpec
 
 __all__ = ["Gqa"]
@@ -43,17 +43,9 @@ class Gqa:
             raise UnsupportedError(f"{checkpoint.name}: {refusal}")
         source = read_attention(checkpoint, architecture)
         grouping = HeadGrouping.contiguous(source.num_key_value_heads, self.num_key_value_heads)
-        if architecture.even_key_value_heads and self.num_key_value_heads % 2:
-            raise UnsupportedError(
-                f"{architecture.model_type} needs an even number of K/V heads, not {self.num_key_value_heads}",
-                hint="its attention is the difference of two halves of them",
-            )
-        if architecture.only_one_or_all and self.num_key_value_heads != 1:
-            raise UnsupportedError(
-                f"{checkpoint.name}: the native class for fewer K/V heads, {architecture.model_type}, takes one only, "
-                f"not {self.num_key_value_heads}",
-                hint="use mha2mqa",
-            )
+        reason = architecture.refuse_heads(checkpoint.config, self.num_key_value_heads)
+        if reason:
+            raise UnsupportedError(f"{checkpoint.name}: {reason}")
         unchanged = self.num_key_value_heads == source.num_key_value_heads
         if unchanged and not self.allow_same:
             raise UnsupportedError(
@@ -70,7 +62,7 @@ class Gqa:
             model_type=architecture.model_type,
             source=source,
             result=source.with_key_value_heads(self.num_key_value_heads),
-            config=checkpoint.config if unchanged else self._result_config(checkpoint, architecture, source),
+            config=checkpoint.config if unchanged else self._result_config(checkpoint, architecture, source.head_dim),
             steps=tuple(steps.values()),
             bytes_in=sum(info.num_bytes for info in checkpoint.tensors.values()),
         )
@@ -109,22 +101,19 @@ class Gqa:
             std = float(checkpoint.config.get("initializer_range") or _DEFAULT_INITIALIZER_RANGE)
             seed = _tensor_seed(self.seed, tensor.name)
         return PoolHeads(
-            method, grouping, num_query_heads=tensor.num_query_heads, num_runs=tensor.num_runs, std=std, seed=seed
+            method,
+            grouping,
+            num_query_heads=tensor.num_query_heads,
+            num_runs=tensor.num_runs,
+            interleaved=tensor.interleaved,
+            std=std,
+            seed=seed,
         )
 
-    def _result_config(
-        self, checkpoint: Checkpoint, architecture: Architecture, source: AttentionShape
-    ) -> dict[str, Any]:
-        config: dict[str, Any] = copy.deepcopy(checkpoint.config)
-        config.pop("auto_map", None)  # the result opens in the stock class; the source's own code knows no grouping
-        if architecture.only_one_or_all:
-            return config | {"multi_query": True}
-        config["head_dim"] = source.head_dim
-        *sections, name = architecture.config_name("num_key_value_heads").split(".")
-        section = config
-        for part in sections:
-            section = section[part]
-        section[name] = self.num_key_value_heads
+    def _result_config(self, checkpoint: Checkpoint, architecture: Architecture, head_dim: int) -> dict[str, Any]:
+        config = architecture.result_config(checkpoint.config, self.num_key_value_heads, head_dim)
+        if architecture.model_type not in RUNTIME_CLASSES:
+            config.pop("auto_map", None)  # the result opens in the stock class; the source's own code knows no grouping
         return config
 
 

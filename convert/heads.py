@@ -12,7 +12,15 @@ from .errors import UnsupportedError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["POOLING_METHODS", "HeadGrouping", "first_heads", "mean_heads", "random_heads"]
+__all__ = [
+    "POOLING_METHODS",
+    "HeadGrouping",
+    "first_heads",
+    "interleave_heads",
+    "mean_heads",
+    "random_heads",
+    "stack_heads",
+]
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,28 @@ class HeadGrouping:
     @property
     def num_heads(self) -> int:
         return sum(len(group) for group in self.groups)
+
+
+def stack_heads(fused: Tensor, num_query_heads: int, num_key_value_heads: int) -> Tensor:
+    """Rows [q; k; v] of a fused projection whose rows are, for each K/V head, its query heads, its key and its value.
+
+    fused: ((num_query_heads + 2 · num_key_value_heads) · head_dim, …); the result has the same shape.
+    """
+    import torch
+
+    size = num_query_heads // num_key_value_heads
+    heads = fused.reshape(num_key_value_heads, size + 2, -1, *fused.shape[1:])
+    return torch.cat([heads[:, :size].flatten(0, 1), heads[:, size], heads[:, size + 1]]).reshape(fused.shape)
+
+
+def interleave_heads(stacked: Tensor, num_query_heads: int, num_key_value_heads: int) -> Tensor:
+    """The inverse of `stack_heads`."""
+    import torch
+
+    heads = stacked.reshape(num_query_heads + 2 * num_key_value_heads, -1, *stacked.shape[1:])
+    queries, keys, values = heads.split([num_query_heads, num_key_value_heads, num_key_value_heads])
+    grouped = queries.unflatten(0, (num_key_value_heads, -1))
+    return torch.cat([grouped, keys[:, None], values[:, None]], dim=1).reshape(stacked.shape)
 
 
 def mean_heads(projection: Tensor, grouping: HeadGrouping) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .architecture import Architecture, AttentionShape, read_attention
+from .architecture import AttentionShape, read_attention
 from .architectures import find_architecture
 from .checkpoint import Checkpoint
+from .errors import UnsupportedError
 from .kv_cache import kv_cache_bytes, kv_cache_bytes_per_token
 from .serving import Serving, serving
-from .translations import as_native
+from .translations import targets
 
 __all__ = ["Inspection", "Target", "inspect_checkpoint"]
 
@@ -18,22 +19,27 @@ _CACHE_VALUE_BYTES = 2
 
 @dataclass(frozen=True)
 class Target:
-    """A conversion: possible (with the numbers of groups it takes), or the reason why not."""
+    """A conversion: possible (with the numbers of groups it takes and the class it leads to), or the reason why not."""
 
     command: str
     possible: bool
     reason: str
     groups: tuple[int, ...] = ()
+    model_type: str | None = None
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """Cache figures are computed for 16-bit keys and values; a sliding window bounds the context."""
+    """Cache figures are computed for 16-bit keys and values; a sliding window bounds the context.
+
+    With `cross_attention` the cache takes as much again for each token of the encoder. `serving` says for each class
+    that a conversion leads to which engines serve it.
+    """
 
     model: str
     model_type: str
-    converts_to: str
     attention: str
+    cross_attention: bool
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
@@ -47,24 +53,32 @@ class Inspection:
     cache_bytes_for_context: int
     targets: tuple[Target, ...]
     approximation: str | None
-    serving: tuple[Serving, ...]
+    serving: dict[str, tuple[Serving, ...]]
 
 
 def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = None) -> Inspection:
     """Read headers and config; no weight is touched. `context_length` defaults to the longest the model takes.
 
-    A class that has no grouped attention is inspected as what it converts to. Raises UnsupportedError for an unknown
+    A class that has no grouped attention is inspected as one that it can become. Raises UnsupportedError for an unknown
     architecture, CheckpointError where config and tensors disagree.
     """
-    source, checkpoint = checkpoint, as_native(checkpoint)
+    views = list(targets(checkpoint))
+    usable = [view for view in views if not isinstance(view, UnsupportedError)]
+    if not usable:
+        raise next(view for view in reversed(views) if isinstance(view, UnsupportedError))
+    source, checkpoint = checkpoint, usable[0]
     architecture = find_architecture(checkpoint)
     shape = read_attention(checkpoint, architecture)
+    conversions = _targets(usable, shape)
+    classes = dict.fromkeys(target.model_type for target in conversions if target.model_type) or {
+        architecture.model_type: None
+    }
     context = context_length or checkpoint.config_int(architecture.config_name("max_position_embeddings"), default=2048)
     return Inspection(
         model=checkpoint.name,
         model_type=str(source.config["model_type"]),
-        converts_to=architecture.model_type,
         attention=shape.kind,
+        cross_attention=shape.cross_attention,
         num_hidden_layers=shape.num_hidden_layers,
         num_attention_heads=shape.num_attention_heads,
         num_key_value_heads=shape.num_key_value_heads,
@@ -87,29 +101,35 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = N
             head_dim=shape.head_dim,
             bytes_per_value=_CACHE_VALUE_BYTES,
         ),
-        targets=_targets(checkpoint, architecture, shape),
+        targets=conversions,
         approximation=architecture.approximation(checkpoint),
-        serving=serving(architecture.model_type),
+        serving={model_type: serving(model_type) for model_type in classes},
     )
 
 
-def _targets(checkpoint: Checkpoint, architecture: Architecture, shape: AttentionShape) -> tuple[Target, ...]:
-    refusal = architecture.refusal(checkpoint.config)
-    if refusal:
-        return Target("mha2gqa", False, refusal), Target("mha2mqa", False, refusal)
+def _targets(views: list[Checkpoint], shape: AttentionShape) -> tuple[Target, Target]:
     heads = shape.num_key_value_heads
-    step = 2 if architecture.even_key_value_heads else 1
-    groups = tuple(n for n in range(2, heads, step) if heads % n == 0)
-    if architecture.only_one_or_all and heads > 1:
-        gqa = Target("mha2gqa", False, f"its native class, {architecture.model_type}, takes one K/V head only")
-    elif groups:
-        gqa = Target("mha2gqa", True, f"--groups {' or '.join(map(str, groups))}", groups)
-    elif heads == 1:
-        gqa = Target("mha2gqa", False, "the model has one K/V head already")
-    else:
-        gqa = Target("mha2gqa", False, f"{heads} K/V heads have no divisor between 1 and {heads}")
     if heads == 1:
-        return gqa, Target("mha2mqa", False, "the model is MQA already")
-    if architecture.even_key_value_heads:
-        return gqa, Target("mha2mqa", False, f"{architecture.model_type} needs an even number of K/V heads")
-    return gqa, Target("mha2mqa", True, f"{heads} K/V heads become 1", (1,))
+        reason = "the model has one K/V head already"
+        return Target("mha2gqa", False, reason), Target("mha2mqa", False, "the model is MQA already")
+    gqa, reason = Target("mha2gqa", False, f"{heads} K/V heads have no divisor between 1 and {heads}"), ""
+    for view in views:
+        groups = [number for number in range(2, heads) if heads % number == 0]
+        taken = tuple(number for number in groups if _refusal(view, number) is None)
+        if taken:
+            model_type = find_architecture(view).model_type
+            gqa = Target("mha2gqa", True, f"--groups {' or '.join(map(str, taken))}", taken, model_type)
+            break
+        if groups:
+            gqa = Target("mha2gqa", False, str(_refusal(view, groups[-1])))
+    for view in views:
+        reason = _refusal(view, 1) or ""
+        if not reason:
+            model_type = find_architecture(view).model_type
+            return gqa, Target("mha2mqa", True, f"{heads} K/V heads become 1", (1,), model_type)
+    return gqa, Target("mha2mqa", False, reason)
+
+
+def _refusal(view: Checkpoint, number: int) -> str | None:
+    architecture = find_architecture(view)
+    return architecture.refusal(view.config) or architecture.refuse_heads(view.config, number)

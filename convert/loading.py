@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from .errors import CheckpointError, UnsupportedError
 
 # what older versions saved among the weights and newer ones compute
 _OLD_BUFFERS = re.compile(
     r"(attn|attention)\.(bias|masked_bias|causal_mask)$|rotary_emb\.inv_freq$|(^|\.)(decoder|embed_positions)\.(version|_float_tensor)$"
 )
 
-__all__ = ["check_opens", "load_model", "quiet_transformers"]
+__all__ = ["check_opens", "knows_class", "load_model", "quiet_transformers"]
 
 
 def check_opens(directory: Path) -> str:
@@ -36,11 +36,17 @@ def load_model(model: str | Path, *, dtype: Any, device: Any) -> Any:
     """The language model in eval mode, in `dtype` on `device`.
 
     Raises CheckpointError if its weights do not fill its class (transformers only warns about missing keys and fills
-    them with random numbers), or if it was saved without the head that predicts tokens.
+    them with random numbers), or if it was saved without the head that predicts tokens; UnsupportedError if it is an
+    encoder-decoder.
     """
     loaded, problem = _open(model, dtype=dtype)
     if problem:
         raise CheckpointError(f"{model}: {type(loaded).__name__} does not accept its weights: {problem}")
+    if loaded.config.is_encoder_decoder:
+        raise UnsupportedError(
+            f"{model}: {type(loaded).__name__} is an encoder-decoder, and only decoders are trained and evaluated here",
+            hint="train it with transformers' Seq2SeqTrainer, which takes it as any other model",
+        )
     if loaded.get_output_embeddings() is None:
         raise CheckpointError(
             f"{model}: was saved as {type(loaded).__name__}, without the head that predicts tokens",
@@ -66,17 +72,35 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def knows_class(model_type: object) -> bool:
+    """Whether transformers has a class for this `model_type`."""
+    from transformers import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
+
+
+def _auto_class(model: str | Path) -> Any:
+    """The auto class that opens a checkpoint with the head that it was saved with."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    config = transformers.AutoConfig.from_pretrained(model)
+    saved_as = (config.architectures or [""])[0]
+    stock_names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    if saved_as.endswith("Model") and saved_as not in stock_names and not saved_as.endswith("LMHeadModel"):
+        return transformers.AutoModel
+    if not config.is_encoder_decoder:
+        return transformers.AutoModelForCausalLM
+    if type(config) in modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING:
+        return transformers.AutoModelForSpeechSeq2Seq
+    return transformers.AutoModelForSeq2SeqLM
+
+
 def _open(model: str | Path, **options: Any) -> tuple[Any, str | None]:
     """The model, and in words what its class found missing, unexpected or of the wrong shape."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     try:
         with quiet_transformers():
-            saved_as = (AutoConfig.from_pretrained(model).architectures or [""])[0]
-            has_head = saved_as in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or not saved_as.endswith("Model")
-            auto_class: Any = AutoModelForCausalLM if has_head else AutoModel
-            opened: Any = auto_class.from_pretrained(
+            opened = _auto_class(model).from_pretrained(
                 model,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # listed in `info`; transformers would raise without naming one

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .architecture import AttentionShape
-from .heads import POOLING_METHODS, HeadGrouping
+from .heads import POOLING_METHODS, HeadGrouping, interleave_heads, stack_heads
 from .kv_cache import kv_cache_bytes_per_token
 from .writer import TensorSpec
 
@@ -22,13 +22,15 @@ class PoolHeads:
     """Reduce the K/V heads of one tensor to one per group.
 
     The tensor's rows are `num_query_heads` heads that stay, then all K/V heads, `num_runs` times (keys, then values,
-    in a fused projection). `std` and `seed` are those of random heads.
+    in a fused projection); or, if `interleaved`, for each K/V head the query heads that read it, its key and its value.
+    `std` and `seed` are those of random heads.
     """
 
     method: str
     grouping: HeadGrouping
     num_query_heads: int = 0
     num_runs: int = 1
+    interleaved: bool = False
     std: float | None = None
     seed: int | None = None
 
@@ -41,10 +43,15 @@ class PoolHeads:
     def __call__(self, tensor: Tensor) -> Tensor:
         import torch
 
+        if self.interleaved:
+            tensor = stack_heads(tensor, self.num_query_heads, self.grouping.num_heads)
         num_heads = self.num_query_heads + self.num_runs * self.grouping.num_heads
         queries, pooled = tensor.tensor_split([tensor.shape[0] // num_heads * self.num_query_heads])
         runs = [self._pool(run, index) for index, run in enumerate(pooled.chunk(self.num_runs))]
-        return torch.cat([queries, *runs])
+        result = torch.cat([queries, *runs])
+        if self.interleaved:
+            return interleave_heads(result, self.num_query_heads, len(self.grouping.groups))
+        return result
 
     def _pool(self, run: Tensor, index: int) -> Tensor:
         pool = POOLING_METHODS[self.method]

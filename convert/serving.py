@@ -1,15 +1,18 @@
 """Which engines serve a converted checkpoint, and how that is known.
 
-"run" means that greedy tokens were compared with those of transformers; "read" that the engine's source was read.
-vLLM 0.32 on a CPU, SGLang 0.5.23, llama.cpp as vendored in llama-cpp-python 0.3.36. transformers is run by the test
-suite; the others come from a trial before this repository, which its tests do not repeat.
+"run" means that greedy tokens were compared with those of transformers, by the test suite for transformers itself and
+by scripts/check_vllm or a trial before this repository for vLLM 0.32 on a CPU; "read" that the source of the engine was
+read: SGLang 0.5.23, llama.cpp as vendored in llama-cpp-python 0.3.36.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["Serving", "serving"]
+from .runtime import RUNTIME_CLASSES
+
+__all__ = ["Serving", "engines_line", "serving"]
 
 
 @dataclass(frozen=True)
@@ -22,31 +25,36 @@ class Serving:
     how: str = ""
 
 
-_VLLM_RUN = frozenset({"gemma", "gpt_bigcode", "llama", "nemotron", "olmo2", "phi", "stablelm", "starcoder2"})
-_SGLANG_READ = frozenset({"cohere", "gemma", "gpt_bigcode", "llama", "olmo2", "qwen2", "stablelm", "starcoder2"})
-_SGLANG_ASSUMES_MHA = frozenset({"olmo", "phi"})
-_LLAMA_CPP_READ = frozenset({"gpt_bigcode"})
+_VLLM_RUN = ("falcon", "gemma", "gpt_bigcode", "llama", "nemotron", "olmo2", "phi", "stablelm", "starcoder2")
+_SGLANG_READ = ("cohere", "gemma", "gpt_bigcode", "llama", "olmo2", "qwen2", "stablelm", "starcoder2")
+_REMOTE_CODE = "with trust_remote_code, or after `import kvconvert.convert`"
+_SGLANG_ASSUMES_MHA = "with --model-impl transformers; its own class assumes MHA"
+
+_KNOWN = (
+    *((model_type, Serving("vLLM", True, "run")) for model_type in _VLLM_RUN),
+    *((model_type, Serving("SGLang", True, "read")) for model_type in _SGLANG_READ),
+    *((model_type, Serving("transformers", True, "run", _REMOTE_CODE)) for model_type in RUNTIME_CLASSES),
+    ("falcon", Serving("transformers", True, "run", "caches all heads, but for one K/V head: only vLLM saves memory")),
+    ("olmo", Serving("SGLang", True, "read", _SGLANG_ASSUMES_MHA)),
+    ("phi", Serving("SGLang", True, "read", _SGLANG_ASSUMES_MHA)),
+    ("gpt_bigcode", Serving("llama.cpp", True, "read")),
+    ("phi", Serving("llama.cpp", False, "read", "its converter writes as many K/V heads as query heads")),
+    ("nemotron", Serving("llama.cpp", None, "read", "squared ReLU only: not a translated GPT-NeoX, which has GELU")),
+)
+_BY_ENGINE = {(model_type, entry.engine): entry for model_type, entry in _KNOWN}
 
 
 def serving(model_type: str) -> tuple[Serving, ...]:
     """What is known for a converted checkpoint of this `model_type`, engine by engine."""
-    vllm = Serving("vLLM", True, "run") if model_type in _VLLM_RUN else _unchecked("vLLM")
-    if model_type in _SGLANG_ASSUMES_MHA:
-        sglang = Serving("SGLang", True, "read", "with --model-impl transformers; its own class assumes MHA")
-    elif model_type in _SGLANG_READ:
-        sglang = Serving("SGLang", True, "read")
-    else:
-        sglang = _unchecked("SGLang")
-    if model_type == "phi":
-        llama_cpp = Serving("llama.cpp", False, "read", "its converter writes as many K/V heads as query heads")
-    elif model_type == "nemotron":
-        llama_cpp = Serving("llama.cpp", None, "read", "squared ReLU only: not a translated GPT-NeoX, which has GELU")
-    elif model_type in _LLAMA_CPP_READ:
-        llama_cpp = Serving("llama.cpp", True, "read")
-    else:
-        llama_cpp = _unchecked("llama.cpp")
-    return Serving("transformers", True, "run"), vllm, sglang, llama_cpp
+    unknown = {engine: Serving(engine, None, "not checked") for engine in ("vLLM", "SGLang", "llama.cpp")}
+    unknown = {"transformers": Serving("transformers", True, "run"), **unknown}
+    return tuple(_BY_ENGINE.get((model_type, engine), entry) for engine, entry in unknown.items())
 
 
-def _unchecked(engine: str) -> Serving:
-    return Serving(engine, None, "not checked")
+def engines_line(engines: Iterable[Serving]) -> str:
+    """The engines that serve a class, in one line."""
+    return ", ".join(
+        f"{engine.engine} ({engine.evidence}{': ' + engine.how if engine.how else ''})"
+        for engine in engines
+        if engine.works
+    )

@@ -5,7 +5,7 @@ The view is a Checkpoint: methods plan on it and `execute` reads from it as from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import IO, TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from .errors import CheckpointError, UnsupportedError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Derived", "TranslatedCheckpoint", "Translation"]
+__all__ = ["Derived", "Route", "TranslatedCheckpoint", "Translation"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ class Translation:
     config: Callable[[Checkpoint], dict[str, Any]]
     tensors: Callable[[Checkpoint], Mapping[str, Derived]]
     refusal: Callable[[Checkpoint], str | None] = lambda checkpoint: None
+
+
+Route = tuple[Translation, ...]
+"""Translations one after the other; an empty one is the checkpoint's own class."""
 
 
 @dataclass
@@ -71,10 +75,10 @@ class TranslatedCheckpoint(Checkpoint):
     def close(self) -> None:
         self.source.close()
 
-    def counted_tensors(self) -> list[TensorInfo]:
+    def counted_tensors(self, names: Iterable[str] | None = None) -> list[TensorInfo]:
         """The source's tensors that are taken over: masks and frequencies among its weights are not."""
-        names = {name for derived in self.derived.values() for name in derived.reads}
-        return [info for name, info in self.source.tensors.items() if name in names]
+        chosen = self.derived if names is None else names
+        return self.source.counted_tensors({read for name in chosen for read in self.derived[name].reads})
 
     def read(self, name: str) -> Tensor:
         derived = self.derived[name]

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 from hypothesis import settings as hypothesis_settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
 NUM_HEADS = 8
 HEAD_DIM = 8
@@ -75,7 +76,10 @@ def build_model(model_type: str = "llama", *, seed: int = 0, **overrides: object
         "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 32,
     }
-    config = AutoConfig.for_model(model_type, **(settings | overrides))
+    settings |= overrides
+    if isinstance(getattr(CONFIG_MAPPING[model_type], "head_dim", None), property):  # Falcon computes it
+        del settings["head_dim"]
+    config = AutoConfig.for_model(model_type, **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -106,28 +110,28 @@ def key_value_heads(model: Any) -> dict[str, list[list[torch.Tensor]]]:
     Written from what the classes compute, to check the converter against: it shares nothing with it.
     """
     config = model.config
-    section = config.attn_config if hasattr(config, "attn_config") else config
-    names = ("kv_n_heads", "num_key_value_heads", "num_attention_heads")
-    num_heads = next(getattr(section, name) for name in names if getattr(section, name, None))
+    num_heads = getattr(getattr(config, "attn_config", None), "kv_n_heads", None)
+    num_heads = num_heads or getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     found: dict[str, list[list[torch.Tensor]]] = {}
     for name, parameter in model.named_parameters():
         *_, module, kind = name.split(".")
         if module in ("k_proj", "v_proj"):
-            found[name] = [list(parameter.view(num_heads, HEAD_DIM, -1))]
+            found[name] = [list(parameter.view(num_heads, head_dim, -1))]
         elif module == "c_attn" and config.model_type == "gpt2":  # inputs × outputs
-            heads = parameter.view(-1, 3, num_heads, HEAD_DIM)
+            heads = parameter.view(-1, 3, num_heads, head_dim)
             found[name] = [list(heads[:, part].unbind(1)) for part in (1, 2)]
         elif module in ("query_key_value", "c_attn"):  # GPT-NeoX, GPTBigCode
-            rows = parameter.view(num_heads, 3, HEAD_DIM, -1)
+            rows = parameter.view(num_heads, 3, head_dim, -1)
             found[name] = [list(rows[:, 1]), list(rows[:, 2])]
         elif module == "qkv_proj" and config.model_type == "codegen":  # 4 blocks of q, v, k, two heads in each
-            rows = parameter.view(4, 3, num_heads // 4, HEAD_DIM, -1)
+            rows = parameter.view(4, 3, num_heads // 4, head_dim, -1)
             found[name] = [[head for block in rows for head in block[part]] for part in (2, 1)]
         elif module in ("qkv_proj", "Wqkv"):
-            rows = parameter[NUM_HEADS * HEAD_DIM :].view(2, num_heads, HEAD_DIM, -1)
+            rows = parameter[config.num_attention_heads * head_dim :].view(2, num_heads, head_dim, -1)
             found[name] = [list(rows[0]), list(rows[1])]
-        elif module == "k_norm" and parameter.numel() == num_heads * HEAD_DIM and num_heads > 1:
-            found[name] = [list(parameter.view(num_heads, HEAD_DIM))]
+        elif module == "k_norm" and parameter.numel() == num_heads * head_dim and num_heads > 1:
+            found[name] = [list(parameter.view(num_heads, head_dim))]
         elif ".k_layernorm.norms." in name:
             prefix = name.split(".norms.")[0]
             found.setdefault(f"{prefix}.{kind}", [[]])[0].append(parameter)
@@ -155,7 +159,8 @@ def assert_same_function(original: Any, converted: Any, num_key_value_heads: int
 
     cache = converted(input_ids, use_cache=True, past_key_values=DynamicCache(config=converted.config)).past_key_values
     for layer in cache.layers:
-        assert layer.keys.shape == layer.values.shape == (2, num_key_value_heads, 12, HEAD_DIM)
+        assert layer.keys.shape == layer.values.shape
+        assert layer.keys.shape[1] == num_key_value_heads
 
 
 def assert_gradients_everywhere(model: Any) -> None:
@@ -167,6 +172,27 @@ def assert_gradients_everywhere(model: Any) -> None:
         if "expert" not in name:
             assert parameter.grad is not None, name
             assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.fixture
+def run_without_kvconvert(tmp_path: Path) -> Callable[[str], str]:
+    """Run a program in a clean process that cannot import kvconvert; returns what it prints."""
+
+    def run(program: str) -> str:
+        blocker = "import sys\nsys.modules['kvconvert'] = None\n"
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+        outcome = subprocess.run(
+            [sys.executable, "-c", blocker + textwrap.dedent(program)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+            check=False,
+        )
+        assert outcome.returncode == 0, outcome.stderr
+        return outcome.stdout
+
+    return run
 
 
 @pytest.fixture

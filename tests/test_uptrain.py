@@ -109,7 +109,10 @@ def test_text_shorter_than_a_block(tmp_path: Path) -> None:
         pack(tmp_path, [[1, 2, 3]], length=4)
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "model_type",
+    [name for name, entry in ARCHITECTURES.items() if entry.separates_documents and not entry.cross_attention],
+)
 def test_packed_documents_do_not_see_each_other(model_type: str, tmp_path: Path) -> None:
     """Trap 2: what the trainer feeds isolates documents; the same with an attention mask, the control, does not."""
     first, second = list(range(10, 20)), list(range(30, 46))
@@ -139,6 +142,19 @@ def test_the_trainer_feeds_neither_mask_nor_cache(train: Callable[..., Path], mo
     train("out", settings=settings_with(steps=1))
     assert [sorted(named) for named in fed] == [["input_ids", "position_ids", "use_cache"]]
     assert fed[0]["use_cache"] is False
+
+
+def test_alibi_does_not_mix_packed_documents(tmp_path: Path) -> None:
+    pack(tmp_path, [list(range(10, 20)), list(range(30, 46))], length=26)
+    feed = {k: v[None] for k, v in PackedBlocks(tmp_path, num_samples=1, seed=0)[0].items() if k != "labels"}
+    for rounded in (False, True):
+        slopes = [2.0**-head for head in range(8)]
+        alibi: dict[str, Any] = {"position_embedding_type": "alibi", "alibi_slopes": slopes, "alibi_bfloat16": rounded}
+        model = build_model("grouped_decoder", **alibi)
+        alone = {name: tensor[:, 10:] for name, tensor in feed.items()}
+        with torch.inference_mode():
+            packed, apart = (model(**inputs, use_cache=False).logits for inputs in (feed, alone))
+        torch.testing.assert_close(packed[:, 10:], apart, rtol=0, atol=1e-5 * apart.abs().max().item())
 
 
 @pytest.mark.parametrize("with_teacher", [False, True])
@@ -321,11 +337,15 @@ def test_what_is_read_is_never_replaced(
         train("data", data=tmp_path / "data" / "prose.jsonl", force=True)
 
 
-def test_architectures_of_unknown_packing_are_refused(
-    train: Callable[..., Path], make_checkpoint: CheckpointFactory
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [("opt", "mha2gqa or mha2mqa converts it to one that has"), ("falcon", "documents that share a sequence see")],
+)
+def test_classes_that_mix_packed_documents_are_refused(
+    model_type: str, message: str, train: Callable[..., Path], make_checkpoint: CheckpointFactory
 ) -> None:
-    model = make_checkpoint("opt", name="opt", with_tokenizer=True, word_embed_proj_dim=64, ffn_dim=64)
-    with pytest.raises(UnsupportedError, match="mha2gqa or mha2mqa converts it to one that has"):
+    model = make_checkpoint(model_type, name="other", with_tokenizer=True, word_embed_proj_dim=64, ffn_dim=64)
+    with pytest.raises(UnsupportedError, match=message):
         train("out", model=model)
 
 

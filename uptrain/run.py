@@ -257,7 +257,17 @@ def check_job(job: UptrainJob, *, resume: bool = False, force: bool = False) -> 
     inputs = [job.checkpoint.directory, Path(job.source.location)]
     inputs += [Path(job.teacher)] if job.teacher is not None else []
     check_output(job.output, force=force, inputs=inputs)
-    find_architecture(job.checkpoint)  # only of these is it known that packed documents do not see each other
+    architecture = find_architecture(job.checkpoint)
+    if architecture.cross_attention is not None:
+        raise UnsupportedError(
+            f"{job.checkpoint.name}: uptrain takes decoders only, not the encoder-decoder {architecture.model_type}",
+            hint="train it with transformers' Seq2SeqTrainer, which takes it as any other model",
+        )
+    if not architecture.separates_documents:
+        raise UnsupportedError(
+            f"{job.checkpoint.name}: in transformers' {architecture.model_type} documents that share a sequence see "
+            "each other, so that uptrain, which packs them, would teach it nonsense"
+        )
     longest, length = _longest_sequence(job.checkpoint), job.settings.sequence_length
     if length > longest:
         raise UnsupportedError(

@@ -1,37 +1,78 @@
-"""Classes without grouped attention, and the native classes that hold the same function."""
+"""Classes without grouped attention, and the classes that hold the same function and have it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
-from ..architectures import ARCHITECTURES
+from ..architectures import ARCHITECTURES, find_architecture
 from ..checkpoint import Checkpoint
-from ..translation import TranslatedCheckpoint, Translation
+from ..errors import UnsupportedError
+from ..translation import Route, TranslatedCheckpoint
+from .alibi import BLOOM, FALCON, MPT
 from .gpt_neox import GPT_NEOX
 from .gptj import CODEGEN, GPTJ
-from .learned_positions import GPT2, GPT_BIGCODE, GPT_NEO, OPT
+from .learned_positions import BIOGPT, GPT2, GPT_BIGCODE, GPT_NEO, OPT, XGLM
+from .persimmon import PERSIMMON
+from .qwen import QWEN
+from .seq2seq import BART, MT5, T5, WHISPER
 
-__all__ = ["TRANSLATIONS", "as_native"]
+__all__ = ["ROUTES", "as_target", "targets"]
 
-_ENTRIES = (CODEGEN, GPT2, GPT_BIGCODE, GPT_NEO, GPT_NEOX, GPTJ, OPT)
+_OWN_CLASS: tuple[Route, ...] = ((),)
 
-TRANSLATIONS: Mapping[str, tuple[Translation, ...]] = MappingProxyType(
-    {entries[0].model_type: entries for entries in _ENTRIES}
+ROUTES: Mapping[str, tuple[Route, ...]] = MappingProxyType(
+    dict.fromkeys(ARCHITECTURES, _OWN_CLASS)
+    | {
+        "bart": BART,
+        "biogpt": BIOGPT,
+        "bloom": BLOOM,
+        "codegen": CODEGEN,
+        "falcon": FALCON,
+        "gpt2": GPT2,
+        "gpt_bigcode": GPT_BIGCODE,
+        "gpt_neo": GPT_NEO,
+        "gpt_neox": GPT_NEOX,
+        "gptj": GPTJ,
+        "mpt": MPT,
+        "mt5": MT5,
+        "opt": OPT,
+        "persimmon": PERSIMMON,
+        "qwen": QWEN,
+        "t5": T5,
+        "whisper": WHISPER,
+        "xglm": XGLM,
+    }
 )
+"""For each `model_type`, how its checkpoints become one of a class with grouped attention, the best way first."""
 
 
-def as_native(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint itself if its class has grouped attention, else a view of it as a class that has.
+def targets(checkpoint: Checkpoint) -> Iterator[Checkpoint | UnsupportedError]:
+    """The checkpoint as each class that may hold it, or why that one cannot, in the order of `ROUTES`."""
+    for route in ROUTES.get(str(checkpoint.config.get("model_type")), _OWN_CLASS):
+        try:
+            view = checkpoint
+            for translation in route:
+                view = TranslatedCheckpoint.of(view, translation)
+        except UnsupportedError as error:
+            yield error
+        else:
+            yield view
 
-    Where several classes could hold it, the first that does. Raises UnsupportedError if none would compute the same
-    function. Architectures that kvconvert does not know are returned as they are.
+
+def as_target(checkpoint: Checkpoint, num_key_value_heads: int) -> Checkpoint:
+    """The checkpoint as the first class of `ROUTES` that computes the same function and can have so many K/V heads.
+
+    That is the checkpoint itself if its own class can. Raises UnsupportedError, with the reason of the last class, if
+    none does, and for an architecture that kvconvert does not know.
     """
-    model_type = str(checkpoint.config.get("model_type"))
-    translations = TRANSLATIONS.get(model_type, ())
-    for translation in translations:
-        if translation.refusal(checkpoint) is None:
-            return TranslatedCheckpoint.of(checkpoint, translation)
-    if translations and model_type not in ARCHITECTURES:
-        return TranslatedCheckpoint.of(checkpoint, translations[-1])
-    return checkpoint
+    refusal = UnsupportedError(f"{checkpoint.name}: no class holds it")
+    for target in targets(checkpoint):
+        if isinstance(target, UnsupportedError):
+            refusal = target
+            continue
+        reason = find_architecture(target).refuse_heads(target.config, num_key_value_heads)
+        if reason is None:
+            return target
+        refusal = UnsupportedError(f"{checkpoint.name}: {reason}")
+    raise refusal

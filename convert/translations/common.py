@@ -1,8 +1,8 @@
-"""What translations share: configs, renamed projections, biases of zeros."""
+"""What translations share: configs, and tensors under another name."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import Checkpoint
@@ -12,7 +12,21 @@ from ..translation import Derived
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["common_config", "linear", "present_prefix", "rope_config", "whole", "zeros"]
+    Compute = Callable[[Tensor], Tensor]
+
+__all__ = [
+    "common_config",
+    "head_part",
+    "int_of",
+    "linear",
+    "present_prefix",
+    "qkv",
+    "rope_config",
+    "same",
+    "third",
+    "whole",
+    "zeros",
+]
 
 
 def common_config(checkpoint: Checkpoint, model_type: str, class_name: str) -> dict[str, Any]:
@@ -50,29 +64,78 @@ def rope_config(checkpoint: Checkpoint, partial_rotary_factor: float, rope_theta
     return {"rope_parameters": parameters, **older}
 
 
+def int_of(checkpoint: Checkpoint, *names: str, default: int | None = None) -> int:
+    """The config's number under the first of these names that it has: older files use other ones."""
+    present = [name for name in names if checkpoint.config_value(name) is not None]
+    return checkpoint.config_int((present or names)[0], default=default)
+
+
 def present_prefix(checkpoint: Checkpoint, prefix: str, name: str) -> str:
     """The prefix of the decoder's tensors: none if a base class saved them."""
     return prefix if prefix + name in checkpoint.tensors else ""
 
 
-def linear(checkpoint: Checkpoint, new: str, old: str, num_rows: int) -> dict[str, Derived]:
-    """A projection under another name, with a bias of zeros if it has none."""
-    info = checkpoint.tensors.get(f"{old}.weight")
-    weight = Derived((f"{old}.weight",), info.shape if info else (num_rows,))
+def same(checkpoint: Checkpoint, name: str, compute: Compute | None = None) -> Derived:
+    """A tensor of the source, or a function of it that has its shape."""
+    return Derived((name,), checkpoint.tensors[name].shape if name in checkpoint.tensors else (1,), compute)
+
+
+def linear(
+    checkpoint: Checkpoint, new: str, old: str, compute: Compute | None = None, *, transposed: bool = False
+) -> dict[str, Derived]:
+    """A projection or norm under another name, with a bias of zeros if it has none.
+
+    `transposed`: the source stores the weight as (inputs, outputs).
+    """
+    weight = same(checkpoint, f"{old}.weight", compute)
+    if transposed:
+        weight = Derived(weight.reads, weight.shape[::-1], lambda tensor: tensor.T)
     has_bias = f"{old}.bias" in checkpoint.tensors
-    bias = Derived((f"{old}.bias",), (num_rows,)) if has_bias else zeros(weight, num_rows)
+    bias = same(checkpoint, f"{old}.bias", compute) if has_bias else zeros(weight)
     return {f"{new}.weight": weight, f"{new}.bias": bias}
 
 
-def zeros(like: Derived, num_rows: int | None = None) -> Derived:
+def qkv(
+    checkpoint: Checkpoint, new: str, old: str, part: Callable[[Tensor, int], Tensor], *, transposed: bool = False
+) -> dict[str, Derived]:
+    """q_proj, k_proj and v_proj of a fused projection: `part(tensor, index)` takes them out of it."""
+    weight = same(checkpoint, f"{old}.weight")
+    num_rows, num_columns = weight.shape[::-1] if transposed else (weight.shape * 2)[:2]
+    tensors = {}
+    for index, projection in enumerate(("q_proj", "k_proj", "v_proj")):
+
+        def take(tensor: Tensor, index: int = index) -> Tensor:
+            return part(tensor.T if transposed and tensor.dim() == 2 else tensor, index)
+
+        derived = Derived(weight.reads, (num_rows // 3, num_columns), take)
+        tensors[f"{new}.{projection}.weight"] = derived
+        has_bias = f"{old}.bias" in checkpoint.tensors
+        tensors[f"{new}.{projection}.bias"] = (
+            Derived((f"{old}.bias",), (num_rows // 3,), take) if has_bias else zeros(derived)
+        )
+    return tensors
+
+
+def third(tensor: Tensor, index: int) -> Tensor:
+    """q, k or v of a projection with the rows [q; k; v]."""
+    return tensor.chunk(3)[index]
+
+
+def head_part(num_heads: int) -> Callable[[Tensor, int], Tensor]:
+    """q, k or v of a projection whose rows are (num_heads, 3, head_dim)."""
+
+    def part(tensor: Tensor, index: int) -> Tensor:
+        heads = tensor.reshape(num_heads, 3, -1, *tensor.shape[1:])[:, index]
+        return heads.reshape(-1, *tensor.shape[1:])
+
+    return part
+
+
+def zeros(like: Derived) -> Derived:
     """A bias of zeros, in the dtype of the weight that it belongs to."""
-    rows = num_rows or like.shape[0]
-    return Derived(like.reads[:1], (rows,), partial(_zeros_rows, num_rows=rows))
+    num_rows = like.shape[0]
+    return Derived(like.reads[:1], (num_rows,), lambda tensor: tensor.new_zeros(num_rows))
 
 
 def whole(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _zeros_rows(tensor: Tensor, *, num_rows: int) -> Tensor:
-    return tensor.new_zeros(num_rows)

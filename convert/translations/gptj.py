@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import Checkpoint
 from ..translation import Derived, Translation
-from .common import common_config, linear, present_prefix, rope_config, whole, zeros
+from .common import common_config, linear, present_prefix, rope_config, same, whole, zeros
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,21 +38,17 @@ def _gptj_to_phi_config(checkpoint: Checkpoint) -> dict[str, Any]:
 def _gptj_to_phi_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
     """GPT-J and CodeGen: one norm, parallel residual, interleaved rotary dims, no biases in attention."""
     hidden_size, num_heads = checkpoint.config_int("n_embd"), checkpoint.config_int("n_head")
-    inner = checkpoint.config_int("n_inner", default=4 * hidden_size)
-    vocab_size = checkpoint.config_int("vocab_size")
     rotary_dim = checkpoint.config_int("rotary_dim", default=_DEFAULT_ROTARY_DIM)
     half_split = partial(_half_split, num_heads=num_heads, rotary_dim=rotary_dim)
     prefix = present_prefix(checkpoint, "transformer.", "wte.weight")
     tensors = {
-        "model.embed_tokens.weight": Derived((f"{prefix}wte.weight",), (vocab_size, hidden_size)),
-        "model.final_layernorm.weight": Derived((f"{prefix}ln_f.weight",), (hidden_size,)),
-        "model.final_layernorm.bias": Derived((f"{prefix}ln_f.bias",), (hidden_size,)),
-        **linear(checkpoint, "lm_head", "lm_head", vocab_size),
+        "model.embed_tokens.weight": same(checkpoint, f"{prefix}wte.weight"),
+        **linear(checkpoint, "model.final_layernorm", f"{prefix}ln_f"),
+        **linear(checkpoint, "lm_head", "lm_head"),
     }
     for layer in range(checkpoint.config_int("n_layer")):
         old, new = f"{prefix}h.{layer}", f"model.layers.{layer}"
-        for kind in ("weight", "bias"):
-            tensors[f"{new}.input_layernorm.{kind}"] = Derived((f"{old}.ln_1.{kind}",), (hidden_size,))
+        tensors |= linear(checkpoint, f"{new}.input_layernorm", f"{old}.ln_1")
         square = (hidden_size, hidden_size)
         fused = f"{old}.attn.qkv_proj.weight"
         for index, projection in enumerate(("q_proj", "v_proj", "k_proj")):  # CodeGen's order
@@ -63,9 +59,9 @@ def _gptj_to_phi_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
                 derived = Derived((f"{old}.attn.{projection}.weight",), square, turn)
             tensors[f"{new}.self_attn.{projection}.weight"] = derived
             tensors[f"{new}.self_attn.{projection}.bias"] = zeros(derived)
-        tensors |= linear(checkpoint, f"{new}.self_attn.dense", f"{old}.attn.out_proj", hidden_size)
-        tensors |= linear(checkpoint, f"{new}.mlp.fc1", f"{old}.mlp.fc_in", inner)
-        tensors |= linear(checkpoint, f"{new}.mlp.fc2", f"{old}.mlp.fc_out", hidden_size)
+        tensors |= linear(checkpoint, f"{new}.self_attn.dense", f"{old}.attn.out_proj")
+        tensors |= linear(checkpoint, f"{new}.mlp.fc1", f"{old}.mlp.fc_in")
+        tensors |= linear(checkpoint, f"{new}.mlp.fc2", f"{old}.mlp.fc_out")
     return tensors
 
 
@@ -86,5 +82,5 @@ def _half_split(projection: Tensor, *, num_heads: int, rotary_dim: int) -> Tenso
     return torch.cat([even, odd, heads[:, rotary_dim:]], dim=1).reshape(projection.shape)
 
 
-GPTJ = (Translation("gptj", "phi", _gptj_to_phi_config, _gptj_to_phi_tensors),)
-CODEGEN = (Translation("codegen", "phi", _gptj_to_phi_config, _gptj_to_phi_tensors),)
+GPTJ = ((Translation("gptj", "phi", _gptj_to_phi_config, _gptj_to_phi_tensors),),)
+CODEGEN = ((Translation("codegen", "phi", _gptj_to_phi_config, _gptj_to_phi_tensors),),)

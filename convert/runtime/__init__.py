@@ -1,0 +1,87 @@
+"""Classes that transformers lacks, for converted checkpoints that no stock class holds.
+
+The files of a class are copied beside the weights, where `trust_remote_code=True` finds them through `auto_map`.
+`register` makes transformers know them in this process, so that kvconvert itself never needs that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import MappingProxyType
+
+import wrapt
+
+__all__ = ["RUNTIME_CLASSES", "RuntimeClass", "register"]
+
+
+@dataclass(frozen=True)
+class RuntimeClass:
+    """A class of our own: the stem of its two files, `configuration_STEM.py` and `modeling_STEM.py`, and its names.
+
+    `auto_models` maps transformers' auto classes to the classes of the modeling file.
+    """
+
+    model_type: str
+    stem: str
+    config: str
+    auto_models: Mapping[str, str]
+
+    @property
+    def architecture(self) -> str:
+        """The class that config.json names."""
+        return next(name for auto, name in self.auto_models.items() if auto != "AutoModel")
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        directory = Path(__file__).parent
+        return tuple(directory / f"{kind}_{self.stem}.py" for kind in ("configuration", "modeling"))
+
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """The entry of config.json with which `trust_remote_code=True` finds the class in the files beside it."""
+        models = {auto: f"modeling_{self.stem}.{name}" for auto, name in self.auto_models.items()}
+        return {"AutoConfig": f"configuration_{self.stem}.{self.config}"} | models
+
+
+_CLASSES = (
+    RuntimeClass(
+        "grouped_decoder",
+        "grouped_decoder",
+        "GroupedDecoderConfig",
+        {"AutoModel": "GroupedDecoderModel", "AutoModelForCausalLM": "GroupedDecoderForCausalLM"},
+    ),
+    *(
+        RuntimeClass(
+            f"grouped_{name.lower()}",
+            "grouped_seq2seq",
+            f"Grouped{name}Config",
+            {auto: f"Grouped{name}ForConditionalGeneration"},
+        )
+        for name, auto in (
+            ("Bart", "AutoModelForSeq2SeqLM"),
+            ("T5", "AutoModelForSeq2SeqLM"),
+            ("Whisper", "AutoModelForSpeechSeq2Seq"),
+        )
+    ),
+)
+
+RUNTIME_CLASSES: Mapping[str, RuntimeClass] = MappingProxyType({entry.model_type: entry for entry in _CLASSES})
+
+
+def register() -> None:
+    """Make transformers' auto classes know ours, as soon as it is imported: importing it here would take seconds."""
+    wrapt.register_post_import_hook(_register, "transformers")
+
+
+def _register(module: object) -> None:
+    import transformers
+
+    for entry in _CLASSES:
+        config_class = getattr(import_module(f"{__name__}.configuration_{entry.stem}"), entry.config)
+        transformers.AutoConfig.register(entry.model_type, config_class, exist_ok=True)
+        modeling = import_module(f"{__name__}.modeling_{entry.stem}")
+        for auto, name in entry.auto_models.items():
+            getattr(transformers, auto).register(config_class, getattr(modeling, name), exist_ok=True)

@@ -1,0 +1,181 @@
+"""Bloom, MPT and sequential Falcons (Falcon-RW): ALiBi (Press et al. 2021, arXiv 2108.12409)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..checkpoint import Checkpoint
+from ..translation import Derived, Translation
+from .common import head_part, int_of, present_prefix, qkv, rope_config, third
+from .decoder import TO_NEMOTRON, decoder_config, decoder_tensors
+
+__all__ = ["BLOOM", "FALCON", "MPT"]
+
+_MEGATRON_MODULES = {
+    "input_layernorm": "input_layernorm",
+    "post_attention_layernorm": "post_attention_layernorm",
+    "self_attn.o_proj": "self_attention.dense",
+    "mlp.up_proj": "mlp.dense_h_to_4h",
+    "mlp.down_proj": "mlp.dense_4h_to_h",
+}
+
+
+def _slopes(num_heads: int) -> list[float]:
+    """2^(-8/n), 2^(-16/n), … for n heads; where n is no power of two, every other one of twice as many follows."""
+    nearest = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * (head + 1) / nearest) for head in range(nearest)]
+    return slopes + [2 ** (-4 * (2 * head + 1) / nearest) for head in range(num_heads - nearest)]
+
+
+def _mpt_slopes(num_heads: int) -> list[float]:
+    """MPT rounds up to a power of two, and takes every second slope, then the others, where it has too many."""
+    nearest = 2 ** math.ceil(math.log2(num_heads))
+    slopes = [2 ** (-8 * (head + 1) / nearest) for head in range(nearest)]
+    return slopes if nearest == num_heads else (slopes[1::2] + slopes[::2])[:num_heads]
+
+
+def _bloom_refusal(checkpoint: Checkpoint) -> str | None:
+    if checkpoint.config.get("apply_residual_connection_post_layernorm"):
+        return "its residual branches off after the norm, GroupedDecoder's before"
+    return None
+
+
+def _bloom_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    width, num_heads = int_of(checkpoint, "hidden_size", "n_embed"), int_of(checkpoint, "n_head", "num_attention_heads")
+    return decoder_config(
+        checkpoint,
+        hidden_size=width,
+        num_attention_heads=num_heads,
+        num_hidden_layers=int_of(checkpoint, "n_layer", "num_hidden_layers"),
+        intermediate_size=4 * width,
+        max_position_embeddings=checkpoint.config_int("seq_length", default=2048),
+        hidden_act="gelu_pytorch_tanh",
+        layer_norm_eps=checkpoint.config.get("layer_norm_epsilon", 1e-5),
+        position_embedding_type="alibi",
+        alibi_slopes=_slopes(num_heads),
+        embedding_norm=True,
+    )
+
+
+def _bloom_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
+    prefix = present_prefix(checkpoint, "transformer.", "word_embeddings.weight")
+    tensors = _megatron_tensors(
+        checkpoint, prefix, int_of(checkpoint, "n_head", "num_attention_heads"), int_of(checkpoint, "n_layer")
+    )
+    for kind in ("weight", "bias"):
+        old = f"{prefix}word_embeddings_layernorm.{kind}"
+        tensors[f"model.embedding_norm.{kind}"] = Derived((old,), (int_of(checkpoint, "hidden_size", "n_embed"),))
+    return tensors
+
+
+def _mpt_refusal(checkpoint: Checkpoint) -> str | None:
+    wanted = {
+        "attn_type": "multihead_attention",
+        "alibi": True,
+        "alibi_bias_max": 8,  # transformers computes with 8 whatever the config says
+        "prefix_lm": False,
+        "qk_ln": False,
+        "softmax_scale": None,
+    }
+    for name, value in wanted.items():
+        found = checkpoint.config_value(f"attn_config.{name}")
+        if found is not None and found != value:
+            return f"GroupedDecoder has no counterpart of attn_config.{name} = {found!r}"
+    return "its logits are scaled" if checkpoint.config.get("logit_scale") else None
+
+
+def _mpt_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    width, num_heads = checkpoint.config_int("d_model"), checkpoint.config_int("n_heads")
+    return decoder_config(
+        checkpoint,
+        hidden_size=width,
+        num_attention_heads=num_heads,
+        num_hidden_layers=checkpoint.config_int("n_layers"),
+        intermediate_size=4 * width,
+        max_position_embeddings=checkpoint.config_int("max_seq_len"),
+        hidden_act="gelu",
+        layer_norm_eps=checkpoint.config.get("layer_norm_epsilon", 1e-5),
+        position_embedding_type="alibi",
+        alibi_slopes=_mpt_slopes(num_heads),
+        clip_qkv=checkpoint.config_value("attn_config.clip_qkv"),
+    )
+
+
+def _mpt_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
+    prefix = present_prefix(checkpoint, "transformer.", "wte.weight")
+    return decoder_tensors(
+        checkpoint,
+        embeddings=f"{prefix}wte",
+        final_norm=f"{prefix}norm_f",
+        layers=f"{prefix}blocks.{{layer}}",
+        num_hidden_layers=checkpoint.config_int("n_layers"),
+        names={
+            "input_layernorm": "norm_1",
+            "post_attention_layernorm": "norm_2",
+            "self_attn.o_proj": "attn.out_proj",
+            "mlp.up_proj": "ffn.up_proj",
+            "mlp.down_proj": "ffn.down_proj",
+        },
+        attention=lambda new, old: qkv(checkpoint, new, f"{old}.attn.Wqkv", third),
+    )
+
+
+def _falcon_refusal(checkpoint: Checkpoint) -> str | None:
+    config = checkpoint.config
+    if config.get("new_decoder_architecture") or config.get("parallel_attn", True):
+        return "its branches are parallel, GroupedDecoder's follow one another"
+    if config.get("multi_query", True):
+        return "it has one K/V head already"
+    head_dim = checkpoint.config_int("hidden_size") // checkpoint.config_int("num_attention_heads")
+    if config.get("alibi") and not math.log2(math.sqrt(head_dim)).is_integer():
+        return f"its ALiBi is rounded to bfloat16 before a division by √{head_dim}, which is not a power of two"
+    return None
+
+
+def _falcon_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Falcon divides ALiBi, too, by √head_dim; for a power of two that commutes with its rounding to bfloat16."""
+    width, num_heads = checkpoint.config_int("hidden_size"), checkpoint.config_int("num_attention_heads")
+    positions: dict[str, Any]
+    if checkpoint.config.get("alibi"):
+        slopes = [slope / math.sqrt(width // num_heads) for slope in _slopes(num_heads)]
+        positions = {"position_embedding_type": "alibi", "alibi_slopes": slopes, "alibi_bfloat16": True}
+    else:
+        positions = {"position_embedding_type": "rotary", **rope_config(checkpoint, 1.0, 10000.0)}
+    return decoder_config(
+        checkpoint,
+        hidden_size=width,
+        num_attention_heads=num_heads,
+        num_hidden_layers=checkpoint.config_int("num_hidden_layers"),
+        intermediate_size=checkpoint.config_int("ffn_hidden_size", default=4 * width),
+        max_position_embeddings=checkpoint.config_int("max_position_embeddings", default=2048),
+        hidden_act=checkpoint.config.get("activation", "gelu"),
+        layer_norm_eps=checkpoint.config.get("layer_norm_epsilon", 1e-5),
+        **positions,
+    )
+
+
+def _falcon_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
+    prefix = present_prefix(checkpoint, "transformer.", "word_embeddings.weight")
+    num_heads = checkpoint.config_int("num_attention_heads")
+    return _megatron_tensors(checkpoint, prefix, num_heads, checkpoint.config_int("num_hidden_layers"))
+
+
+def _megatron_tensors(checkpoint: Checkpoint, prefix: str, num_heads: int, num_layers: int) -> dict[str, Derived]:
+    part = head_part(num_heads)
+    return decoder_tensors(
+        checkpoint,
+        embeddings=f"{prefix}word_embeddings",
+        final_norm=f"{prefix}ln_f",
+        layers=f"{prefix}h.{{layer}}",
+        num_hidden_layers=num_layers,
+        names=_MEGATRON_MODULES,
+        attention=lambda new, old: qkv(checkpoint, new, f"{old}.self_attention.query_key_value", part),
+    )
+
+
+_FALCON_TO_DECODER = Translation("falcon", "grouped_decoder", _falcon_config, _falcon_tensors, _falcon_refusal)
+
+BLOOM = ((Translation("bloom", "grouped_decoder", _bloom_config, _bloom_tensors, _bloom_refusal),),)
+FALCON = ((), (_FALCON_TO_DECODER, TO_NEMOTRON), (_FALCON_TO_DECODER,))
+MPT = ((Translation("mpt", "grouped_decoder", _mpt_config, _mpt_tensors, _mpt_refusal),),)

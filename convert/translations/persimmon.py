@@ -1,0 +1,63 @@
+"""Persimmon: partial rotary positions, and a LayerNorm of each head's queries and keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..checkpoint import Checkpoint
+from ..translation import Derived, Translation
+from .common import head_part, linear, present_prefix, qkv, rope_config
+from .decoder import TO_NEMOTRON, decoder_config, decoder_tensors
+
+__all__ = ["PERSIMMON"]
+
+
+def _config(checkpoint: Checkpoint) -> dict[str, Any]:
+    config = checkpoint.config
+    return decoder_config(
+        checkpoint,
+        hidden_size=checkpoint.config_int("hidden_size"),
+        num_attention_heads=checkpoint.config_int("num_attention_heads"),
+        num_hidden_layers=checkpoint.config_int("num_hidden_layers"),
+        intermediate_size=checkpoint.config_int("intermediate_size"),
+        max_position_embeddings=checkpoint.config_int("max_position_embeddings"),
+        hidden_act=config.get("hidden_act", "relu2"),
+        layer_norm_eps=config.get("layer_norm_eps", 1e-5),
+        tie_word_embeddings=False,
+        qk_norm=bool(config.get("qk_layernorm", True)),
+        position_embedding_type="rotary",
+        **rope_config(checkpoint, config.get("partial_rotary_factor", 0.5), config.get("rope_theta", 10000.0)),
+    )
+
+
+def _tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
+    part = head_part(checkpoint.config_int("num_attention_heads"))
+    prefix = present_prefix(checkpoint, "model.", "embed_tokens.weight")
+
+    def attention(new: str, old: str) -> dict[str, Derived]:
+        tensors = qkv(checkpoint, new, f"{old}.self_attn.query_key_value", part)
+        if checkpoint.config.get("qk_layernorm", True):
+            tensors |= linear(checkpoint, f"{new}.q_norm", f"{old}.self_attn.q_layernorm")
+            tensors |= linear(checkpoint, f"{new}.k_norm", f"{old}.self_attn.k_layernorm")
+        return tensors
+
+    return decoder_tensors(
+        checkpoint,
+        embeddings=f"{prefix}embed_tokens",
+        final_norm=f"{prefix}final_layernorm",
+        layers=f"{prefix}layers.{{layer}}",
+        num_hidden_layers=checkpoint.config_int("num_hidden_layers"),
+        names={
+            "input_layernorm": "input_layernorm",
+            "post_attention_layernorm": "post_attention_layernorm",
+            "self_attn.o_proj": "self_attn.dense",
+            "mlp.up_proj": "mlp.dense_h_to_4h",
+            "mlp.down_proj": "mlp.dense_4h_to_h",
+        },
+        attention=attention,
+    )
+
+
+_TO_DECODER = Translation("persimmon", "grouped_decoder", _config, _tensors)
+
+PERSIMMON = ((_TO_DECODER, TO_NEMOTRON), (_TO_DECODER,))

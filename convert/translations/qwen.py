@@ -1,0 +1,48 @@
+"""The first Qwen, whose class transformers lacks, as Qwen2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..checkpoint import Checkpoint
+from ..translation import Derived, Translation
+from .common import common_config, qkv, rope_config, same, third
+
+__all__ = ["QWEN"]
+
+
+def _refusal(checkpoint: Checkpoint) -> str | None:
+    return None if checkpoint.config.get("no_bias", True) else "its projections have biases, Qwen2's have not"
+
+
+def _config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Beyond seq_length Qwen changes its frequencies and scales its queries, so that is the longest context here."""
+    config = checkpoint.config
+    return common_config(checkpoint, "qwen2", "Qwen2ForCausalLM") | {
+        "hidden_act": "silu",
+        "intermediate_size": checkpoint.config_int("intermediate_size") // 2,  # Qwen counts both of its halves
+        "max_position_embeddings": checkpoint.config_int("seq_length"),
+        "rms_norm_eps": config.get("layer_norm_epsilon", 1e-6),
+        "use_sliding_window": False,
+        **rope_config(checkpoint, config.get("rotary_pct", 1.0), config.get("rotary_emb_base", 10000)),
+    }
+
+
+def _tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
+    renamed = {"model.embed_tokens": "transformer.wte", "model.norm": "transformer.ln_f", "lm_head": "lm_head"}
+    tensors: dict[str, Derived] = {}
+    for layer in range(checkpoint.config_int("num_hidden_layers")):
+        new, old = f"model.layers.{layer}", f"transformer.h.{layer}"
+        tensors |= qkv(checkpoint, f"{new}.self_attn", f"{old}.attn.c_attn", third)
+        renamed |= {
+            f"{new}.input_layernorm": f"{old}.ln_1",
+            f"{new}.post_attention_layernorm": f"{old}.ln_2",
+            f"{new}.self_attn.o_proj": f"{old}.attn.c_proj",
+            f"{new}.mlp.up_proj": f"{old}.mlp.w1",
+            f"{new}.mlp.gate_proj": f"{old}.mlp.w2",
+            f"{new}.mlp.down_proj": f"{old}.mlp.c_proj",
+        }
+    return tensors | {f"{name}.weight": same(checkpoint, f"{source}.weight") for name, source in renamed.items()}
+
+
+QWEN = ((Translation("qwen", "qwen2", _config, _tensors, _refusal),),)

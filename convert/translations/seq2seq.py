@@ -1,0 +1,88 @@
+"""T5, mT5, BART and Whisper: decoders with self- and cross-attention, whose classes have no grouped attention.
+
+Only the config changes: the grouped classes have the names of the stock ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+from ..checkpoint import Checkpoint
+from ..runtime import RUNTIME_CLASSES
+from ..translation import Derived, Translation
+from .common import same
+
+__all__ = ["BART", "MT5", "T5", "WHISPER"]
+
+
+def _refusal(checkpoint: Checkpoint, *, class_names: tuple[str, ...]) -> str | None:
+    saved_as = (checkpoint.config.get("architectures") or [class_names[0]])[0]
+    if saved_as in class_names:
+        return None
+    return f"it is a {saved_as}; of this model_type only {class_names[0]} has a class with grouped attention"
+
+
+def _config(
+    checkpoint: Checkpoint, *, model_type: str, defaults: Mapping[str, Any], fixed: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`defaults` are values that the source's class has where its config says nothing, and the target's has not.
+
+    `fixed` are values that the source's class has whatever its config says.
+    """
+    runtime = RUNTIME_CLASSES[model_type]
+    config = {**defaults, **{name: value for name, value in checkpoint.config.items() if value is not None}, **fixed}
+    config.setdefault("num_decoder_layers", config.get("num_layers"))
+    return config | {
+        "architectures": [runtime.architecture],
+        "auto_map": runtime.auto_map,
+        "model_type": model_type,
+        "num_key_value_heads": config.get("num_heads", config.get("decoder_attention_heads")),
+    }
+
+
+def _tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
+    return {name: same(checkpoint, name) for name in checkpoint.tensors}
+
+
+def _translation(
+    model_type: str,
+    target: str,
+    class_names: tuple[str, ...],
+    *,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    fixed: Mapping[str, Any] = MappingProxyType({}),
+) -> Translation:
+    return Translation(
+        model_type,
+        target,
+        partial(_config, model_type=target, defaults=defaults, fixed=fixed),
+        _tensors,
+        partial(_refusal, class_names=class_names),
+    )
+
+
+BART = ((_translation("bart", "grouped_bart", ("BartForConditionalGeneration",)),),)
+MT5 = (
+    (
+        _translation(
+            "mt5",
+            "grouped_t5",
+            ("MT5ForConditionalGeneration", "MT5Model"),
+            defaults={
+                "d_ff": 1024,
+                "num_layers": 8,
+                "num_heads": 6,
+                "vocab_size": 250112,
+                "feed_forward_proj": "gated-gelu",
+                "decoder_start_token_id": 0,
+            },
+            # T5 divides the decoder's outputs by √d_model unless its config says this, mT5 never does
+            fixed={"tie_word_embeddings": False},
+        ),
+    ),
+)
+T5 = ((_translation("t5", "grouped_t5", ("T5ForConditionalGeneration", "T5WithLMHeadModel", "T5Model")),),)
+WHISPER = ((_translation("whisper", "grouped_whisper", ("WhisperForConditionalGeneration",)),),)
