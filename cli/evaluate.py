@@ -13,7 +13,19 @@ from ..convert.checkpoint import open_checkpoint
 from ..convert.errors import InputError, QualityGateError
 from ..convert.text import TextSource
 from .console import Terminal
-from .options import BatchSize, Data, DataConfig, Json, Model, Quiet, Revision, Split, TextField, parse_percentage
+from .options import (
+    BatchSize,
+    Data,
+    DataConfig,
+    Json,
+    Model,
+    Quiet,
+    Revision,
+    Split,
+    TextField,
+    TrustRemoteCode,
+    parse_percentage,
+)
 
 if TYPE_CHECKING:
     from ..measure.perplexity import Evaluation
@@ -62,6 +74,7 @@ def evaluate(
         Dtype, typer.Option(help="Precision of the models; auto: float32 on a CPU, the checkpoint's on a GPU.")
     ] = Dtype.auto,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -17,7 +17,18 @@ from ..convert.output import check_output
 from ..convert.plan import ConversionPlan
 from ..convert.translations import as_target
 from .console import Terminal, human_bytes
-from .options import DryRun, Force, Json, Model, Output, Quiet, Revision, default_output, parse_size
+from .options import (
+    DryRun,
+    Force,
+    Json,
+    Model,
+    Output,
+    Quiet,
+    Revision,
+    TrustRemoteCode,
+    default_output,
+    parse_size,
+)
 
 __all__ = ["mha2gqa", "mha2mqa"]
 
@@ -43,6 +54,7 @@ def mha2gqa(
     output: Output = None,
     max_shard_size: MaxShardSize = "5GB",
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     dry_run: DryRun = False,
     force: Force = False,
     as_json: Json = False,
@@ -64,6 +76,7 @@ def mha2mqa(
     output: Output = None,
     max_shard_size: MaxShardSize = "5GB",
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     dry_run: DryRun = False,
     force: Force = False,
     as_json: Json = False,

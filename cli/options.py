@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ..convert.checkpoint import Checkpoint
+from ..convert.remote_code import allow_remote_code
 
 __all__ = [
     "BatchSize",
@@ -24,6 +25,7 @@ __all__ = [
     "Revision",
     "Split",
     "TextField",
+    "TrustRemoteCode",
     "default_output",
     "parse_percentage",
     "parse_size",
@@ -44,6 +46,10 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be don
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output that kvconvert wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no remarks.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", callback=allow_remote_code, help="Run the code that lies beside a checkpoint."),
+]
 Data = Annotated[
     str, typer.Option("--data", help="Text: a .txt, .jsonl or .parquet file, a directory of them, or a dataset name.")
 ]

@@ -25,6 +25,7 @@ from .options import (
     Revision,
     Split,
     TextField,
+    TrustRemoteCode,
     default_output,
 )
 
@@ -91,6 +92,7 @@ def uptrain(
     data_config: DataConfig = None,
     output: Output = None,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     dry_run: DryRun = False,
     force: Force = False,
     as_json: Json = False,

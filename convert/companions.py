@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+from .card import CARD_NAME
 from .checkpoint import CONFIG_NAME, INDEX_NAME
 from .output import PROVENANCE_NAME, write_text
 from .text import has_tokenizer, load_tokenizer
@@ -17,7 +18,7 @@ _WEIGHT_SUFFIXES = frozenset(
 )
 # true of the source only: its card, its training
 _NOT_COPIED = frozenset(
-    {CONFIG_NAME, INDEX_NAME, "README.md", "pytorch_model.bin.index.json", "metrics.jsonl", PROVENANCE_NAME}
+    {CONFIG_NAME, INDEX_NAME, CARD_NAME, "pytorch_model.bin.index.json", "metrics.jsonl", PROVENANCE_NAME}
 )
 _COPIED_DIRECTORIES = ("additional_chat_templates",)
 

@@ -10,11 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .card import write_card
 from .checkpoint import CONFIG_NAME, Checkpoint, tensor_bytes
 from .companions import copy_companions, name_tokenizer
 from .loading import check_opens, knows_class
 from .output import PROVENANCE_NAME, check_free_space, check_output, staged_directory, write_text
 from .plan import ConversionPlan
+from .remote_code import remote_code_allowed
 from .runtime import RUNTIME_CLASSES
 from .writer import CheckpointWriter
 
@@ -50,7 +52,7 @@ def execute(
     check_free_space(output, plan.bytes_out)
     source_config = (checkpoint.directory / CONFIG_NAME).read_bytes()
     source_type = json.loads(source_config).get("model_type")
-    if knows_class(source_type):
+    if knows_class(source_type) or remote_code_allowed():
         check_opens(checkpoint.directory)
     steps = {step.writes.name: step for step in plan.steps}
     with staged_directory(output, force=force) as staging:
@@ -72,7 +74,9 @@ def execute(
             (staging / CONFIG_NAME).write_bytes(source_config)
         else:
             writer.write_config(dict(plan.config))
-        write_text(staging / PROVENANCE_NAME, json.dumps(_provenance(plan, checkpoint), indent=2) + "\n")
+        provenance = _provenance(plan, checkpoint)
+        write_text(staging / PROVENANCE_NAME, json.dumps(provenance, indent=2) + "\n")
+        write_card(checkpoint.directory, staging, provenance)
         opened_as = check_opens(staging)
     return ExecutionResult(output, opened_as)
 
@@ -80,11 +84,14 @@ def execute(
 def _provenance(plan: ConversionPlan, checkpoint: Checkpoint) -> dict[str, object]:
     """What made this directory, so that a result found later explains itself."""
     source = Path(checkpoint.name)
+    cache_before, cache_after = plan.cache_bytes_per_token
     return {
         "kvconvert_version": version("kvconvert"),
         "source": source.resolve().name if source.is_dir() else checkpoint.name,
         "target": plan.target,
         "method": plan.method,
+        "model_type": plan.model_type,
+        "cache_bytes_per_token": {"source": cache_before, "result": cache_after},
         "num_key_value_heads": {
             "source": plan.source.num_key_value_heads,
             "result": plan.result.num_key_value_heads,

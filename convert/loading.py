@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, UnsupportedError
+from .remote_code import remote_code_allowed
 
 # what older versions saved among the weights and newer ones compute
 _OLD_BUFFERS = re.compile(
@@ -19,7 +20,7 @@ __all__ = ["check_opens", "knows_class", "load_model", "quiet_transformers"]
 
 
 def check_opens(directory: Path) -> str:
-    """Open the checkpoint in its stock class on the meta device, loading no weight; returns the class name.
+    """Open the checkpoint in its class on the meta device, loading no weight; returns the class name.
 
     Raises CheckpointError if a key is missing, unexpected or of the wrong shape.
     """
@@ -84,7 +85,7 @@ def _auto_class(model: str | Path) -> Any:
     import transformers
     from transformers.models.auto import modeling_auto
 
-    config = transformers.AutoConfig.from_pretrained(model)
+    config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=remote_code_allowed())
     saved_as = (config.architectures or [""])[0]
     stock_names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     if saved_as.endswith("Model") and saved_as not in stock_names and not saved_as.endswith("LMHeadModel"):
@@ -102,13 +103,15 @@ def _open(model: str | Path, **options: Any) -> tuple[Any, str | None]:
         with quiet_transformers():
             opened = _auto_class(model).from_pretrained(
                 model,
+                trust_remote_code=remote_code_allowed(),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # listed in `info`; transformers would raise without naming one
                 **options,
             )
     except Exception as error:  # a config can be wrong in more ways than transformers has words for
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise CheckpointError(f"{model}: transformers cannot open it ({reason[:200]})") from error
+        hint = "pass --trust-remote-code if you trust the code beside it" if "trust_remote_code" in reason else None
+        raise CheckpointError(f"{model}: transformers cannot open it ({reason[:200]})", hint=hint) from error
     loaded, info = opened
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(str(key) for key in info[problem])

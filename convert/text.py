@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import DataError
+from .remote_code import remote_code_allowed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,7 +85,8 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
             hint="copy the tokenizer files of the original model into this directory",
         )
     try:
-        return AutoTokenizer.from_pretrained(directory if directory.is_dir() else str(model))
+        place = directory if directory.is_dir() else str(model)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=remote_code_allowed())
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"{model}: the tokenizer cannot be loaded ({reason})") from error
@@ -125,7 +127,7 @@ def check_tokenizers(model: str | Path, original: str | Path | None) -> None:
 def _vocab_size(model: str | Path) -> int:
     from transformers import AutoConfig
 
-    return int(AutoConfig.from_pretrained(model).get_text_config().vocab_size)
+    return int(AutoConfig.from_pretrained(model, trust_remote_code=remote_code_allowed()).get_text_config().vocab_size)
 
 
 def _non_empty(documents: Iterable[str], location: str) -> Iterator[str]:

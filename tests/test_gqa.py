@@ -83,7 +83,8 @@ def test_companions_are_copied_byte_for_byte(make_checkpoint: CheckpointFactory,
     for name in ("tokenizer.json", "tokenizer_config.json", "LICENSE", "chat_template.jinja", "generation_config.json"):
         assert (output / name).read_bytes() == (source / name).read_bytes()
     assert (output / "additional_chat_templates" / "tool.jinja").read_text() == "tool"
-    assert not {"README.md", "pytorch_model.bin", ".gitattributes"} & {path.name for path in output.iterdir()}
+    assert not {"pytorch_model.bin", ".gitattributes"} & {path.name for path in output.iterdir()}
+    assert "stays behind" not in (output / "README.md").read_text()
 
 
 def test_the_same_number_of_heads_needs_force_and_keeps_every_bit(

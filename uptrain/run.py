@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from ..convert.architectures import find_architecture
+from ..convert.card import write_card
 from ..convert.checkpoint import CONFIG_NAME, Checkpoint, torch_dtype
 from ..convert.companions import copy_companions
 from ..convert.errors import InputError, OutputError, PreemptedError, UnsupportedError
@@ -399,6 +400,7 @@ def _publish(job: UptrainJob, student: Any, *, num_tokens: int, force: bool) -> 
         shutil.copyfile(source.directory / CONFIG_NAME, staging / CONFIG_NAME)
         shutil.copyfile(job.work / METRICS_NAME, staging / METRICS_NAME)
         write_text(staging / PROVENANCE_NAME, json.dumps(provenance, indent=2) + "\n")
+        write_card(source.directory, staging, provenance)
         check_opens(staging)
     shutil.rmtree(job.work)
 
