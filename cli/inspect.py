@@ -62,5 +62,6 @@ def show_inspection(inspection: Inspection, console: Console) -> None:
     if inspection.approximation:
         rows["note"] = f"pooling is only approximate: {inspection.approximation}"
     console.print(inspection.model)
+    width = max(13, *map(len, rows))
     for label, text in rows.items():
-        console.print(f"  {label:<13} {text}")
+        console.print(f"  {label:<{width}} {text}")

@@ -212,9 +212,6 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({entry.model_type: 
 def _reasons() -> dict[str, str]:
     """Why known architectures are not in the table."""
     causes = {
-        "its class has no grouped keys and values; mha2gqa or mha2mqa converts it to one that has": (
-            "bart biogpt bloom codegen gpt2 gpt_neo gpt_neox gptj mpt mt5 opt persimmon qwen t5 whisper xglm"
-        ),
         "its experts hold the query projections, so that fewer K/V heads would change them too": "jetmoe",
         "it has a vision part that this version does not know; convert its language model": "gemma3",
         "this version does not know its encoder-decoder class": "blenderbot m2m_100 marian mbart pegasus umt5",
@@ -230,7 +227,11 @@ def find_architecture(checkpoint: Checkpoint) -> Architecture:
     """The entry of the checkpoint's `model_type`. Raises UnsupportedError when there is none."""
     model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        from .translations import ROUTES  # which needs this module
+
         reason = _REASONS.get(str(model_type), "kvconvert does not know this architecture")
+        if model_type in ROUTES:
+            reason = "its class has no grouped keys and values; mha2gqa or mha2mqa converts it to one that has"
         raise UnsupportedError(
             f"{checkpoint.name}: model_type {model_type!r} is not supported: {reason}",
             hint="docs/architectures.md lists what is supported",

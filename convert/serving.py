@@ -28,6 +28,7 @@ class Serving:
 _VLLM_RUN = ("falcon", "gemma", "gpt_bigcode", "llama", "nemotron", "olmo2", "phi", "stablelm", "starcoder2")
 _SGLANG_READ = ("cohere", "gemma", "gpt_bigcode", "llama", "olmo2", "qwen2", "stablelm", "starcoder2")
 _REMOTE_CODE = "with trust_remote_code, or after `import kvconvert.convert`"
+_SEQ2SEQ = ("grouped_bart", "grouped_t5", "grouped_whisper")
 _SGLANG_ASSUMES_MHA = "with --model-impl transformers; its own class assumes MHA"
 
 _KNOWN = (
@@ -35,6 +36,8 @@ _KNOWN = (
     *((model_type, Serving("SGLang", True, "read")) for model_type in _SGLANG_READ),
     *((model_type, Serving("transformers", True, "run", _REMOTE_CODE)) for model_type in RUNTIME_CLASSES),
     ("falcon", Serving("transformers", True, "run", "caches all heads, but for one K/V head: only vLLM saves memory")),
+    ("grouped_decoder", Serving("vLLM", True, "run", "with --trust-remote-code, but for ALiBi, which it refuses")),
+    *((name, Serving("vLLM", False, "read", "no encoder-decoders in its Transformers backend")) for name in _SEQ2SEQ),
     ("olmo", Serving("SGLang", True, "read", _SGLANG_ASSUMES_MHA)),
     ("phi", Serving("SGLang", True, "read", _SGLANG_ASSUMES_MHA)),
     ("gpt_bigcode", Serving("llama.cpp", True, "read")),

@@ -16,7 +16,7 @@ from .errors import CheckpointError, UnsupportedError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Derived", "Route", "TranslatedCheckpoint", "Translation"]
+__all__ = ["Derived", "Route", "Routes", "TranslatedCheckpoint", "Translation"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ class Translation:
 
 Route = tuple[Translation, ...]
 """Translations one after the other; an empty one is the checkpoint's own class."""
+
+Routes = Mapping[str, tuple[Route, ...]]
+"""For each `model_type`, how its checkpoints become one of a class with grouped attention, the best way first."""
 
 
 @dataclass

@@ -41,7 +41,7 @@ IDS = [model_type + "".join(f"-{flag}" for flag in flags if "q" in flag) for mod
 def convert(source: Path, num_key_value_heads: int, output: Path) -> Path:
     with open_checkpoint(source) as checkpoint:
         plan = Gqa(num_key_value_heads).plan(checkpoint, find_architecture(checkpoint))
-        execute(plan, checkpoint, output)
+        execute(plan, checkpoint, output, max_shard_bytes=60_000)
     return output
 
 

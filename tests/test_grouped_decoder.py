@@ -13,6 +13,8 @@ from conftest import VOCAB_SIZE, CheckpointFactory, build_model
 from kvconvert.convert import Gqa, as_target, execute, find_architecture, open_checkpoint
 from kvconvert.convert.loading import load_model
 from kvconvert.convert.runtime import RUNTIME_CLASSES
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 SLOPES = [2.0**-head for head in range(8)]
 KINDS: dict[str, dict[str, Any]] = {
@@ -72,10 +74,12 @@ def test_activation_checkpointing_changes_no_gradient(overrides: dict[str, Any],
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-6)
 
 
-def test_alibi_refuses_flash_attention() -> None:
+def test_alibi_refuses_attention_that_would_leave_it_out(input_ids: torch.Tensor) -> None:
+    AttentionInterface.register("without_bias", sdpa_attention_forward)
     model = build(KINDS["alibi"])
-    with pytest.raises(ValueError, match="flash attention takes no position bias, which ALiBi needs"):
-        model.set_attn_implementation("flash_attention_2")
+    model.set_attn_implementation("without_bias")
+    with pytest.raises(ValueError, match="without_bias attention takes no position bias, which ALiBi needs"):
+        model(input_ids)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import OVERRIDES, PROSE, VOCAB_SIZE, CheckpointFactory, build_model, build_tokenizer
 from kvconvert import configs
-from kvconvert.convert import ARCHITECTURES, Gqa, execute, find_architecture, open_checkpoint
+from kvconvert.convert import ARCHITECTURES, Gqa, as_target, execute, find_architecture, open_checkpoint
 from kvconvert.convert.errors import DataError, DivergedError, InputError, OutputError, PreemptedError, UnsupportedError
 from kvconvert.convert.text import TextSource, encode_documents
 from kvconvert.measure.held_out import evaluate_checkpoint, load_windows
@@ -347,6 +347,21 @@ def test_classes_that_mix_packed_documents_are_refused(
     model = make_checkpoint(model_type, name="other", with_tokenizer=True, word_embed_proj_dim=64, ffn_dim=64)
     with pytest.raises(UnsupportedError, match=message):
         train("out", model=model)
+
+
+def test_a_class_of_ours_is_trained_and_keeps_its_code(
+    train: Callable[..., Path], make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    source = make_checkpoint("bloom", name="bloom", with_tokenizer=True, n_layer=2)
+    with as_target(open_checkpoint(source), 2) as checkpoint:
+        execute(Gqa(2).plan(checkpoint, find_architecture(checkpoint)), checkpoint, tmp_path / "gqa2")
+    output = train("out", model=tmp_path / "gqa2")
+    for name in ("config.json", "modeling_grouped_decoder.py", "configuration_grouped_decoder.py"):
+        assert (output / name).read_bytes() == (tmp_path / "gqa2" / name).read_bytes()
+    trained, before = weights(output), weights(tmp_path / "gqa2")
+    assert trained.keys() == before.keys()
+    keys = "model.layers.0.self_attn.k_proj.weight"
+    assert not torch.equal(trained[keys], before[keys])
 
 
 def test_one_process_uses_one_gpu(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:

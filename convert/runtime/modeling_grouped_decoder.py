@@ -1,7 +1,7 @@
 """GroupedDecoder: grouped-query attention for decoders with learned positions, ALiBi or RoPE that no stock class holds.
 
 This file stands alone: it is copied beside converted weights. Attention goes through transformers' interface, so that
-sdpa, eager, flex, vLLM's Transformers backend and, without ALiBi, flash attention run it.
+sdpa, eager and flex attention run it and, without ALiBi, flash attention and vLLM's Transformers backend.
 """
 
 from collections.abc import Callable
@@ -23,6 +23,8 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_grouped_decoder import GroupedDecoderConfig
 
 __all__ = ["GroupedDecoderForCausalLM", "GroupedDecoderModel", "GroupedDecoderPreTrainedModel"]
+
+_TAKE_POSITION_BIAS = ("eager", "sdpa", "flex_attention")
 
 
 def eager_attention_forward(
@@ -151,12 +153,6 @@ class GroupedDecoderPreTrainedModel(PreTrainedModel):
         "attentions": GroupedDecoderAttention,
     }
 
-    def _flash_attn_can_dispatch(self, *args: Any, **kwargs: Any) -> bool:
-        if self.config.position_embedding_type == "alibi":
-            raise ValueError("flash attention takes no position bias, which ALiBi needs: use sdpa, eager or flex")
-        can_dispatch: bool = super()._flash_attn_can_dispatch(*args, **kwargs)
-        return can_dispatch
-
 
 class GroupedDecoderModel(GroupedDecoderPreTrainedModel):
     def __init__(self, config: GroupedDecoderConfig) -> None:
@@ -233,7 +229,15 @@ class GroupedDecoderModel(GroupedDecoderPreTrainedModel):
     def _alibi(
         self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor, past_key_values: Cache | None
     ) -> Tensor:
-        """Slope · distance of key and query, (batch, num_attention_heads, queries, keys) in the dtype of the states."""
+        """Slope · distance of key and query, (batch, num_attention_heads, queries, keys) in the dtype of the states.
+
+        Raises ValueError for an implementation of attention that would leave it out.
+        """
+        if self.config._attn_implementation not in _TAKE_POSITION_BIAS:
+            raise ValueError(
+                f"{self.config._attn_implementation} attention takes no position bias, which ALiBi needs; these do: "
+                f"{', '.join(_TAKE_POSITION_BIAS)}"
+            )
         num_queries, device = hidden_states.shape[1], hidden_states.device
         num_keys = past_key_values.get_mask_sizes(num_queries, 0)[0] if past_key_values is not None else num_queries
         if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] == num_keys:

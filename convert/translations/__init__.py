@@ -2,49 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import pkgutil
+from collections.abc import Iterator
+from importlib import import_module
 from types import MappingProxyType
 
 from ..architectures import ARCHITECTURES, find_architecture
 from ..checkpoint import Checkpoint
 from ..errors import UnsupportedError
-from ..translation import Route, TranslatedCheckpoint
-from .alibi import BLOOM, FALCON, MPT
-from .gpt_neox import GPT_NEOX
-from .gptj import CODEGEN, GPTJ
-from .learned_positions import BIOGPT, GPT2, GPT_BIGCODE, GPT_NEO, OPT, XGLM
-from .persimmon import PERSIMMON
-from .qwen import QWEN
-from .seq2seq import BART, MT5, T5, WHISPER
+from ..translation import Route, Routes, TranslatedCheckpoint
 
 __all__ = ["ROUTES", "as_target", "targets"]
 
 _OWN_CLASS: tuple[Route, ...] = ((),)
 
-ROUTES: Mapping[str, tuple[Route, ...]] = MappingProxyType(
-    dict.fromkeys(ARCHITECTURES, _OWN_CLASS)
-    | {
-        "bart": BART,
-        "biogpt": BIOGPT,
-        "bloom": BLOOM,
-        "codegen": CODEGEN,
-        "falcon": FALCON,
-        "gpt2": GPT2,
-        "gpt_bigcode": GPT_BIGCODE,
-        "gpt_neo": GPT_NEO,
-        "gpt_neox": GPT_NEOX,
-        "gptj": GPTJ,
-        "mpt": MPT,
-        "mt5": MT5,
-        "opt": OPT,
-        "persimmon": PERSIMMON,
-        "qwen": QWEN,
-        "t5": T5,
-        "whisper": WHISPER,
-        "xglm": XGLM,
-    }
-)
-"""For each `model_type`, how its checkpoints become one of a class with grouped attention, the best way first."""
+
+def _collect() -> Routes:
+    """What the files beside this one declare as ROUTES."""
+    routes: dict[str, tuple[Route, ...]] = dict.fromkeys(ARCHITECTURES, _OWN_CLASS)
+    for module in pkgutil.iter_modules(__path__):
+        routes.update(getattr(import_module(f"{__name__}.{module.name}"), "ROUTES", {}))
+    return routes
+
+
+ROUTES: Routes = MappingProxyType(_collect())
 
 
 def targets(checkpoint: Checkpoint) -> Iterator[Checkpoint | UnsupportedError]:

@@ -6,11 +6,11 @@ import math
 from typing import Any
 
 from ..checkpoint import Checkpoint
-from ..translation import Derived, Translation
+from ..translation import Derived, Routes, Translation
 from .common import head_part, int_of, present_prefix, qkv, rope_config, third
 from .decoder import TO_NEMOTRON, decoder_config, decoder_tensors
 
-__all__ = ["BLOOM", "FALCON", "MPT"]
+__all__ = ["ROUTES"]
 
 _MEGATRON_MODULES = {
     "input_layernorm": "input_layernorm",
@@ -176,6 +176,8 @@ def _megatron_tensors(checkpoint: Checkpoint, prefix: str, num_heads: int, num_l
 
 _FALCON_TO_DECODER = Translation("falcon", "grouped_decoder", _falcon_config, _falcon_tensors, _falcon_refusal)
 
-BLOOM = ((Translation("bloom", "grouped_decoder", _bloom_config, _bloom_tensors, _bloom_refusal),),)
-FALCON = ((), (_FALCON_TO_DECODER, TO_NEMOTRON), (_FALCON_TO_DECODER,))
-MPT = ((Translation("mpt", "grouped_decoder", _mpt_config, _mpt_tensors, _mpt_refusal),),)
+ROUTES: Routes = {
+    "bloom": ((Translation("bloom", "grouped_decoder", _bloom_config, _bloom_tensors, _bloom_refusal),),),
+    "falcon": ((), (_FALCON_TO_DECODER, TO_NEMOTRON), (_FALCON_TO_DECODER,)),
+    "mpt": ((Translation("mpt", "grouped_decoder", _mpt_config, _mpt_tensors, _mpt_refusal),),),
+}

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import Checkpoint
-from ..translation import Derived, Translation
+from ..translation import Derived, Routes, Translation
 from .common import common_config, head_part, linear, present_prefix, qkv, rope_config, same, zeros
 from .decoder import TO_NEMOTRON, decoder_config, decoder_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["GPT_NEOX"]
+__all__ = ["ROUTES"]
 
 
 def _is_sequential(checkpoint: Checkpoint) -> str | None:
@@ -133,7 +133,9 @@ def _folded(
     }
 
 
-GPT_NEOX = (
-    (Translation("gpt_neox", "phi", _phi_config, _phi_tensors, _is_sequential),),
-    (Translation("gpt_neox", "grouped_decoder", _decoder_config, _decoder_tensors), TO_NEMOTRON),
-)
+ROUTES: Routes = {
+    "gpt_neox": (
+        (Translation("gpt_neox", "phi", _phi_config, _phi_tensors, _is_sequential),),
+        (Translation("gpt_neox", "grouped_decoder", _decoder_config, _decoder_tensors), TO_NEMOTRON),
+    )
+}

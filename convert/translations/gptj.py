@@ -6,13 +6,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import Checkpoint
-from ..translation import Derived, Translation
+from ..translation import Derived, Routes, Translation
 from .common import common_config, linear, present_prefix, rope_config, same, whole, zeros
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["CODEGEN", "GPTJ"]
+__all__ = ["ROUTES"]
 
 _DEFAULT_ROTARY_DIM = 64  # of both classes, whatever their head_dim
 _CODEGEN_BLOCKS = 4  # CodeGen's q, v and k lie in four blocks, one per accelerator of its training
@@ -82,5 +82,7 @@ def _half_split(projection: Tensor, *, num_heads: int, rotary_dim: int) -> Tenso
     return torch.cat([even, odd, heads[:, rotary_dim:]], dim=1).reshape(projection.shape)
 
 
-GPTJ = ((Translation("gptj", "phi", _gptj_to_phi_config, _gptj_to_phi_tensors),),)
-CODEGEN = ((Translation("codegen", "phi", _gptj_to_phi_config, _gptj_to_phi_tensors),),)
+ROUTES: Routes = {
+    model_type: ((Translation(model_type, "phi", _gptj_to_phi_config, _gptj_to_phi_tensors),),)
+    for model_type in ("codegen", "gptj")
+}

@@ -8,14 +8,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import Checkpoint
-from ..translation import Derived, Route, Translation
+from ..translation import Derived, Route, Routes, Translation
 from .common import head_part, int_of, linear, present_prefix, qkv, same, third
 from .decoder import TO_GPT_BIGCODE, decoder_config, decoder_tensors, scaled_queries
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["BIOGPT", "GPT2", "GPT_BIGCODE", "GPT_NEO", "OPT", "XGLM"]
+__all__ = ["ROUTES"]
 
 _FAIRSEQ_OFFSET = 2  # the tables of OPT, BioGPT and XGLM begin with two positions that no token has
 _GPT2_MODULES = {
@@ -278,12 +278,14 @@ def _routes(
     return (to_decoder, TO_GPT_BIGCODE), (to_decoder,)
 
 
-BIOGPT = _routes("biogpt", _biogpt_config, _biogpt_tensors)
-GPT2 = _routes("gpt2", _gpt2_config, _gpt2_tensors, _cross_attention_refusal)
-GPT_BIGCODE = (
-    (),
-    (Translation("gpt_bigcode", "grouped_decoder", _gpt2_config, _bigcode_tensors, _bigcode_refusal),),
-)
-GPT_NEO = _routes("gpt_neo", _neo_config, _neo_tensors)
-OPT = _routes("opt", _opt_config, _opt_tensors, _opt_refusal)
-XGLM = _routes("xglm", _xglm_config, _xglm_tensors, _cross_attention_refusal)
+ROUTES: Routes = {
+    "biogpt": _routes("biogpt", _biogpt_config, _biogpt_tensors),
+    "gpt2": _routes("gpt2", _gpt2_config, _gpt2_tensors, _cross_attention_refusal),
+    "gpt_bigcode": (
+        (),
+        (Translation("gpt_bigcode", "grouped_decoder", _gpt2_config, _bigcode_tensors, _bigcode_refusal),),
+    ),
+    "gpt_neo": _routes("gpt_neo", _neo_config, _neo_tensors),
+    "opt": _routes("opt", _opt_config, _opt_tensors, _opt_refusal),
+    "xglm": _routes("xglm", _xglm_config, _xglm_tensors, _cross_attention_refusal),
+}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from ..checkpoint import Checkpoint
-from ..translation import Derived, Translation
+from ..translation import Derived, Routes, Translation
 from .common import head_part, linear, present_prefix, qkv, rope_config
 from .decoder import TO_NEMOTRON, decoder_config, decoder_tensors
 
-__all__ = ["PERSIMMON"]
+__all__ = ["ROUTES"]
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -60,4 +60,4 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
 
 _TO_DECODER = Translation("persimmon", "grouped_decoder", _config, _tensors)
 
-PERSIMMON = ((_TO_DECODER, TO_NEMOTRON), (_TO_DECODER,))
+ROUTES: Routes = {"persimmon": ((_TO_DECODER, TO_NEMOTRON), (_TO_DECODER,))}

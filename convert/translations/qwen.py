@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ..checkpoint import Checkpoint
-from ..translation import Derived, Translation
+from ..translation import Derived, Routes, Translation
 from .common import common_config, qkv, rope_config, same, third
 
-__all__ = ["QWEN"]
+__all__ = ["ROUTES"]
 
 
 def _refusal(checkpoint: Checkpoint) -> str | None:
@@ -45,4 +45,4 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
     return tensors | {f"{name}.weight": same(checkpoint, f"{source}.weight") for name, source in renamed.items()}
 
 
-QWEN = ((Translation("qwen", "qwen2", _config, _tensors, _refusal),),)
+ROUTES: Routes = {"qwen": ((Translation("qwen", "qwen2", _config, _tensors, _refusal),),)}

@@ -12,10 +12,10 @@ from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..runtime import RUNTIME_CLASSES
-from ..translation import Derived, Translation
+from ..translation import Derived, Routes, Translation
 from .common import same
 
-__all__ = ["BART", "MT5", "T5", "WHISPER"]
+__all__ = ["ROUTES"]
 
 
 def _refusal(checkpoint: Checkpoint, *, class_names: tuple[str, ...]) -> str | None:
@@ -64,25 +64,27 @@ def _translation(
     )
 
 
-BART = ((_translation("bart", "grouped_bart", ("BartForConditionalGeneration",)),),)
-MT5 = (
-    (
-        _translation(
-            "mt5",
-            "grouped_t5",
-            ("MT5ForConditionalGeneration", "MT5Model"),
-            defaults={
-                "d_ff": 1024,
-                "num_layers": 8,
-                "num_heads": 6,
-                "vocab_size": 250112,
-                "feed_forward_proj": "gated-gelu",
-                "decoder_start_token_id": 0,
-            },
-            # T5 divides the decoder's outputs by √d_model unless its config says this, mT5 never does
-            fixed={"tie_word_embeddings": False},
+ROUTES: Routes = {
+    "bart": ((_translation("bart", "grouped_bart", ("BartForConditionalGeneration",)),),),
+    "mt5": (
+        (
+            _translation(
+                "mt5",
+                "grouped_t5",
+                ("MT5ForConditionalGeneration", "MT5Model"),
+                defaults={
+                    "d_ff": 1024,
+                    "num_layers": 8,
+                    "num_heads": 6,
+                    "vocab_size": 250112,
+                    "feed_forward_proj": "gated-gelu",
+                    "decoder_start_token_id": 0,
+                },
+                # T5 divides the decoder's outputs by √d_model unless its config says this, mT5 never does
+                fixed={"tie_word_embeddings": False},
+            ),
         ),
     ),
-)
-T5 = ((_translation("t5", "grouped_t5", ("T5ForConditionalGeneration", "T5WithLMHeadModel", "T5Model")),),)
-WHISPER = ((_translation("whisper", "grouped_whisper", ("WhisperForConditionalGeneration",)),),)
+    "t5": ((_translation("t5", "grouped_t5", ("T5ForConditionalGeneration", "T5WithLMHeadModel", "T5Model")),),),
+    "whisper": ((_translation("whisper", "grouped_whisper", ("WhisperForConditionalGeneration",)),),),
+}
