@@ -8,17 +8,9 @@ from typing import Any
 from ..checkpoint import Checkpoint
 from ..translation import Derived, Routes, Translation
 from .common import head_part, int_of, present_prefix, qkv, rope_config, third
-from .decoder import TO_NEMOTRON, decoder_config, decoder_tensors
+from .decoder import TO_NEMOTRON, decoder_config, decoder_tensors, megatron_modules
 
 __all__ = ["ROUTES"]
-
-_MEGATRON_MODULES = {
-    "input_layernorm": "input_layernorm",
-    "post_attention_layernorm": "post_attention_layernorm",
-    "self_attn.o_proj": "self_attention.dense",
-    "mlp.up_proj": "mlp.dense_h_to_4h",
-    "mlp.down_proj": "mlp.dense_4h_to_h",
-}
 
 
 def _slopes(num_heads: int) -> list[float]:
@@ -169,7 +161,7 @@ def _megatron_tensors(checkpoint: Checkpoint, prefix: str, num_heads: int, num_l
         final_norm=f"{prefix}ln_f",
         layers=f"{prefix}h.{{layer}}",
         num_hidden_layers=num_layers,
-        names=_MEGATRON_MODULES,
+        names=megatron_modules("self_attention"),
         attention=lambda new, old: qkv(checkpoint, new, f"{old}.self_attention.query_key_value", part),
     )
 

@@ -19,7 +19,7 @@ from .common import linear, same
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["TO_GPT_BIGCODE", "TO_NEMOTRON", "decoder_config", "decoder_tensors", "scaled_queries"]
+__all__ = ["TO_GPT_BIGCODE", "TO_NEMOTRON", "decoder_config", "decoder_tensors", "megatron_modules", "scaled_queries"]
 
 _COPIED = "vocab_size initializer_range bos_token_id eos_token_id pad_token_id dtype torch_dtype quantization_config"
 
@@ -91,6 +91,17 @@ def decoder_tensors(
             tensors |= linear(checkpoint, f"{new}.{module}", f"{old}.{source}", transposed=transposed and is_projection)
         tensors |= attention(f"{new}.self_attn", old)
     return tensors
+
+
+def megatron_modules(attention: str) -> dict[str, str]:
+    """The `names` of layers that call their attention `attention` and the rest as Megatron does."""
+    return {
+        "input_layernorm": "input_layernorm",
+        "post_attention_layernorm": "post_attention_layernorm",
+        "self_attn.o_proj": f"{attention}.dense",
+        "mlp.up_proj": "mlp.dense_h_to_4h",
+        "mlp.down_proj": "mlp.dense_4h_to_h",
+    }
 
 
 def scaled_queries(tensors: dict[str, Derived], new: str, factor: float) -> dict[str, Derived]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint import Checkpoint
 from ..translation import Derived, Routes, Translation
 from .common import common_config, head_part, linear, present_prefix, qkv, rope_config, same, zeros
-from .decoder import TO_NEMOTRON, decoder_config, decoder_tensors
+from .decoder import TO_NEMOTRON, decoder_config, decoder_tensors, megatron_modules
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,13 +88,7 @@ def _decoder_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
         final_norm=f"{prefix}final_layer_norm",
         layers=f"{prefix}layers.{{layer}}",
         num_hidden_layers=checkpoint.config_int("num_hidden_layers"),
-        names={
-            "input_layernorm": "input_layernorm",
-            "post_attention_layernorm": "post_attention_layernorm",
-            "self_attn.o_proj": "attention.dense",
-            "mlp.up_proj": "mlp.dense_h_to_4h",
-            "mlp.down_proj": "mlp.dense_4h_to_h",
-        },
+        names=megatron_modules("attention"),
         attention=lambda new, old: qkv(checkpoint, new, f"{old}.attention.query_key_value", part),
         head=_head(checkpoint, prefix),
     )

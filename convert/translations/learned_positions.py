@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import Checkpoint
@@ -21,7 +20,6 @@ _FAIRSEQ_OFFSET = 2  # the tables of OPT, BioGPT and XGLM begin with two positio
 _GPT2_MODULES = {
     "input_layernorm": "ln_1",
     "post_attention_layernorm": "ln_2",
-    "self_attn.o_proj": "attn.c_proj",
     "mlp.up_proj": "mlp.c_fc",
     "mlp.down_proj": "mlp.c_proj",
 }
@@ -56,7 +54,6 @@ def _gpt2_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
     """GPT-2 stores its projections as (inputs, outputs)."""
     config, width = checkpoint.config, checkpoint.config_int("n_embd")
     head_dim = width // checkpoint.config_int("n_head")
-    prefix = present_prefix(checkpoint, "transformer.", "wte.weight")
 
     def attention(new: str, old: str) -> dict[str, Derived]:
         tensors = qkv(checkpoint, new, f"{old}.attn.c_attn", third, transposed=True)
@@ -65,16 +62,28 @@ def _gpt2_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
             factor /= int(old.rpartition(".")[2]) + 1
         return tensors if factor == 1.0 else scaled_queries(tensors, new, factor)
 
+    return _gpt2_like_tensors(checkpoint, checkpoint.config_int("n_layer"), attention, transposed=True)
+
+
+def _gpt2_like_tensors(
+    checkpoint: Checkpoint,
+    num_layers: int,
+    attention: Callable[[str, str], dict[str, Derived]],
+    *,
+    o_proj: str = "attn.c_proj",
+    transposed: bool = False,
+) -> dict[str, Derived]:
+    prefix = present_prefix(checkpoint, "transformer.", "wte.weight")
     return decoder_tensors(
         checkpoint,
         embeddings=f"{prefix}wte",
         positions=same(checkpoint, f"{prefix}wpe.weight"),
         final_norm=f"{prefix}ln_f",
         layers=f"{prefix}h.{{layer}}",
-        num_hidden_layers=checkpoint.config_int("n_layer"),
-        names=_GPT2_MODULES,
+        num_hidden_layers=num_layers,
+        names=_GPT2_MODULES | {"self_attn.o_proj": o_proj},
         attention=attention,
-        transposed=True,
+        transposed=transposed,
     )
 
 
@@ -83,17 +92,9 @@ def _bigcode_refusal(checkpoint: Checkpoint) -> str | None:
 
 
 def _bigcode_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
-    prefix = present_prefix(checkpoint, "transformer.", "wte.weight")
     part = head_part(checkpoint.config_int("n_head"))
-    return decoder_tensors(
-        checkpoint,
-        embeddings=f"{prefix}wte",
-        positions=same(checkpoint, f"{prefix}wpe.weight"),
-        final_norm=f"{prefix}ln_f",
-        layers=f"{prefix}h.{{layer}}",
-        num_hidden_layers=checkpoint.config_int("n_layer"),
-        names=_GPT2_MODULES,
-        attention=lambda new, old: qkv(checkpoint, new, f"{old}.attn.c_attn", part),
+    return _gpt2_like_tensors(
+        checkpoint, checkpoint.config_int("n_layer"), lambda new, old: qkv(checkpoint, new, f"{old}.attn.c_attn", part)
     )
 
 
@@ -126,20 +127,12 @@ def _neo_config(checkpoint: Checkpoint) -> dict[str, Any]:
 def _neo_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
     """GPT-Neo does not divide attention by √head_dim: its queries are multiplied by it."""
     factor = math.sqrt(checkpoint.config_int("hidden_size") // checkpoint.config_int("num_heads"))
-    prefix = present_prefix(checkpoint, "transformer.", "wte.weight")
 
     def attention(new: str, old: str) -> dict[str, Derived]:
         return scaled_queries(_separate(checkpoint, new, f"{old}.attn.attention"), new, factor)
 
-    return decoder_tensors(
-        checkpoint,
-        embeddings=f"{prefix}wte",
-        positions=same(checkpoint, f"{prefix}wpe.weight"),
-        final_norm=f"{prefix}ln_f",
-        layers=f"{prefix}h.{{layer}}",
-        num_hidden_layers=checkpoint.config_int("num_layers"),
-        names=_GPT2_MODULES | {"self_attn.o_proj": "attn.attention.out_proj"},
-        attention=attention,
+    return _gpt2_like_tensors(
+        checkpoint, checkpoint.config_int("num_layers"), attention, o_proj="attn.attention.out_proj"
     )
 
 
@@ -168,16 +161,7 @@ def _opt_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _opt_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
     prefix = present_prefix(checkpoint, "model.", "decoder.embed_tokens.weight") + "decoder."
-    return decoder_tensors(
-        checkpoint,
-        embeddings=f"{prefix}embed_tokens",
-        positions=_without_offset(checkpoint, f"{prefix}embed_positions.weight"),
-        final_norm=f"{prefix}final_layer_norm",
-        layers=f"{prefix}layers.{{layer}}",
-        num_hidden_layers=checkpoint.config_int("num_hidden_layers"),
-        names=_FAIRSEQ_MODULES,
-        attention=partial(_fairseq_attention, checkpoint),
-    )
+    return _fairseq_tensors(checkpoint, prefix, checkpoint.config_int("num_hidden_layers"), "final_layer_norm")
 
 
 def _biogpt_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -196,17 +180,8 @@ def _biogpt_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _biogpt_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
     prefix = present_prefix(checkpoint, "biogpt.", "embed_tokens.weight")
-    return decoder_tensors(
-        checkpoint,
-        embeddings=f"{prefix}embed_tokens",
-        positions=_without_offset(checkpoint, f"{prefix}embed_positions.weight"),
-        final_norm=f"{prefix}layer_norm",
-        layers=f"{prefix}layers.{{layer}}",
-        num_hidden_layers=checkpoint.config_int("num_hidden_layers"),
-        names=_FAIRSEQ_MODULES,
-        attention=partial(_fairseq_attention, checkpoint),
-        head="output_projection",
-    )
+    num_layers = checkpoint.config_int("num_hidden_layers")
+    return _fairseq_tensors(checkpoint, prefix, num_layers, "layer_norm", head="output_projection")
 
 
 def _xglm_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -226,19 +201,36 @@ def _xglm_config(checkpoint: Checkpoint) -> dict[str, Any]:
 def _xglm_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
     """XGLM computes its positions; here they become a table, which uptraining may change."""
     prefix = present_prefix(checkpoint, "model.", "embed_tokens.weight")
-    embeddings = f"{prefix}embed_tokens.weight"
     num_positions, width = checkpoint.config_int("max_position_embeddings"), checkpoint.config_int("d_model")
+    positions = Derived(
+        (f"{prefix}embed_tokens.weight",),
+        (num_positions, width),
+        lambda tensor: _sinusoids(num_positions, width).to(tensor.dtype),
+    )
+    num_layers = checkpoint.config_int("num_layers")
+    return _fairseq_tensors(checkpoint, prefix, num_layers, "layer_norm", positions=positions)
+
+
+def _fairseq_tensors(
+    checkpoint: Checkpoint,
+    prefix: str,
+    num_layers: int,
+    final_norm: str,
+    *,
+    positions: Derived | None = None,
+    head: str = "lm_head",
+) -> dict[str, Derived]:
+    """OPT, BioGPT and XGLM name what is in a layer alike."""
     return decoder_tensors(
         checkpoint,
         embeddings=f"{prefix}embed_tokens",
-        positions=Derived(
-            (embeddings,), (num_positions, width), lambda tensor: _sinusoids(num_positions, width).to(tensor.dtype)
-        ),
-        final_norm=f"{prefix}layer_norm",
+        positions=positions or _without_offset(checkpoint, f"{prefix}embed_positions.weight"),
+        final_norm=f"{prefix}{final_norm}",
         layers=f"{prefix}layers.{{layer}}",
-        num_hidden_layers=checkpoint.config_int("num_layers"),
+        num_hidden_layers=num_layers,
         names=_FAIRSEQ_MODULES,
-        attention=partial(_fairseq_attention, checkpoint),
+        attention=lambda new, old: _separate(checkpoint, new, f"{old}.self_attn"),
+        head=head,
     )
 
 
@@ -247,10 +239,6 @@ def _separate(checkpoint: Checkpoint, new: str, old: str) -> dict[str, Derived]:
     for projection in ("q_proj", "k_proj", "v_proj"):
         tensors |= linear(checkpoint, f"{new}.{projection}", f"{old}.{projection}")
     return tensors
-
-
-def _fairseq_attention(checkpoint: Checkpoint, new: str, old: str) -> dict[str, Derived]:
-    return _separate(checkpoint, new, f"{old}.self_attn")
 
 
 def _without_offset(checkpoint: Checkpoint, name: str) -> Derived:

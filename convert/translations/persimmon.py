@@ -7,7 +7,7 @@ from typing import Any
 from ..checkpoint import Checkpoint
 from ..translation import Derived, Routes, Translation
 from .common import head_part, linear, present_prefix, qkv, rope_config
-from .decoder import TO_NEMOTRON, decoder_config, decoder_tensors
+from .decoder import TO_NEMOTRON, decoder_config, decoder_tensors, megatron_modules
 
 __all__ = ["ROUTES"]
 
@@ -47,13 +47,7 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
         final_norm=f"{prefix}final_layernorm",
         layers=f"{prefix}layers.{{layer}}",
         num_hidden_layers=checkpoint.config_int("num_hidden_layers"),
-        names={
-            "input_layernorm": "input_layernorm",
-            "post_attention_layernorm": "post_attention_layernorm",
-            "self_attn.o_proj": "self_attn.dense",
-            "mlp.up_proj": "mlp.dense_h_to_4h",
-            "mlp.down_proj": "mlp.dense_4h_to_h",
-        },
+        names=megatron_modules("self_attn"),
         attention=attention,
     )
 
