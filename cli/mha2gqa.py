@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,12 +13,16 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from .. import configs
+from ..convert.architecture import Architecture
 from ..convert.architectures import find_architecture
-from ..convert.checkpoint import open_checkpoint
+from ..convert.checkpoint import Checkpoint, open_checkpoint
+from ..convert.errors import InputError
 from ..convert.execute import execute
 from ..convert.gqa import Gqa
 from ..convert.output import check_output
 from ..convert.plan import ConversionPlan
+from ..convert.text import TextSource
 from ..convert.translations import as_target
 from .console import Terminal, human_bytes
 from .options import (
@@ -25,6 +33,7 @@ from .options import (
     Output,
     Quiet,
     Revision,
+    TextField,
     TrustRemoteCode,
     default_output,
     parse_size,
@@ -32,18 +41,73 @@ from .options import (
 
 __all__ = ["mha2gqa", "mha2mqa"]
 
+_LONGEST_CALIBRATION_SEQUENCE = 1024
+
 
 class Method(StrEnum):
     mean = "mean"
     first = "first"
     random = "random"
+    svd = "svd"
+
+
+class Grouping(StrEnum):
+    contiguous = "contiguous"
+    similarity = "similarity"
 
 
 MethodOption = Annotated[
-    Method, typer.Option(help="What a group's heads become: their mean, the first, or fresh ones.")
+    Method,
+    typer.Option(help="What a group's heads become: their mean, the first, fresh ones, or the best merge on a text."),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of --method random.")]
 MaxShardSize = Annotated[str, typer.Option(help="Largest weight file, for example 5GB.")]
+GroupingOption = Annotated[
+    Grouping, typer.Option(help="svd: which heads form a group, those that lose least together or neighbours.")
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        help="svd: text to measure on: files as for --data, or a dataset name. Default: the demo's text.",
+        show_default=False,
+    ),
+]
+CalibrationTokens = Annotated[int, typer.Option(min=1, help="svd: how many tokens of it.")]
+NoCalibration = Annotated[bool, typer.Option("--no-calibration", help="svd: merge by the weights alone.")]
+NoRefit = Annotated[bool, typer.Option("--no-refit", help="svd: keep the closed form; do not fit o_proj to the text.")]
+Statistics = Annotated[
+    Path | None, typer.Option(help="svd: measurements of an earlier run, in place of text.", show_default=False)
+]
+SaveStatistics = Annotated[Path | None, typer.Option(help="svd: keep the measurements here.", show_default=False)]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the two commands were asked for, beside the number of heads."""
+
+    model: str
+    output: Path | None
+    max_shard_size: str
+    revision: str | None
+    dry_run: bool
+    force: bool
+    grouping: Grouping
+    calibration: str | None
+    calibration_tokens: int
+    text_field: str
+    no_calibration: bool
+    no_refit: bool
+    statistics: Path | None
+    save_statistics: Path | None
+
+    def check(self, method: Method) -> None:
+        sources = [self.calibration is not None, self.no_calibration, self.statistics is not None]
+        if method is not Method.svd and (any(sources) or self.save_statistics is not None):
+            raise InputError("calibration belongs to --method svd", hint="add --method svd, or leave it out")
+        if sum(sources) > 1:
+            raise InputError("give one of --calibration, --statistics and --no-calibration")
+        if self.save_statistics is not None and (self.no_calibration or self.statistics is not None):
+            raise InputError("--save-statistics needs text to measure on", hint="give --calibration")
 
 
 def mha2gqa(
@@ -51,6 +115,14 @@ def mha2gqa(
     groups: Annotated[int, typer.Option("--groups", "-g", min=1, help="K/V heads of the result.", show_default=False)],
     method: MethodOption = Method.mean,
     seed: Seed = 0,
+    grouping: GroupingOption = Grouping.similarity,
+    calibration: Calibration = None,
+    calibration_tokens: CalibrationTokens = 131072,
+    text_field: TextField = "text",
+    no_calibration: NoCalibration = False,
+    no_refit: NoRefit = False,
+    statistics: Statistics = None,
+    save_statistics: SaveStatistics = None,
     output: Output = None,
     max_shard_size: MaxShardSize = "5GB",
     revision: Revision = None,
@@ -62,17 +134,39 @@ def mha2gqa(
 ) -> None:
     """Pool K/V heads into fewer groups (GQA). A GQA checkpoint can be reduced further.
 
-    Example: kvconvert mha2gqa --groups 8 model_dir
+    Example: kvconvert mha2gqa --groups 8 model_dir --method svd --calibration text.jsonl
     """
+    request = Request(
+        model,
+        output,
+        max_shard_size,
+        revision,
+        dry_run,
+        force,
+        grouping,
+        calibration,
+        calibration_tokens,
+        text_field,
+        no_calibration,
+        no_refit,
+        statistics,
+        save_statistics,
+    )
     settings = Gqa(groups, method=method.value, seed=seed, allow_same=force)
-    terminal = Terminal(as_json=as_json, quiet=quiet)
-    _convert(settings, f"gqa{groups}", model, output, max_shard_size, revision, dry_run, force, terminal)
+    _convert(settings, f"gqa{groups}", request, Terminal(as_json=as_json, quiet=quiet))
 
 
 def mha2mqa(
     model: Model,
     method: MethodOption = Method.mean,
     seed: Seed = 0,
+    calibration: Calibration = None,
+    calibration_tokens: CalibrationTokens = 131072,
+    text_field: TextField = "text",
+    no_calibration: NoCalibration = False,
+    no_refit: NoRefit = False,
+    statistics: Statistics = None,
+    save_statistics: SaveStatistics = None,
     output: Output = None,
     max_shard_size: MaxShardSize = "5GB",
     revision: Revision = None,
@@ -86,38 +180,130 @@ def mha2mqa(
 
     Example: kvconvert mha2mqa model_dir --output model_dir-mqa
     """
+    request = Request(
+        model,
+        output,
+        max_shard_size,
+        revision,
+        dry_run,
+        force,
+        Grouping.contiguous,
+        calibration,
+        calibration_tokens,
+        text_field,
+        no_calibration,
+        no_refit,
+        statistics,
+        save_statistics,
+    )
     settings = Gqa(1, method=method.value, seed=seed, allow_same=force)
-    terminal = Terminal(as_json=as_json, quiet=quiet)
-    _convert(settings, "mqa", model, output, max_shard_size, revision, dry_run, force, terminal)
+    _convert(settings, "mqa", request, Terminal(as_json=as_json, quiet=quiet))
 
 
-def _convert(
-    settings: Gqa,
-    suffix: str,
-    model: str,
-    output: Path | None,
-    max_shard_size: str,
-    revision: str | None,
-    dry_run: bool,
-    force: bool,
-    terminal: Terminal,
-) -> None:
-    max_shard_bytes = parse_size(max_shard_size)
-    source = open_checkpoint(model, revision=revision, headers_only=dry_run)
+def _convert(settings: Gqa, suffix: str, request: Request, terminal: Terminal) -> None:
+    method = Method(settings.method)
+    request.check(method)
+    max_shard_bytes = parse_size(request.max_shard_size)
+    headers_only = request.dry_run and method is not Method.svd
+    source = open_checkpoint(request.model, revision=request.revision, headers_only=headers_only)
     with as_target(source, settings.num_key_value_heads) as checkpoint:
-        target = output or default_output(checkpoint, suffix)
-        check_output(target, force=force, inputs=[checkpoint.path] if checkpoint.path else [])
-        plan = settings.plan(checkpoint, find_architecture(checkpoint))
-        summary = _summary(plan) | {"output": str(target), "dry_run": dry_run}
-        if dry_run:
-            terminal.result(
-                summary | {"plan": plan.to_json()}, lambda console: _show(plan, console, f"would write {target}")
-            )
-            return
-        with terminal.progress("converting", plan.bytes_out) as advance:
-            result = execute(plan, checkpoint, target, max_shard_bytes=max_shard_bytes, force=force, progress=advance)
+        target = request.output or default_output(checkpoint, suffix)
+        check_output(target, force=request.force, inputs=[checkpoint.path] if checkpoint.path else [])
+        architecture = find_architecture(checkpoint)
+        plan = settings.plan(checkpoint, architecture)
+        summary: dict[str, Any] = {"output": str(target), "dry_run": request.dry_run}
+        changes = plan.result.num_key_value_heads != plan.source.num_key_value_heads
+        with _merged(settings, checkpoint, architecture, request, terminal, summary, changes) as planned:
+            plan = settings.plan(planned, architecture)
+            summary |= _summary(plan)
+            if request.dry_run:
+                summary["plan"] = plan.to_json()
+                terminal.result(summary, lambda console: _show(plan, console, f"would write {target}"))
+                return
+            with terminal.progress("converting", plan.bytes_out) as advance:
+                result = execute(
+                    plan,
+                    planned,
+                    target,
+                    max_shard_bytes=max_shard_bytes,
+                    force=request.force,
+                    calibration=summary.get("calibration"),
+                    progress=advance,
+                )
     summary["opened_as"] = result.opened_as
     terminal.result(summary, lambda console: _show(plan, console, f"wrote {target} (opens as {result.opened_as})"))
+    if method is Method.mean and changes:
+        terminal.remark("the mean harms a decoder before uptraining; --method svd, on a text, keeps most of it")
+
+
+@contextmanager
+def _merged(
+    settings: Gqa,
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    request: Request,
+    terminal: Terminal,
+    summary: dict[str, Any],
+    changes: bool,
+) -> Iterator[Checkpoint]:
+    """The checkpoint to plan on: for svd, one whose heads are merged, in files that live as long as this."""
+    if Method(settings.method) is not Method.svd or not changes:
+        yield checkpoint
+        return
+    from ..convert.architecture import read_attention
+    from ..convert.calibration import read_calibration_text
+    from ..convert.statistics import (
+        LayerStatistics,
+        StatisticsOrigin,
+        fingerprint,
+        open_statistics,
+        save_statistics,
+    )
+    from ..convert.svd import MergeSettings, merge_checkpoint
+
+    shape = read_attention(checkpoint, architecture)
+    text = statistics = None
+    if request.statistics is not None:
+        statistics = open_statistics(request.statistics, checkpoint)
+    elif not request.no_calibration:
+        if request.calibration is None:
+            terminal.remark("calibrating on the demo's prose; text like the model's own training data is better")
+        location = request.calibration or str(configs.DEMO / "uptrain.jsonl")
+        longest = checkpoint.config_int(architecture.config_name("max_position_embeddings"), default=2048)
+        text = read_calibration_text(
+            checkpoint,
+            TextSource(location, text_field=request.text_field),
+            num_tokens=request.calibration_tokens,
+            sequence_length=min(_LONGEST_CALIBRATION_SEQUENCE, longest, request.calibration_tokens),
+        )
+    merge = MergeSettings(
+        settings.num_key_value_heads, grouping=request.grouping.value, refit=text is not None and not request.no_refit
+    )
+    with (
+        tempfile.TemporaryDirectory(prefix="kvconvert-") as scratch,
+        terminal.progress("merging", shape.num_hidden_layers) as advance,
+    ):
+        origin = StatisticsOrigin(fingerprint(checkpoint), text.description, text.num_tokens) if text else None
+        merged = merge_checkpoint(
+            checkpoint,
+            architecture,
+            merge,
+            Path(scratch),
+            text=text,
+            statistics=statistics,
+            keep=request.save_statistics is not None,
+            progress=advance,
+        )
+        if request.save_statistics is not None and origin is not None:
+            save_statistics(
+                request.save_statistics,
+                LayerStatistics(origin, merged.gram),
+                num_layers=shape.num_hidden_layers,
+                hidden_size=shape.hidden_size,
+            )
+        used = origin or (statistics.origin if statistics else None)
+        summary["calibration"] = {**(asdict(used) if used else {"data": None}), **asdict(merge)}
+        yield merged
 
 
 def _summary(plan: ConversionPlan) -> dict[str, Any]:
@@ -129,6 +315,7 @@ def _summary(plan: ConversionPlan) -> dict[str, Any]:
         "num_key_value_heads": {"source": plan.source.num_key_value_heads, "result": plan.result.num_key_value_heads},
         "cache_bytes_per_token": {"source": before, "result": after},
         "weight_bytes": {"source": plan.bytes_in, "result": plan.bytes_out},
+        "layers": [asdict(layer) for layer in plan.layers],
     }
 
 
@@ -137,6 +324,9 @@ def _show(plan: ConversionPlan, console: Console, outcome: str) -> None:
     pooled = sum(step.op is not None for step in plan.steps)
     console.print(f"{plan.model_type}: {plan.source.num_key_value_heads} → {plan.result.num_key_value_heads} K/V heads")
     console.print(f"  method      {plan.method}, {pooled} tensors pooled, {len(plan.steps) - pooled} copied")
+    for layer in plan.layers:
+        keys, values = min(layer.keys_retained), min(layer.values_retained)
+        console.print(f"  layer {layer.layer:<5} keeps {keys:.1%} of the keys' energy, {values:.1%} of the values'")
     console.print(f"  K/V cache   {before} → {after} bytes per token (16-bit), 1/{before / after:g}")
     console.print(f"  weights     {human_bytes(plan.bytes_in)} → {human_bytes(plan.bytes_out)}")
     console.print(f"  {outcome}")

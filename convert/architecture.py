@@ -20,6 +20,21 @@ def no_sliding_window(config: Config, layer: int) -> bool:
     return False
 
 
+def every_layer_rotates(config: Any, layer: int) -> bool:
+    """For architectures whose every layer has rotary positions."""
+    return True
+
+
+def no_layer_rotates(config: Any, layer: int) -> bool:
+    """For architectures without rotary positions."""
+    return False
+
+
+def any_order(config: Config) -> bool:
+    """For architectures whose heads may change places."""
+    return False
+
+
 def any_number(config: Config, num_key_value_heads: int) -> str | None:
     """For architectures that can have every number of K/V heads that divides the query heads."""
     return None
@@ -57,6 +72,11 @@ class Architecture:
     for each K/V head its query heads, key and value. `key_norm` names the norm of the projected keys, `{head}` in it a
     tensor per K/V head; where `always_normalised`, there is one without a tensor.
 
+    For merges that use what a model leaves free: `interleaved_rotary` has rotary pairs (2i, 2i + 1) in place of
+    (i, i + half); `rotates(config, layer)`, given the class's config object, says whether a layer has rotary positions;
+    not `free_values`: something other than a linear map lies between the heads' outputs and o_proj;
+    `ordered_heads(config)`: what heads do depends on their position among the others.
+
     `separates_documents`: without an attention mask the class tells documents that share a sequence apart by their
     position_ids.
 
@@ -79,6 +99,10 @@ class Architecture:
     key_norm: str | None = None
     always_normalised: bool = False
     separates_documents: bool = True
+    interleaved_rotary: bool = False
+    rotates: Callable[[Any, int], bool] = every_layer_rotates
+    free_values: bool = True
+    ordered_heads: Callable[[Config], bool] = any_order
     config_names: Mapping[str, str] = field(default_factory=dict)
     read_heads: Callable[[Config], int] | None = None
     write_heads: Callable[[Config, int], Mapping[str, Any]] | None = None

@@ -7,7 +7,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from .architecture import Architecture, Config
+from .architecture import Architecture, Config, no_layer_rotates
 from .checkpoint import Checkpoint
 from .errors import UnsupportedError
 
@@ -40,6 +40,14 @@ def _qwen2_layers(config: Config, layer: int) -> bool:
     return bool(config.get("use_sliding_window")) and layer >= int(config.get("max_window_layers", 28))
 
 
+def _sliding_layers(config: Any, layer: int) -> bool:
+    return bool(config.layer_types[layer] == "sliding_attention")
+
+
+def _yes(config: Config) -> bool:
+    return True
+
+
 def _only_heads(config: Config, num_key_value_heads: int) -> dict[str, Any]:
     """For classes that compute head_dim."""
     return {"num_key_value_heads": num_key_value_heads}
@@ -69,11 +77,15 @@ def _falcon_heads(config: Config) -> int:
 
 
 def _falcon_with_heads(config: Config, num_key_value_heads: int) -> dict[str, Any]:
-    """The old architecture has one K/V head or all of them; the new one, with one norm, computes the same."""
+    """The old architecture has one K/V head or all of them; the new one, with one norm, computes the same.
+
+    transformers caches all heads of the new one, and one head of the old one.
+    """
+    has_two_norms = config.get("new_decoder_architecture") and config.get("num_ln_in_parallel_attn") != 1
+    if num_key_value_heads == 1 and not has_two_norms:
+        return {"new_decoder_architecture": False, "multi_query": True, "num_kv_heads": 1}
     if config.get("new_decoder_architecture"):
         return {"num_kv_heads": num_key_value_heads}
-    if num_key_value_heads == 1:
-        return {"multi_query": True, "num_kv_heads": 1}
     return {
         "new_decoder_architecture": True,
         "num_ln_in_parallel_attn": 1,
@@ -92,9 +104,9 @@ def _falcon_sequential(config: Config, num_key_value_heads: int) -> str | None:
 _ENTRIES = (
     Architecture("apertus", key_norm="k_norm"),
     Architecture("arcee"),
-    Architecture("bitnet"),
-    Architecture("cohere", key_norm="k_norm"),
-    Architecture("cohere2", is_sliding=_all_but_every_fourth_layer),
+    Architecture("bitnet", free_values=False),
+    Architecture("cohere", interleaved_rotary=True, key_norm="k_norm"),
+    Architecture("cohere2", interleaved_rotary=True, rotates=_sliding_layers, is_sliding=_all_but_every_fourth_layer),
     Architecture(
         "dbrx",
         attention="transformer.blocks.{layer}.norm_attn_norm.attn",
@@ -108,8 +120,8 @@ _ENTRIES = (
             "clip_qkv": "attn_config.clip_qkv",
         },
     ),
-    Architecture("diffllama", refuse_heads=_even_only),
-    Architecture("ernie4_5"),
+    Architecture("diffllama", refuse_heads=_even_only, free_values=False, ordered_heads=_yes),
+    Architecture("ernie4_5", interleaved_rotary=True),
     Architecture("exaone4", key_norm="k_norm", is_sliding=_all_but_every_fourth_layer),
     Architecture(
         "falcon",
@@ -118,6 +130,8 @@ _ENTRIES = (
         interleaved=True,
         o_proj="dense",
         separates_documents=False,
+        rotates=lambda config, layer: not config.alibi,
+        ordered_heads=lambda config: bool(config.get("alibi")),
         read_heads=_falcon_heads,
         write_heads=_falcon_with_heads,
         refuse_heads=_falcon_sequential,
@@ -125,8 +139,8 @@ _ENTRIES = (
     Architecture("gemma"),
     Architecture("gemma2", is_sliding=_even_layers),
     Architecture("gemma3_text", key_norm="k_norm", is_sliding=_all_but_every_sixth_layer),
-    Architecture("glm"),
-    Architecture("glm4"),
+    Architecture("glm", interleaved_rotary=True),
+    Architecture("glm4", interleaved_rotary=True),
     Architecture(
         "gpt_bigcode",
         attention="transformer.h.{layer}.attn",
@@ -136,6 +150,7 @@ _ENTRIES = (
         read_heads=_bigcode_heads,
         write_heads=lambda config, number: {"multi_query": number == 1},
         refuse_heads=_bigcode_one_or_all,
+        rotates=no_layer_rotates,
         config_names={
             "num_hidden_layers": "n_layer",
             "num_attention_heads": "n_head",
@@ -152,7 +167,12 @@ _ENTRIES = (
         config_names={"num_hidden_layers": "decoder_layers", "num_attention_heads": "decoder_attention_heads"},
         write_heads=_only_heads,
     ),
-    Architecture("grouped_decoder", key_norm="k_norm"),
+    Architecture(
+        "grouped_decoder",
+        key_norm="k_norm",
+        rotates=lambda config, layer: config.position_embedding_type == "rotary",
+        ordered_heads=lambda config: bool(config.get("alibi_slopes")),
+    ),
     Architecture(
         "grouped_t5",
         attention="decoder.block.{layer}.layer.0.SelfAttention",
@@ -180,7 +200,7 @@ _ENTRIES = (
         },
         write_heads=_only_heads,
     ),
-    Architecture("helium"),
+    Architecture("helium", interleaved_rotary=True),
     Architecture("hunyuan_v1_dense", key_norm="key_layernorm"),
     Architecture("hyperclovax"),
     Architecture("jais2"),
@@ -201,7 +221,7 @@ _ENTRIES = (
     Architecture("qwen3", key_norm="k_norm", is_sliding=_qwen2_layers),
     Architecture("qwen3_moe", key_norm="k_norm", is_sliding=_qwen2_layers),
     Architecture("seed_oss"),
-    Architecture("smollm3"),
+    Architecture("smollm3", rotates=lambda config, layer: bool(config.no_rope_layers[layer])),
     Architecture("stablelm", key_norm="k_layernorm.norms.{head}"),
     Architecture("starcoder2", is_sliding=_every_layer),
 )

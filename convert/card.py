@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .architectures import ARCHITECTURES
+from .checkpoint import CONFIG_NAME
 from .output import write_text
 from .runtime import RUNTIME_CLASSES
 from .serving import engines_line, serving
@@ -17,9 +20,13 @@ _INHERITED = ("license", "license_name", "license_link", "language", "datasets")
 
 
 def write_card(source: Path, target: Path, provenance: Mapping[str, Any]) -> None:
-    """Write the card of the checkpoint in `target`, made from the one in `source`, from what `kvconvert.json` holds."""
+    """Write the card of the checkpoint in `target`, made from the one in `source`.
+
+    It says what config.json and `kvconvert.json`, whose content is `provenance`, say of it.
+    """
     from huggingface_hub import ModelCardData
 
+    config = json.loads((target / CONFIG_NAME).read_text(encoding="utf-8"))
     name = str(provenance.get("source", source.name))
     data = ModelCardData(
         base_model=name if "/" in name else None,
@@ -27,7 +34,7 @@ def write_card(source: Path, target: Path, provenance: Mapping[str, Any]) -> Non
         tags=["kvconvert", *([str(provenance["target"])] if "target" in provenance else [])],
         **_inherited(source / CARD_NAME),
     )
-    write_text(target / CARD_NAME, f"---\n{data.to_yaml()}\n---\n\n{_text(name, provenance)}")
+    write_text(target / CARD_NAME, f"---\n{data.to_yaml()}\n---\n\n{_text(name, config, provenance)}")
 
 
 def _inherited(card: Path) -> dict[str, Any]:
@@ -43,28 +50,32 @@ def _inherited(card: Path) -> dict[str, Any]:
     return {key: declared[key] for key in _INHERITED if key in declared}
 
 
-def _text(name: str, provenance: Mapping[str, Any]) -> str:
+def _text(name: str, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
+    model_type = str(config.get("model_type"))
+    architecture = ARCHITECTURES.get(model_type)
+    seq2seq = architecture is not None and architecture.cross_attention is not None
     lines = [f"# {name}, with a smaller K/V cache", ""]
-    if "target" in provenance:
-        heads, cache = provenance["num_key_value_heads"], provenance["cache_bytes_per_token"]
+    heads = provenance.get("num_key_value_heads", {"source": 0, "result": 0})
+    if heads["source"] != heads["result"]:
+        cache = provenance["cache_bytes_per_token"]
         lines += [
             f"Converted by kvconvert {provenance['kvconvert_version']} ({str(provenance['target']).upper()}, method "
             f"{provenance['method']}): {heads['source']} K/V heads in each layer became {heads['result']}, and the "
-            f"cache takes {cache['result']} bytes per token in 16 bits, where it took {cache['source']}.",
+            f"cache takes {cache['result']} bytes per token in 16 bits, where it took {cache['source']}"
+            + (", and as much for each token of the encoder." if seq2seq else "."),
             "",
         ]
     training = provenance.get("uptraining")
     if training:
         lines += [f"Uptrained on {training['tokens']} tokens, objective: {training['objective']}.", ""]
-    else:
-        lines += ["It has not been uptrained: `kvconvert uptrain` recovers the quality that pooling heads costs.", ""]
-    model_type = str(provenance.get("model_type"))
+    elif heads["source"] != heads["result"]:
+        lines += ["It has not been uptrained, which recovers the quality that fewer heads cost.", ""]
     if model_type in RUNTIME_CLASSES:
         lines += [
             f"Its class, `{RUNTIME_CLASSES[model_type].architecture}`, is in the files beside the weights: open it "
             "with `trust_remote_code=True`, or `import kvconvert.convert` first.",
             "",
         ]
-    if "model_type" in provenance:
-        lines += [f"Served by: {engines_line(serving(model_type))}.", ""]
+    if architecture is not None:
+        lines += [f"Served by: {engines_line(serving(model_type, config))}.", ""]
     return "\n".join(lines)

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from .card import CARD_NAME
 from .checkpoint import CONFIG_NAME, INDEX_NAME
+from .errors import DataError
 from .output import PROVENANCE_NAME, write_text
+from .runtime import RUNTIME_CLASSES
 from .text import has_tokenizer, load_tokenizer
 
-__all__ = ["copy_companions", "name_tokenizer"]
+__all__ = ["copy_companions", "copy_runtime_code", "name_tokenizer"]
 
 _WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz"}
@@ -20,19 +22,24 @@ _WEIGHT_SUFFIXES = frozenset(
 _NOT_COPIED = frozenset(
     {CONFIG_NAME, INDEX_NAME, CARD_NAME, "pytorch_model.bin.index.json", "metrics.jsonl", PROVENANCE_NAME}
 )
+_NOT_COPIED_PREFIXES = (".", "configuration_", "modeling_")
 _COPIED_DIRECTORIES = ("additional_chat_templates",)
 
 
 def name_tokenizer(source: Path, target: Path) -> None:
     """Write what the files of a tokenizer left to the `model_type`, which has changed.
 
-    That is its class and special tokens, and tokenizer.json where only a vocabulary and merges were there.
+    That is its class and special tokens, and tokenizer.json where only a vocabulary and merges were there. A tokenizer
+    that cannot be loaded stays as it was copied.
     """
     path = target / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if "tokenizer_class" in config or not has_tokenizer(source):
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if "tokenizer_class" in config or not has_tokenizer(source):
+            return
+        tokenizer = load_tokenizer(source)
+    except (DataError, ValueError):
         return
-    tokenizer = load_tokenizer(source)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and not (target / "tokenizer.json").exists():
         backend.save(str(target / "tokenizer.json"))
@@ -41,11 +48,23 @@ def name_tokenizer(source: Path, target: Path) -> None:
     write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
+def copy_runtime_code(model_type: str, target: Path) -> None:
+    """Copy the files of a class of ours beside its weights."""
+    if model_type in RUNTIME_CLASSES:
+        for code in RUNTIME_CLASSES[model_type].files:
+            shutil.copyfile(code, target / code.name)
+
+
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy every companion file byte for byte; returns their names. Weights, config.json and README.md stay behind."""
+    """Copy every companion file byte for byte; returns their names.
+
+    Weights, config.json and README.md stay behind, and the code of the source's class, which knows no grouping.
+    """
     copied = []
     for path in sorted(source.iterdir()):
-        skipped = path.suffix in _WEIGHT_SUFFIXES or path.name in _NOT_COPIED or path.name.startswith(".")
+        skipped = (
+            path.suffix in _WEIGHT_SUFFIXES or path.name in _NOT_COPIED or path.name.startswith(_NOT_COPIED_PREFIXES)
+        )
         if path.is_file() and not skipped:
             shutil.copyfile(path, target / path.name)
             copied.append(path.name)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,12 +11,11 @@ from typing import TYPE_CHECKING
 
 from .card import write_card
 from .checkpoint import CONFIG_NAME, Checkpoint, tensor_bytes
-from .companions import copy_companions, name_tokenizer
+from .companions import copy_companions, copy_runtime_code, name_tokenizer
 from .loading import check_opens, knows_class
 from .output import PROVENANCE_NAME, check_free_space, check_output, staged_directory, write_text
 from .plan import ConversionPlan
 from .remote_code import remote_code_allowed
-from .runtime import RUNTIME_CLASSES
 from .writer import CheckpointWriter
 
 if TYPE_CHECKING:
@@ -41,11 +39,13 @@ def execute(
     *,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     force: bool = False,
+    calibration: Mapping[str, object] | None = None,
     progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> ExecutionResult:
     """Write the converted checkpoint to `output`, which appears only when whole and checked.
 
-    `progress` is called with the number of bytes written since the last call. Raises OutputError for a place that
+    `calibration` is noted in kvconvert.json. `progress` is called with the number of bytes written since the last call.
+    Raises OutputError for a place that
     exists or cannot hold the result, CheckpointError if the stock class does not accept the source or the result.
     """
     check_output(output, force=force, inputs=[checkpoint.directory])
@@ -67,14 +67,14 @@ def execute(
         copy_companions(checkpoint.directory, staging)
         if plan.model_type != source_type:
             name_tokenizer(checkpoint.directory, staging)
-        if plan.model_type in RUNTIME_CLASSES:
-            for code in RUNTIME_CLASSES[plan.model_type].files:
-                shutil.copyfile(code, staging / code.name)
+        copy_runtime_code(plan.model_type, staging)
         if plan.config == json.loads(source_config):
             (staging / CONFIG_NAME).write_bytes(source_config)
         else:
             writer.write_config(dict(plan.config))
         provenance = _provenance(plan, checkpoint)
+        if calibration is not None:
+            provenance["calibration"] = calibration
         write_text(staging / PROVENANCE_NAME, json.dumps(provenance, indent=2) + "\n")
         write_card(checkpoint.directory, staging, provenance)
         opened_as = check_opens(staging)
@@ -90,7 +90,6 @@ def _provenance(plan: ConversionPlan, checkpoint: Checkpoint) -> dict[str, objec
         "source": source.resolve().name if source.is_dir() else checkpoint.name,
         "target": plan.target,
         "method": plan.method,
-        "model_type": plan.model_type,
         "cache_bytes_per_token": {"source": cache_before, "result": cache_after},
         "num_key_value_heads": {
             "source": plan.source.num_key_value_heads,

@@ -12,6 +12,7 @@ from .errors import UnsupportedError
 from .heads import POOLING_METHODS, HeadGrouping
 from .plan import ConversionPlan, PoolHeads, Step
 from .runtime import RUNTIME_CLASSES
+from .svd import MergedCheckpoint
 from .writer import TensorSpec
 
 __all__ = ["Gqa"]
@@ -23,8 +24,8 @@ _DEFAULT_INITIALIZER_RANGE = 0.02
 class Gqa:
     """Reduce a checkpoint to `num_key_value_heads` K/V heads per layer.
 
-    `seed` matters for the random method only. `allow_same` accepts the number of heads that the source has already:
-    no head is then pooled.
+    With the method "svd" the checkpoint to plan on is a MergedCheckpoint. `seed` matters for the random method only.
+    `allow_same` accepts the number of heads that the source has already: no head is then pooled.
     """
 
     num_key_value_heads: int
@@ -33,7 +34,7 @@ class Gqa:
     allow_same: bool = False
 
     def __post_init__(self) -> None:
-        if self.method not in POOLING_METHODS:
+        if self.method not in (*POOLING_METHODS, "svd"):
             raise UnsupportedError(f"unknown method {self.method!r}", hint=f"methods: {', '.join(POOLING_METHODS)}")
 
     def plan(self, checkpoint: Checkpoint, architecture: Architecture) -> ConversionPlan:
@@ -65,6 +66,7 @@ class Gqa:
             config=checkpoint.config if unchanged else self._result_config(checkpoint, architecture, source.head_dim),
             steps=tuple(steps.values()),
             bytes_in=sum(info.num_bytes for info in checkpoint.tensors.values()),
+            layers=checkpoint.reports if isinstance(checkpoint, MergedCheckpoint) else (),
         )
 
     def _pool_layer(
@@ -97,6 +99,8 @@ class Gqa:
         method, std, seed = self.method, None, None
         if method == "random" and tensor.is_norm:
             method = "mean"  # a gain near zero would switch the fresh keys off
+        if method == "svd":
+            method = "mean"  # the checkpoint is a MergedCheckpoint: the heads of a group are equal
         if method == "random":
             std = float(checkpoint.config.get("initializer_range") or _DEFAULT_INITIALIZER_RANGE)
             seed = _tensor_seed(self.seed, tensor.name)

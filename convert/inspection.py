@@ -10,7 +10,7 @@ from .checkpoint import Checkpoint
 from .errors import UnsupportedError
 from .kv_cache import kv_cache_bytes, kv_cache_bytes_per_token
 from .serving import Serving, serving
-from .translations import targets
+from .translations import as_target, targets
 
 __all__ = ["Inspection", "Target", "inspect_checkpoint"]
 
@@ -69,10 +69,9 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = N
     source, checkpoint = checkpoint, usable[0]
     architecture = find_architecture(checkpoint)
     shape = read_attention(checkpoint, architecture)
-    conversions = _targets(usable, shape)
-    classes = dict.fromkeys(target.model_type for target in conversions if target.model_type) or {
-        architecture.model_type: None
-    }
+    conversions = _targets(source, shape)
+    configs = {view.config["model_type"]: view.config for view in reversed(usable)}
+    classes = dict.fromkeys(target.model_type for target in conversions if target.model_type) or configs
     context = context_length or checkpoint.config_int(architecture.config_name("max_position_embeddings"), default=2048)
     return Inspection(
         model=checkpoint.name,
@@ -103,33 +102,36 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = N
         ),
         targets=conversions,
         approximation=architecture.approximation(checkpoint),
-        serving={model_type: serving(model_type) for model_type in classes},
+        serving={model_type: serving(model_type, configs[model_type]) for model_type in classes},
     )
 
 
-def _targets(views: list[Checkpoint], shape: AttentionShape) -> tuple[Target, Target]:
+def _targets(source: Checkpoint, shape: AttentionShape) -> tuple[Target, Target]:
     heads = shape.num_key_value_heads
     if heads == 1:
         reason = "the model has one K/V head already"
         return Target("mha2gqa", False, reason), Target("mha2mqa", False, "the model is MQA already")
-    gqa, reason = Target("mha2gqa", False, f"{heads} K/V heads have no divisor between 1 and {heads}"), ""
-    for view in views:
-        groups = [number for number in range(2, heads) if heads % number == 0]
-        taken = tuple(number for number in groups if _refusal(view, number) is None)
-        if taken:
-            model_type = find_architecture(view).model_type
-            gqa = Target("mha2gqa", True, f"--groups {' or '.join(map(str, taken))}", taken, model_type)
-            break
-        if groups:
-            gqa = Target("mha2gqa", False, str(_refusal(view, groups[-1])))
-    for view in views:
-        reason = _refusal(view, 1) or ""
-        if not reason:
-            model_type = find_architecture(view).model_type
-            return gqa, Target("mha2mqa", True, f"{heads} K/V heads become 1", (1,), model_type)
-    return gqa, Target("mha2mqa", False, reason)
+    gqa = Target("mha2gqa", False, f"{heads} K/V heads have no divisor between 1 and {heads}")
+    taken: list[int] = []
+    for number in (number for number in range(2, heads) if heads % number == 0):
+        target, reason = _target(source, number)
+        if target is not None and gqa.model_type in (None, target):
+            taken.append(number)
+            gqa = Target("mha2gqa", True, f"--groups {' or '.join(map(str, taken))}", tuple(taken), target)
+        elif not taken:
+            gqa = Target("mha2gqa", False, reason)
+    target, reason = _target(source, 1)
+    if target is None:
+        return gqa, Target("mha2mqa", False, reason)
+    return gqa, Target("mha2mqa", True, f"{heads} K/V heads become 1", (1,), target)
 
 
-def _refusal(view: Checkpoint, number: int) -> str | None:
+def _target(source: Checkpoint, number: int) -> tuple[str | None, str]:
+    """The class with so many K/V heads, or None and the reason why there is none."""
+    try:
+        view = as_target(source, number)
+    except UnsupportedError as error:
+        return None, str(error).removeprefix(f"{source.name}: ")
     architecture = find_architecture(view)
-    return architecture.refusal(view.config) or architecture.refuse_heads(view.config, number)
+    refusal = architecture.refusal(view.config)
+    return (None, refusal) if refusal else (architecture.model_type, "")

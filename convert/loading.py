@@ -8,15 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import Checkpoint
 from .errors import CheckpointError, UnsupportedError
 from .remote_code import remote_code_allowed
+from .runtime import register
 
 # what older versions saved among the weights and newer ones compute
-_OLD_BUFFERS = re.compile(
+OLD_BUFFERS = re.compile(
     r"(attn|attention)\.(bias|masked_bias|causal_mask)$|rotary_emb\.inv_freq$|(^|\.)(decoder|embed_positions)\.(version|_float_tensor)$"
 )
 
-__all__ = ["check_opens", "knows_class", "load_model", "quiet_transformers"]
+__all__ = ["OLD_BUFFERS", "check_opens", "class_config", "knows_class", "load_model", "quiet_transformers"]
 
 
 def check_opens(directory: Path) -> str:
@@ -73,6 +75,15 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def class_config(checkpoint: Checkpoint) -> Any:
+    """The config as its class reads it, with the class's defaults; not of a class that is remote code."""
+    from transformers import AutoConfig
+
+    values = {key: value for key, value in checkpoint.config.items() if key not in ("model_type", "auto_map")}
+    with quiet_transformers():
+        return AutoConfig.for_model(checkpoint.config["model_type"], **values)
+
+
 def knows_class(model_type: object) -> bool:
     """Whether transformers has a class for this `model_type`."""
     from transformers import CONFIG_MAPPING
@@ -85,6 +96,7 @@ def _auto_class(model: str | Path) -> Any:
     import transformers
     from transformers.models.auto import modeling_auto
 
+    register()
     config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=remote_code_allowed())
     saved_as = (config.architectures or [""])[0]
     stock_names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
@@ -116,7 +128,7 @@ def _open(model: str | Path, **options: Any) -> tuple[Any, str | None]:
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(str(key) for key in info[problem])
         if problem == "unexpected_keys":
-            keys = [key for key in keys if not _OLD_BUFFERS.search(key)]
+            keys = [key for key in keys if not OLD_BUFFERS.search(key)]
         if keys:
             return loaded, f"{len(keys)} {problem.replace('_', ' ')}, first {keys[0]}"
     return loaded, None

@@ -14,7 +14,7 @@ from .writer import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ConversionPlan", "PoolHeads", "Step"]
+__all__ = ["ConversionPlan", "LayerReport", "PoolHeads", "Step"]
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,18 @@ class Step:
 
 
 @dataclass(frozen=True)
+class LayerReport:
+    """The groups of a layer whose heads were merged, and the fraction of energy that keys and values of each kept."""
+
+    layer: int
+    groups: tuple[tuple[int, ...], ...]
+    keys_retained: tuple[float, ...]
+    values_retained: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class ConversionPlan:
-    """Everything `execute` needs besides the checkpoint: it decides nothing."""
+    """Everything `execute` needs besides the checkpoint: it decides nothing. `layers` tells of a merge."""
 
     target: str
     method: str
@@ -85,6 +95,7 @@ class ConversionPlan:
     config: Mapping[str, Any]
     steps: tuple[Step, ...]
     bytes_in: int
+    layers: tuple[LayerReport, ...] = ()
 
     @property
     def bytes_out(self) -> int:
@@ -114,11 +125,17 @@ class ConversionPlan:
             source=_attention_shape(data["source"]),
             result=_attention_shape(data["result"]),
             steps=tuple(_step(step) for step in data["steps"]),
+            layers=tuple(_layer_report(layer) for layer in data["layers"]),
         )
 
 
 def _attention_shape(data: Mapping[str, Any]) -> AttentionShape:
     return AttentionShape(**{**data, "windows": tuple(data["windows"])})
+
+
+def _layer_report(data: Mapping[str, Any]) -> LayerReport:
+    groups = tuple(tuple(group) for group in data["groups"])
+    return LayerReport(data["layer"], groups, tuple(data["keys_retained"]), tuple(data["values_retained"]))
 
 
 def _step(data: Mapping[str, Any]) -> Step:

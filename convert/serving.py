@@ -7,8 +7,9 @@ read: SGLang 0.5.23, llama.cpp as vendored in llama-cpp-python 0.3.36.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .runtime import RUNTIME_CLASSES
 
@@ -35,8 +36,15 @@ _KNOWN = (
     *((model_type, Serving("vLLM", True, "run")) for model_type in _VLLM_RUN),
     *((model_type, Serving("SGLang", True, "read")) for model_type in _SGLANG_READ),
     *((model_type, Serving("transformers", True, "run", _REMOTE_CODE)) for model_type in RUNTIME_CLASSES),
-    ("falcon", Serving("transformers", True, "run", "caches all heads, but for one K/V head: only vLLM saves memory")),
-    ("grouped_decoder", Serving("vLLM", True, "run", "with --trust-remote-code, but for ALiBi, which it refuses")),
+    (
+        "falcon",
+        Serving(
+            "transformers",
+            True,
+            "run",
+            "caches all heads where new_decoder_architecture is set: memory is saved by vLLM only",
+        ),
+    ),
     *((name, Serving("vLLM", False, "read", "no encoder-decoders in its Transformers backend")) for name in _SEQ2SEQ),
     ("olmo", Serving("SGLang", True, "read", _SGLANG_ASSUMES_MHA)),
     ("phi", Serving("SGLang", True, "read", _SGLANG_ASSUMES_MHA)),
@@ -47,11 +55,26 @@ _KNOWN = (
 _BY_ENGINE = {(model_type, entry.engine): entry for model_type, entry in _KNOWN}
 
 
-def serving(model_type: str) -> tuple[Serving, ...]:
-    """What is known for a converted checkpoint of this `model_type`, engine by engine."""
+def serving(model_type: str, config: Mapping[str, Any] | None = None) -> tuple[Serving, ...]:
+    """What is known for a converted checkpoint of this `model_type`, engine by engine.
+
+    Without `config` it is said of the class where that depends on it.
+    """
     unknown = {engine: Serving(engine, None, "not checked") for engine in ("vLLM", "SGLang", "llama.cpp")}
     unknown = {"transformers": Serving("transformers", True, "run"), **unknown}
+    if model_type == "grouped_decoder":
+        unknown["vLLM"] = _grouped_decoder_in_vllm(config)
     return tuple(_BY_ENGINE.get((model_type, engine), entry) for engine, entry in unknown.items())
+
+
+def _grouped_decoder_in_vllm(config: Mapping[str, Any] | None) -> Serving:
+    if config is None:
+        return Serving("vLLM", None, "run", "learned positions, with --trust-remote-code; ALiBi is refused")
+    if config.get("alibi_slopes"):
+        return Serving("vLLM", False, "read", "its Transformers backend leaves ALiBi out, so that the class refuses it")
+    if config.get("position_embedding_type") != "learned" or "sliding_attention" in config.get("layer_types", ()):
+        return Serving("vLLM", None, "not checked")
+    return Serving("vLLM", True, "run", "with --trust-remote-code")
 
 
 def engines_line(engines: Iterable[Serving]) -> str:

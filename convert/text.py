@@ -34,6 +34,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
     "tokenizer.tiktoken",
+    "qwen.tiktoken",
 )
 _ENCODE_BATCH = 64
 
@@ -87,8 +88,8 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     try:
         place = directory if directory.is_dir() else str(model)
         return AutoTokenizer.from_pretrained(place, trust_remote_code=remote_code_allowed())
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the files of a tokenizer can be wrong in more ways than its library has words for
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise DataError(f"{model}: the tokenizer cannot be loaded ({reason})") from error
 
 

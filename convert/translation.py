@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 from .architecture import refuse_quantised
 from .checkpoint import Checkpoint, TensorInfo, tensor_bytes
 from .errors import CheckpointError, UnsupportedError
+from .loading import OLD_BUFFERS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +44,23 @@ class Translation:
     refusal: Callable[[Checkpoint], str | None] = lambda checkpoint: None
 
 
+# bos, eos and pad of classes whose config need not say them
+_TOKEN_IDS: dict[str, tuple[int | None, int | None, int | None]] = {
+    "biogpt": (0, 2, 1),
+    "bloom": (1, 2, None),
+    "codegen": (50256, 50256, None),
+    "falcon": (11, 11, None),
+    "gpt2": (50256, 50256, None),
+    "gpt_bigcode": (50256, 50256, None),
+    "gpt_neo": (50256, 50256, None),
+    "gpt_neox": (0, 2, None),
+    "gptj": (50256, 50256, None),
+    "mpt": (None, None, None),
+    "opt": (2, 2, 1),
+    "persimmon": (1, 2, None),
+    "xglm": (0, 2, 1),
+}
+
 Route = tuple[Translation, ...]
 """Translations one after the other; an empty one is the checkpoint's own class."""
 
@@ -64,11 +82,12 @@ class TranslatedCheckpoint(Checkpoint):
         if refusal:
             raise UnsupportedError(f"{source.name}: {refusal}")
         derived = translation.tensors(source)
+        _check_complete(source, derived)
         tensors = {name: _info(source, name, tensor) for name, tensor in derived.items()}
         return cls(
             source.name,
             source.path,
-            translation.config(source),
+            _completed(translation.config(source), source, derived),
             tensors,
             source.size_on_disk_bytes,
             source=source,
@@ -96,6 +115,31 @@ class TranslatedCheckpoint(Checkpoint):
             self.source.copy_bytes(derived.reads[0], target)
         else:
             target.write(tensor_bytes(self.read(name)))
+
+
+def _check_complete(source: Checkpoint, derived: Mapping[str, Derived]) -> None:
+    """Raise CheckpointError for a tensor that the translation would drop."""
+    read = {name for tensor in derived.values() for name in tensor.reads}
+    dropped = [name for name in source.tensors if name not in read and not OLD_BUFFERS.search(name)]
+    if dropped:
+        raise CheckpointError(
+            f"{source.name}: config.json implies no tensor {dropped[0]} ({len(dropped)} in all)",
+            hint="config.json and the weights belong to different models, or one of them was edited",
+        )
+
+
+def _completed(config: dict[str, Any], source: Checkpoint, derived: Mapping[str, Derived]) -> dict[str, Any]:
+    """The config with the ids of special tokens that the source's class has by default, not the target's.
+
+    Where a base class saved the source, without a head, it names the target's base class.
+    """
+    defaults = _TOKEN_IDS.get(str(source.config["model_type"]))
+    if defaults is not None:
+        for name, default in zip(("bos_token_id", "eos_token_id", "pad_token_id"), defaults, strict=True):
+            config[name] = source.config.get(name, default)
+    if "lm_head.weight" not in derived and not config.get("tie_word_embeddings"):
+        config["architectures"] = [name.replace("ForCausalLM", "Model") for name in config["architectures"]]
+    return config
 
 
 def _info(source: Checkpoint, name: str, derived: Derived) -> TensorInfo:

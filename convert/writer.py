@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -12,7 +12,7 @@ from typing import IO, Any
 from .checkpoint import CONFIG_NAME, DTYPE_BYTES, INDEX_NAME, WEIGHTS_NAME
 from .output import write_text
 
-__all__ = ["CheckpointWriter", "TensorSpec"]
+__all__ = ["CheckpointWriter", "TensorSpec", "write_safetensors"]
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,7 @@ class CheckpointWriter:
     def write_tensors(self) -> Iterator[tuple[TensorSpec, IO[bytes]]]:
         """Yield each tensor with the file that its bytes must be appended to; the index is written last."""
         for index, shard in enumerate(self._shards):
-            path = self.directory / self.shard_name(index)
-            with path.open("wb") as file:
-                file.write(_header(shard))
-                for spec in shard:
-                    expected = file.tell() + spec.num_bytes
-                    yield spec, file
-                    if file.tell() != expected:
-                        raise AssertionError(f"{spec.name}: {expected - file.tell()} bytes missing in {path.name}")
-                file.flush()
-                os.fsync(file.fileno())
+            yield from write_safetensors(self.directory / self.shard_name(index), shard, {"format": "pt"})
         if len(self._shards) > 1:
             weight_map = {
                 spec.name: self.shard_name(index) for index, shard in enumerate(self._shards) for spec in shard
@@ -71,6 +62,21 @@ class CheckpointWriter:
 
     def write_config(self, config: dict[str, Any]) -> None:
         write_text(self.directory / CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_safetensors(
+    path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str]
+) -> Iterator[tuple[TensorSpec, IO[bytes]]]:
+    """Yield each tensor, in this order, with the file that its bytes must be appended to."""
+    with path.open("wb") as file:
+        file.write(_header(specs, metadata))
+        for spec in specs:
+            expected = file.tell() + spec.num_bytes
+            yield spec, file
+            if file.tell() != expected:
+                raise AssertionError(f"{spec.name}: {expected - file.tell()} bytes missing in {path.name}")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _assign_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
@@ -85,9 +91,9 @@ def _assign_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[li
     return [sorted(shard, key=lambda spec: -DTYPE_BYTES[spec.dtype]) for shard in shards]
 
 
-def _header(shard: Sequence[TensorSpec]) -> bytes:
+def _header(shard: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
     """The safetensors header: its length (8 bytes, little endian), then JSON padded with spaces to 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for spec in shard:
         end = offset + spec.num_bytes

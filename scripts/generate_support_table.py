@@ -20,6 +20,8 @@ BEGIN, END = "<!-- begin: scripts/generate_support_table.py -->", "<!-- end -->"
 def classes(model_type: str, num_key_value_heads: int) -> tuple[str, ...]:
     """The classes that a checkpoint may become, the preferred one first."""
     ends = [route[-1].target if route else model_type for route in ROUTES[model_type]]
+    if num_key_value_heads == 1 and () in ROUTES[model_type]:
+        ends = [model_type]  # a class that has one K/V head has it whatever else its config says
     return tuple(end for end in ends if ARCHITECTURES[end].refuse_heads({}, num_key_value_heads) is None)
 
 

@@ -121,9 +121,10 @@ def key_value_heads(model: Any) -> dict[str, list[list[torch.Tensor]]]:
         elif module == "c_attn" and config.model_type == "gpt2":  # inputs × outputs
             heads = parameter.view(-1, 3, num_heads, head_dim)
             found[name] = [list(heads[:, part].unbind(1)) for part in (1, 2)]
-        elif module in ("query_key_value", "c_attn"):  # GPT-NeoX, GPTBigCode
-            rows = parameter.view(num_heads, 3, head_dim, -1)
-            found[name] = [list(rows[:, 1]), list(rows[:, 2])]
+        elif module in ("query_key_value", "c_attn"):  # per K/V head: its queries, key and value
+            count = config.num_kv_heads if getattr(config, "new_decoder_architecture", False) else num_heads
+            rows = parameter.view(count, -1, head_dim, *parameter.shape[1:])
+            found[name] = [list(rows[:, -2]), list(rows[:, -1])]
         elif module == "qkv_proj" and config.model_type == "codegen":  # 4 blocks of q, v, k, two heads in each
             rows = parameter.view(4, 3, num_heads // 4, head_dim, -1)
             found[name] = [[head for block in rows for head in block[part]] for part in (2, 1)]

@@ -15,7 +15,6 @@ PROVENANCE = {
     "source": "org/model",
     "target": "gqa",
     "method": "mean",
-    "model_type": "llama",
     "num_key_value_heads": {"source": 8, "result": 2},
     "cache_bytes_per_token": {"source": 4096, "result": 1024},
 }
@@ -44,6 +43,7 @@ def test_a_card_says_what_the_result_is(make_checkpoint: CheckpointFactory, kvco
 
 
 def test_a_card_names_the_hub_id_and_the_training(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     write_card(tmp_path, tmp_path, PROVENANCE | {"uptraining": {"tokens": 1000, "objective": "forward KL"}})
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == "org/model"
@@ -52,13 +52,18 @@ def test_a_card_names_the_hub_id_and_the_training(tmp_path: Path) -> None:
 
 
 def test_the_card_of_a_class_of_ours_says_how_to_open_it(tmp_path: Path) -> None:
-    write_card(tmp_path, tmp_path, PROVENANCE | {"model_type": "grouped_decoder"})
-    assert "open it with `trust_remote_code=True`" in (tmp_path / "README.md").read_text()
+    config = {"model_type": "grouped_decoder", "alibi_slopes": [0.5]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_card(tmp_path, tmp_path, PROVENANCE)
+    card = (tmp_path / "README.md").read_text()
+    assert "open it with `trust_remote_code=True`" in card
+    assert "vLLM" not in card  # which has no ALiBi in its Transformers backend
 
 
 @pytest.mark.parametrize("text", ["", "no metadata", "---\n: : [\n---\n"])
 def test_any_text_may_be_the_card_of_the_source(text: str, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(text)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     write_card(tmp_path, tmp_path, PROVENANCE)
     assert ModelCard.load(tmp_path / "README.md").data.license is None
 

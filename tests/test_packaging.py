@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
 import kvconvert.configs
+import pytest
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -92,3 +95,10 @@ def test_public_names_exist() -> None:
 def test_the_version_is_written_once() -> None:
     assert version("kvconvert") == PROJECT["project"]["version"]
     assert f"## {version('kvconvert')}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("stem", ["grouped_decoder", "grouped_seq2seq"])
+@pytest.mark.parametrize("kind", ["configuration", "modeling"])
+def test_the_files_of_our_classes_can_be_imported_first(kind: str, stem: str) -> None:
+    program = f"import kvconvert.convert.runtime.{kind}_{stem}"
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -17,6 +17,7 @@ from conftest import (
     Command,
     assert_gradients_everywhere,
     assert_same_function,
+    key_value_heads,
 )
 from kvconvert.convert import (
     ARCHITECTURES,
@@ -34,7 +35,7 @@ from kvconvert.convert.loading import load_model
 from kvconvert.convert.text import load_tokenizer
 from kvconvert.uptrain.run import default_sequence_length
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 GPTJ: dict[str, Any] = {"n_embd": 64, "n_head": 8, "n_layer": 2, "n_inner": 48, "n_positions": 128, "rotary_dim": 4}
 ROTARY: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 99.0, "partial_rotary_factor": 0.5}}
@@ -91,11 +92,20 @@ ROWS = [
     Row("gpt_neo", "gpt_neo", NEO, "gpt_bigcode", "grouped_decoder"),
     Row("gpt_neo-window", "gpt_neo", {**NEO, "window_size": 4}, "grouped_decoder", "grouped_decoder"),
     Row("gpt_bigcode", "gpt_bigcode", OVERRIDES["gpt_bigcode"], "gpt_bigcode", "grouped_decoder"),
+    Row(
+        "gpt_bigcode-unscaled",
+        "gpt_bigcode",
+        {**OVERRIDES["gpt_bigcode"], "scale_attn_weights": False},
+        "gpt_bigcode",
+        "grouped_decoder",
+    ),
     Row("biogpt", "biogpt", {"tie_word_embeddings": True}, "gpt_bigcode", "grouped_decoder"),
     Row("xglm", "xglm", {"ffn_dim": 48, "tie_word_embeddings": True}, "gpt_bigcode", "grouped_decoder"),
+    Row("xglm-padding", "xglm", {"ffn_dim": 48, "pad_token_id": 5}, "gpt_bigcode", "grouped_decoder"),
     Row("bloom", "bloom", BLOOM, "grouped_decoder", "grouped_decoder"),
     Row("bloom-6-heads", "bloom", {**BLOOM, **SIX_HEADS}, "grouped_decoder", "grouped_decoder", 6),
     Row("mpt", "mpt", MPT, "grouped_decoder", "grouped_decoder"),
+    Row("mpt-clip-0", "mpt", {**MPT, "attn_config": {"clip_qkv": 0.0}}, "grouped_decoder", "grouped_decoder"),
     Row(
         "mpt-clipped",
         "mpt",
@@ -153,7 +163,7 @@ def test_keys_and_values_are_the_mean_of_the_originals(
 
     This goes through the forward pass of both classes and through nothing of the converter.
     """
-    if row.overrides.get("attn_config") or row.name == "persimmon":
+    if row.name in ("mpt-clipped", "persimmon"):
         pytest.skip("clipping and norms are not linear")
     source = make_checkpoint(row.model_type, seed=5, **row.overrides)
     original, converted = load(source), load(convert(source, 2, tmp_path / "out"))
@@ -168,6 +178,29 @@ def test_keys_and_values_are_the_mean_of_the_originals(
         distinct = pooled[:, :: pooled.shape[1] // 2].double()  # Falcon's cache repeats them
         torch.testing.assert_close(distinct, mean, rtol=0, atol=1e-5 * mean.abs().max().item())
         assert (mean - heads.double()[:, :: heads.shape[1] // 2]).abs().max() > 0.1  # the first heads are not it
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.grouped != "phi"], ids=lambda row: row.name)
+def test_each_head_is_the_float64_mean_of_its_group(
+    row: Row, make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    """Of every layer, bit for bit; Phi, which folds norms into its projections, is compared above."""
+    source = make_checkpoint(row.model_type, seed=7, dtype=torch.bfloat16, **row.overrides)
+    original, converted = (
+        load_model(directory, dtype="auto", device="cpu")
+        for directory in (source, convert(source, 2, tmp_path / "out"))
+    )
+    factor = row.num_heads // 2
+    expected = [runs for name, runs in key_value_heads(original).items() if not name.endswith("bias")]
+    found = [runs for name, runs in key_value_heads(converted).items() if not name.endswith("bias")]
+    expected_heads = [run for runs in expected for run in runs]
+    found_heads = [run for runs in found for run in runs]
+    assert len(expected_heads) == len(found_heads) == 4  # keys and values of two layers
+    for heads, pooled in zip(expected_heads, found_heads, strict=True):
+        for group in range(2):
+            members = [heads[group * factor + member].double() for member in range(factor)]
+            mean = (torch.stack(members).sum(0) / factor).to(torch.bfloat16)
+            assert torch.equal(pooled[group], mean.T if row.model_type == "gpt2" else mean)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -421,3 +454,83 @@ def test_every_class_that_needs_converting_is_named_as_such() -> None:
         checkpoint = Checkpoint("model", None, {"model_type": model_type}, {}, 0)
         with pytest.raises(UnsupportedError, match="mha2gqa or mha2mqa converts it to one that has"):
             find_architecture(checkpoint)
+
+
+BASE_CLASSES = [
+    "neox",
+    "neox-sequential",
+    "gptj",
+    "codegen",
+    "gpt2-tied",
+    "opt",
+    "gpt_neo",
+    "gpt_bigcode",
+    "biogpt",
+    "xglm",
+    "bloom",
+    "mpt",
+    "falcon",
+    "falcon-rw",
+    "persimmon",
+    "persimmon-no-norm",
+]
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.name in BASE_CLASSES], ids=lambda row: row.name)
+def test_what_a_base_class_saved(row: Row, make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    """Without prefix and without head: the result has the same hidden states."""
+    whole = load(make_checkpoint(row.model_type, tie_groups=2, **row.overrides))
+    whole.base_model.save_pretrained(tmp_path / "base")
+    convert(tmp_path / "base", 2, tmp_path / "out")
+    input_ids = torch.arange(3, 15)[None]
+    with torch.inference_mode():
+        expected, found = (
+            AutoModel.from_pretrained(tmp_path / name, dtype=torch.float32)(input_ids=input_ids).last_hidden_state
+            for name in ("base", "out")
+        )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_a_falcon_of_transformers_4(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    source = make_checkpoint("falcon", tie_groups=2, **FALCON, parallel_attn=False)
+    config = json.loads((source / "config.json").read_text())
+    del config["rope_parameters"]
+    (source / "config.json").write_text(json.dumps(config | {"rope_theta": 25.0}))
+    assert_same_function(load(source), load(convert(source, 2, tmp_path / "out")), 2)
+
+
+def test_a_falcon_reduced_in_two_steps_caches_one_head(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    source = make_checkpoint("falcon", tie_groups=1, **FALCON)
+    halfway = convert(source, 2, tmp_path / "gqa2")
+    assert load(halfway).config.new_decoder_architecture
+    assert_same_function(load(source), load(convert(halfway, 1, tmp_path / "mqa")), 1)
+
+
+def test_special_tokens_that_the_class_had_by_default_are_kept(
+    make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    for number, row in enumerate(ROWS):
+        source = make_checkpoint(row.model_type, name=f"model{number}", **row.overrides)
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in names}))
+        with as_target(open_checkpoint(source), 2) as checkpoint:
+            if checkpoint.config["model_type"] != row.model_type:
+                default = AutoConfig.for_model(row.model_type)
+                assert {n: checkpoint.config[n] for n in names} == {n: getattr(default, n, None) for n in names}, row.name
+
+
+def test_a_tensor_that_would_be_dropped_is_named(make_checkpoint: CheckpointFactory) -> None:
+    source = make_checkpoint("gpt2", **GPT2)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"n_layer": 1}))
+    with pytest.raises(CheckpointError, match=r"config.json implies no tensor transformer\.h\.1\."):
+        as_target(open_checkpoint(source), 2)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_broken_tokenizer_is_copied_as_it_is(name: str, make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    source = make_checkpoint("gpt2", **GPT2)
+    (source / "tokenizer.json").write_text("{}")
+    (source / name).write_text("{")
+    assert (convert(source, 2, tmp_path / "out") / name).read_text() == "{"

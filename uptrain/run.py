@@ -25,7 +25,7 @@ from transformers import (
 from ..convert.architectures import find_architecture
 from ..convert.card import write_card
 from ..convert.checkpoint import CONFIG_NAME, Checkpoint, torch_dtype
-from ..convert.companions import copy_companions
+from ..convert.companions import copy_companions, copy_runtime_code
 from ..convert.errors import InputError, OutputError, PreemptedError, UnsupportedError
 from ..convert.execute import DEFAULT_MAX_SHARD_BYTES
 from ..convert.loading import check_opens, load_model, quiet_transformers
@@ -397,6 +397,7 @@ def _publish(job: UptrainJob, student: Any, *, num_tokens: int, force: bool) -> 
             student.save_pretrained(staging, max_shard_size=DEFAULT_MAX_SHARD_BYTES)
         (staging / "generation_config.json").unlink(missing_ok=True)
         copy_companions(source.directory, staging)
+        copy_runtime_code(str(source.config.get("model_type")), staging)
         shutil.copyfile(source.directory / CONFIG_NAME, staging / CONFIG_NAME)
         shutil.copyfile(job.work / METRICS_NAME, staging / METRICS_NAME)
         write_text(staging / PROVENANCE_NAME, json.dumps(provenance, indent=2) + "\n")

@@ -6,6 +6,7 @@ The files of a class are copied beside the weights, where `trust_remote_code=Tru
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -58,7 +59,7 @@ _CLASSES = (
             f"grouped_{name.lower()}",
             "grouped_seq2seq",
             f"Grouped{name}Config",
-            {auto: f"Grouped{name}ForConditionalGeneration"},
+            dict.fromkeys((auto, "AutoModel"), f"Grouped{name}ForConditionalGeneration"),
         )
         for name, auto in (
             ("Bart", "AutoModelForSeq2SeqLM"),
@@ -76,10 +77,17 @@ def register() -> None:
     wrapt.register_post_import_hook(_register, "transformers")
 
 
+def _is_being_imported(name: str) -> bool:
+    module = sys.modules.get(name)
+    return getattr(getattr(module, "__spec__", None), "_initializing", False)
+
+
 def _register(module: object) -> None:
     import transformers
 
     for entry in _CLASSES:
+        if any(_is_being_imported(f"{__name__}.{kind}_{entry.stem}") for kind in ("configuration", "modeling")):
+            continue  # by its user, who has the class at hand; opening a checkpoint registers again
         config_class = getattr(import_module(f"{__name__}.configuration_{entry.stem}"), entry.config)
         transformers.AutoConfig.register(entry.model_type, config_class, exist_ok=True)
         modeling = import_module(f"{__name__}.modeling_{entry.stem}")

@@ -34,7 +34,7 @@ def _bloom_refusal(checkpoint: Checkpoint) -> str | None:
 
 
 def _bloom_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    width, num_heads = int_of(checkpoint, "hidden_size", "n_embed"), int_of(checkpoint, "n_head", "num_attention_heads")
+    width, num_heads = int_of(checkpoint, "n_embed", "hidden_size"), int_of(checkpoint, "n_head", "num_attention_heads")
     return decoder_config(
         checkpoint,
         hidden_size=width,
@@ -53,11 +53,14 @@ def _bloom_config(checkpoint: Checkpoint) -> dict[str, Any]:
 def _bloom_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
     prefix = present_prefix(checkpoint, "transformer.", "word_embeddings.weight")
     tensors = _megatron_tensors(
-        checkpoint, prefix, int_of(checkpoint, "n_head", "num_attention_heads"), int_of(checkpoint, "n_layer")
+        checkpoint,
+        prefix,
+        int_of(checkpoint, "n_head", "num_attention_heads"),
+        int_of(checkpoint, "n_layer", "num_hidden_layers"),
     )
     for kind in ("weight", "bias"):
         old = f"{prefix}word_embeddings_layernorm.{kind}"
-        tensors[f"model.embedding_norm.{kind}"] = Derived((old,), (int_of(checkpoint, "hidden_size", "n_embed"),))
+        tensors[f"model.embedding_norm.{kind}"] = Derived((old,), (int_of(checkpoint, "n_embed", "hidden_size"),))
     return tensors
 
 
@@ -90,7 +93,7 @@ def _mpt_config(checkpoint: Checkpoint) -> dict[str, Any]:
         layer_norm_eps=checkpoint.config.get("layer_norm_epsilon", 1e-5),
         position_embedding_type="alibi",
         alibi_slopes=_mpt_slopes(num_heads),
-        clip_qkv=checkpoint.config_value("attn_config.clip_qkv"),
+        clip_qkv=checkpoint.config_value("attn_config.clip_qkv") or None,  # MPT takes 0 for no clipping
     )
 
 
@@ -133,7 +136,10 @@ def _falcon_config(checkpoint: Checkpoint) -> dict[str, Any]:
         slopes = [slope / math.sqrt(width // num_heads) for slope in _slopes(num_heads)]
         positions = {"position_embedding_type": "alibi", "alibi_slopes": slopes, "alibi_bfloat16": True}
     else:
-        positions = {"position_embedding_type": "rotary", **rope_config(checkpoint, 1.0, 10000.0)}
+        positions = {
+            "position_embedding_type": "rotary",
+            **rope_config(checkpoint, 1.0, checkpoint.config.get("rope_theta", 10000.0)),
+        }
     return decoder_config(
         checkpoint,
         hidden_size=width,

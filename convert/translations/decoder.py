@@ -39,6 +39,8 @@ def decoder_config(
     """GroupedDecoder's config; `more` are its other fields."""
     runtime = RUNTIME_CLASSES["grouped_decoder"]
     copied = {name: checkpoint.config[name] for name in _COPIED.split() if name in checkpoint.config}
+    if "init_std" in checkpoint.config:
+        copied["initializer_range"] = checkpoint.config["init_std"]
     return {
         **copied,
         "architectures": [runtime.architecture],

@@ -43,8 +43,10 @@ def _phi_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
     tensors = {
         "model.embed_tokens.weight": same(checkpoint, f"{prefix}embed_in.weight"),
         **linear(checkpoint, "model.final_layernorm", f"{prefix}final_layer_norm"),
-        **linear(checkpoint, "lm_head", _head(checkpoint, prefix)),
     }
+    head = _head(checkpoint, prefix)
+    if f"{head}.weight" in checkpoint.tensors:
+        tensors |= linear(checkpoint, "lm_head", head)
     part = head_part(num_heads)
     for layer in range(checkpoint.config_int("num_hidden_layers")):
         old, new = f"{prefix}layers.{layer}", f"model.layers.{layer}"

@@ -44,7 +44,7 @@ def _gptj_to_phi_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
     tensors = {
         "model.embed_tokens.weight": same(checkpoint, f"{prefix}wte.weight"),
         **linear(checkpoint, "model.final_layernorm", f"{prefix}ln_f"),
-        **linear(checkpoint, "lm_head", "lm_head"),
+        **(linear(checkpoint, "lm_head", "lm_head") if "lm_head.weight" in checkpoint.tensors else {}),
     }
     for layer in range(checkpoint.config_int("n_layer")):
         old, new = f"{prefix}h.{layer}", f"model.layers.{layer}"

@@ -52,17 +52,22 @@ def _gpt2_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _gpt2_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
     """GPT-2 stores its projections as (inputs, outputs)."""
-    config, width = checkpoint.config, checkpoint.config_int("n_embd")
-    head_dim = width // checkpoint.config_int("n_head")
 
     def attention(new: str, old: str) -> dict[str, Derived]:
         tensors = qkv(checkpoint, new, f"{old}.attn.c_attn", third, transposed=True)
-        factor = 1.0 if config.get("scale_attn_weights", True) else math.sqrt(head_dim)
-        if config.get("scale_attn_by_inverse_layer_idx"):
-            factor /= int(old.rpartition(".")[2]) + 1
-        return tensors if factor == 1.0 else scaled_queries(tensors, new, factor)
+        return _with_scale(checkpoint, tensors, new)
 
     return _gpt2_like_tensors(checkpoint, checkpoint.config_int("n_layer"), attention, transposed=True)
+
+
+def _with_scale(checkpoint: Checkpoint, tensors: dict[str, Derived], new: str) -> dict[str, Derived]:
+    """Queries that make up for another scale of the scores than 1 / √head_dim."""
+    config = checkpoint.config
+    head_dim = checkpoint.config_int("n_embd") // checkpoint.config_int("n_head")
+    factor = 1.0 if config.get("scale_attn_weights", True) else math.sqrt(head_dim)
+    if config.get("scale_attn_by_inverse_layer_idx"):
+        factor /= int(new.split(".")[2]) + 1  # model.layers.N.self_attn
+    return tensors if factor == 1.0 else scaled_queries(tensors, new, factor)
 
 
 def _gpt2_like_tensors(
@@ -93,9 +98,11 @@ def _bigcode_refusal(checkpoint: Checkpoint) -> str | None:
 
 def _bigcode_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
     part = head_part(checkpoint.config_int("n_head"))
-    return _gpt2_like_tensors(
-        checkpoint, checkpoint.config_int("n_layer"), lambda new, old: qkv(checkpoint, new, f"{old}.attn.c_attn", part)
-    )
+
+    def attention(new: str, old: str) -> dict[str, Derived]:
+        return _with_scale(checkpoint, qkv(checkpoint, new, f"{old}.attn.c_attn", part), new)
+
+    return _gpt2_like_tensors(checkpoint, checkpoint.config_int("n_layer"), attention)
 
 
 def _neo_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -202,10 +209,11 @@ def _xglm_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
     """XGLM computes its positions; here they become a table, which uptraining may change."""
     prefix = present_prefix(checkpoint, "model.", "embed_tokens.weight")
     num_positions, width = checkpoint.config_int("max_position_embeddings"), checkpoint.config_int("d_model")
+    padding = checkpoint.config.get("pad_token_id", 1)
     positions = Derived(
         (f"{prefix}embed_tokens.weight",),
         (num_positions, width),
-        lambda tensor: _sinusoids(num_positions, width).to(tensor.dtype),
+        lambda tensor: _sinusoids(num_positions, width, padding=padding).to(tensor.dtype),
     )
     num_layers = checkpoint.config_int("num_layers")
     return _fairseq_tensors(checkpoint, prefix, num_layers, "layer_norm", positions=positions)
@@ -246,14 +254,20 @@ def _without_offset(checkpoint: Checkpoint, name: str) -> Derived:
     return Derived((name,), (num_rows - _FAIRSEQ_OFFSET, *width), lambda tensor: tensor[_FAIRSEQ_OFFSET:])
 
 
-def _sinusoids(num_positions: int, width: int) -> Tensor:
-    """Sines, then cosines, of position / 10000^(i / (width / 2 - 1)) (tensor2tensor's form), (num_positions, width)."""
+def _sinusoids(num_positions: int, width: int, *, padding: int | None) -> Tensor:
+    """Sines, then cosines, of position / 10000^(i / (width / 2 - 1)) (tensor2tensor's form), (num_positions, width).
+
+    XGLM takes the padding token's id for a row of its table, and sets that to zero.
+    """
     import torch
 
     half = width // 2
     frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000) / (half - 1)))
     angles = (torch.arange(num_positions, dtype=torch.float32) + _FAIRSEQ_OFFSET)[:, None] * frequencies
-    return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
+    table = torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
+    if padding is not None and _FAIRSEQ_OFFSET <= padding < num_positions + _FAIRSEQ_OFFSET:
+        table[padding - _FAIRSEQ_OFFSET] = 0
+    return table
 
 
 def _routes(

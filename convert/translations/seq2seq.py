@@ -65,7 +65,7 @@ def _translation(
 
 
 ROUTES: Routes = {
-    "bart": ((_translation("bart", "grouped_bart", ("BartForConditionalGeneration",)),),),
+    "bart": ((_translation("bart", "grouped_bart", ("BartForConditionalGeneration", "BartModel")),),),
     "mt5": (
         (
             _translation(
@@ -86,5 +86,5 @@ ROUTES: Routes = {
         ),
     ),
     "t5": ((_translation("t5", "grouped_t5", ("T5ForConditionalGeneration", "T5WithLMHeadModel", "T5Model")),),),
-    "whisper": ((_translation("whisper", "grouped_whisper", ("WhisperForConditionalGeneration",)),),),
+    "whisper": ((_translation("whisper", "grouped_whisper", ("WhisperForConditionalGeneration", "WhisperModel")),),),
 }

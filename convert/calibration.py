@@ -1,0 +1,208 @@
+"""A decoder run layer by layer over calibration text, with the weights of one layer in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
+
+from .architecture import Architecture
+from .architectures import ARCHITECTURES
+from .checkpoint import Checkpoint
+from .errors import DataError, UnsupportedError
+from .loading import class_config, load_model, quiet_transformers
+from .text import TextSource, encode_documents, load_tokenizer, read_documents
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+__all__ = ["CalibrationText", "LayerwiseModel", "read_calibration_text", "second_moment", "with_one"]
+
+_TOKENS_PER_PASS = 4096
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Token ids, (num_sequences, sequence_length), and where they come from."""
+
+    token_ids: Tensor
+    description: str
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.numel()
+
+    @property
+    def batches(self) -> list[Tensor]:
+        return list(self.token_ids.split(max(_TOKENS_PER_PASS // self.token_ids.shape[1], 1)))
+
+
+def read_calibration_text(
+    checkpoint: Checkpoint, source: TextSource, *, num_tokens: int, sequence_length: int
+) -> CalibrationText:
+    """The first `num_tokens` of the source, documents joined by EOS, cut into whole sequences.
+
+    Raises DataError for text that is missing, unreadable or shorter than one sequence.
+    """
+    import torch
+
+    tokenizer = load_tokenizer(checkpoint.directory)
+    ids = list(islice(chain.from_iterable(encode_documents(read_documents(source), tokenizer)), num_tokens))
+    num_sequences = len(ids) // sequence_length
+    if num_sequences == 0:
+        raise DataError(f"{source.location}: {len(ids)} tokens, fewer than one sequence of {sequence_length}")
+    token_ids = torch.tensor(ids[: num_sequences * sequence_length]).view(num_sequences, sequence_length)
+    return CalibrationText(token_ids, source.location)
+
+
+class _EnoughError(Exception):
+    """Ends a forward pass once what was wanted of it is known."""
+
+
+class LayerwiseModel:
+    """The decoder of a checkpoint, in float32 on the CPU, its layers on the meta device until they are loaded."""
+
+    def __init__(self, checkpoint: Checkpoint, architecture: Architecture) -> None:
+        import torch
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+
+        self._checkpoint = checkpoint
+        self._whole: Any = None
+        with quiet_transformers(), init_empty_weights(include_buffers=False):
+            model: Any = AutoModelForCausalLM.from_config(class_config(checkpoint), dtype=torch.float32)
+        self._model = model.eval()
+        self._path = ARCHITECTURES[architecture.model_type].attention.partition(".{layer}")[0]
+        located = architecture.attention.partition(".{layer}")[0]
+        self._absent_prefix = self._path.removesuffix(located)  # of a checkpoint that a base class saved
+        self._attention = architecture.attention.partition("{layer}.")[2]
+        self._inputs = f"{self._attention}.{architecture.qkv_proj or architecture.q_proj}"
+        self._outputs = f"{self._attention}.{architecture.o_proj}"
+        self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        base = model.base_model_prefix
+        outside = [name for name, _ in model.named_parameters() if not name.startswith(f"{self._path}.")]
+        self._fill(model, "", [name for name in outside if name.startswith(f"{base}.")])
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """The hidden states that enter the first layer, (batch, length, hidden_size)."""
+        if len(token_ids) in self._calls:
+            return self._record(token_ids)[0]
+        hidden_states, self._calls[len(token_ids)] = self._record(token_ids)
+        return hidden_states
+
+    @contextmanager
+    def layer(self, index: int, replaced: Mapping[str, Tensor] | None = None) -> Iterator[Module]:
+        """The layer with its weights; `replaced` are weights, by their names in the checkpoint, to take instead."""
+        module: Any = self._model.get_submodule(f"{self._path}.{index}")
+        names = [name for name, _ in module.named_parameters()]
+        prefix = f"{self._path}.{index}."
+        self._fill(module, prefix, names, replaced or {})
+        try:
+            yield module
+        finally:
+            from accelerate.utils import set_module_tensor_to_device
+
+            for name in names:
+                set_module_tensor_to_device(module, name, "meta")
+
+    def run(self, module: Module, index: int, hidden_states: Tensor) -> Tensor:
+        """What the layer makes of the hidden states."""
+        arguments, named = self._calls[len(hidden_states)][index]
+        outputs: Any = module(hidden_states, *arguments, **named)
+        leaving: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
+        return leaving
+
+    def attention_inputs(self, module: Module, index: int, hidden_states: Tensor) -> Tensor:
+        """What the projections of queries, keys and values read, (tokens, hidden_size)."""
+        return self._peek(module, self._inputs, index, hidden_states)
+
+    def attention_outputs(self, module: Module, index: int, hidden_states: Tensor) -> Tensor:
+        """What the output projection reads, (tokens, num_attention_heads · head_dim)."""
+        return self._peek(module, self._outputs, index, hidden_states)
+
+    def local_name(self, name: str, index: int) -> str:
+        """The name of a tensor of the checkpoint inside its layer."""
+        return name.partition(f".{index}.")[2]
+
+    def _peek(self, module: Module, name: str, index: int, hidden_states: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+
+        def stop(_: Module, arguments: tuple[Tensor, ...]) -> None:
+            seen.append(arguments[0])
+            raise _EnoughError
+
+        hook = module.get_submodule(name).register_forward_pre_hook(stop)
+        try:
+            self.run(module, index, hidden_states)
+        except _EnoughError:
+            pass
+        finally:
+            hook.remove()
+        return seen[0].flatten(0, -2)
+
+    def _record(self, token_ids: Tensor) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+        """A forward pass through layers that only note how they are called."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        entering: list[Tensor] = []
+        layers = list(self._model.get_submodule(self._path))
+        last_error: Exception | None = None
+        for as_tuple in (False, True):  # some classes expect a tuple of their layers
+            calls.clear()
+
+            def note(*arguments: Any, as_tuple: bool = as_tuple, **named: Any) -> Any:
+                hidden_states = arguments[0] if arguments else named.pop("hidden_states")
+                calls.append((arguments[1:], named))
+                entering.append(hidden_states)
+                return (hidden_states,) if as_tuple else hidden_states
+
+            try:
+                for layer in layers:
+                    layer.forward = note
+                self._model.base_model(input_ids=token_ids, use_cache=False)
+            except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                last_error = error
+            finally:
+                for layer in layers:
+                    del layer.forward
+            if len(calls) == len(layers):
+                return entering[0], calls
+        raise UnsupportedError(f"{type(self._model).__name__} cannot be run layer by layer ({last_error})")
+
+    def _fill(self, module: Any, prefix: str, names: list[str], replaced: Mapping[str, Tensor] | None = None) -> None:
+        from accelerate.utils import set_module_tensor_to_device
+
+        for name in names:
+            set_module_tensor_to_device(module, name, "cpu", value=self._tensor(prefix + name, replaced or {}).float())
+
+    def _tensor(self, name: str, replaced: Mapping[str, Tensor]) -> Tensor:
+        saved = name if name in self._checkpoint.tensors else name.removeprefix(self._absent_prefix)
+        if saved in replaced:
+            return replaced[saved]
+        if saved in self._checkpoint.tensors:
+            return self._checkpoint.read(saved)
+        if self._whole is None:  # a class that transformers renames on loading, experts for one, is loaded whole
+            import torch
+
+            self._whole = load_model(self._checkpoint.directory, dtype=torch.float32, device="cpu")
+        tensor: Tensor = self._whole.get_parameter(name).detach()
+        return tensor
+
+
+def with_one(states: Tensor) -> Tensor:
+    import torch
+
+    return torch.cat([states, states.new_ones(len(states), 1)], dim=1)
+
+
+def second_moment(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """E[a bᵀ] over the tokens of all pairs a, b, (tokens, …), in float64."""
+    total: Any = 0.0
+    count = 0
+    for a, b in pairs:
+        total = total + a.double().T @ b.double()
+        count += len(a)
+    moment: Tensor = total / count
+    return moment

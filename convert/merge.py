@@ -1,0 +1,143 @@
+"""Merging heads with the least error: closed forms for keys and values on covariances of calibration text.
+
+docs/merging.md derives them. Everything here is float64. Shapes: D hidden_size, d head_dim, m heads of a group. `gram`
+is E[x xᵀ] of the attention's input x with a 1 appended, (D + 1, D + 1), so that a weight with its bias as last column
+has the covariance W · gram · Wᵀ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Merged", "merge_linear", "merge_mean", "merge_rotary"]
+
+_SMALLEST = 1e-12  # of the largest eigenvalue: below it a direction is not there
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a group's heads become: `shared`, and how each head reads it.
+
+    shared: (r, D + 1), the rows of the one key or value. readers[h]: (d, r), so that head h ≈ readers[h] · shared; for
+    rotary pairs r = d and the reader commutes with the rotations. `kept` of `total` is the weighted energy retained.
+    """
+
+    shared: Tensor
+    readers: list[Tensor]
+    kept: float
+    total: float
+
+    @property
+    def retained(self) -> float:
+        """The fraction of the energy that is kept."""
+        return self.kept / self.total if self.total > 0 else 1.0
+
+
+def merge_linear(heads: Sequence[Tensor], weights: Sequence[Tensor], gram: Tensor, rank: int) -> Merged:
+    """The best shared rows where every invertible map of a head is free: values, and keys that do not rotate.
+
+    heads: m tensors (d, D + 1). weights: m tensors (d, d), the metric in which head h's error counts: Σ W_oᵀ W_o of its
+    query heads for values, Σ E[q qᵀ] for keys. Minimises Σ_h ‖weights_h^½ (head_h − reader_h · shared) gram^½‖² by the
+    top `rank` eigenvectors of the heads' joint weighted covariance.
+    """
+    import torch
+
+    roots, inverses = zip(*(_root_and_inverse(weight) for weight in weights), strict=True)
+    stacked = torch.cat([root @ head for root, head in zip(roots, heads, strict=True)])  # (m · d, D + 1)
+    values, vectors = torch.linalg.eigh(stacked @ gram @ stacked.T)
+    values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
+    shared = vectors.T @ stacked
+    readers = [inverse @ part for inverse, part in zip(inverses, vectors.chunk(len(heads)), strict=True)]
+    total = sum(torch.einsum("ij,jk,ik->", block, gram, block) for block in stacked.chunk(len(heads)))
+    return _with_scale_of(heads, gram, Merged(shared, readers, float(values.clamp(min=0).sum()), float(total)))
+
+
+def merge_rotary(heads: Sequence[Tensor], powers: Sequence[Tensor], gram: Tensor) -> Merged:
+    """The best shared key where only a complex scalar per rotary pair and head is free.
+
+    heads: m tensors (2 · F, D + 1), rows i and i + F a pair. powers: m tensors (F,), E|q|² of each pair, summed over
+    the query heads of the head. Per pair, with the heads' keys as complex numbers z ∈ C^m, the shared key is the top
+    eigenvector of D^½ E[z zᴴ] D^½ and head h reads it through the scalar u_h / √D_h.
+    """
+    import torch
+
+    num_pairs = heads[0].shape[0] // 2
+    keys = torch.stack([torch.complex(head[:num_pairs], head[num_pairs:]) for head in heads], dim=1)  # (F, m, D + 1)
+    power = torch.stack(list(powers), dim=1)  # (F, m)
+    power = power.clamp(min=_SMALLEST * float(power.max().clamp(min=1e-300)))
+    weighted = power.sqrt()[..., None] * keys
+    covariance = weighted @ gram.to(weighted.dtype) @ weighted.mH  # (F, m, m)
+    values, vectors = torch.linalg.eigh(covariance)
+    top = vectors[..., -1]  # (F, m)
+    # the phase of an eigenvector is free: the head that counts most reads its own key unturned
+    leader = top.abs().argmax(-1, keepdim=True)
+    top = top * (top.gather(-1, leader).conj() / top.gather(-1, leader).abs())
+    shared = (top.conj()[..., None] * weighted).sum(1)  # (F, D + 1)
+    scalars = top / power.sqrt()  # (F, m)
+    merged = Merged(
+        torch.cat([shared.real, shared.imag]),
+        [_rotation(scalars[:, head]) for head in range(len(heads))],
+        float(values[:, -1].clamp(min=0).sum()),
+        float(values.clamp(min=0).sum()),
+    )
+    return _with_scale_of(heads, gram, merged, per_pair=True)
+
+
+def merge_mean(heads: Sequence[Tensor], weights: Sequence[Tensor], gram: Tensor) -> Merged:
+    """The heads' mean, which each reads as it is: where nothing is free. Arguments as those of `merge_linear`."""
+    import torch
+
+    shared = torch.stack(list(heads)).mean(0)
+    identity = torch.eye(len(shared), dtype=shared.dtype)
+
+    def energy(head: Tensor, weight: Tensor) -> float:
+        return float(((head.T @ weight @ head) * gram).sum())
+
+    total = sum(energy(head, weight) for head, weight in zip(heads, weights, strict=True))
+    error = sum(energy(head - shared, weight) for head, weight in zip(heads, weights, strict=True))
+    return Merged(shared, [identity] * len(heads), max(total - error, 0.0), total)
+
+
+def _rotation(scalars: Tensor) -> Tensor:
+    """The real (2 · F, 2 · F) matrix of a multiplication of each pair (i, i + F) by a complex scalar (F,)."""
+    import torch
+
+    real, imaginary = torch.diag(scalars.real), torch.diag(scalars.imag)
+    upper, lower = torch.cat([real, -imaginary], dim=1), torch.cat([imaginary, real], dim=1)
+    rotation: Tensor = torch.cat([upper, lower])
+    return rotation
+
+
+def _with_scale_of(heads: Sequence[Tensor], gram: Tensor, merged: Merged, *, per_pair: bool = False) -> Merged:
+    """The same with a shared head of the heads' rms, over all rows or pair by pair: safe in 16 bits."""
+    import torch
+
+    def power(head: Tensor) -> Tensor:
+        rows = torch.einsum("ij,jk,ik->i", head, gram, head).clamp(min=0)
+        if per_pair:
+            return rows.unflatten(0, (2, -1)).sum(0).repeat(2)
+        return rows.mean().expand(len(rows))
+
+    wanted = torch.stack([power(head) for head in heads]).mean(0)
+    found = power(merged.shared)
+    usable = (wanted > 0) & (found > 0)
+    scale = torch.where(usable, (wanted[: len(found)] / found.clamp(min=1e-300)).sqrt(), torch.ones_like(found))
+    return Merged(
+        scale[:, None] * merged.shared, [reader / scale for reader in merged.readers], merged.kept, merged.total
+    )
+
+
+def _root_and_inverse(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric square root of a positive semidefinite matrix, and its pseudo-inverse."""
+    import torch
+
+    values, vectors = torch.linalg.eigh(weight)
+    roots = values.clamp(min=0).sqrt()
+    present = roots > _SMALLEST**0.5 * roots.max()
+    inverse = torch.where(present, 1 / roots.clamp(min=1e-300), torch.zeros_like(roots))
+    return vectors * roots @ vectors.T, vectors * inverse @ vectors.T

@@ -1,0 +1,218 @@
+"""Merging heads on calibration text: a checkpoint seen with the heads of each group equal already.
+
+The view has the source's shapes. Its queries and outputs read the shared heads through the free transformations
+(docs/merging.md), so that taking the first head of each group then loses nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from safetensors import safe_open
+
+from .architecture import Architecture, read_attention
+from .calibration import CalibrationText, LayerwiseModel, second_moment, with_one
+from .checkpoint import Checkpoint, TensorInfo, tensor_bytes
+from .errors import UnsupportedError
+from .heads import HeadGrouping
+from .layer_merge import Freedom, best_grouping, merge_layer
+from .output import disk_errors
+from .plan import LayerReport
+from .projections import read_projections
+from .rotary import read_rotary
+from .statistics import LayerStatistics
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["MergeSettings", "MergedCheckpoint", "merge_checkpoint"]
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """`grouping` is "similarity" (groups that lose least) or "contiguous" (neighbours).
+
+    `refit` fits each o_proj to the original's attention output on the calibration text, pulled towards the closed form
+    by `refit_ridge`, a fraction of the mean diagonal of the normal equations.
+    """
+
+    num_key_value_heads: int
+    grouping: str = "similarity"
+    refit: bool = True
+    refit_ridge: float = 0.02
+
+
+@dataclass
+class MergedCheckpoint(Checkpoint):
+    """`source` with its heads merged: the tensors of `merged` come from the files named there."""
+
+    source: Checkpoint = field(kw_only=True)
+    merged: dict[str, Path] = field(kw_only=True)
+    scratch: Path = field(kw_only=True)
+    reports: tuple[LayerReport, ...] = field(kw_only=True)
+
+    def close(self) -> None:
+        self.source.close()
+
+    def gram(self, layer: int) -> Tensor:
+        """The Gram matrix of a layer's attention input, if it was kept."""
+        with safe_open(_gram_file(self.scratch, layer), "pt") as file:
+            tensor: Tensor = file.get_tensor("gram")
+        return tensor
+
+    def counted_tensors(self, names: Iterable[str] | None = None) -> list[TensorInfo]:
+        return self.source.counted_tensors(names)
+
+    def read(self, name: str) -> Tensor:
+        if name not in self.merged:
+            return self.source.read(name)
+        with safe_open(self.merged[name], "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def copy_bytes(self, name: str, target: IO[bytes]) -> None:
+        if name in self.merged:
+            target.write(tensor_bytes(self.read(name)))
+        else:
+            self.source.copy_bytes(name, target)
+
+
+def merge_checkpoint(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    settings: MergeSettings,
+    scratch: Path,
+    *,
+    text: CalibrationText | None = None,
+    statistics: LayerStatistics | None = None,
+    keep: bool = False,
+    progress: Callable[[int], object] = lambda num_layers: None,
+) -> MergedCheckpoint:
+    """Merge the heads of every layer, from calibration text or from statistics of it; from neither, as if inputs were
+    white.
+
+    With text the model runs layer by layer, the original and, to refit the outputs, the merged one beside it. Merged
+    tensors are kept in files in `scratch`, which the result reads; with `keep`, so are the Gram matrices.
+    Raises UnsupportedError for architectures that have no such merge.
+    """
+    import torch
+
+    if architecture.cross_attention is not None:
+        raise UnsupportedError(
+            f"{checkpoint.name}: --method svd merges decoders only, not the encoder-decoder {architecture.model_type}",
+            hint="use --method mean",
+        )
+    shape = read_attention(checkpoint, architecture)
+    rotary = read_rotary(checkpoint, architecture, shape.head_dim, shape.num_hidden_layers)
+    free_keys, free_values = _free_sides(checkpoint, architecture)
+    may_regroup = settings.grouping == "similarity" and free_keys and not architecture.ordered_heads(checkpoint.config)
+    contiguous = HeadGrouping.contiguous(shape.num_key_value_heads, settings.num_key_value_heads)
+    runner = _TwoStreams(checkpoint, architecture, text) if text is not None else None
+    merged: dict[str, Path] = {}
+    reports = []
+    for layer in range(shape.num_hidden_layers):
+        if runner is not None:
+            gram = runner.gram(layer)
+        elif statistics is not None:
+            gram = statistics.gram(layer)
+        else:
+            gram = torch.eye(shape.hidden_size + 1, dtype=torch.float64)
+        source = read_projections(checkpoint, architecture, shape, layer)
+        freedom = Freedom(rotary[layer], keys=free_keys, values=free_values)
+        grouping = contiguous
+        if may_regroup and settings.num_key_value_heads > 1:
+            grouping = best_grouping(source, shape, settings.num_key_value_heads, gram, freedom)
+        result = merge_layer(source, shape, grouping, gram, freedom)
+        tensors = result.projections.tensors(checkpoint, architecture, shape, layer)
+        if runner is not None:
+            runner.advance(layer, tensors, architecture.tensor_name(layer, "o_proj"), settings)
+        merged |= _store(tensors, scratch / f"layer-{layer:05d}.safetensors")
+        if keep:
+            _store({"gram": gram}, _gram_file(scratch, layer))
+        reports.append(LayerReport(layer, grouping.groups, result.keys_retained, result.values_retained))
+        progress(1)
+    return MergedCheckpoint(
+        checkpoint.name,
+        checkpoint.path,
+        checkpoint.config,
+        checkpoint.tensors,
+        checkpoint.size_on_disk_bytes,
+        source=checkpoint,
+        merged=merged,
+        scratch=scratch,
+        reports=tuple(reports),
+    )
+
+
+def _free_sides(checkpoint: Checkpoint, architecture: Architecture) -> tuple[bool, bool]:
+    """Whether keys and values are linear in the input, up to where they are used."""
+    clipped = checkpoint.config_value(architecture.config_name("clip_qkv")) is not None
+    return architecture.approximation(checkpoint) is None, architecture.free_values and not clipped
+
+
+def _gram_file(scratch: Path, layer: int) -> Path:
+    return scratch / f"gram-{layer:05d}.safetensors"
+
+
+def _store(tensors: dict[str, Tensor], path: Path) -> dict[str, Path]:
+    from safetensors.torch import save_file
+
+    with disk_errors(path):
+        save_file(tensors, path)
+    return dict.fromkeys(tensors, path)
+
+
+class _TwoStreams:
+    """The original's hidden states and the merged model's, at the entrance of the same layer."""
+
+    def __init__(self, checkpoint: Checkpoint, architecture: Architecture, text: CalibrationText) -> None:
+        import torch
+
+        self._model = LayerwiseModel(checkpoint, architecture)
+        with torch.inference_mode():
+            self._original = [self._model.embed(batch) for batch in text.batches]
+        self._merged = list(self._original)
+
+    def gram(self, layer: int) -> Tensor:
+        """E[x xᵀ] of the original's attention input with a 1 appended."""
+        import torch
+
+        with torch.inference_mode(), self._model.layer(layer) as module:
+            inputs = (with_one(self._model.attention_inputs(module, layer, states)) for states in self._original)
+            return second_moment((states, states) for states in inputs)
+
+    def advance(self, layer: int, tensors: dict[str, Tensor], o_proj: str, settings: MergeSettings) -> None:
+        """Refit tensors[o_proj] if asked for, and take both streams through the layer."""
+        import torch
+
+        with torch.inference_mode():
+            if settings.refit:
+                tensors[o_proj] = self._refit(layer, tensors, o_proj, settings.refit_ridge)
+                with self._model.layer(layer, tensors) as module:
+                    self._merged = [self._model.run(module, layer, states) for states in self._merged]
+            with self._model.layer(layer) as module:
+                self._original = [self._model.run(module, layer, states) for states in self._original]
+
+    def _refit(self, layer: int, tensors: dict[str, Tensor], o_proj: str, ridge: float) -> Tensor:
+        """argmin over W of E‖W_o z − W z'‖² + λ‖W − W'‖², z the original's head outputs and z' the merged model's.
+
+        W' is the closed form's output projection, λ = ridge · mean diagonal of E[z' z'ᵀ].
+        """
+        import torch
+
+        closed_form = tensors[o_proj]
+        with self._model.layer(layer) as module:
+            original = module.get_parameter(self._model.local_name(o_proj, layer)).detach().double().clone()
+            wanted = [self._model.attention_outputs(module, layer, states) for states in self._original]
+        with self._model.layer(layer, tensors) as module:
+            found = [self._model.attention_outputs(module, layer, states) for states in self._merged]
+        cross = second_moment(zip(wanted, found, strict=True))
+        normal = second_moment((states, states) for states in found)
+        strength = ridge * normal.diagonal().mean()
+        right = original @ cross + strength * closed_form.double()
+        normal.diagonal().add_(strength)
+        refitted: Tensor = torch.linalg.solve(normal, right.T).T
+        return refitted.to(closed_form.dtype).contiguous()
