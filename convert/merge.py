@@ -118,9 +118,10 @@ def _with_scale_of(heads: Sequence[Tensor], gram: Tensor, merged: Merged, *, per
     import torch
 
     def power(head: Tensor) -> Tensor:
-        rows = torch.einsum("ij,jk,ik->i", head, gram, head).clamp(min=0)
+        rows: Tensor = torch.einsum("ij,jk,ik->i", head, gram, head).clamp(min=0)
         if per_pair:
-            return rows.unflatten(0, (2, -1)).sum(0).repeat(2)
+            pairs: Tensor = rows.unflatten(0, (2, -1)).sum(0)
+            return pairs.repeat(2)
         return rows.mean().expand(len(rows))
 
     wanted = torch.stack([power(head) for head in heads]).mean(0)

@@ -42,7 +42,7 @@ class MergeSettings:
     num_key_value_heads: int
     grouping: str = "similarity"
     refit: bool = True
-    refit_ridge: float = 0.02
+    refit_ridge: float = 0.2
 
 
 @dataclass

@@ -517,7 +517,9 @@ def test_special_tokens_that_the_class_had_by_default_are_kept(
         with as_target(open_checkpoint(source), 2) as checkpoint:
             if checkpoint.config["model_type"] != row.model_type:
                 default = AutoConfig.for_model(row.model_type)
-                assert {n: checkpoint.config[n] for n in names} == {n: getattr(default, n, None) for n in names}, row.name
+                assert {n: checkpoint.config[n] for n in names} == {n: getattr(default, n, None) for n in names}, (
+                    row.name
+                )
 
 
 def test_a_tensor_that_would_be_dropped_is_named(make_checkpoint: CheckpointFactory) -> None:

@@ -1,0 +1,361 @@
+"""--method svd: what merges recover exactly, that they are the best, and that streaming measures what hooks do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import OVERRIDES, VOCAB_SIZE, CheckpointFactory, Command, key_value_heads
+from hypothesis import given
+from hypothesis import strategies as st
+from kvconvert.convert import ARCHITECTURES, Gqa, as_target, execute, find_architecture, open_checkpoint
+from kvconvert.convert.architecture import read_attention
+from kvconvert.convert.calibration import CalibrationText, LayerwiseModel, second_moment, with_one
+from kvconvert.convert.errors import UnsupportedError
+from kvconvert.convert.loading import load_model
+from kvconvert.convert.merge import merge_linear, merge_mean, merge_rotary
+from kvconvert.convert.projections import read_projections
+from kvconvert.convert.svd import MergeSettings, merge_checkpoint
+
+TOKENS = torch.randint(3, VOCAB_SIZE, (6, 32), generator=torch.Generator().manual_seed(0))
+TEXT = CalibrationText(TOKENS, "random")
+PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 99.0, "partial_rotary_factor": 0.5}}
+# model_type, overrides, rotary dims of a head of 8, whether pairs are neighbours
+ROWS: list[tuple[str, dict[str, Any], int, bool]] = [
+    ("llama", {}, 8, False),
+    ("llama", {"attention_bias": True, "num_key_value_heads": 4}, 8, False),
+    ("qwen2", {}, 8, False),
+    ("phi3", {}, 8, False),
+    ("falcon", {"ffn_hidden_size": 48, "bias": True, "multi_query": False}, 8, False),
+    ("phi", PARTIAL, 4, False),
+    ("stablelm", {**PARTIAL, "use_qkv_bias": True}, 4, False),
+    ("cohere", {"logit_scale": 1.0, "attention_bias": True}, 8, True),
+    ("ernie4_5", {}, 8, True),
+    ("helium", {}, 8, True),
+    ("glm", {**PARTIAL, "attention_bias": True}, 4, True),
+    ("glm4", {**PARTIAL, "attention_bias": True}, 4, True),
+    ("gpt_bigcode", OVERRIDES["gpt_bigcode"], 0, False),
+    ("gpt2", {"n_embd": 64, "n_head": 8, "n_layer": 2, "n_inner": 48, "n_positions": 128}, 0, False),
+    ("bloom", {"n_layer": 2}, 0, False),
+    ("gemma2", {}, 8, False),
+    ("smollm3", {"no_rope_layers": [1, 1]}, 8, False),
+]
+IDS = [f"{row[0]}-{index}" for index, row in enumerate(ROWS)]
+
+
+def relate_heads(model: Any, num_groups: int, rotary_dims: int, neighbours: bool) -> None:
+    """Make each K/V head of a group the first one's image under a map that its queries and outputs can undo."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, runs in key_value_heads(model).items():
+            for run, heads in enumerate(runs):
+                size = len(heads) // num_groups
+                module = name.split(".")[-2]
+                is_key = module == "k_proj" or (module != "v_proj" and run == 0)
+                layer = int(next(part for part in name.split(".") if part.isdigit()))
+                for head, rows in enumerate(heads):
+                    generator.manual_seed(100 * layer + 2 * head + is_key)  # a weight and its bias move alike
+                    matrix = torch.eye(8) if head % size == 0 else allowed(is_key, rotary_dims, neighbours, generator)
+                    first = heads[head // size * size]
+                    is_conv = rows.dim() == 2 and rows.shape[1] == 8 and rows.shape[0] != 8  # GPT-2: (inputs, head_dim)
+                    rows.copy_(first @ matrix.T if is_conv else (matrix @ first.reshape(8, -1)).reshape(rows.shape))
+
+
+def allowed(is_key: bool, rotary_dims: int, neighbours: bool, generator: torch.Generator) -> torch.Tensor:
+    """A random map: any invertible one, but multiplications by complex numbers of rotary pairs."""
+    matrix = torch.eye(8) + 0.5 * torch.randn(8, 8, generator=generator)
+    if is_key and rotary_dims:
+        matrix[:rotary_dims] = 0
+        matrix[:, :rotary_dims] = 0
+        half = rotary_dims // 2
+        for pair in range(half):
+            i, j = (2 * pair, 2 * pair + 1) if neighbours else (pair, pair + half)
+            real, imaginary = torch.randn(2, generator=generator).tolist()
+            matrix[i, i] = matrix[j, j] = real
+            matrix[i, j], matrix[j, i] = -imaginary, imaginary
+    return matrix
+
+
+def convert(
+    source: Path, num_groups: int, output: Path, *, text: CalibrationText | None = TEXT, **options: Any
+) -> Path:
+    with as_target(open_checkpoint(source), num_groups) as checkpoint:
+        architecture = find_architecture(checkpoint)
+        scratch = output.with_name(f"{output.name}-scratch")
+        scratch.mkdir()
+        settings = MergeSettings(num_groups, **options)
+        merged = merge_checkpoint(checkpoint, architecture, settings, scratch, text=TEXT)
+        execute(Gqa(num_groups, method="svd", allow_same=True).plan(merged, architecture), merged, output)
+    return output
+
+
+def logits(directory: Path) -> torch.Tensor:
+    model = load_model(directory, dtype=torch.float32, device="cpu")
+    with torch.inference_mode():
+        result: torch.Tensor = model(input_ids=TOKENS, use_cache=False).logits
+    return result
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
+    scale = expected.abs().max().item()
+    assert scale > 1
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize(
+    "options", [{"refit": False, "grouping": "contiguous"}, {"refit": True}], ids=["closed", "refit"]
+)
+@pytest.mark.parametrize(("model_type", "overrides", "rotary_dims", "neighbours"), ROWS, ids=IDS)
+def test_heads_related_by_what_is_free_are_merged_without_loss(
+    model_type: str,
+    overrides: dict[str, Any],
+    rotary_dims: int,
+    neighbours: bool,
+    options: dict[str, Any],
+    make_checkpoint: CheckpointFactory,
+    tmp_path: Path,
+) -> None:
+    source = make_checkpoint(model_type, **overrides)
+    model = load_model(source, dtype=torch.float32, device="cpu")
+    relate_heads(model, 2, rotary_dims, neighbours)
+    model.save_pretrained(source)
+    assert_close(logits(convert(source, 2, tmp_path / "out", **options)), logits(source))
+
+
+def test_the_mean_of_such_heads_is_not_the_same_function(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    """The control of the test above."""
+    source = make_checkpoint("llama")
+    model = load_model(source, dtype=torch.float32, device="cpu")
+    relate_heads(model, 2, 8, False)
+    model.save_pretrained(source)
+    with open_checkpoint(source) as checkpoint:
+        execute(Gqa(2).plan(checkpoint, find_architecture(checkpoint)), checkpoint, tmp_path / "mean")
+    expected = logits(source)
+    assert (logits(tmp_path / "mean") - expected).abs().max() > 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_loses_no_more_than_its_rounding(
+    dtype: torch.dtype, make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    source = make_checkpoint("llama", dtype=dtype)
+    model = load_model(source, dtype=torch.float32, device="cpu")
+    relate_heads(model, 2, 8, False)
+    model.to(dtype).save_pretrained(source)
+    assert_close(logits(convert(source, 2, tmp_path / "out", refit=False)), logits(source), tolerance=0.05)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "cohere", "phi", "gpt_bigcode", "falcon"])
+def test_as_many_groups_as_heads_change_nothing(
+    model_type: str, make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    overrides = {"multi_query": False} if model_type == "falcon" else OVERRIDES.get(model_type, {})
+    source = make_checkpoint(model_type, **overrides)
+    assert_close(logits(convert(source, 8, tmp_path / "out", refit=False)), logits(source), tolerance=1e-5)
+
+
+def test_the_order_of_heads_in_the_source_changes_nothing(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    source = make_checkpoint("llama", num_key_value_heads=4)
+    expected = logits(convert(source, 2, tmp_path / "in-order"))
+    model = load_model(source, dtype=torch.float32, device="cpu")
+    order = torch.tensor([2, 0, 3, 1])
+    with torch.no_grad():
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            for projection, size in ((attention.q_proj, 16), (attention.k_proj, 8), (attention.v_proj, 8)):
+                projection.weight.copy_(projection.weight.unflatten(0, (4, size))[order].flatten(0, 1))
+            attention.o_proj.weight.copy_(attention.o_proj.weight.unflatten(1, (4, 16))[:, order].flatten(1))
+    model.save_pretrained(tmp_path / "permuted")
+    assert_close(logits(tmp_path / "permuted"), logits(source), tolerance=1e-5)
+    assert_close(logits(convert(tmp_path / "permuted", 2, tmp_path / "out")), expected)
+
+
+@pytest.mark.parametrize("model_type", [name for name, entry in ARCHITECTURES.items() if not entry.cross_attention])
+def test_layers_run_one_by_one_measure_what_hooks_do(model_type: str, make_checkpoint: CheckpointFactory) -> None:
+    source = make_checkpoint(model_type, **OVERRIDES.get(model_type, {}))
+    with open_checkpoint(source) as checkpoint:
+        architecture = find_architecture(checkpoint)
+        model = LayerwiseModel(checkpoint, architecture)
+        with torch.inference_mode():
+            states = [model.embed(batch) for batch in TEXT.batches]
+            found = []
+            for layer in range(2):
+                with model.layer(layer) as module:
+                    inputs = [with_one(model.attention_inputs(module, layer, batch)) for batch in states]
+                    found.append(second_moment(zip(inputs, inputs, strict=True)))
+                    states = [model.run(module, layer, batch) for batch in states]
+        projections = [
+            architecture.tensor_name(layer, "qkv_proj" if architecture.qkv_proj else "q_proj") for layer in (0, 1)
+        ]
+    whole = load_model(source, dtype=torch.float32, device="cpu")
+    seen: dict[int, torch.Tensor] = {}
+    for layer, name in enumerate(projections):
+
+        def note(_: Any, arguments: Any, layer: int = layer) -> None:
+            seen[layer] = with_one(arguments[0].flatten(0, -2)).double()
+
+        whole.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(note)
+    with torch.inference_mode():
+        whole(input_ids=TOKENS, use_cache=False)
+    for layer in (0, 1):
+        expected = seen[layer].T @ seen[layer] / len(seen[layer])
+        torch.testing.assert_close(found[layer], expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def random_matrix(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def error(heads: list[torch.Tensor], merged: Any, weights: list[torch.Tensor], gram: torch.Tensor) -> float:
+    total = 0.0
+    for head, reader, weight in zip(heads, merged.readers, weights, strict=True):
+        difference = head - reader @ merged.shared
+        total += torch.trace(weight @ difference @ gram @ difference.T).item()
+    return total
+
+
+@given(seed=st.integers(0, 10**6), num_heads=st.integers(2, 4))
+def test_no_other_shared_value_loses_less(seed: int, num_heads: int) -> None:
+    heads = [random_matrix(seed + i, 4, 7) for i in range(num_heads)]
+    roots = [random_matrix(seed + 50 + i, 5, 4) for i in range(num_heads)]
+    weights, x = [root.T @ root for root in roots], random_matrix(seed + 99, 30, 7)
+    gram = x.T @ x / 30
+    merged = merge_linear(heads, weights, gram, 4)
+    least = error(heads, merged, weights, gram)
+    assert least == pytest.approx(merged.total - merged.kept, rel=1e-6, abs=1e-9)
+    assert least <= error(heads, merge_mean(heads, weights, gram), weights, gram) + 1e-9
+    for attempt in range(5):
+        moved = random_matrix(seed + 1000 + attempt, *merged.shared.shape) * 0.01
+        changed = type(merged)(merged.shared + moved, merged.readers, 0.0, 0.0)
+        assert error(heads, changed, weights, gram) >= least - 1e-9
+        readers = [r + 0.01 * random_matrix(seed + 2000 + attempt, *r.shape) for r in merged.readers]
+        assert error(heads, type(merged)(merged.shared, readers, 0.0, 0.0), weights, gram) >= least - 1e-9
+
+
+@given(seed=st.integers(0, 10**6), num_heads=st.integers(2, 4))
+def test_no_other_shared_rotary_key_loses_less(seed: int, num_heads: int) -> None:
+    heads = [random_matrix(seed + i, 6, 7) for i in range(num_heads)]
+    powers = [random_matrix(seed + 50 + i, 3).abs() + 0.1 for i in range(num_heads)]
+    weights, x = [torch.diag(power.repeat(2)) for power in powers], random_matrix(seed + 99, 30, 7)
+    gram = x.T @ x / 30
+    merged = merge_rotary(heads, powers, gram)
+    least = error(heads, merged, weights, gram)
+    assert least == pytest.approx(merged.total - merged.kept, rel=1e-6, abs=1e-9)
+    rotation = torch.block_diag(*[torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)] * 3)
+    order = torch.tensor([0, 3, 1, 4, 2, 5])  # pairs (i, i + 3) side by side
+    for reader in merged.readers:
+        paired = reader[order][:, order]
+        torch.testing.assert_close(paired @ rotation, rotation @ paired)  # it commutes with every rotation
+    for attempt in range(5):
+        moved = random_matrix(seed + 1000 + attempt, *merged.shared.shape) * 0.01
+        changed = type(merged)(merged.shared + moved, merged.readers, 0.0, 0.0)
+        assert error(heads, changed, weights, gram) >= least - 1e-9
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "keys_free", "values_free"),
+    [
+        ("qwen3", {}, False, True),
+        ("olmo2", {}, False, True),
+        ("olmo", {"clip_qkv": 1.5}, False, False),
+        ("diffllama", {}, True, False),
+        ("bitnet", {}, True, False),
+    ],
+)
+def test_a_side_that_is_not_free_takes_the_mean(
+    model_type: str,
+    overrides: dict[str, Any],
+    keys_free: bool,
+    values_free: bool,
+    make_checkpoint: CheckpointFactory,
+    tmp_path: Path,
+) -> None:
+    source = make_checkpoint(model_type, **overrides)
+    output = convert(source, 2, tmp_path / "out", refit=False, grouping="contiguous")
+    projections = []
+    for directory in (source, output):
+        with open_checkpoint(directory) as checkpoint:
+            architecture = find_architecture(checkpoint)
+            projections.append(read_projections(checkpoint, architecture, read_attention(checkpoint, architecture), 0))
+    before, after = projections
+    for side, free in (("k", keys_free), ("v", values_free)):
+        mean = getattr(before, side).unflatten(0, (2, 4, 8)).mean(1).flatten(0, 1)
+        assert torch.allclose(getattr(after, side), mean, atol=1e-6) != free, side
+
+
+def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
+    from test_seq2seq import T5, make
+
+    with as_target(open_checkpoint(make(tmp_path / "model", "t5", T5)), 2) as checkpoint:
+        with pytest.raises(UnsupportedError, match="--method svd merges decoders only"):
+            merge_checkpoint(checkpoint, find_architecture(checkpoint), MergeSettings(2), tmp_path)
+
+
+@pytest.fixture
+def source(make_checkpoint: CheckpointFactory) -> Path:
+    return make_checkpoint(with_tokenizer=True)
+
+
+def test_the_command_reports_what_each_layer_keeps(
+    source: Path, kvconvert: Command, prose_file: Path, tmp_path: Path
+) -> None:
+    options = ("--method", "svd", "--calibration", prose_file, "--calibration-tokens", 512, "--json")
+    outcome = kvconvert("mha2gqa", "-g", 2, source, *options, "-o", tmp_path / "out")
+    assert outcome.returncode == 0, outcome.stderr
+    result = json.loads(outcome.stdout)
+    assert [layer["layer"] for layer in result["layers"]] == [0, 1]
+    for layer in result["layers"]:
+        assert sorted(head for group in layer["groups"] for head in group) == list(range(8))
+        assert all(0 < kept < 1 for kept in layer["keys_retained"] + layer["values_retained"])
+    assert result["calibration"]["num_tokens"] == 512
+    record = json.loads((tmp_path / "out" / "kvconvert.json").read_text())
+    assert (record["method"], record["calibration"]) == ("svd", result["calibration"])
+    assert not list(tmp_path.glob("kvconvert-*"))
+
+
+def test_statistics_are_kept_and_used_again(
+    source: Path, kvconvert: Command, prose_file: Path, tmp_path: Path, make_checkpoint: CheckpointFactory
+) -> None:
+    file = tmp_path / "statistics.safetensors"
+    text = ("--calibration", prose_file, "--calibration-tokens", 512, "--no-refit", "--save-statistics", file)
+    svd = ("mha2gqa", "-g", 2, source, "--method", "svd")
+    assert kvconvert(*svd, *text, "-o", tmp_path / "one").returncode == 0
+    assert kvconvert(*svd, "--statistics", file, "-o", tmp_path / "two").returncode == 0
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+    dry = kvconvert(*svd, "--statistics", file, "--dry-run", "--json", "-o", tmp_path / "three")
+    assert len(json.loads(dry.stdout)["plan"]["layers"]) == 2
+    assert not (tmp_path / "three").exists()
+    other = make_checkpoint(name="other", num_hidden_layers=3)
+    outcome = kvconvert("mha2gqa", "-g", 2, other, "--method", "svd", "--statistics", file)
+    assert outcome.returncode == 2
+    assert "these statistics are of another model" in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--calibration", "text.txt"), "calibration belongs to --method svd"),
+        (("--method", "svd", "--calibration", "a.txt", "--no-calibration"), "give one of --calibration"),
+        (("--method", "svd", "--no-calibration", "--save-statistics", "f"), "--save-statistics needs text"),
+        (("--method", "svd", "--calibration", "missing.txt"), "missing.txt"),
+        (("--method", "svd", "--statistics", "missing"), "no such file"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    options: tuple[str, ...], message: str, source: Path, kvconvert: Callable[..., Any]
+) -> None:
+    outcome = kvconvert("mha2mqa", source, *options)
+    assert outcome.returncode == 2
+    assert message in outcome.stderr
+    assert not source.with_name("model-mqa").exists()
+
+
+def test_without_calibration_inputs_count_as_white(source: Path, kvconvert: Command, tmp_path: Path) -> None:
+    outcome = kvconvert("mha2mqa", source, "--method", "svd", "--no-calibration", "-o", tmp_path / "out")
+    assert outcome.returncode == 0, outcome.stderr
+    assert "keeps" in outcome.stdout
