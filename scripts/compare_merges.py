@@ -39,7 +39,8 @@ Baseline = Callable[[Projections, AttentionShape, HeadGrouping, Tensor], Project
 
 def heads_of(rows: Tensor, shape: AttentionShape) -> Tensor:
     """(num_key_value_heads, head_dim, hidden_size + 1)."""
-    return rows.unflatten(0, (-1, shape.head_dim))
+    heads: Tensor = rows.unflatten(0, (-1, shape.head_dim))
+    return heads
 
 
 def pooled(
@@ -68,7 +69,8 @@ def rescaled_mean(source: Projections, shape: AttentionShape, grouping: HeadGrou
 
     def pool(heads: Tensor) -> Tensor:
         average = heads.mean(0)
-        return average * heads.flatten(1).norm(dim=1).mean() / average.norm()
+        rescaled: Tensor = average * heads.flatten(1).norm(dim=1).mean() / average.norm()
+        return rescaled
 
     return pooled(source, shape, grouping, pool)
 
