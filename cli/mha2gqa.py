@@ -20,7 +20,7 @@ from ..convert.checkpoint import Checkpoint, open_checkpoint
 from ..convert.errors import InputError
 from ..convert.execute import execute
 from ..convert.gqa import Gqa
-from ..convert.output import check_output
+from ..convert.output import check_output, existing_parent
 from ..convert.plan import ConversionPlan
 from ..convert.text import TextSource
 from ..convert.translations import as_target
@@ -213,7 +213,7 @@ def _convert(settings: Gqa, suffix: str, request: Request, terminal: Terminal) -
         plan = settings.plan(checkpoint, architecture)
         summary: dict[str, Any] = {"output": str(target), "dry_run": request.dry_run}
         changes = plan.result.num_key_value_heads != plan.source.num_key_value_heads
-        with _merged(settings, checkpoint, architecture, request, terminal, summary, changes) as planned:
+        with _merged(settings, checkpoint, architecture, request, target, terminal, summary, changes) as planned:
             plan = settings.plan(planned, architecture)
             summary |= _summary(plan)
             if request.dry_run:
@@ -232,7 +232,7 @@ def _convert(settings: Gqa, suffix: str, request: Request, terminal: Terminal) -
                 )
     summary["opened_as"] = result.opened_as
     terminal.result(summary, lambda console: _show(plan, console, f"wrote {target} (opens as {result.opened_as})"))
-    if method is Method.mean and changes:
+    if method is Method.mean and changes and architecture.cross_attention is None:
         terminal.remark("the mean harms a decoder before uptraining; --method svd, on a text, keeps most of it")
 
 
@@ -242,11 +242,12 @@ def _merged(
     checkpoint: Checkpoint,
     architecture: Architecture,
     request: Request,
+    target: Path,
     terminal: Terminal,
     summary: dict[str, Any],
     changes: bool,
 ) -> Iterator[Checkpoint]:
-    """The checkpoint to plan on: for svd, one whose heads are merged, in files that live as long as this."""
+    """The checkpoint to plan on: for svd, one whose heads are merged, in files beside `target` that live as long."""
     if Method(settings.method) is not Method.svd or not changes:
         yield checkpoint
         return
@@ -280,7 +281,7 @@ def _merged(
         settings.num_key_value_heads, grouping=request.grouping.value, refit=text is not None and not request.no_refit
     )
     with (
-        tempfile.TemporaryDirectory(prefix="kvconvert-") as scratch,
+        tempfile.TemporaryDirectory(dir=existing_parent(target), prefix=f".{target.name}.merging-") as scratch,
         terminal.progress("merging", shape.num_hidden_layers) as advance,
     ):
         origin = StatisticsOrigin(fingerprint(checkpoint), text.description, text.num_tokens) if text else None

@@ -16,6 +16,7 @@ __all__ = [
     "check_free_space",
     "check_output",
     "disk_errors",
+    "existing_parent",
     "staged_directory",
     "write_text",
 ]
@@ -55,14 +56,14 @@ def check_output(output: Path, *, force: bool, inputs: Sequence[Path] = ()) -> N
             f"{output} was not written by kvconvert (it holds no {PROVENANCE_NAME}), so --force does not replace it",
             hint=f"remove it yourself, or {_ELSEWHERE}",
         )
-    parent = _existing_parent(output)
+    parent = existing_parent(output)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"{output} cannot be created: {parent} is not a writable directory")
 
 
 def check_free_space(output: Path, num_bytes: int) -> None:
     """Raise OutputError if the file system of `output` cannot hold `num_bytes` more."""
-    free = shutil.disk_usage(_existing_parent(output)).free
+    free = shutil.disk_usage(existing_parent(output)).free
     needed = num_bytes + _SPARE_BYTES
     if free < needed:
         raise OutputError(
@@ -98,7 +99,7 @@ def staged_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
     """
     output = Path(os.path.abspath(output))
     staging = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    first_existing = _existing_parent(output)
+    first_existing = existing_parent(output)
     try:
         with disk_errors(output):
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +146,7 @@ def _remove_empty_parents(directory: Path, keep: Path) -> None:
             directory = directory.parent
 
 
-def _existing_parent(path: Path) -> Path:
+def existing_parent(path: Path) -> Path:
     """The nearest directory above `path` that is there."""
     absolute = Path(os.path.abspath(path))
     return next((parent for parent in absolute.parents if parent.exists()), absolute)
