@@ -44,10 +44,6 @@ def _sliding_layers(config: Any, layer: int) -> bool:
     return bool(config.layer_types[layer] == "sliding_attention")
 
 
-def _yes(config: Config) -> bool:
-    return True
-
-
 def _only_heads(config: Config, num_key_value_heads: int) -> dict[str, Any]:
     """For classes that compute head_dim."""
     return {"num_key_value_heads": num_key_value_heads}
@@ -120,7 +116,7 @@ _ENTRIES = (
             "clip_qkv": "attn_config.clip_qkv",
         },
     ),
-    Architecture("diffllama", refuse_heads=_even_only, free_values=False, ordered_heads=_yes),
+    Architecture("diffllama", refuse_heads=_even_only, free_values=False),
     Architecture("ernie4_5", interleaved_rotary=True),
     Architecture("exaone4", key_norm="k_norm", is_sliding=_all_but_every_fourth_layer),
     Architecture(

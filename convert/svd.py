@@ -108,7 +108,9 @@ def merge_checkpoint(
     shape = read_attention(checkpoint, architecture)
     rotary = read_rotary(checkpoint, architecture, shape.head_dim, shape.num_hidden_layers)
     free_keys, free_values = _free_sides(checkpoint, architecture)
-    may_regroup = settings.grouping == "similarity" and free_keys and not architecture.ordered_heads(checkpoint.config)
+    # a norm over keys, or after the values, may have gains for each head
+    may_regroup = free_keys and free_values and not architecture.ordered_heads(checkpoint.config)
+    may_regroup &= settings.grouping == "similarity"
     contiguous = HeadGrouping.contiguous(shape.num_key_value_heads, settings.num_key_value_heads)
     runner = _TwoStreams(checkpoint, architecture, text) if text is not None else None
     merged: dict[str, Path] = {}

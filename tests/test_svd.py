@@ -287,6 +287,16 @@ def test_a_side_that_is_not_free_takes_the_mean(
         assert torch.allclose(getattr(after, side), mean, atol=1e-6) != free, side
 
 
+@pytest.mark.parametrize("model_type", ["bitnet", "diffllama", "qwen3", "bloom"])
+def test_heads_keep_their_places_where_they_matter(
+    model_type: str, make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    """BitNet has gains for each head after the values, DiffLlama subtracts halves, ALiBi has slopes for each head."""
+    with as_target(open_checkpoint(make_checkpoint(model_type)), 2) as checkpoint:
+        merged = merge_checkpoint(checkpoint, find_architecture(checkpoint), MergeSettings(2), tmp_path)
+    assert {report.groups for report in merged.reports} == {((0, 1, 2, 3), (4, 5, 6, 7))}
+
+
 def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
     from test_seq2seq import T5, make
 
