@@ -54,8 +54,8 @@ def _text(name: str, config: Mapping[str, Any], provenance: Mapping[str, Any]) -
     model_type = str(config.get("model_type"))
     architecture = ARCHITECTURES.get(model_type)
     seq2seq = architecture is not None and architecture.cross_attention is not None
-    lines = [f"# {name}, with a smaller K/V cache", ""]
     heads = provenance.get("num_key_value_heads", {"source": 0, "result": 0})
+    lines = [f"# {name}, with a smaller K/V cache" if heads["source"] != heads["result"] else f"# {name}", ""]
     if heads["source"] != heads["result"]:
         cache = provenance["cache_bytes_per_token"]
         lines += [

@@ -380,9 +380,11 @@ def test_the_result_keeps_config_and_companions_of_the_source(train: Callable[..
     assert record["tokens"] == 6 * 4 * LENGTH
     assert record["objective"] == "cross-entropy"
     assert {path.name for path in output.iterdir()} == {path.name for path in (tmp_path / "model").iterdir()} | {
+        "README.md",
         "kvconvert.json",
         "metrics.jsonl",
     }
+    assert "Uptrained on 768 tokens, objective: cross-entropy." in (output / "README.md").read_text()
 
 
 def test_tied_embeddings_stay_tied(train: Callable[..., Path], make_checkpoint: CheckpointFactory) -> None:
