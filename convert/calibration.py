@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
@@ -108,10 +108,13 @@ class LayerwiseModel:
             for name in names:
                 set_module_tensor_to_device(module, name, "meta")
 
-    def run(self, module: Module, index: int, hidden_states: Tensor) -> Tensor:
-        """What the layer makes of the hidden states."""
+    def run(
+        self, module: Module, index: int, hidden_states: Tensor, head_outputs: list[Tensor] | None = None
+    ) -> Tensor:
+        """What the layer makes of the hidden states; what its output projection read is appended to `head_outputs`."""
         arguments, named = self._calls[len(hidden_states)][index]
-        outputs: Any = module(hidden_states, *arguments, **named)
+        with self._noting(module, self._outputs, head_outputs):
+            outputs: Any = module(hidden_states, *arguments, **named)
         leaving: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
         return leaving
 
@@ -128,20 +131,28 @@ class LayerwiseModel:
         return name.partition(f".{index}.")[2]
 
     def _peek(self, module: Module, name: str, index: int, hidden_states: Tensor) -> Tensor:
+        """What a module of the layer reads; what comes after it is not computed."""
         seen: list[Tensor] = []
-
-        def stop(_: Module, arguments: tuple[Tensor, ...]) -> None:
-            seen.append(arguments[0])
-            raise _EnoughError
-
-        hook = module.get_submodule(name).register_forward_pre_hook(stop)
-        try:
+        with self._noting(module, name, seen, stop=True), suppress(_EnoughError):
             self.run(module, index, hidden_states)
-        except _EnoughError:
-            pass
+        return seen[0]
+
+    @contextmanager
+    def _noting(self, module: Module, name: str, seen: list[Tensor] | None, *, stop: bool = False) -> Iterator[None]:
+        if seen is None:
+            yield
+            return
+
+        def note(_: Module, arguments: tuple[Tensor, ...]) -> None:
+            seen.append(arguments[0].flatten(0, -2))
+            if stop:
+                raise _EnoughError
+
+        hook = module.get_submodule(name).register_forward_pre_hook(note)
+        try:
+            yield
         finally:
             hook.remove()
-        return seen[0].flatten(0, -2)
 
     def _record(self, token_ids: Tensor) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
         """A forward pass through layers that only note how they are called."""

@@ -28,7 +28,7 @@ from .statistics import LayerStatistics
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["MergeSettings", "MergedCheckpoint", "merge_checkpoint"]
+__all__ = ["MergeSettings", "MergedCheckpoint", "merge_checkpoint", "refitted"]
 
 
 @dataclass(frozen=True)
@@ -187,34 +187,35 @@ class _TwoStreams:
             return second_moment((states, states) for states in inputs)
 
     def advance(self, layer: int, tensors: dict[str, Tensor], o_proj: str, settings: MergeSettings) -> None:
-        """Refit tensors[o_proj] if asked for, and take both streams through the layer."""
+        """Take both streams through the layer, and refit tensors[o_proj] in between if asked for."""
         import torch
 
+        wanted: list[Tensor] | None = [] if settings.refit else None
         with torch.inference_mode():
-            if settings.refit:
-                tensors[o_proj] = self._refit(layer, tensors, o_proj, settings.refit_ridge)
-                with self._model.layer(layer, tensors) as module:
-                    self._merged = [self._model.run(module, layer, states) for states in self._merged]
             with self._model.layer(layer) as module:
-                self._original = [self._model.run(module, layer, states) for states in self._original]
+                original = module.get_parameter(self._model.local_name(o_proj, layer)).detach().double().clone()
+                self._original = [self._model.run(module, layer, states, wanted) for states in self._original]
+            if wanted is None:
+                return
+            with self._model.layer(layer, tensors) as module:
+                found = [self._model.attention_outputs(module, layer, states) for states in self._merged]
+            tensors[o_proj] = refitted(original, tensors[o_proj], wanted, found, settings.refit_ridge)
+            with self._model.layer(layer, tensors) as module:
+                self._merged = [self._model.run(module, layer, states) for states in self._merged]
 
-    def _refit(self, layer: int, tensors: dict[str, Tensor], o_proj: str, ridge: float) -> Tensor:
-        """argmin over W of E‖W_o z − W z'‖² + λ‖W − W'‖², z the original's head outputs and z' the merged model's.
 
-        W' is the closed form's output projection, λ = ridge · mean diagonal of E[z' z'ᵀ].
-        """
-        import torch
+def refitted(original: Tensor, closed_form: Tensor, wanted: list[Tensor], found: list[Tensor], ridge: float) -> Tensor:
+    """argmin over W of E‖W_o z − W z'‖² + λ‖W − W'‖², with W_o the original's o_proj and W' the closed form's.
 
-        closed_form = tensors[o_proj]
-        with self._model.layer(layer) as module:
-            original = module.get_parameter(self._model.local_name(o_proj, layer)).detach().double().clone()
-            wanted = [self._model.attention_outputs(module, layer, states) for states in self._original]
-        with self._model.layer(layer, tensors) as module:
-            found = [self._model.attention_outputs(module, layer, states) for states in self._merged]
-        cross = second_moment(zip(wanted, found, strict=True))
-        normal = second_moment((states, states) for states in found)
-        strength = ridge * normal.diagonal().mean()
-        right = original @ cross + strength * closed_form.double()
-        normal.diagonal().add_(strength)
-        refitted: Tensor = torch.linalg.solve(normal, right.T).T
-        return refitted.to(closed_form.dtype).contiguous()
+    z are the original's head outputs (`wanted`), z' the merged model's (`found`), a tensor (tokens, heads · head_dim)
+    for each batch; λ = ridge · mean diagonal of E[z' z'ᵀ]. In the dtype of the closed form.
+    """
+    import torch
+
+    cross = second_moment(zip(wanted, found, strict=True))
+    normal = second_moment((states, states) for states in found)
+    strength = ridge * normal.diagonal().mean()
+    right = original @ cross + strength * closed_form.double()
+    normal.diagonal().add_(strength)
+    solution: Tensor = torch.linalg.solve(normal, right.T).T
+    return solution.to(closed_form.dtype).contiguous()

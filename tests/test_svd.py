@@ -19,7 +19,7 @@ from kvconvert.convert.errors import UnsupportedError
 from kvconvert.convert.loading import load_model
 from kvconvert.convert.merge import merge_linear, merge_mean, merge_rotary
 from kvconvert.convert.projections import read_projections
-from kvconvert.convert.svd import MergeSettings, merge_checkpoint
+from kvconvert.convert.svd import MergeSettings, merge_checkpoint, refitted
 
 TOKENS = torch.randint(3, VOCAB_SIZE, (6, 32), generator=torch.Generator().manual_seed(0))
 TEXT = CalibrationText(TOKENS, "random")
@@ -254,6 +254,21 @@ def test_no_other_shared_rotary_key_loses_less(seed: int, num_heads: int) -> Non
         moved = random_matrix(seed + 1000 + attempt, *merged.shared.shape) * 0.01
         changed = type(merged)(merged.shared + moved, merged.readers, 0.0, 0.0)
         assert error(heads, changed, weights, gram) >= least - 1e-9
+
+
+def test_no_other_output_projection_fits_better() -> None:
+    """The objective that the refit states, at its solution and around it."""
+    original, closed_form = random_matrix(1, 5, 6), random_matrix(2, 5, 6)
+    wanted, found = [random_matrix(3, 40, 6)], [random_matrix(4, 40, 6)]
+    strength = 0.2 * (found[0].T @ found[0] / 40).diagonal().mean()
+
+    def objective(matrix: torch.Tensor) -> float:
+        misfit = wanted[0] @ original.T - found[0] @ matrix.T
+        return (misfit.pow(2).sum() / 40 + strength * (matrix - closed_form).pow(2).sum()).item()
+
+    best = refitted(original, closed_form, wanted, found, 0.2)
+    for attempt in range(50):
+        assert objective(best + 0.01 * random_matrix(10 + attempt, 5, 6)) > objective(best)
 
 
 @pytest.mark.parametrize(
