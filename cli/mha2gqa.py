@@ -266,7 +266,9 @@ def _merged(
     text = statistics = None
     if request.statistics is not None:
         statistics = open_statistics(request.statistics, checkpoint)
-    elif not request.no_calibration:
+    elif request.no_calibration:
+        terminal.remark("merging by the weights alone, which can be worse than the mean; a text is better")
+    else:
         if request.calibration is None:
             terminal.remark("calibrating on the demo's prose; text like the model's own training data is better")
         location = request.calibration or str(configs.DEMO / "uptrain.jsonl")
