@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -210,7 +210,7 @@ def _convert(settings: Gqa, suffix: str, request: Request, terminal: Terminal) -
         target = request.output or default_output(checkpoint, suffix)
         check_output(target, force=request.force, inputs=[checkpoint.path] if checkpoint.path else [])
         architecture = find_architecture(checkpoint)
-        plan = settings.plan(checkpoint, architecture)
+        plan = replace(settings, method="mean").plan(checkpoint, architecture)  # whether it can be done, and its size
         summary: dict[str, Any] = {"output": str(target), "dry_run": request.dry_run}
         changes = plan.result.num_key_value_heads != plan.source.num_key_value_heads
         with _merged(settings, checkpoint, architecture, request, target, terminal, summary, changes) as planned:

@@ -38,7 +38,10 @@ class Gqa:
             raise UnsupportedError(f"unknown method {self.method!r}", hint=f"methods: {', '.join(POOLING_METHODS)}")
 
     def plan(self, checkpoint: Checkpoint, architecture: Architecture) -> ConversionPlan:
-        """The plan for this checkpoint. Raises UnsupportedError or CheckpointError where it cannot be done."""
+        """The plan for this checkpoint. Raises UnsupportedError or CheckpointError where it cannot be done.
+
+        Raises ValueError for the method "svd" on a checkpoint whose heads were not merged into as many groups.
+        """
         refusal = architecture.refusal(checkpoint.config)
         if refusal:
             raise UnsupportedError(f"{checkpoint.name}: {refusal}")
@@ -53,6 +56,8 @@ class Gqa:
                 f"{checkpoint.name} already has {source.num_key_value_heads} K/V heads",
                 hint="ask for fewer groups, or pass --force to keep every head",
             )
+        if self.method == "svd" and not unchanged and _merged_groups(checkpoint) != self.num_key_value_heads:
+            raise ValueError("the method svd plans on what merge_checkpoint made for as many K/V heads")
         steps = {name: _copy_step(checkpoint, name) for name in checkpoint.tensors}
         if not unchanged:
             for layer in range(source.num_hidden_layers):
@@ -119,6 +124,10 @@ class Gqa:
         if architecture.model_type not in RUNTIME_CLASSES:
             config.pop("auto_map", None)  # the result opens in the stock class; the source's own code knows no grouping
         return config
+
+
+def _merged_groups(checkpoint: Checkpoint) -> int | None:
+    return len(checkpoint.reports[0].groups) if isinstance(checkpoint, MergedCheckpoint) else None
 
 
 def _copy_step(checkpoint: Checkpoint, name: str) -> Step:

@@ -75,7 +75,7 @@ def test_companions_are_copied_byte_for_byte(make_checkpoint: CheckpointFactory,
     source = make_checkpoint(with_tokenizer=True)
     for name in ("LICENSE", "chat_template.jinja", "generation_config.json"):
         (source / name).write_text(f"the {name}")
-    for name in ("README.md", "pytorch_model.bin", ".gitattributes"):
+    for name in ("README.md", "pytorch_model.bin", ".gitattributes", "modeling_mine.py", "configuration_mine.py"):
         (source / name).write_text("stays behind")
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "tool.jinja").write_text("tool")
@@ -83,7 +83,8 @@ def test_companions_are_copied_byte_for_byte(make_checkpoint: CheckpointFactory,
     for name in ("tokenizer.json", "tokenizer_config.json", "LICENSE", "chat_template.jinja", "generation_config.json"):
         assert (output / name).read_bytes() == (source / name).read_bytes()
     assert (output / "additional_chat_templates" / "tool.jinja").read_text() == "tool"
-    assert not {"pytorch_model.bin", ".gitattributes"} & {path.name for path in output.iterdir()}
+    left = {"pytorch_model.bin", ".gitattributes", "modeling_mine.py", "configuration_mine.py"}
+    assert not left & {path.name for path in output.iterdir()}
     assert "stays behind" not in (output / "README.md").read_text()
 
 

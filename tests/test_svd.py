@@ -312,6 +312,15 @@ def test_heads_keep_their_places_where_they_matter(
     assert {report.groups for report in merged.reports} == {((0, 1, 2, 3), (4, 5, 6, 7))}
 
 
+def test_heads_that_were_not_merged_are_not_called_so(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    with open_checkpoint(make_checkpoint()) as checkpoint:
+        architecture = find_architecture(checkpoint)
+        merged = merge_checkpoint(checkpoint, architecture, MergeSettings(4), tmp_path)
+        for source in (checkpoint, merged):
+            with pytest.raises(ValueError, match="plans on what merge_checkpoint made for as many"):
+                Gqa(2, method="svd").plan(source, architecture)
+
+
 def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
     from test_seq2seq import T5, make
 
