@@ -17,6 +17,7 @@ from rich.table import Table
 from .. import configs
 from ..convert.architectures import find_architecture
 from ..convert.checkpoint import open_checkpoint
+from ..convert.device import default_precision
 from ..convert.errors import OutputError, PreemptedError
 from ..convert.execute import execute
 from ..convert.gqa import Gqa
@@ -229,7 +230,7 @@ def _uptrain(variant: _Variant, output: Path, windows: Any, terminal: Terminal) 
             sequence_length=_SEQUENCE_LENGTH,
             batch_size=_BATCH_SIZE,
             learning_rate=_LEARNING_RATE,
-            precision=run.default_precision(),
+            precision=default_precision(),
         )
         job = run.UptrainJob(
             checkpoint,

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from ..convert.checkpoint import open_checkpoint
+from ..convert.device import default_device
 from ..convert.errors import InputError, QualityGateError
 from ..convert.text import TextSource
 from .console import Terminal
@@ -95,7 +96,7 @@ def evaluate(
 
     import torch
 
-    from ..measure.held_out import default_device, evaluate_checkpoint, load_windows
+    from ..measure.held_out import evaluate_checkpoint, load_windows
 
     device = default_device()
     source = TextSource(data, text_field=text_field, split=split, config=data_config)

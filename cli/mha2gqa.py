@@ -17,6 +17,7 @@ from .. import configs
 from ..convert.architecture import Architecture
 from ..convert.architectures import find_architecture
 from ..convert.checkpoint import Checkpoint, open_checkpoint
+from ..convert.device import default_device
 from ..convert.errors import InputError
 from ..convert.execute import execute
 from ..convert.gqa import Gqa
@@ -31,10 +32,13 @@ from .options import (
     Json,
     Model,
     Output,
+    Precision,
+    PrecisionOption,
     Quiet,
     Revision,
     TextField,
     TrustRemoteCode,
+    accepts,
     default_output,
     parse_size,
 )
@@ -56,53 +60,50 @@ class Grouping(StrEnum):
     similarity = "similarity"
 
 
-MethodOption = Annotated[
-    Method,
-    typer.Option(help="What a group's heads become: their mean, the first, fresh ones, or the best merge on a text."),
-]
-Seed = Annotated[int, typer.Option(help="Seed of --method random.")]
-MaxShardSize = Annotated[str, typer.Option(help="Largest weight file, for example 5GB.")]
-GroupingOption = Annotated[
-    Grouping, typer.Option(help="svd: which heads form a group, those that lose least together or neighbours.")
-]
-Calibration = Annotated[
-    str | None,
-    typer.Option(
-        help="svd: text to measure on: files as for --data, or a dataset name. Default: the demo's text.",
-        show_default=False,
-    ),
-]
-CalibrationTokens = Annotated[int, typer.Option(min=1, help="svd: how many tokens of it.")]
-NoCalibration = Annotated[bool, typer.Option("--no-calibration", help="svd: merge by the weights alone.")]
-NoRefit = Annotated[bool, typer.Option("--no-refit", help="svd: keep the closed form; do not fit o_proj to the text.")]
-Statistics = Annotated[
-    Path | None, typer.Option(help="svd: measurements of an earlier run, in place of text.", show_default=False)
-]
-SaveStatistics = Annotated[Path | None, typer.Option(help="svd: keep the measurements here.", show_default=False)]
-
-
 @dataclass(frozen=True)
 class Request:
-    """What the two commands were asked for, beside the number of heads."""
+    """What both commands take, beside the number of heads."""
 
-    model: str
-    output: Path | None
-    max_shard_size: str
-    revision: str | None
-    dry_run: bool
-    force: bool
-    grouping: Grouping
-    calibration: str | None
-    calibration_tokens: int
-    text_field: str
-    no_calibration: bool
-    no_refit: bool
-    statistics: Path | None
-    save_statistics: Path | None
+    model: Model
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="What a group's heads become: their mean, the first, fresh ones, or the best merge on a text."
+        ),
+    ] = Method.mean
+    seed: Annotated[int, typer.Option(help="Seed of --method random.")] = 0
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="svd: text to measure on: files as for --data, or a dataset name. Default: the demo's text.",
+            show_default=False,
+        ),
+    ] = None
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="svd: how many tokens of it.")] = 131072
+    text_field: TextField = "text"
+    no_calibration: Annotated[bool, typer.Option("--no-calibration", help="svd: merge by the weights alone.")] = False
+    no_refit: Annotated[
+        bool, typer.Option("--no-refit", help="svd: keep the closed form; do not fit o_proj to the text.")
+    ] = False
+    precision: PrecisionOption = Precision.auto
+    statistics: Annotated[
+        Path | None, typer.Option(help="svd: measurements of an earlier run, in place of text.", show_default=False)
+    ] = None
+    save_statistics: Annotated[
+        Path | None, typer.Option(help="svd: keep the measurements here.", show_default=False)
+    ] = None
+    output: Output = None
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, for example 5GB.")] = "5GB"
+    revision: Revision = None
+    trust_remote_code: TrustRemoteCode = False
+    dry_run: DryRun = False
+    force: Force = False
+    as_json: Json = False
+    quiet: Quiet = False
 
-    def check(self, method: Method) -> None:
+    def check(self) -> None:
         sources = [self.calibration is not None, self.no_calibration, self.statistics is not None]
-        if method is not Method.svd and (any(sources) or self.save_statistics is not None):
+        if self.method is not Method.svd and (any(sources) or self.save_statistics is not None):
             raise InputError("calibration belongs to --method svd", hint="add --method svd, or leave it out")
         if sum(sources) > 1:
             raise InputError("give one of --calibration, --statistics and --no-calibration")
@@ -110,101 +111,36 @@ class Request:
             raise InputError("--save-statistics needs text to measure on", hint="give --calibration")
 
 
+@accepts(Request)
 def mha2gqa(
-    model: Model,
     groups: Annotated[int, typer.Option("--groups", "-g", min=1, help="K/V heads of the result.", show_default=False)],
-    method: MethodOption = Method.mean,
-    seed: Seed = 0,
-    grouping: GroupingOption = Grouping.similarity,
-    calibration: Calibration = None,
-    calibration_tokens: CalibrationTokens = 131072,
-    text_field: TextField = "text",
-    no_calibration: NoCalibration = False,
-    no_refit: NoRefit = False,
-    statistics: Statistics = None,
-    save_statistics: SaveStatistics = None,
-    output: Output = None,
-    max_shard_size: MaxShardSize = "5GB",
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    dry_run: DryRun = False,
-    force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    request: Request,
+    grouping: Annotated[
+        Grouping, typer.Option(help="svd: which heads form a group, those that lose least together or neighbours.")
+    ] = Grouping.similarity,
 ) -> None:
     """Pool K/V heads into fewer groups (GQA). A GQA checkpoint can be reduced further.
 
     Example: kvconvert mha2gqa --groups 8 model_dir --method svd --calibration text.jsonl
     """
-    request = Request(
-        model,
-        output,
-        max_shard_size,
-        revision,
-        dry_run,
-        force,
-        grouping,
-        calibration,
-        calibration_tokens,
-        text_field,
-        no_calibration,
-        no_refit,
-        statistics,
-        save_statistics,
-    )
-    settings = Gqa(groups, method=method.value, seed=seed, allow_same=force)
-    _convert(settings, f"gqa{groups}", request, Terminal(as_json=as_json, quiet=quiet))
+    _convert(groups, f"gqa{groups}", request, grouping)
 
 
-def mha2mqa(
-    model: Model,
-    method: MethodOption = Method.mean,
-    seed: Seed = 0,
-    calibration: Calibration = None,
-    calibration_tokens: CalibrationTokens = 131072,
-    text_field: TextField = "text",
-    no_calibration: NoCalibration = False,
-    no_refit: NoRefit = False,
-    statistics: Statistics = None,
-    save_statistics: SaveStatistics = None,
-    output: Output = None,
-    max_shard_size: MaxShardSize = "5GB",
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    dry_run: DryRun = False,
-    force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+@accepts(Request)
+def mha2mqa(request: Request) -> None:
     """Pool all K/V heads of a layer into one (MQA).
 
     Example: kvconvert mha2mqa model_dir --output model_dir-mqa
     """
-    request = Request(
-        model,
-        output,
-        max_shard_size,
-        revision,
-        dry_run,
-        force,
-        Grouping.contiguous,
-        calibration,
-        calibration_tokens,
-        text_field,
-        no_calibration,
-        no_refit,
-        statistics,
-        save_statistics,
-    )
-    settings = Gqa(1, method=method.value, seed=seed, allow_same=force)
-    _convert(settings, "mqa", request, Terminal(as_json=as_json, quiet=quiet))
+    _convert(1, "mqa", request, Grouping.contiguous)
 
 
-def _convert(settings: Gqa, suffix: str, request: Request, terminal: Terminal) -> None:
-    method = Method(settings.method)
-    request.check(method)
+def _convert(num_key_value_heads: int, suffix: str, request: Request, grouping: Grouping) -> None:
+    request.check()
+    terminal = Terminal(as_json=request.as_json, quiet=request.quiet)
+    settings = Gqa(num_key_value_heads, method=request.method.value, seed=request.seed, allow_same=request.force)
     max_shard_bytes = parse_size(request.max_shard_size)
-    headers_only = request.dry_run and method is not Method.svd
+    headers_only = request.dry_run and request.method is not Method.svd
     source = open_checkpoint(request.model, revision=request.revision, headers_only=headers_only)
     with as_target(source, settings.num_key_value_heads) as checkpoint:
         target = request.output or default_output(checkpoint, suffix)
@@ -213,7 +149,9 @@ def _convert(settings: Gqa, suffix: str, request: Request, terminal: Terminal) -
         plan = replace(settings, method="mean").plan(checkpoint, architecture)  # whether it can be done, and its size
         summary: dict[str, Any] = {"output": str(target), "dry_run": request.dry_run}
         changes = plan.result.num_key_value_heads != plan.source.num_key_value_heads
-        with _merged(settings, checkpoint, architecture, request, target, terminal, summary, changes) as planned:
+        with _merged(
+            settings, checkpoint, architecture, request, grouping, target, terminal, summary, changes
+        ) as planned:
             plan = settings.plan(planned, architecture)
             summary |= _summary(plan)
             if request.dry_run:
@@ -232,7 +170,7 @@ def _convert(settings: Gqa, suffix: str, request: Request, terminal: Terminal) -
                 )
     summary["opened_as"] = result.opened_as
     terminal.result(summary, lambda console: _show(plan, console, f"wrote {target} (opens as {result.opened_as})"))
-    if method is Method.mean and changes and architecture.cross_attention is None:
+    if request.method is Method.mean and changes and architecture.cross_attention is None:
         terminal.remark("the mean harms a decoder before uptraining; --method svd, on a text, keeps most of it")
 
 
@@ -242,13 +180,14 @@ def _merged(
     checkpoint: Checkpoint,
     architecture: Architecture,
     request: Request,
+    grouping: Grouping,
     target: Path,
     terminal: Terminal,
     summary: dict[str, Any],
     changes: bool,
 ) -> Iterator[Checkpoint]:
     """The checkpoint to plan on: for svd, one whose heads are merged, in files beside `target` that live as long."""
-    if Method(settings.method) is not Method.svd or not changes:
+    if request.method is not Method.svd or not changes:
         yield checkpoint
         return
     from ..convert.architecture import read_attention
@@ -280,7 +219,11 @@ def _merged(
             sequence_length=min(_LONGEST_CALIBRATION_SEQUENCE, longest, request.calibration_tokens),
         )
     merge = MergeSettings(
-        settings.num_key_value_heads, grouping=request.grouping.value, refit=text is not None and not request.no_refit
+        settings.num_key_value_heads,
+        grouping=grouping.value,
+        refit=text is not None and not request.no_refit,
+        precision=request.precision.chosen if text is not None else "fp32",
+        device=str(default_device()) if text is not None else "cpu",
     )
     with (
         tempfile.TemporaryDirectory(dir=existing_parent(target), prefix=f".{target.name}.merging-") as scratch,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from ..convert.checkpoint import Checkpoint
+from ..convert.device import default_precision
 from ..convert.remote_code import allow_remote_code
 
 __all__ = [
@@ -21,11 +26,14 @@ __all__ = [
     "Json",
     "Model",
     "Output",
+    "Precision",
+    "PrecisionOption",
     "Quiet",
     "Revision",
     "Split",
     "TextField",
     "TrustRemoteCode",
+    "accepts",
     "default_output",
     "parse_percentage",
     "parse_size",
@@ -34,6 +42,21 @@ __all__ = [
 _SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
+
+class Precision(StrEnum):
+    auto = "auto"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+    @property
+    def chosen(self) -> str:
+        """ "bf16" or "fp32"."""
+        return default_precision() if self is Precision.auto else self.value
+
+
+PrecisionOption = Annotated[
+    Precision, typer.Option(help="bf16: autocast over float32 weights; auto: where the machine is fast at it.")
+]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory, or a hub id such as org/name.")]
 Output = Annotated[
     Path | None,
@@ -82,3 +105,32 @@ def parse_percentage(text: str) -> float:
     if not match or (float(match[1]) >= 1 and not match[2]):  # 5 could mean 5 % or 500 %
         raise typer.BadParameter(f"{text!r} is not a percentage; write for example 5% or 0.05")
     return float(match[1]) / (100 if match[2] else 1)
+
+
+def accepts(options: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the fields of a dataclass as options, after its own; it takes them as one argument, `request`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(command, include_extras=True) | get_type_hints(options, include_extras=True)
+        own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name != "request"]
+        shared = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            )
+            for field in fields(options)
+        ]
+
+        def accepting(**arguments: Any) -> None:
+            request = options(**{field.name: arguments.pop(field.name) for field in fields(options)})
+            command(**arguments, request=request)
+
+        keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+        parameters = [parameter.replace(annotation=hints[parameter.name]) for parameter in keyword_only + shared]
+        accepting.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        accepting.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        accepting.__name__, accepting.__doc__ = command.__name__, command.__doc__
+        return accepting
+
+    return decorate

@@ -21,6 +21,8 @@ from .options import (
     Json,
     Model,
     Output,
+    Precision,
+    PrecisionOption,
     Quiet,
     Revision,
     Split,
@@ -35,12 +37,6 @@ if TYPE_CHECKING:
 __all__ = ["uptrain"]
 
 _EVAL_WINDOWS = 64
-
-
-class Precision(StrEnum):
-    auto = "auto"
-    bf16 = "bf16"
-    fp32 = "fp32"
 
 
 class Schedule(StrEnum):
@@ -79,9 +75,7 @@ def uptrain(
     warmup_fraction: Annotated[float, typer.Option(min=0, max=1, help="Part of the steps that warm up.")] = 0.03,
     weight_decay: Annotated[float, typer.Option(min=0, help="AdamW's, on matrices only.")] = 0.1,
     max_grad_norm: Annotated[float, typer.Option(min=0, help="Clip the gradient to this norm; 0: do not.")] = 1.0,
-    precision: Annotated[
-        Precision, typer.Option(help="bf16: autocast over float32 weights; auto: where the machine is fast at it.")
-    ] = Precision.auto,
+    precision: PrecisionOption = Precision.auto,
     seed: Annotated[int, typer.Option(help="Seed of the block order.")] = 0,
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints to resume from.")] = 500,
     eval_steps: Annotated[int, typer.Option(min=1, help="Steps between scores of --eval-data.")] = 100,
@@ -121,7 +115,7 @@ def uptrain(
             warmup_fraction=warmup_fraction,
             weight_decay=weight_decay,
             max_grad_norm=max_grad_norm,
-            precision=run.default_precision() if precision is Precision.auto else precision.value,
+            precision=precision.chosen,
             seed=seed,
             num_processes=run.count_processes(),
         )

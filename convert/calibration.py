@@ -63,14 +63,23 @@ class _EnoughError(Exception):
 
 
 class LayerwiseModel:
-    """The decoder of a checkpoint, in float32 on the CPU, its layers on the meta device until they are loaded."""
+    """The decoder of a checkpoint, its layers on the meta device until they are loaded.
 
-    def __init__(self, checkpoint: Checkpoint, architecture: Architecture) -> None:
+    Weights are float32 on `device`; with `precision` "bf16" they compute under autocast. Hidden states that it takes
+    and gives are on the CPU.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, architecture: Architecture, *, device: str = "cpu", precision: str = "fp32"
+    ) -> None:
         import torch
         from accelerate import init_empty_weights
+        from accelerate.utils import set_module_tensor_to_device
         from transformers import AutoModelForCausalLM
 
         self._checkpoint = checkpoint
+        self._device = torch.device(device)
+        self._bf16 = precision == "bf16"
         self._whole: Any = None
         with quiet_transformers(), init_empty_weights(include_buffers=False):
             model: Any = AutoModelForCausalLM.from_config(class_config(checkpoint), dtype=torch.float32)
@@ -85,13 +94,14 @@ class LayerwiseModel:
         base = model.base_model_prefix
         outside = [name for name, _ in model.named_parameters() if not name.startswith(f"{self._path}.")]
         self._fill(model, "", [name for name in outside if name.startswith(f"{base}.")])
+        for name, _ in list(model.named_buffers()):
+            set_module_tensor_to_device(model, name, self._device)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """The hidden states that enter the first layer, (batch, length, hidden_size)."""
-        if len(token_ids) in self._calls:
-            return self._record(token_ids)[0]
-        hidden_states, self._calls[len(token_ids)] = self._record(token_ids)
-        return hidden_states
+        hidden_states, calls = self._record(token_ids.to(self._device))
+        self._calls.setdefault(len(token_ids), calls)
+        return hidden_states.cpu()
 
     @contextmanager
     def layer(self, index: int, replaced: Mapping[str, Tensor] | None = None) -> Iterator[Module]:
@@ -112,11 +122,16 @@ class LayerwiseModel:
         self, module: Module, index: int, hidden_states: Tensor, head_outputs: list[Tensor] | None = None
     ) -> Tensor:
         """What the layer makes of the hidden states; what its output projection read is appended to `head_outputs`."""
+        import torch
+
         arguments, named = self._calls[len(hidden_states)][index]
-        with self._noting(module, self._outputs, head_outputs):
-            outputs: Any = module(hidden_states, *arguments, **named)
+        with (
+            self._noting(module, self._outputs, head_outputs),
+            torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._bf16),
+        ):
+            outputs: Any = module(hidden_states.to(self._device), *arguments, **named)
         leaving: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
-        return leaving
+        return leaving.float().cpu()
 
     def attention_inputs(self, module: Module, index: int, hidden_states: Tensor) -> Tensor:
         """What the projections of queries, keys and values read, (tokens, hidden_size)."""
@@ -144,7 +159,7 @@ class LayerwiseModel:
             return
 
         def note(_: Module, arguments: tuple[Tensor, ...]) -> None:
-            seen.append(arguments[0].flatten(0, -2))
+            seen.append(arguments[0].flatten(0, -2).cpu())
             if stop:
                 raise _EnoughError
 
@@ -186,7 +201,8 @@ class LayerwiseModel:
         from accelerate.utils import set_module_tensor_to_device
 
         for name in names:
-            set_module_tensor_to_device(module, name, "cpu", value=self._tensor(prefix + name, replaced or {}).float())
+            value = self._tensor(prefix + name, replaced or {}).float()
+            set_module_tensor_to_device(module, name, self._device, value=value)
 
     def _tensor(self, name: str, replaced: Mapping[str, Tensor]) -> Tensor:
         saved = name if name in self._checkpoint.tensors else name.removeprefix(self._absent_prefix)
@@ -208,12 +224,13 @@ def with_one(states: Tensor) -> Tensor:
     return torch.cat([states, states.new_ones(len(states), 1)], dim=1)
 
 
-def second_moment(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """E[a bᵀ] over the tokens of all pairs a, b, (tokens, …), in float64."""
+def second_moment(pairs: Iterable[tuple[Tensor, Tensor]], device: str = "cpu") -> Tensor:
+    """E[a bᵀ] over the tokens of all pairs a, b, (tokens, …): products in float32 on `device`, sums in float64."""
     total: Any = 0.0
     count = 0
     for a, b in pairs:
-        total = total + a.double().T @ b.double()
+        product = a.to(device).float().T @ b.to(device).float()
+        total = total + product.cpu().double()
         count += len(a)
     moment: Tensor = total / count
     return moment

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .architecture import AttentionShape
 from .heads import HeadGrouping
-from .merge import Merged, merge_linear, merge_mean, merge_rotary
+from .merge import Merged, linear_pair_losses, merge_linear, merge_mean, merge_rotary, rotary_pair_losses
 from .projections import Projections
 from .rotary import Rotary
 
@@ -109,7 +109,7 @@ class _Heads:
             return _in_original_order(merge_mean(keys, weights, self._gram), self._freedom.rotary)
         parts = []
         if turning:
-            powers = [weight.diagonal()[:turning].unflatten(0, (2, -1)).sum(0) for weight in weights]
+            powers = [self._powers(head) for head in group]
             parts.append(merge_rotary([key[:turning] for key in keys], powers, self._gram))
         if turning < len(keys[0]):
             blocks = [weight[turning:, turning:] for weight in weights]
@@ -121,6 +121,27 @@ class _Heads:
             sum(part.total for part in parts),
         )
         return _in_original_order(merged, self._freedom.rotary)
+
+    def pair_losses(self) -> Tensor:
+        """What merging two heads loses, of the energies of all keys and of all values, added: (heads, heads)."""
+        turning = self._freedom.rotary.dims
+        keys = []
+        if turning:
+            powers = [self._powers(head) for head in range(len(self._keys))]
+            keys.append(rotary_pair_losses([key[:turning] for key in self._keys], powers, self._gram))
+        if turning < len(self._keys[0]):
+            blocks = [weight[turning:, turning:] for weight in self._key_weights]
+            keys.append(linear_pair_losses([key[turning:] for key in self._keys], blocks, self._gram))
+        values = [linear_pair_losses(self._values, self._value_weights, self._gram)]
+        return _sum(
+            _sum(lost for lost, _ in side) / (sum(total for _, total in side) or 1.0) for side in (keys, values)
+        )
+
+    def _powers(self, head: int) -> Tensor:
+        """E|q|² of each rotary pair, summed over the query heads of the head."""
+        rotating = self._key_weights[head].diagonal()[: self._freedom.rotary.dims]
+        powers: Tensor = rotating.unflatten(0, (2, -1)).sum(0)
+        return powers
 
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:
@@ -144,23 +165,16 @@ def best_grouping(
 ) -> HeadGrouping:
     """The groups, of equal size, that lose the least: the lost fractions of the energies of keys and of values, added.
 
-    Grown greedily from every head as seed, then improved by swaps until none helps (QCQA, arXiv 2406.10247, searches
+    Both sides must be free. What a group loses is taken for the sum of what its pairs would, each computed once. Groups
+    grow greedily from every head as seed, and heads are swapped until no swap helps (QCQA, arXiv 2406.10247, searches
     groups too, for the mean).
     """
-    heads = _Heads(source, shape, gram, freedom)
-    everything = tuple(range(shape.num_key_value_heads))
-    key_total = heads.merged_keys(everything).total or 1.0
-    value_total = heads.merged_values(everything).total or 1.0
-    losses: dict[frozenset[int], float] = {}
+    losses: list[list[float]] = _Heads(source, shape, gram, freedom).pair_losses().tolist()
 
     def loss(group: Iterable[int]) -> float:
-        members = frozenset(group)
-        if members not in losses:
-            ordered = tuple(sorted(members))
-            keys, values = heads.merged_keys(ordered), heads.merged_values(ordered)
-            losses[members] = (keys.total - keys.kept) / key_total + (values.total - values.kept) / value_total
-        return losses[members]
+        return sum(losses[one][other] for one, other in combinations(group, 2))
 
+    everything = tuple(range(shape.num_key_value_heads))
     size = len(everything) // num_groups
     candidates = [HeadGrouping.contiguous(len(everything), num_groups).groups]
     candidates += [_grown(everything, seed, size, loss) for seed in everything]

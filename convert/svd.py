@@ -36,13 +36,16 @@ class MergeSettings:
     """`grouping` is "similarity" (groups that lose least) or "contiguous" (neighbours).
 
     `refit` fits each o_proj to the original's attention output on the calibration text, pulled towards the closed form
-    by `refit_ridge`, a fraction of the mean diagonal of the normal equations.
+    by `refit_ridge`, a fraction of the mean diagonal of the normal equations. The text is run on `device`, in
+    `precision`: "fp32", or "bf16" for autocast.
     """
 
     num_key_value_heads: int
     grouping: str = "similarity"
     refit: bool = True
     refit_ridge: float = 0.2
+    precision: str = "fp32"
+    device: str = "cpu"
 
 
 @dataclass
@@ -112,7 +115,7 @@ def merge_checkpoint(
     may_regroup = free_keys and free_values and not architecture.ordered_heads(checkpoint.config)
     may_regroup &= settings.grouping == "similarity"
     contiguous = HeadGrouping.contiguous(shape.num_key_value_heads, settings.num_key_value_heads)
-    runner = _TwoStreams(checkpoint, architecture, text) if text is not None else None
+    runner = _TwoStreams(checkpoint, architecture, text, settings) if text is not None else None
     merged: dict[str, Path] = {}
     reports = []
     for layer in range(shape.num_hidden_layers):
@@ -130,7 +133,7 @@ def merge_checkpoint(
         result = merge_layer(source, shape, grouping, gram, freedom)
         tensors = result.projections.tensors(checkpoint, architecture, shape, layer)
         if runner is not None:
-            runner.advance(layer, tensors, architecture.tensor_name(layer, "o_proj"), settings)
+            runner.advance(layer, tensors, architecture.tensor_name(layer, "o_proj"))
         merged |= _store(tensors, scratch / f"layer-{layer:05d}.safetensors")
         if keep:
             _store({"gram": gram}, _gram_file(scratch, layer))
@@ -170,10 +173,13 @@ def _store(tensors: dict[str, Tensor], path: Path) -> dict[str, Path]:
 class _TwoStreams:
     """The original's hidden states and the merged model's, at the entrance of the same layer."""
 
-    def __init__(self, checkpoint: Checkpoint, architecture: Architecture, text: CalibrationText) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, architecture: Architecture, text: CalibrationText, settings: MergeSettings
+    ) -> None:
         import torch
 
-        self._model = LayerwiseModel(checkpoint, architecture)
+        self._settings = settings
+        self._model = LayerwiseModel(checkpoint, architecture, device=settings.device, precision=settings.precision)
         with torch.inference_mode():
             self._original = [self._model.embed(batch) for batch in text.batches]
         self._merged = list(self._original)
@@ -184,38 +190,38 @@ class _TwoStreams:
 
         with torch.inference_mode(), self._model.layer(layer) as module:
             inputs = (with_one(self._model.attention_inputs(module, layer, states)) for states in self._original)
-            return second_moment((states, states) for states in inputs)
+            return second_moment(((states, states) for states in inputs), self._settings.device)
 
-    def advance(self, layer: int, tensors: dict[str, Tensor], o_proj: str, settings: MergeSettings) -> None:
+    def advance(self, layer: int, tensors: dict[str, Tensor], o_proj: str) -> None:
         """Take both streams through the layer, and refit tensors[o_proj] in between if asked for."""
         import torch
 
-        wanted: list[Tensor] | None = [] if settings.refit else None
+        wanted: list[Tensor] | None = [] if self._settings.refit else None
         with torch.inference_mode():
             with self._model.layer(layer) as module:
-                original = module.get_parameter(self._model.local_name(o_proj, layer)).detach().double().clone()
+                original = module.get_parameter(self._model.local_name(o_proj, layer)).detach().cpu().double()
                 self._original = [self._model.run(module, layer, states, wanted) for states in self._original]
             if wanted is None:
                 return
             with self._model.layer(layer, tensors) as module:
                 found = [self._model.attention_outputs(module, layer, states) for states in self._merged]
-            tensors[o_proj] = refitted(original, tensors[o_proj], wanted, found, settings.refit_ridge)
-            with self._model.layer(layer, tensors) as module:
+                cross = second_moment(zip(wanted, found, strict=True), self._settings.device)
+                normal = second_moment(((states, states) for states in found), self._settings.device)
+                tensors[o_proj] = refitted(original, tensors[o_proj], cross, normal, self._settings.refit_ridge)
+                fitted = module.get_parameter(self._model.local_name(o_proj, layer))
+                fitted.copy_(tensors[o_proj])
                 self._merged = [self._model.run(module, layer, states) for states in self._merged]
 
 
-def refitted(original: Tensor, closed_form: Tensor, wanted: list[Tensor], found: list[Tensor], ridge: float) -> Tensor:
+def refitted(original: Tensor, closed_form: Tensor, cross: Tensor, normal: Tensor, ridge: float) -> Tensor:
     """argmin over W of E‖W_o z − W z'‖² + λ‖W − W'‖², with W_o the original's o_proj and W' the closed form's.
 
-    z are the original's head outputs (`wanted`), z' the merged model's (`found`), a tensor (tokens, heads · head_dim)
-    for each batch; λ = ridge · mean diagonal of E[z' z'ᵀ]. In the dtype of the closed form.
+    z are the original's head outputs, z' the merged model's; `cross` is E[z z'ᵀ] and `normal` E[z' z'ᵀ], (heads ·
+    head_dim) squared; λ = ridge · mean diagonal of `normal`. In the dtype of the closed form.
     """
     import torch
 
-    cross = second_moment(zip(wanted, found, strict=True))
-    normal = second_moment((states, states) for states in found)
     strength = ridge * normal.diagonal().mean()
     right = original @ cross + strength * closed_form.double()
-    normal.diagonal().add_(strength)
-    solution: Tensor = torch.linalg.solve(normal, right.T).T
+    solution: Tensor = torch.linalg.solve(normal + strength * torch.eye(len(normal)), right.T).T
     return solution.to(closed_form.dtype).contiguous()

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..convert.device import default_device
 from ..convert.errors import DataError
 from ..convert.loading import load_model
 from ..convert.text import (
@@ -21,12 +22,7 @@ from ..convert.text import (
 )
 from .perplexity import Evaluation, Windows, cut_windows, evaluate
 
-__all__ = ["default_device", "evaluate_checkpoint", "load_windows"]
-
-
-def default_device() -> torch.device:
-    """The accelerator of this machine if it has one, else the CPU."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+__all__ = ["evaluate_checkpoint", "load_windows"]
 
 
 def load_windows(

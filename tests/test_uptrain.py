@@ -14,6 +14,7 @@ import torch
 from conftest import OVERRIDES, PROSE, VOCAB_SIZE, CheckpointFactory, build_model, build_tokenizer
 from kvconvert import configs
 from kvconvert.convert import ARCHITECTURES, Gqa, as_target, execute, find_architecture, open_checkpoint
+from kvconvert.convert.device import default_precision
 from kvconvert.convert.errors import DataError, DivergedError, InputError, OutputError, PreemptedError, UnsupportedError
 from kvconvert.convert.text import TextSource, encode_documents
 from kvconvert.measure.held_out import evaluate_checkpoint, load_windows
@@ -478,7 +479,7 @@ def test_the_demo_model_recovers(with_teacher: bool, tmp_path: Path) -> None:
     windows = load_windows(original, held_out, window=256, max_windows=64)
     before = evaluate_checkpoint(tmp_path / "gqa2", windows, against=original)
     settings = run.UptrainSettings(
-        steps=48, sequence_length=256, learning_rate=2e-3, batch_size=8, precision=run.default_precision()
+        steps=48, sequence_length=256, learning_rate=2e-3, batch_size=8, precision=default_precision()
     )
     with open_checkpoint(tmp_path / "gqa2") as checkpoint:
         source = TextSource(str(configs.DEMO / "uptrain.jsonl"))

@@ -57,7 +57,6 @@ __all__ = [
     "check_job",
     "count_processes",
     "default_learning_rate",
-    "default_precision",
     "default_sequence_length",
     "uptrain",
     "work_directory",
@@ -131,14 +130,6 @@ def default_learning_rate(checkpoint: Checkpoint) -> float:
     """Near the peak that models of this size are pretrained with: 1e-3 below 100M parameters, 3e-4 below 3B, 1e-4."""
     size = checkpoint.num_parameters
     return 1e-3 if size < 1e8 else 3e-4 if size < 3e9 else 1e-4
-
-
-def default_precision() -> str:
-    """ "bf16" on a GPU that has it and on a CPU with instructions for it; elsewhere it is slower than "fp32"."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    capabilities = torch.cpu.get_capabilities()
-    return "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "fp32"
 
 
 def count_processes() -> int:

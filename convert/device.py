@@ -1,0 +1,27 @@
+"""Where models run, and in which precision."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["default_device", "default_precision"]
+
+
+def default_device() -> torch.device:
+    """The accelerator of this machine if it has one, else the CPU."""
+    import torch
+
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def default_precision() -> str:
+    """ "bf16" on a GPU that has it and on a CPU with instructions for it; elsewhere it is slower than "fp32"."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "fp32"
