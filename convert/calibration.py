@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 from .architecture import Architecture
@@ -13,7 +13,7 @@ from .architectures import ARCHITECTURES
 from .checkpoint import Checkpoint
 from .errors import DataError, UnsupportedError
 from .loading import class_config, load_model, quiet_transformers
-from .text import TextSource, encode_documents, load_tokenizer, read_documents
+from .text import TextSource, adds_bos, encode_documents, load_tokenizer, read_documents
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,15 +43,32 @@ class CalibrationText:
 def read_calibration_text(
     checkpoint: Checkpoint, source: TextSource, *, num_tokens: int, sequence_length: int
 ) -> CalibrationText:
-    """The first `num_tokens` of the source, documents joined by EOS, cut into whole sequences.
+    """`num_tokens` of the source in whole sequences, drawn from as many documents as there are.
 
+    A document gives one piece, as long as a sequence or shorter, and a second one only when all have given one: any of
+    its pieces, with a fixed seed. Pieces begin with BOS if the tokenizer adds it, and follow each other unpadded.
     Raises DataError for text that is missing, unreadable or shorter than one sequence.
     """
     import torch
 
     tokenizer = load_tokenizer(checkpoint.directory)
-    ids = list(islice(chain.from_iterable(encode_documents(read_documents(source), tokenizer)), num_tokens))
-    num_sequences = len(ids) // sequence_length
+    bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    length = max(sequence_length - len(bos), 1)
+    generator = random.Random(0)
+    ids: list[int] = []
+    waiting: list[list[list[int]]] = []
+    for document in encode_documents(read_documents(source), tokenizer):
+        if len(ids) >= num_tokens:
+            break
+        pieces = [bos + document[start : start + length] for start in range(0, len(document), length)]
+        generator.shuffle(pieces)
+        ids += pieces.pop()
+        waiting.append(pieces)
+    while len(ids) < num_tokens and any(waiting):
+        waiting = [pieces for pieces in waiting if pieces]
+        for pieces in waiting:
+            ids += pieces.pop()
+    num_sequences = min(len(ids), num_tokens) // sequence_length
     if num_sequences == 0:
         raise DataError(f"{source.location}: {len(ids)} tokens, fewer than one sequence of {sequence_length}")
     token_ids = torch.tensor(ids[: num_sequences * sequence_length]).view(num_sequences, sequence_length)

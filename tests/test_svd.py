@@ -15,12 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kvconvert.convert import ARCHITECTURES, Gqa, as_target, execute, find_architecture, open_checkpoint
 from kvconvert.convert.architecture import read_attention
-from kvconvert.convert.calibration import CalibrationText, LayerwiseModel, second_moment, with_one
-from kvconvert.convert.errors import UnsupportedError
+from kvconvert.convert.calibration import (
+    CalibrationText,
+    LayerwiseModel,
+    read_calibration_text,
+    second_moment,
+    with_one,
+)
+from kvconvert.convert.errors import DataError, UnsupportedError
 from kvconvert.convert.loading import load_model
 from kvconvert.convert.merge import linear_pair_losses, merge_linear, merge_mean, merge_rotary, rotary_pair_losses
 from kvconvert.convert.projections import read_projections
 from kvconvert.convert.svd import MergeSettings, merge_checkpoint, refitted
+from kvconvert.convert.text import TextSource, load_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 TOKENS = torch.randint(3, VOCAB_SIZE, (6, 32), generator=torch.Generator().manual_seed(0))
 TEXT = CalibrationText(TOKENS, "random")
@@ -177,6 +185,31 @@ def test_the_order_of_heads_in_the_source_changes_nothing(make_checkpoint: Check
     model.save_pretrained(tmp_path / "permuted")
     assert_close(logits(tmp_path / "permuted"), logits(source), tolerance=1e-5)
     assert_close(logits(convert(tmp_path / "permuted", 2, tmp_path / "out")), expected)
+
+
+def test_calibration_text_is_a_sequence_of_each_document_in_turn(
+    make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    """Documents of one letter each: 1 is BOS; each piece is as long as a sequence."""
+    source = make_checkpoint("llama", with_tokenizer=True)
+    tokenizer = load_tokenizer(source)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save_pretrained(source)
+    letters = ["q" * 26, "z" * 44, "j" * 8]  # 3, 5 and 1 pieces, with EOS at the end
+    data = tmp_path / "letters.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in letters))
+    pieces = {text[0]: tokenizer(text, add_special_tokens=False)["input_ids"] for text in letters}
+    assert all(len(set(ids)) == 1 for ids in pieces.values())
+    letter_of = {ids[0]: letter for letter, ids in pieces.items()}
+    with open_checkpoint(source) as checkpoint:
+        text = read_calibration_text(checkpoint, TextSource(str(data)), num_tokens=64, sequence_length=10)
+        with pytest.raises(DataError, match=r"letters.jsonl: \d+ tokens, fewer than one sequence of 500"):
+            read_calibration_text(checkpoint, TextSource(str(data)), num_tokens=10**6, sequence_length=500)
+    rows = text.token_ids.tolist()
+    assert len(rows) == 6
+    assert all(row[0] == 1 for row in rows)
+    assert ["".join(dict.fromkeys(letter_of.get(token, "") for token in row)) for row in rows[:3]] == ["q", "z", "j"]
+    assert "j" not in {letter_of.get(token) for row in rows[3:] for token in row}
 
 
 @pytest.mark.parametrize("model_type", [name for name, entry in ARCHITECTURES.items() if not entry.cross_attention])
