@@ -12,7 +12,7 @@ from .architecture import Architecture
 from .architectures import ARCHITECTURES
 from .checkpoint import Checkpoint
 from .errors import DataError, UnsupportedError
-from .loading import class_config, load_model, quiet_transformers
+from .loading import empty_model, load_model
 from .text import TextSource, adds_bos, encode_documents, load_tokenizer, read_documents
 
 if TYPE_CHECKING:
@@ -90,17 +90,13 @@ class LayerwiseModel:
         self, checkpoint: Checkpoint, architecture: Architecture, *, device: str = "cpu", precision: str = "fp32"
     ) -> None:
         import torch
-        from accelerate import init_empty_weights
         from accelerate.utils import set_module_tensor_to_device
-        from transformers import AutoModelForCausalLM
 
         self._checkpoint = checkpoint
         self._device = torch.device(device)
         self._bf16 = precision == "bf16"
         self._whole: Any = None
-        with quiet_transformers(), init_empty_weights(include_buffers=False):
-            model: Any = AutoModelForCausalLM.from_config(class_config(checkpoint), dtype=torch.float32)
-        self._model = model.eval()
+        self._model = model = empty_model(checkpoint)
         self._path = ARCHITECTURES[architecture.model_type].attention.partition(".{layer}")[0]
         located = architecture.attention.partition(".{layer}")[0]
         self._absent_prefix = self._path.removesuffix(located)  # of a checkpoint that a base class saved

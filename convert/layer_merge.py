@@ -9,9 +9,17 @@ from typing import TYPE_CHECKING
 
 from .architecture import AttentionShape
 from .heads import HeadGrouping
-from .merge import Merged, linear_pair_losses, merge_linear, merge_mean, merge_rotary, rotary_pair_losses
+from .merge import (
+    Merged,
+    linear_pair_losses,
+    merge_at_distances,
+    merge_linear,
+    merge_mean,
+    merge_rotary,
+    rotary_pair_losses,
+)
 from .projections import Projections
-from .rotary import Rotary
+from .rotary import Rotary, turning
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,35 +111,37 @@ class _Heads:
         """In the order of the class's rotary pairs."""
         import torch
 
-        turning = self._freedom.rotary.dims
+        rotating = self._freedom.rotary.dims
         keys, weights = [self._keys[head] for head in group], [self._key_weights[head] for head in group]
         if not self._freedom.keys:
             return _in_original_order(merge_mean(keys, weights, self._gram), self._freedom.rotary)
         parts = []
-        if turning:
+        if rotating:
             powers = [self._powers(head) for head in group]
-            parts.append(merge_rotary([key[:turning] for key in keys], powers, self._gram))
-        if turning < len(keys[0]):
-            blocks = [weight[turning:, turning:] for weight in weights]
-            parts.append(merge_linear([key[turning:] for key in keys], blocks, self._gram, len(keys[0]) - turning))
+            parts.append(merge_rotary([key[:rotating] for key in keys], powers, self._gram))
+        if rotating < len(keys[0]):
+            blocks = [weight[rotating:, rotating:] for weight in weights]
+            parts.append(merge_linear([key[rotating:] for key in keys], blocks, self._gram, len(keys[0]) - rotating))
         merged = Merged(
             torch.cat([part.shared for part in parts]),
             [torch.block_diag(*(part.readers[head] for part in parts)) for head in range(len(keys))],
             sum(part.kept for part in parts),
             sum(part.total for part in parts),
         )
+        if rotating:
+            merged = merge_at_distances(merged, keys, weights, self._gram, turning(self._freedom.rotary, len(keys[0])))
         return _in_original_order(merged, self._freedom.rotary)
 
     def pair_losses(self) -> Tensor:
         """What merging two heads loses, of the energies of all keys and of all values, added: (heads, heads)."""
-        turning = self._freedom.rotary.dims
+        rotating = self._freedom.rotary.dims
         keys = []
-        if turning:
+        if rotating:
             powers = [self._powers(head) for head in range(len(self._keys))]
-            keys.append(rotary_pair_losses([key[:turning] for key in self._keys], powers, self._gram))
-        if turning < len(self._keys[0]):
-            blocks = [weight[turning:, turning:] for weight in self._key_weights]
-            keys.append(linear_pair_losses([key[turning:] for key in self._keys], blocks, self._gram))
+            keys.append(rotary_pair_losses([key[:rotating] for key in self._keys], powers, self._gram))
+        if rotating < len(self._keys[0]):
+            blocks = [weight[rotating:, rotating:] for weight in self._key_weights]
+            keys.append(linear_pair_losses([key[rotating:] for key in self._keys], blocks, self._gram))
         values = [linear_pair_losses(self._values, self._value_weights, self._gram)]
         return _sum(
             _sum(lost for lost, _ in side) / (sum(total for _, total in side) or 1.0) for side in (keys, values)
@@ -139,8 +149,8 @@ class _Heads:
 
     def _powers(self, head: int) -> Tensor:
         """E|q|² of each rotary pair, summed over the query heads of the head."""
-        rotating = self._key_weights[head].diagonal()[: self._freedom.rotary.dims]
-        powers: Tensor = rotating.unflatten(0, (2, -1)).sum(0)
+        diagonal = self._key_weights[head].diagonal()[: self._freedom.rotary.dims]
+        powers: Tensor = diagonal.unflatten(0, (2, -1)).sum(0)
         return powers
 
 

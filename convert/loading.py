@@ -18,7 +18,15 @@ OLD_BUFFERS = re.compile(
     r"(attn|attention)\.(bias|masked_bias|causal_mask)$|rotary_emb\.inv_freq$|(^|\.)(decoder|embed_positions)\.(version|_float_tensor)$"
 )
 
-__all__ = ["OLD_BUFFERS", "check_opens", "class_config", "knows_class", "load_model", "quiet_transformers"]
+__all__ = [
+    "OLD_BUFFERS",
+    "check_opens",
+    "class_config",
+    "empty_model",
+    "knows_class",
+    "load_model",
+    "quiet_transformers",
+]
 
 
 def check_opens(directory: Path) -> str:
@@ -82,6 +90,16 @@ def class_config(checkpoint: Checkpoint) -> Any:
     values = {key: value for key, value in checkpoint.config.items() if key not in ("model_type", "auto_map")}
     with quiet_transformers():
         return AutoConfig.for_model(checkpoint.config["model_type"], **values)
+
+
+def empty_model(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's causal language model in float32, its parameters on the meta device, its buffers on the CPU."""
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers(), init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(class_config(checkpoint), dtype=torch.float32).eval()
 
 
 def knows_class(model_type: object) -> bool:

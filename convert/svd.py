@@ -109,7 +109,7 @@ def merge_checkpoint(
             hint="use --method mean",
         )
     shape = read_attention(checkpoint, architecture)
-    rotary = read_rotary(checkpoint, architecture, shape.head_dim, shape.num_hidden_layers)
+    rotary = read_rotary(checkpoint, architecture, shape)
     free_keys, free_values = _free_sides(checkpoint, architecture)
     # a norm over keys, or after the values, may have gains for each head
     may_regroup = free_keys and free_values and not architecture.ordered_heads(checkpoint.config)

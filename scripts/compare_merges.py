@@ -14,15 +14,18 @@ import argparse
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-from kvconvert.convert import find_architecture, open_checkpoint
+from kvconvert.convert import find_architecture, layer_merge, open_checkpoint
 from kvconvert.convert.architecture import AttentionShape, read_attention
 from kvconvert.convert.calibration import CalibrationText, read_calibration_text
+from kvconvert.convert.device import default_precision
 from kvconvert.convert.heads import HeadGrouping
 from kvconvert.convert.loading import load_model
 from kvconvert.convert.projections import Projections, read_projections
@@ -125,10 +128,18 @@ BASELINES: dict[str, Baseline] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "svd, weights only": {"refit": False, "text": None},
-    "svd, neighbours, closed form": {"refit": False, "grouping": "contiguous"},
-    "svd, closed form": {"refit": False},
+    "svd, no refit, keys as if at any angle": {"refit": False, "any_angle": True},
+    "svd, no refit, neighbours": {"refit": False, "grouping": "contiguous"},
+    "svd, no refit": {"refit": False},
     "svd": {},
 }
+
+
+@contextmanager
+def keys_as_if_at_any_angle() -> Iterator[None]:
+    """Leave out the step that looks at the distances that occur."""
+    with mock.patch.object(layer_merge, "merge_at_distances", lambda start, *rest: start):
+        yield
 
 
 def main() -> None:
@@ -139,6 +150,7 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=131072)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--max-windows", type=int)
+    parser.add_argument("--precision", default=default_precision(), choices=["bf16", "fp32"])
     parser.add_argument("--groups", type=int, nargs="+", required=True)
     arguments = parser.parse_args()
 
@@ -172,10 +184,12 @@ def main() -> None:
         contiguous = HeadGrouping.contiguous(shape.num_key_value_heads, groups)
         for name, variant in VARIANTS.items():
             begin = time.monotonic()
-            settings = MergeSettings(groups, **{key: value for key, value in variant.items() if key != "text"})
-            with tempfile.TemporaryDirectory() as scratch:
+            options = {"precision": arguments.precision} | variant
+            measured_on, any_angle = options.pop("text", text), options.pop("any_angle", False)
+            settings = MergeSettings(groups, **options)
+            with tempfile.TemporaryDirectory() as scratch, keys_as_if_at_any_angle() if any_angle else nullcontext():
                 merged = merge_checkpoint(
-                    checkpoint, architecture, settings, Path(scratch), text=variant.get("text", text), keep=True
+                    checkpoint, architecture, settings, Path(scratch), text=measured_on, keep=True
                 )
                 seconds = time.monotonic() - begin
                 report(name, groups, {key: merged.read(key) for key in merged.merged}, seconds)

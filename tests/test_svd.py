@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,16 @@ from kvconvert.convert.calibration import (
 )
 from kvconvert.convert.errors import DataError, UnsupportedError
 from kvconvert.convert.loading import load_model
-from kvconvert.convert.merge import linear_pair_losses, merge_linear, merge_mean, merge_rotary, rotary_pair_losses
+from kvconvert.convert.merge import (
+    linear_pair_losses,
+    merge_at_distances,
+    merge_linear,
+    merge_mean,
+    merge_rotary,
+    rotary_pair_losses,
+)
 from kvconvert.convert.projections import read_projections
+from kvconvert.convert.rotary import Rotary, read_rotary, turning
 from kvconvert.convert.svd import MergeSettings, merge_checkpoint, refitted
 from kvconvert.convert.text import TextSource, load_tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -292,6 +302,95 @@ def test_no_other_shared_rotary_key_loses_less(seed: int, num_heads: int) -> Non
         moved = random_matrix(seed + 1000 + attempt, *merged.shared.shape) * 0.01
         changed = type(merged)(merged.shared + moved, merged.readers, 0.0, 0.0)
         assert error(heads, changed, weights, gram) >= least - 1e-9
+
+
+def rotations(rotary: Rotary, head_dim: int) -> list[torch.Tensor]:
+    """The rotation of a half-split head by each distance, as rotary embeddings apply it."""
+    half = rotary.dims // 2
+    result = []
+    for distance in range(rotary.longest):
+        matrix = torch.eye(head_dim, dtype=torch.float64)
+        for pair, frequency in enumerate(rotary.frequencies):
+            cos, sin = math.cos(frequency * distance), math.sin(frequency * distance)
+            i, j = pair, pair + half
+            matrix[i, i] = matrix[j, j] = cos
+            matrix[i, j], matrix[j, i] = sin, -sin  # the key lies before the query
+        result.append(matrix)
+    return result
+
+
+ROTARY = Rotary((1.0, 0.01), longest=40)  # a pair that turns, a pair that hardly does, and 2 still dims
+
+
+def likelihoods(rotary: Rotary) -> list[float]:
+    total = sum(1 / (n + 1) for n in range(rotary.longest))
+    return [1 / (n + 1) / total for n in range(rotary.longest)]
+
+
+def error_at_distances(
+    heads: list[torch.Tensor], merged: Any, weights: list[torch.Tensor], gram: torch.Tensor, rotary: Rotary
+) -> float:
+    total = 0.0
+    for likelihood, turn in zip(likelihoods(rotary), rotations(rotary, len(heads[0])), strict=True):
+        for head, reader, weight in zip(heads, merged.readers, weights, strict=True):
+            difference = turn @ head - reader @ turn @ merged.shared
+            total += likelihood * torch.trace(weight @ difference @ gram @ difference.T).item()
+    return total
+
+
+def test_turning_is_the_mean_over_rotations() -> None:
+    matrix = random_matrix(0, 6, 6)
+    pairs = list(zip(likelihoods(ROTARY), rotations(ROTARY, 6), strict=True))
+    found = turning(ROTARY, 6)
+    torch.testing.assert_close(found.mean(matrix), sum(p * (turn @ matrix @ turn.T) for p, turn in pairs))
+    torch.testing.assert_close(found.mean_back(matrix), sum(p * (turn.T @ matrix @ turn) for p, turn in pairs))
+
+
+def test_frequencies_turn_keys_as_the_class_does(make_checkpoint: CheckpointFactory) -> None:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    with open_checkpoint(make_checkpoint("llama")) as checkpoint:
+        architecture = find_architecture(checkpoint)
+        shape = read_attention(checkpoint, architecture)
+        rotary = read_rotary(checkpoint, architecture, shape)[0]
+    query, key = random_matrix(1, 8), random_matrix(2, 8)
+    phases = torch.outer(torch.arange(20, dtype=torch.float64), torch.tensor(rotary.frequencies).double()).repeat(1, 2)
+    queries, keys = query.expand(1, 1, 20, 8), key.expand(1, 1, 20, 8)
+    queries, keys = apply_rotary_pos_emb(queries, keys, phases.cos()[None], phases.sin()[None])
+    turns = rotations(replace(rotary, longest=12), 8)
+    assert (queries[0, 0, 15] @ keys[0, 0, 4]).item() == pytest.approx((query @ turns[11] @ key).item())
+
+
+@given(seed=st.integers(0, 10**6), num_heads=st.integers(1, 4))
+def test_merges_at_distances_lose_what_they_say_and_less_than_where_they_started(seed: int, num_heads: int) -> None:
+    heads = [random_matrix(seed + i, 6, 7) for i in range(num_heads)]
+    roots = [random_matrix(seed + 50 + i, 8, 6) for i in range(num_heads)]
+    weights, x = [root.T @ root for root in roots], random_matrix(seed + 99, 30, 7)
+    gram = x.T @ x / 30
+    start = merge_linear(heads, weights, gram, 6)
+    merged = merge_at_distances(start, heads, weights, gram, turning(ROTARY, 6))
+    least = error_at_distances(heads, merged, weights, gram, ROTARY)
+    assert least == pytest.approx(merged.total - merged.kept, rel=1e-6, abs=1e-9 * merged.total)
+    assert least <= error_at_distances(heads, start, weights, gram, ROTARY) + 1e-9 * merged.total
+    for attempt in range(3):
+        readers = [r + 0.01 * random_matrix(seed + 2000 + attempt, *r.shape) for r in merged.readers]
+        changed = type(merged)(merged.shared, readers, 0.0, 0.0)
+        assert error_at_distances(heads, changed, weights, gram, ROTARY) >= least - 1e-9 * merged.total
+
+
+def test_merges_at_distances_end_where_no_key_nearby_loses_less() -> None:
+    """Keys as alike as those of a model: the turns of the alternation have come to rest."""
+    base = random_matrix(0, 6, 7)
+    heads = [base + 0.3 * random_matrix(1 + i, 6, 7) for i in range(3)]
+    roots, x = [random_matrix(50 + i, 8, 6) for i in range(3)], random_matrix(99, 30, 7)
+    weights, gram = [root.T @ root for root in roots], x.T @ x / 30
+    start = merge_linear(heads, weights, gram, 6)
+    merged = merge_at_distances(start, heads, weights, gram, turning(ROTARY, 6))
+    least = error_at_distances(heads, merged, weights, gram, ROTARY)
+    for attempt in range(20):
+        moved = merged.shared + 0.01 * random_matrix(1000 + attempt, *merged.shared.shape)
+        changed = type(merged)(moved, merged.readers, 0.0, 0.0)
+        assert error_at_distances(heads, changed, weights, gram, ROTARY) > least
 
 
 @given(seed=st.integers(0, 10**6))
