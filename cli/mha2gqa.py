@@ -19,9 +19,9 @@ from ..convert.architectures import find_architecture
 from ..convert.checkpoint import Checkpoint, open_checkpoint
 from ..convert.device import default_device
 from ..convert.errors import InputError
-from ..convert.execute import execute
+from ..convert.execute import check_source, execute
 from ..convert.gqa import Gqa
-from ..convert.output import check_output, existing_parent
+from ..convert.output import check_file, check_free_space, check_output, existing_parent
 from ..convert.plan import ConversionPlan
 from ..convert.text import TextSource
 from ..convert.translations import as_target
@@ -149,9 +149,7 @@ def _convert(num_key_value_heads: int, suffix: str, request: Request, grouping: 
         plan = replace(settings, method="mean").plan(checkpoint, architecture)  # whether it can be done, and its size
         summary: dict[str, Any] = {"output": str(target), "dry_run": request.dry_run}
         changes = plan.result.num_key_value_heads != plan.source.num_key_value_heads
-        with _merged(
-            settings, checkpoint, architecture, request, grouping, target, terminal, summary, changes
-        ) as planned:
+        with _merged(plan, checkpoint, architecture, request, grouping, target, terminal, summary) as planned:
             plan = settings.plan(planned, architecture)
             summary |= _summary(plan)
             if request.dry_run:
@@ -176,7 +174,7 @@ def _convert(num_key_value_heads: int, suffix: str, request: Request, grouping: 
 
 @contextmanager
 def _merged(
-    settings: Gqa,
+    plan: ConversionPlan,
     checkpoint: Checkpoint,
     architecture: Architecture,
     request: Request,
@@ -184,10 +182,9 @@ def _merged(
     target: Path,
     terminal: Terminal,
     summary: dict[str, Any],
-    changes: bool,
 ) -> Iterator[Checkpoint]:
     """The checkpoint to plan on: for svd, one whose heads are merged, in files beside `target` that live as long."""
-    if request.method is not Method.svd or not changes:
+    if request.method is not Method.svd or plan.result.num_key_value_heads == plan.source.num_key_value_heads:
         yield checkpoint
         return
     from ..convert.architecture import read_attention
@@ -198,13 +195,19 @@ def _merged(
         fingerprint,
         open_statistics,
         save_statistics,
+        statistics_bytes,
     )
-    from ..convert.svd import MergeSettings, merge_checkpoint
+    from ..convert.svd import MergeSettings, merge_checkpoint, scratch_bytes
 
     shape = read_attention(checkpoint, architecture)
+    check_source(checkpoint)
+    check_free_space(target, scratch_bytes(checkpoint, architecture) + (0 if request.dry_run else plan.bytes_out))
+    if request.save_statistics is not None:
+        check_file(request.save_statistics, statistics_bytes(shape))
+        check_free_space(target, statistics_bytes(shape))
     text = statistics = None
     if request.statistics is not None:
-        statistics = open_statistics(request.statistics, checkpoint)
+        statistics = open_statistics(request.statistics, checkpoint, architecture)
     elif request.no_calibration:
         terminal.remark("merging by the weights alone, which can be worse than the mean; a text is better")
     else:
@@ -219,7 +222,7 @@ def _merged(
             sequence_length=min(_LONGEST_CALIBRATION_SEQUENCE, longest, request.calibration_tokens),
         )
     merge = MergeSettings(
-        settings.num_key_value_heads,
+        plan.result.num_key_value_heads,
         grouping=grouping.value,
         refit=text is not None and not request.no_refit,
         precision=request.precision.chosen if text is not None else "fp32",
@@ -229,7 +232,9 @@ def _merged(
         tempfile.TemporaryDirectory(dir=existing_parent(target), prefix=f".{target.name}.merging-") as scratch,
         terminal.progress("merging", shape.num_hidden_layers) as advance,
     ):
-        origin = StatisticsOrigin(fingerprint(checkpoint), text.description, text.num_tokens) if text else None
+        origin = (
+            StatisticsOrigin(fingerprint(checkpoint, architecture), text.description, text.num_tokens) if text else None
+        )
         merged = merge_checkpoint(
             checkpoint,
             architecture,
@@ -244,8 +249,7 @@ def _merged(
             save_statistics(
                 request.save_statistics,
                 LayerStatistics(origin, merged.gram),
-                num_layers=shape.num_hidden_layers,
-                hidden_size=shape.hidden_size,
+                shape,
             )
         used = origin or (statistics.origin if statistics else None)
         summary["calibration"] = {**(asdict(used) if used else {"data": None}), **asdict(merge)}

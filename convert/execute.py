@@ -21,7 +21,7 @@ from .writer import CheckpointWriter
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["DEFAULT_MAX_SHARD_BYTES", "ExecutionResult", "execute"]
+__all__ = ["DEFAULT_MAX_SHARD_BYTES", "ExecutionResult", "check_source", "execute"]
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 
@@ -45,15 +45,14 @@ def execute(
     """Write the converted checkpoint to `output`, which appears only when whole and checked.
 
     `calibration` is noted in kvconvert.json. `progress` is called with the number of bytes written since the last call.
-    Raises OutputError for a place that
-    exists or cannot hold the result, CheckpointError if the stock class does not accept the source or the result.
+    Raises OutputError for a place that exists or cannot hold the result, CheckpointError if the stock class does not
+    accept the source or the result.
     """
     check_output(output, force=force, inputs=[checkpoint.directory])
     check_free_space(output, plan.bytes_out)
+    check_source(checkpoint)
     source_config = (checkpoint.directory / CONFIG_NAME).read_bytes()
     source_type = json.loads(source_config).get("model_type")
-    if knows_class(source_type) or remote_code_allowed():
-        check_opens(checkpoint.directory)
     steps = {step.writes.name: step for step in plan.steps}
     with staged_directory(output, force=force) as staging:
         writer = CheckpointWriter(staging, [step.writes for step in plan.steps], max_shard_bytes=max_shard_bytes)
@@ -79,6 +78,13 @@ def execute(
         write_card(checkpoint.directory, staging, provenance)
         opened_as = check_opens(staging)
     return ExecutionResult(output, opened_as)
+
+
+def check_source(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if the source's class does not accept it; a class that may not run is not asked."""
+    source_type = json.loads((checkpoint.directory / CONFIG_NAME).read_bytes()).get("model_type")
+    if knows_class(source_type) or remote_code_allowed():
+        check_opens(checkpoint.directory)
 
 
 def _provenance(plan: ConversionPlan, checkpoint: Checkpoint) -> dict[str, object]:

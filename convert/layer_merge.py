@@ -11,12 +11,11 @@ from .architecture import AttentionShape
 from .heads import HeadGrouping
 from .merge import (
     Merged,
-    linear_pair_losses,
     merge_at_distances,
     merge_linear,
     merge_mean,
     merge_rotary,
-    rotary_pair_losses,
+    pair_losses,
 )
 from .projections import Projections
 from .rotary import Rotary, turning
@@ -117,7 +116,7 @@ class _Heads:
             return _in_original_order(merge_mean(keys, weights, self._gram), self._freedom.rotary)
         parts = []
         if rotating:
-            powers = [self._powers(head) for head in group]
+            powers = [weight.diagonal()[:rotating].unflatten(0, (2, -1)).sum(0) for weight in weights]
             parts.append(merge_rotary([key[:rotating] for key in keys], powers, self._gram))
         if rotating < len(keys[0]):
             blocks = [weight[rotating:, rotating:] for weight in weights]
@@ -134,24 +133,9 @@ class _Heads:
 
     def pair_losses(self) -> Tensor:
         """What merging two heads loses, of the energies of all keys and of all values, added: (heads, heads)."""
-        rotating = self._freedom.rotary.dims
-        keys = []
-        if rotating:
-            powers = [self._powers(head) for head in range(len(self._keys))]
-            keys.append(rotary_pair_losses([key[:rotating] for key in self._keys], powers, self._gram))
-        if rotating < len(self._keys[0]):
-            blocks = [weight[rotating:, rotating:] for weight in self._key_weights]
-            keys.append(linear_pair_losses([key[rotating:] for key in self._keys], blocks, self._gram))
-        values = [linear_pair_losses(self._values, self._value_weights, self._gram)]
-        return _sum(
-            _sum(lost for lost, _ in side) / (sum(total for _, total in side) or 1.0) for side in (keys, values)
-        )
-
-    def _powers(self, head: int) -> Tensor:
-        """E|q|² of each rotary pair, summed over the query heads of the head."""
-        diagonal = self._key_weights[head].diagonal()[: self._freedom.rotary.dims]
-        powers: Tensor = diagonal.unflatten(0, (2, -1)).sum(0)
-        return powers
+        turns = turning(self._freedom.rotary, len(self._keys[0])) if self._freedom.rotary.dims else None
+        keys = pair_losses(self._keys, self._key_weights, self._gram, turns)
+        return keys + pair_losses(self._values, self._value_weights, self._gram)
 
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:

@@ -18,12 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Merged",
-    "linear_pair_losses",
     "merge_at_distances",
     "merge_linear",
     "merge_mean",
     "merge_rotary",
-    "rotary_pair_losses",
+    "pair_losses",
 ]
 
 _ROUNDS = 20  # the error falls by less than 1 % from the fifth on
@@ -77,7 +76,11 @@ def merge_rotary(heads: Sequence[Tensor], powers: Sequence[Tensor], gram: Tensor
     """
     import torch
 
-    power, weighted = _weighted_pairs(heads, powers)
+    num_pairs = heads[0].shape[0] // 2
+    keys = torch.stack([torch.complex(head[:num_pairs], head[num_pairs:]) for head in heads], dim=1)  # (F, m, D + 1)
+    power = torch.stack(list(powers), dim=1)  # (F, m)
+    power = power.clamp(min=_SMALLEST * float(power.max().clamp(min=1e-300)))
+    weighted = power.sqrt()[..., None] * keys
     values, vectors = torch.linalg.eigh(weighted @ gram.to(weighted.dtype) @ weighted.mH)  # of (F, m, m)
     top = vectors[..., -1]  # (F, m)
     # the phase of an eigenvector is free: the head that counts most reads its own key unturned
@@ -135,30 +138,31 @@ def _best_readers(own: Tensor, cross: Sequence[Tensor], turning: Turning) -> lis
     return [turning.mean(part).T @ inverse for part in cross]
 
 
-def linear_pair_losses(heads: Sequence[Tensor], weights: Sequence[Tensor], gram: Tensor) -> tuple[Tensor, float]:
-    """What `merge_linear` would lose of each pair of heads at the rank of one, (m, m), and the energy of all heads."""
+def pair_losses(
+    heads: Sequence[Tensor], weights: Sequence[Tensor], gram: Tensor, turning: Turning | None = None
+) -> Tensor:
+    """What merging two heads loses at least, of the energy of all, (m, m): exactly what `merge_linear` does.
+
+    With `turning` heads are keys at random distances, and a shared key may mix all that they are there: more than
+    `merge_at_distances` can, so that this is its lower bound.
+    """
     import torch
 
     size = len(heads[0])
-    stacked = torch.cat([_root_and_inverse(weight)[0] @ head for weight, head in zip(weights, heads, strict=True)])
-    covariance = (stacked @ gram @ stacked.T).unflatten(0, (-1, size)).unflatten(2, (-1, size))  # (m, d, m, d)
+    stacked = torch.cat(list(heads))
+    joint = (stacked @ gram @ stacked.T).unflatten(0, (-1, size)).unflatten(2, (-1, size)).transpose(1, 2)
+    if turning is not None:
+        joint = turning.mean(joint)
+    roots = torch.stack([_root_and_inverse(weight)[0] for weight in weights])
+    joint = roots[:, None] @ joint @ roots[None]
     losses = torch.zeros(len(heads), len(heads), dtype=gram.dtype)
     for one in range(len(heads) - 1):
-        blocks = [covariance[[one, other]][:, :, [one, other]] for other in range(one + 1, len(heads))]
-        joint = torch.stack(blocks).flatten(3, 4).flatten(1, 2)
-        losses[one, one + 1 :] = torch.linalg.eigvalsh(joint)[:, :size].clamp(min=0).sum(1)
-    return losses + losses.T, float(torch.einsum("idid->", covariance))
-
-
-def rotary_pair_losses(heads: Sequence[Tensor], powers: Sequence[Tensor], gram: Tensor) -> tuple[Tensor, float]:
-    """What `merge_rotary` would lose of each pair of heads, (m, m), and the energy of all heads."""
-    _, weighted = _weighted_pairs(heads, powers)
-    covariance = weighted @ gram.to(weighted.dtype) @ weighted.mH  # (F, m, m)
-    energy = covariance.diagonal(dim1=1, dim2=2).real  # (F, m)
-    one, other = energy[:, :, None], energy[:, None, :]
-    # the smaller eigenvalue of a Hermitian 2 × 2 matrix
-    losses = (one + other - ((one - other).square() + 4 * covariance.abs().square()).sqrt()) / 2
-    return losses.clamp(min=0).sum(0).fill_diagonal_(0), float(energy.sum())
+        pairs = [joint[[one, other]][:, [one, other]] for other in range(one + 1, len(heads))]
+        covariances = torch.stack(pairs).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        losses[one, one + 1 :] = torch.linalg.eigvalsh(covariances)[:, :size].clamp(min=0).sum(1)
+    total = torch.einsum("iijj->", joint).clamp(min=1e-300)
+    fractions: Tensor = (losses + losses.T) / total
+    return fractions
 
 
 def merge_mean(heads: Sequence[Tensor], weights: Sequence[Tensor], gram: Tensor) -> Merged:
@@ -174,17 +178,6 @@ def merge_mean(heads: Sequence[Tensor], weights: Sequence[Tensor], gram: Tensor)
     total = sum(energy(head, weight) for head, weight in zip(heads, weights, strict=True))
     error = sum(energy(head - shared, weight) for head, weight in zip(heads, weights, strict=True))
     return Merged(shared, [identity] * len(heads), max(total - error, 0.0), total)
-
-
-def _weighted_pairs(heads: Sequence[Tensor], powers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Powers, (F, m), none of them zero, and the heads' pairs, complex, times their roots, (F, m, D + 1)."""
-    import torch
-
-    num_pairs = heads[0].shape[0] // 2
-    keys = torch.stack([torch.complex(head[:num_pairs], head[num_pairs:]) for head in heads], dim=1)
-    power = torch.stack(list(powers), dim=1)
-    power = power.clamp(min=_SMALLEST * float(power.max().clamp(min=1e-300)))
-    return power, power.sqrt()[..., None] * keys
 
 
 def _rotation(scalars: Tensor) -> Tensor:

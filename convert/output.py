@@ -13,6 +13,7 @@ from .errors import KvConvertError, OutputError
 
 __all__ = [
     "PROVENANCE_NAME",
+    "check_file",
     "check_free_space",
     "check_output",
     "disk_errors",
@@ -68,8 +69,18 @@ def check_free_space(output: Path, num_bytes: int) -> None:
     if free < needed:
         raise OutputError(
             f"{output}: needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free",
-            hint="free some space, or choose another disk with --output",
+            hint="free some space, or choose another disk",
         )
+
+
+def check_file(path: Path, num_bytes: int) -> None:
+    """Raise OutputError unless a file of `num_bytes` can be written at `path`, in a directory that is there."""
+    if path.is_dir():
+        raise OutputError(f"{path} is a directory, not a file")
+    parent = Path(os.path.abspath(path)).parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"{path} cannot be written: {parent} is not a writable directory")
+    check_free_space(path, num_bytes)
 
 
 @contextmanager

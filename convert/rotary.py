@@ -30,7 +30,7 @@ class Turning:
     coherence: Tensor
 
     def mean(self, matrix: Tensor) -> Tensor:
-        """E[R matrix Rᵀ] over the rotations R, (d, d)."""
+        """E[R matrix Rᵀ] over the rotations R; matrix is (…, d, d)."""
         return self._mean(matrix, self.coherence)
 
     def mean_back(self, matrix: Tensor) -> Tensor:

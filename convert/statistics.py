@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
+from .architecture import Architecture, AttentionShape
 from .checkpoint import Checkpoint, tensor_bytes
 from .errors import DataError
 from .output import disk_errors
@@ -19,7 +20,14 @@ from .writer import TensorSpec, write_safetensors
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LayerStatistics", "StatisticsOrigin", "fingerprint", "open_statistics", "save_statistics"]
+__all__ = [
+    "LayerStatistics",
+    "StatisticsOrigin",
+    "fingerprint",
+    "open_statistics",
+    "save_statistics",
+    "statistics_bytes",
+]
 
 _METADATA_KEY = "kvconvert_statistics"
 
@@ -41,16 +49,23 @@ class LayerStatistics:
     gram: Callable[[int], Tensor]
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """Equal for checkpoints with the same config and the same tensors, by name, dtype and shape."""
+def fingerprint(checkpoint: Checkpoint, architecture: Architecture) -> str:
+    """Equal for checkpoints with the same config, the same tensors by name, dtype and shape, and the same o_projs."""
     tensors = sorted((name, info.dtype, info.shape) for name, info in checkpoint.tensors.items())
-    text = json.dumps([checkpoint.config, tensors], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([checkpoint.config, tensors], sort_keys=True, default=str).encode())
+    for layer in range(checkpoint.config_int(architecture.config_name("num_hidden_layers"))):
+        digest.update(tensor_bytes(checkpoint.read(architecture.tensor_name(layer, "o_proj"))))
+    return digest.hexdigest()[:16]
 
 
-def save_statistics(path: Path, statistics: LayerStatistics, *, num_layers: int, hidden_size: int) -> None:
+def statistics_bytes(shape: AttentionShape) -> int:
+    """What a file of statistics takes, without its header."""
+    return shape.num_hidden_layers * 8 * (shape.hidden_size + 1) ** 2
+
+
+def save_statistics(path: Path, statistics: LayerStatistics, shape: AttentionShape) -> None:
     """Write them to a safetensors file, one layer in memory at a time. Raises OutputError."""
-    specs = [TensorSpec(_name(layer), "F64", (hidden_size + 1, hidden_size + 1)) for layer in range(num_layers)]
+    specs = [TensorSpec(_name(layer), "F64", (shape.hidden_size + 1,) * 2) for layer in range(shape.num_hidden_layers)]
     metadata = {_METADATA_KEY: json.dumps(asdict(statistics.origin))}
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -62,7 +77,7 @@ def save_statistics(path: Path, statistics: LayerStatistics, *, num_layers: int,
         partial.unlink(missing_ok=True)
 
 
-def open_statistics(path: Path, checkpoint: Checkpoint) -> LayerStatistics:
+def open_statistics(path: Path, checkpoint: Checkpoint, architecture: Architecture) -> LayerStatistics:
     """Statistics from a file, read layer by layer. Raises DataError if they are not of this checkpoint."""
     try:
         with safe_open(path, "pt") as file:
@@ -72,7 +87,7 @@ def open_statistics(path: Path, checkpoint: Checkpoint) -> LayerStatistics:
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise DataError(f"{path}: not a file of statistics", hint="--save-statistics writes one") from error
     origin = StatisticsOrigin(**record)
-    if origin.model != fingerprint(checkpoint):
+    if origin.model != fingerprint(checkpoint, architecture):
         raise DataError(
             f"{path}: these statistics are of another model than {checkpoint.name}",
             hint="measure them again, with --calibration and --save-statistics",

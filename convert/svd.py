@@ -28,7 +28,7 @@ from .statistics import LayerStatistics
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["MergeSettings", "MergedCheckpoint", "merge_checkpoint", "refitted"]
+__all__ = ["MergeSettings", "MergedCheckpoint", "merge_checkpoint", "refitted", "scratch_bytes"]
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,19 @@ def merge_checkpoint(
         scratch=scratch,
         reports=tuple(reports),
     )
+
+
+def scratch_bytes(checkpoint: Checkpoint, architecture: Architecture) -> int:
+    """What the files of merged tensors take beside the output, as long as it is being made."""
+    shape = read_attention(checkpoint, architecture)
+    projections = ("qkv_proj", "o_proj") if architecture.qkv_proj else ("q_proj", "k_proj", "v_proj", "o_proj")
+    names = [
+        architecture.tensor_name(layer, projection, kind)
+        for layer in range(shape.num_hidden_layers)
+        for projection in projections
+        for kind in ("weight", "bias")
+    ]
+    return sum(checkpoint.tensors[name].num_bytes for name in names if name in checkpoint.tensors)
 
 
 def _free_sides(checkpoint: Checkpoint, architecture: Architecture) -> tuple[bool, bool]:

@@ -34,7 +34,8 @@ class Translation:
     """How checkpoints of one `model_type` become checkpoints of `target`.
 
     `config` makes the target's config.json, `tensors` says where each of its tensors comes from. `refusal` gives the
-    reason why a checkpoint cannot be translated exactly, or None.
+    reason why a checkpoint cannot be translated exactly, or None. `token_ids` are the ids of BOS, EOS and padding that
+    the source's class has where its config says nothing; without them they are the target's.
     """
 
     model_type: str
@@ -42,24 +43,8 @@ class Translation:
     config: Callable[[Checkpoint], dict[str, Any]]
     tensors: Callable[[Checkpoint], Mapping[str, Derived]]
     refusal: Callable[[Checkpoint], str | None] = lambda checkpoint: None
+    token_ids: tuple[int | None, int | None, int | None] | None = None
 
-
-# bos, eos and pad of classes whose config need not say them
-_TOKEN_IDS: dict[str, tuple[int | None, int | None, int | None]] = {
-    "biogpt": (0, 2, 1),
-    "bloom": (1, 2, None),
-    "codegen": (50256, 50256, None),
-    "falcon": (11, 11, None),
-    "gpt2": (50256, 50256, None),
-    "gpt_bigcode": (50256, 50256, None),
-    "gpt_neo": (50256, 50256, None),
-    "gpt_neox": (0, 2, None),
-    "gptj": (50256, 50256, None),
-    "mpt": (None, None, None),
-    "opt": (2, 2, 1),
-    "persimmon": (1, 2, None),
-    "xglm": (0, 2, 1),
-}
 
 Route = tuple[Translation, ...]
 """Translations one after the other; an empty one is the checkpoint's own class."""
@@ -87,7 +72,7 @@ class TranslatedCheckpoint(Checkpoint):
         return cls(
             source.name,
             source.path,
-            _completed(translation.config(source), source, derived),
+            _completed(translation, source, derived),
             tensors,
             source.size_on_disk_bytes,
             source=source,
@@ -128,14 +113,15 @@ def _check_complete(source: Checkpoint, derived: Mapping[str, Derived]) -> None:
         )
 
 
-def _completed(config: dict[str, Any], source: Checkpoint, derived: Mapping[str, Derived]) -> dict[str, Any]:
-    """The config with the ids of special tokens that the source's class has by default, not the target's.
+def _completed(translation: Translation, source: Checkpoint, derived: Mapping[str, Derived]) -> dict[str, Any]:
+    """The translated config with the ids of special tokens that the source's class has by default.
 
     Where a base class saved the source, without a head, it names the target's base class.
     """
-    defaults = _TOKEN_IDS.get(str(source.config["model_type"]))
-    if defaults is not None:
-        for name, default in zip(("bos_token_id", "eos_token_id", "pad_token_id"), defaults, strict=True):
+    config = translation.config(source)
+    if translation.token_ids is not None:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        for name, default in zip(names, translation.token_ids, strict=True):
             config[name] = source.config.get(name, default)
     if "lm_head.weight" not in derived and not config.get("tie_word_embeddings"):
         config["architectures"] = [name.replace("ForCausalLM", "Model") for name in config["architectures"]]

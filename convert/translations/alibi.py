@@ -172,10 +172,12 @@ def _megatron_tensors(checkpoint: Checkpoint, prefix: str, num_heads: int, num_l
     )
 
 
-_FALCON_TO_DECODER = Translation("falcon", "grouped_decoder", _falcon_config, _falcon_tensors, _falcon_refusal)
+_FALCON_TO_DECODER = Translation(
+    "falcon", "grouped_decoder", _falcon_config, _falcon_tensors, _falcon_refusal, (11, 11, None)
+)
 
 ROUTES: Routes = {
-    "bloom": ((Translation("bloom", "grouped_decoder", _bloom_config, _bloom_tensors, _bloom_refusal),),),
+    "bloom": ((Translation("bloom", "grouped_decoder", _bloom_config, _bloom_tensors, _bloom_refusal, (1, 2, None)),),),
     "falcon": ((), (_FALCON_TO_DECODER, TO_NEMOTRON), (_FALCON_TO_DECODER,)),
-    "mpt": ((Translation("mpt", "grouped_decoder", _mpt_config, _mpt_tensors, _mpt_refusal),),),
+    "mpt": ((Translation("mpt", "grouped_decoder", _mpt_config, _mpt_tensors, _mpt_refusal, (None, None, None)),),),
 }

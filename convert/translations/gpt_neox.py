@@ -129,9 +129,14 @@ def _folded(
     }
 
 
+_TOKEN_IDS = (0, 2, None)
+
 ROUTES: Routes = {
     "gpt_neox": (
-        (Translation("gpt_neox", "phi", _phi_config, _phi_tensors, _is_sequential),),
-        (Translation("gpt_neox", "grouped_decoder", _decoder_config, _decoder_tensors), TO_NEMOTRON),
+        (Translation("gpt_neox", "phi", _phi_config, _phi_tensors, _is_sequential, _TOKEN_IDS),),
+        (
+            Translation("gpt_neox", "grouped_decoder", _decoder_config, _decoder_tensors, token_ids=_TOKEN_IDS),
+            TO_NEMOTRON,
+        ),
     )
 }

@@ -83,6 +83,8 @@ def _half_split(projection: Tensor, *, num_heads: int, rotary_dim: int) -> Tenso
 
 
 ROUTES: Routes = {
-    model_type: ((Translation(model_type, "phi", _gptj_to_phi_config, _gptj_to_phi_tensors),),)
+    model_type: (
+        (Translation(model_type, "phi", _gptj_to_phi_config, _gptj_to_phi_tensors, token_ids=(50256, 50256, None)),),
+    )
     for model_type in ("codegen", "gptj")
 }

@@ -275,19 +275,27 @@ def _routes(
     config: Callable[[Checkpoint], dict[str, Any]],
     tensors: Callable[[Checkpoint], dict[str, Derived]],
     refusal: Callable[[Checkpoint], str | None] = lambda checkpoint: None,
+    *,
+    token_ids: tuple[int, int, int | None],
 ) -> tuple[Route, ...]:
-    to_decoder = Translation(model_type, "grouped_decoder", config, tensors, refusal)
+    to_decoder = Translation(model_type, "grouped_decoder", config, tensors, refusal, token_ids)
     return (to_decoder, TO_GPT_BIGCODE), (to_decoder,)
 
 
+_GPT2_TOKEN_IDS = (50256, 50256, None)
+
 ROUTES: Routes = {
-    "biogpt": _routes("biogpt", _biogpt_config, _biogpt_tensors),
-    "gpt2": _routes("gpt2", _gpt2_config, _gpt2_tensors, _cross_attention_refusal),
+    "biogpt": _routes("biogpt", _biogpt_config, _biogpt_tensors, token_ids=(0, 2, 1)),
+    "gpt2": _routes("gpt2", _gpt2_config, _gpt2_tensors, _cross_attention_refusal, token_ids=_GPT2_TOKEN_IDS),
     "gpt_bigcode": (
         (),
-        (Translation("gpt_bigcode", "grouped_decoder", _gpt2_config, _bigcode_tensors, _bigcode_refusal),),
+        (
+            Translation(
+                "gpt_bigcode", "grouped_decoder", _gpt2_config, _bigcode_tensors, _bigcode_refusal, _GPT2_TOKEN_IDS
+            ),
+        ),
     ),
-    "gpt_neo": _routes("gpt_neo", _neo_config, _neo_tensors),
-    "opt": _routes("opt", _opt_config, _opt_tensors, _opt_refusal),
-    "xglm": _routes("xglm", _xglm_config, _xglm_tensors, _cross_attention_refusal),
+    "gpt_neo": _routes("gpt_neo", _neo_config, _neo_tensors, token_ids=_GPT2_TOKEN_IDS),
+    "opt": _routes("opt", _opt_config, _opt_tensors, _opt_refusal, token_ids=(2, 2, 1)),
+    "xglm": _routes("xglm", _xglm_config, _xglm_tensors, _cross_attention_refusal, token_ids=(0, 2, 1)),
 }

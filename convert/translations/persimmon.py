@@ -52,6 +52,6 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
     )
 
 
-_TO_DECODER = Translation("persimmon", "grouped_decoder", _config, _tensors)
+_TO_DECODER = Translation("persimmon", "grouped_decoder", _config, _tensors, token_ids=(1, 2, None))
 
 ROUTES: Routes = {"persimmon": ((_TO_DECODER, TO_NEMOTRON), (_TO_DECODER,))}
