@@ -172,7 +172,8 @@ def test_gradients_reach_every_parameter(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, name
-            assert parameter.grad.abs().max() > 0 or "embed_positions" in name or name.endswith("k_proj.bias"), name
+            # a key's bias adds the same to every logit of a query, to which the softmax is blind
+            assert (parameter.grad.abs().max() > 1e-6) != name.endswith("k_proj.bias"), name
 
 
 def test_a_result_opens_in_a_process_without_kvconvert(tmp_path: Path, run_without_kvconvert: Any) -> None:
@@ -184,14 +185,14 @@ def test_a_result_opens_in_a_process_without_kvconvert(tmp_path: Path, run_witho
         from transformers import AutoModelForSeq2SeqLM
         model = AutoModelForSeq2SeqLM.from_pretrained({str(output)!r}, trust_remote_code=True).eval()
         ids = torch.arange(3, 13)[None]
-        print(type(model).__name__, model(input_ids=ids, decoder_input_ids=ids).logits.double().sum().item())
+        torch.save(model(input_ids=ids, decoder_input_ids=ids).logits.detach(), {str(tmp_path / "logits.pt")!r})
+        print(type(model).__name__)
         """
     )
     ids = torch.arange(3, 13)[None]
-    expected = load(source)(input_ids=ids, decoder_input_ids=ids).logits.double().sum().item()
-    name, total = printed.split()
-    assert name == "GroupedT5ForConditionalGeneration"
-    assert float(total) == pytest.approx(expected, abs=0.05)
+    expected = load(source)(input_ids=ids, decoder_input_ids=ids).logits
+    assert printed.strip() == "GroupedT5ForConditionalGeneration"
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_inspect_counts_the_cache_of_a_decoder_token(tmp_path: Path) -> None:

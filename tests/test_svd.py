@@ -61,6 +61,31 @@ ROWS: list[tuple[str, dict[str, Any], int, bool]] = [
     ("bloom", {"n_layer": 2}, 0, False),
     ("gemma2", {}, 8, False),
     ("smollm3", {"no_rope_layers": [1, 1]}, 8, False),
+    ("nemotron", {}, 4, False),
+    ("olmo", {}, 8, False),
+    (
+        "cohere2",
+        OVERRIDES.get("cohere2", {}) | {"layer_types": ["sliding_attention"] * 2, "sliding_window": 16},
+        8,
+        True,
+    ),
+    *(
+        (model_type, OVERRIDES.get(model_type, {}), 8, False)
+        for model_type in (
+            "arcee",
+            "gemma",
+            "granite",
+            "granitemoe",
+            "hyperclovax",
+            "jais2",
+            "mistral",
+            "mixtral",
+            "phimoe",
+            "qwen2_moe",
+            "seed_oss",
+            "starcoder2",
+        )
+    ),
 ]
 IDS = [f"{row[0]}-{index}" for index, row in enumerate(ROWS)]
 
