@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -16,13 +17,14 @@ from rich.table import Table
 
 from .. import configs
 from ..convert.architectures import find_architecture
-from ..convert.checkpoint import open_checkpoint
-from ..convert.device import default_precision
+from ..convert.checkpoint import Checkpoint, open_checkpoint
+from ..convert.device import default_device, default_precision
 from ..convert.errors import OutputError, PreemptedError
 from ..convert.execute import execute
 from ..convert.gqa import Gqa
 from ..convert.inspection import inspect_checkpoint
 from ..convert.output import write_text
+from ..convert.plan import ConversionPlan
 from ..convert.text import TextSource
 from .console import Terminal
 from .inspect import show_inspection
@@ -42,6 +44,7 @@ _SEQUENCE_LENGTH = 256  # as in pretraining
 _BATCH_SIZE = 16
 _LEARNING_RATE = 1e-3  # half the peak of pretraining; the peak itself does as well (docs/measurements.md)
 _EVAL_STEPS = 32
+_CALIBRATION_TOKENS = 131072
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,13 @@ class _Variant:
     name: str
     label: str
     num_key_value_heads: int
+    method: str
     uptrained: bool
 
 
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where results go.")] = Path("kvconvert-demo"),
-    uptrain_all: Annotated[bool, typer.Option("--all", help="Uptrain the MQA model too.")] = False,
+    uptrain_all: Annotated[bool, typer.Option("--all", help="Uptrain every model.")] = False,
     dry_run: DryRun = False,
     force: Annotated[bool, typer.Option("--force", help="Run again, even if the results are there.")] = False,
     as_json: Json = False,
@@ -66,8 +70,10 @@ def demo(
     """
     terminal = Terminal(as_json=as_json, quiet=quiet)
     variants = (
-        _Variant("gqa2", "GQA, 2 K/V heads", 2, uptrained=True),
-        _Variant("mqa", "MQA, 1 K/V head", 1, uptrained=uptrain_all),
+        _Variant("gqa2-mean", "GQA, 2 K/V heads, mean", 2, "mean", uptrained=uptrain_all),
+        _Variant("gqa2-svd", "GQA, 2 K/V heads, svd", 2, "svd", uptrained=True),
+        _Variant("mqa-mean", "MQA, 1 K/V head, mean", 1, "mean", uptrained=uptrain_all),
+        _Variant("mqa-svd", "MQA, 1 K/V head, svd", 1, "svd", uptrained=uptrain_all),
     )
     if dry_run:
         plan = _plan(variants, output)
@@ -108,7 +114,7 @@ def _show_plan(plan: dict[str, Any], console: Console) -> None:
     for variant in plan["variants"]:
         training = f"uptrain {plan['uptraining_steps']} steps ({plan['uptraining_tokens']} tokens)"
         stages = ["convert", "evaluate", *([training, "evaluate"] if variant["uptrained"] else [])]
-        console.print(f"  {variant['label']:<17} {' → '.join(stages)}")
+        console.print(f"  {variant['label']:<23} {' → '.join(stages)}")
     console.print(f"  would write to {plan['output']}")
 
 
@@ -151,8 +157,7 @@ def _run(variants: tuple[_Variant, ...], output: Path, terminal: Terminal) -> di
             show_inspection(inspection, terminal.remarks)
         rows = []
         for variant in variants:
-            plan = Gqa(variant.num_key_value_heads).plan(checkpoint, find_architecture(checkpoint))
-            execute(plan, checkpoint, output / variant.name, force=True)
+            plan = _convert(checkpoint, variant, output, terminal)
             terminal.remark(f"converted to {variant.label}: {output / variant.name}")
             rows.append(asdict(variant) | {"cache_bytes_per_token": plan.cache_bytes_per_token[1]})
 
@@ -201,6 +206,29 @@ def _run(variants: tuple[_Variant, ...], output: Path, terminal: Terminal) -> di
         "picture": str(output / _PICTURE_NAME),
         "seconds": round(time.monotonic() - start, 1),
     }
+
+
+def _convert(checkpoint: Checkpoint, variant: _Variant, output: Path, terminal: Terminal) -> ConversionPlan:
+    from ..convert.calibration import read_calibration_text
+    from ..convert.svd import MergeSettings, merge_checkpoint
+
+    architecture = find_architecture(checkpoint)
+    settings = Gqa(variant.num_key_value_heads, method=variant.method)
+    if variant.method != "svd":
+        plan = settings.plan(checkpoint, architecture)
+        execute(plan, checkpoint, output / variant.name, force=True)
+        return plan
+    source = TextSource(str(_UPTRAIN_TEXT))
+    text = read_calibration_text(checkpoint, source, num_tokens=_CALIBRATION_TOKENS, sequence_length=_SEQUENCE_LENGTH)
+    merge = MergeSettings(variant.num_key_value_heads, precision=default_precision(), device=str(default_device()))
+    with (
+        tempfile.TemporaryDirectory(dir=output, prefix=".merging-") as scratch,
+        terminal.progress(f"merging {variant.label}", checkpoint.config_int("num_hidden_layers")) as advance,
+    ):
+        merged = merge_checkpoint(checkpoint, architecture, merge, Path(scratch), text=text, progress=advance)
+        plan = settings.plan(merged, architecture)
+        execute(plan, merged, output / variant.name, force=True)
+    return plan
 
 
 def _evaluate(model: Path, windows: Any, description: str, terminal: Terminal) -> dict[str, Any]:
@@ -256,7 +284,7 @@ def _uptrain(variant: _Variant, output: Path, windows: Any, terminal: Terminal) 
 
 
 def _show(results: dict[str, Any], output: Path, console: Console) -> None:
-    table = Table(title="kvconvert demo: mean pooling, then 5 % of the pretraining tokens")
+    table = Table(title="kvconvert demo: two ways to merge heads, then 5 % of the pretraining tokens")
     for heading in ("model", "K/V heads", "B/token", "perplexity", "after", "KL", "after"):
         table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
     original = results["original"]

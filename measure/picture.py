@@ -31,18 +31,24 @@ class Point:
 
 
 def draw_recovery(path: Path, *, original: Point, curves: Sequence[Curve], points: Sequence[Point]) -> None:
-    """Write a PNG: perplexity against uptraining tokens, and perplexity against cache bytes per token."""
+    """Write a PNG: perplexity against uptraining tokens, and perplexity against cache bytes per token.
+
+    A curve has the label of its point.
+    """
     from matplotlib.figure import Figure  # Figure, not pyplot: no window system is asked for
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     recovery, frontier = figure.subplots(1, 2)
-    for curve, colour in zip(curves, _COLOURS, strict=False):
+    colour_of = {point.label: colour for point, colour in zip(points, _COLOURS, strict=False)}
+    for curve in curves:
+        colour = colour_of[curve.label]
         thousands = [tokens / 1000 for tokens in curve.tokens]
         recovery.plot(thousands, curve.perplexities, color=colour, marker="o", markersize=3, label=curve.label)
     recovery.axhline(original.before, color="black", linestyle="--", linewidth=1, label=original.label)
     recovery.set(xlabel="uptraining tokens (thousands)", ylabel="held-out perplexity", title="Recovery")
-    for point, colour in zip((original, *points), ("black", *_COLOURS), strict=False):
+    for point in (original, *points):
         x, is_original = point.cache_bytes_per_token, point is original
+        colour = "black" if is_original else colour_of[point.label]
         frontier.scatter([x], [point.before], color=colour if is_original else "none", edgecolors=colour, zorder=3)
         above = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
         frontier.annotate(point.label, (x, point.before), **above)

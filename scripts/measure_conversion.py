@@ -1,6 +1,6 @@
 """Measure one conversion: seconds, peak memory, and perplexity before and after on held-out text.
 
-    python scripts/measure_conversion.py MODEL TEXT [--groups 1] [--window 512] [--max-windows 16]
+    python scripts/measure_conversion.py MODEL TEXT [--groups 1] [--window 512] [--max-windows 16] [options of mha2gqa]
 
 Runs the installed `kvconvert` in processes of its own and prints one line of figures. Peak memory is the largest
 resident set of the conversion's process, libraries included.
@@ -30,12 +30,12 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=1)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--max-windows", type=int, default=16)
-    options = parser.parse_args()
+    options, of_conversion = parser.parse_known_args()
 
     with tempfile.TemporaryDirectory() as folder:
         converted = Path(folder) / "converted"
         start = time.perf_counter()
-        plan = run("mha2gqa", options.model, "--groups", options.groups, "--output", converted)
+        plan = run("mha2gqa", options.model, "--groups", options.groups, "--output", converted, *of_conversion)
         seconds = time.perf_counter() - start
         peak_bytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
         windows = ("--window", options.window, "--max-windows", options.max_windows)
