@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from .rotary import Rotary, turning
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Freedom", "LayerMerge", "best_grouping", "merge_layer"]
+__all__ = ["Freedom", "Heads", "LayerMerge", "best_grouping", "merge_layer"]
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -47,21 +47,13 @@ class LayerMerge:
     values_retained: tuple[float, ...]
 
 
-def merge_layer(
-    source: Projections,
-    shape: AttentionShape,
-    grouping: HeadGrouping,
-    gram: Tensor,
-    freedom: Freedom,
-) -> LayerMerge:
+def merge_layer(heads: Heads, grouping: HeadGrouping) -> LayerMerge:
     """Merge the K/V heads of each group.
 
-    gram: E[x xᵀ] of the attention's input with a 1 appended, (hidden_size + 1, hidden_size + 1), float64. The result
-    has the heads of a group next to one another, and their query heads with them, in the order of `grouping`.
+    The result has the heads of a group next to one another, and their query heads with them, in `grouping`'s order.
     """
     import torch
 
-    heads = _Heads(source, shape, gram, freedom)
     groups = [(group, heads.merged_keys(group), heads.merged_values(group)) for group in grouping.groups]
     q, k, v, o = [], [], [], []
     for group, keys, values in groups:
@@ -78,10 +70,12 @@ def merge_layer(
     )
 
 
-class _Heads:
+class Heads:
     """A layer's projections head by head: queries[h] and outputs[h] are those of the query heads that read K/V head h.
 
-    queries: (head_dim, hidden_size + 1) each; outputs: (hidden_size, head_dim) each.
+    queries: (head_dim, hidden_size + 1) each; outputs: (hidden_size, head_dim) each. gram: E[x xᵀ] of the attention's
+    input with a 1 appended, (hidden_size + 1, hidden_size + 1), float64. What merges need of it, the covariances of all
+    keys and of all values, is computed once.
     """
 
     def __init__(self, source: Projections, shape: AttentionShape, gram: Tensor, freedom: Freedom) -> None:
@@ -90,52 +84,90 @@ class _Heads:
         outputs = source.o.unflatten(1, (shape.num_key_value_heads, size, shape.head_dim))
         self.queries = [list(group) for group in queries]
         self.outputs = [list(group) for group in outputs.permute(1, 2, 0, 3)]
-        self._gram, self._freedom = gram, freedom
+        self._freedom = freedom
         rotary = freedom.rotary
-        self._keys = [rotary.half_split(key) for key in source.k.unflatten(0, (-1, shape.head_dim))]
-        self._values = list(source.v.unflatten(0, (-1, shape.head_dim)))
+        self._turning = turning(rotary, shape.head_dim) if rotary.dims else None
+        keys = source.k.unflatten(0, (-1, shape.head_dim)).transpose(0, 1)
+        self._keys = rotary.half_split(keys).transpose(0, 1)  # (heads, head_dim, hidden_size + 1)
+        self._values = source.v.unflatten(0, (-1, shape.head_dim))
+        self._key_covariances = _covariances(self._keys, gram)
+        self._value_covariances = _covariances(self._values, gram)
         self._key_weights = [
             _sum(rotary.half_split(query) @ gram @ rotary.half_split(query).T for query in group)
             for group in self.queries
         ]
         self._value_weights = [_sum(output.T @ output for output in group) for group in self.outputs]
 
+    def __len__(self) -> int:
+        return len(self._keys)
+
     def merged_values(self, group: tuple[int, ...]) -> Merged:
-        values, weights = [self._values[head] for head in group], [self._value_weights[head] for head in group]
-        if not self._freedom.values:
-            return merge_mean(values, weights, self._gram)
-        return merge_linear(values, weights, self._gram, len(values[0]))
+        weights = [self._value_weights[head] for head in group]
+        covariance, rows = _within(self._value_covariances, group)
+        if self._freedom.values:
+            merged = merge_linear(rows, weights, covariance, len(rows[0]))
+        else:
+            merged = merge_mean(rows, weights, covariance)
+        return _of_rows(merged, self._values[list(group)])
 
     def merged_keys(self, group: tuple[int, ...]) -> Merged:
         """In the order of the class's rotary pairs."""
-        import torch
-
-        rotating = self._freedom.rotary.dims
-        keys, weights = [self._keys[head] for head in group], [self._key_weights[head] for head in group]
+        rotary = self._freedom.rotary
+        weights = [self._key_weights[head] for head in group]
+        covariance, rows = _within(self._key_covariances, group)
         if not self._freedom.keys:
-            return _in_original_order(merge_mean(keys, weights, self._gram), self._freedom.rotary)
-        parts = []
-        if rotating:
-            powers = [weight.diagonal()[:rotating].unflatten(0, (2, -1)).sum(0) for weight in weights]
-            parts.append(merge_rotary([key[:rotating] for key in keys], powers, self._gram))
-        if rotating < len(keys[0]):
-            blocks = [weight[rotating:, rotating:] for weight in weights]
-            parts.append(merge_linear([key[rotating:] for key in keys], blocks, self._gram, len(keys[0]) - rotating))
-        merged = Merged(
-            torch.cat([part.shared for part in parts]),
-            [torch.block_diag(*(part.readers[head] for part in parts)) for head in range(len(keys))],
-            sum(part.kept for part in parts),
-            sum(part.total for part in parts),
-        )
-        if rotating:
-            merged = merge_at_distances(merged, keys, weights, self._gram, turning(self._freedom.rotary, len(keys[0])))
-        return _in_original_order(merged, self._freedom.rotary)
+            merged = merge_mean(rows, weights, covariance)
+        elif self._turning is None:
+            merged = merge_linear(rows, weights, covariance, len(rows[0]))
+        else:
+            start = _at_any_angle(rows, weights, covariance, rotary.dims)
+            merged = merge_at_distances(start, rows, weights, covariance, self._turning)
+        merged = _of_rows(merged, self._keys[list(group)])
+        readers = [rotary.original(rotary.original(reader).T).T for reader in merged.readers]
+        return Merged(rotary.original(merged.shared), readers, merged.kept, merged.total)
 
     def pair_losses(self) -> Tensor:
         """What merging two heads loses, of the energies of all keys and of all values, added: (heads, heads)."""
-        turns = turning(self._freedom.rotary, len(self._keys[0])) if self._freedom.rotary.dims else None
-        keys = pair_losses(self._keys, self._key_weights, self._gram, turns)
-        return keys + pair_losses(self._values, self._value_weights, self._gram)
+        keys = pair_losses(self._key_covariances, self._key_weights, self._turning)
+        return keys + pair_losses(self._value_covariances, self._value_weights)
+
+
+def _covariances(heads: Tensor, gram: Tensor) -> Tensor:
+    """Of every two heads, (heads, heads, head_dim, head_dim)."""
+    num_heads, head_dim, _ = heads.shape
+    rows = heads.flatten(0, 1)
+    blocks: Tensor = (rows @ gram @ rows.T).view(num_heads, head_dim, num_heads, head_dim).transpose(1, 2)
+    return blocks
+
+
+def _within(covariances: Tensor, group: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
+    """The joint covariance of a group's heads, and each head's rows in terms of all of theirs: rows of an identity."""
+    import torch
+
+    chosen = covariances[list(group)][:, list(group)].transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    return chosen, list(torch.eye(len(chosen), dtype=chosen.dtype).chunk(len(group)))
+
+
+def _of_rows(merged: Merged, heads: Tensor) -> Merged:
+    """The same with the shared head as a weight: `heads`, (m, head_dim, D + 1), are what its rows combine."""
+    return Merged(merged.shared @ heads.flatten(0, 1), merged.readers, merged.kept, merged.total)
+
+
+def _at_any_angle(heads: Sequence[Tensor], weights: Sequence[Tensor], gram: Tensor, rotating: int) -> Merged:
+    """The merge whose readers commute with every rotation, half-split: rotating dims and still ones apart."""
+    import torch
+
+    powers = [weight.diagonal()[:rotating].unflatten(0, (2, -1)).sum(0) for weight in weights]
+    parts = [merge_rotary([head[:rotating] for head in heads], powers, gram)]
+    if rotating < len(heads[0]):
+        blocks = [weight[rotating:, rotating:] for weight in weights]
+        parts.append(merge_linear([head[rotating:] for head in heads], blocks, gram, len(heads[0]) - rotating))
+    return Merged(
+        torch.cat([part.shared for part in parts]),
+        [torch.block_diag(*(part.readers[head] for part in parts)) for head in range(len(heads))],
+        sum(part.kept for part in parts),
+        sum(part.total for part in parts),
+    )
 
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:
@@ -144,31 +176,19 @@ def _sum(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(tensors)).sum(0)
 
 
-def _in_original_order(merged: Merged, rotary: Rotary) -> Merged:
-    """Rows of the shared head, and rows and columns of its readers, in the order of the class's rotary pairs."""
-    readers = [rotary.original(rotary.original(reader).T).T for reader in merged.readers]
-    return Merged(rotary.original(merged.shared), readers, merged.kept, merged.total)
-
-
-def best_grouping(
-    source: Projections,
-    shape: AttentionShape,
-    num_groups: int,
-    gram: Tensor,
-    freedom: Freedom,
-) -> HeadGrouping:
+def best_grouping(heads: Heads, num_groups: int) -> HeadGrouping:
     """The groups, of equal size, that lose the least: the lost fractions of the energies of keys and of values, added.
 
     Both sides must be free. What a group loses is taken for the sum of what its pairs would, each computed once. Groups
     grow greedily from every head as seed, and heads are swapped until no swap helps (QCQA, arXiv 2406.10247, searches
     groups too, for the mean).
     """
-    losses: list[list[float]] = _Heads(source, shape, gram, freedom).pair_losses().tolist()
+    losses: list[list[float]] = heads.pair_losses().tolist()
 
     def loss(group: Iterable[int]) -> float:
         return sum(losses[one][other] for one, other in combinations(group, 2))
 
-    everything = tuple(range(shape.num_key_value_heads))
+    everything = tuple(range(len(heads)))
     size = len(everything) // num_groups
     candidates = [HeadGrouping.contiguous(len(everything), num_groups).groups]
     candidates += [_grown(everything, seed, size, loss) for seed in everything]

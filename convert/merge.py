@@ -138,26 +138,21 @@ def _best_readers(own: Tensor, cross: Sequence[Tensor], turning: Turning) -> lis
     return [turning.mean(part).T @ inverse for part in cross]
 
 
-def pair_losses(
-    heads: Sequence[Tensor], weights: Sequence[Tensor], gram: Tensor, turning: Turning | None = None
-) -> Tensor:
+def pair_losses(covariances: Tensor, weights: Sequence[Tensor], turning: Turning | None = None) -> Tensor:
     """What merging two heads loses at least, of the energy of all, (m, m): exactly what `merge_linear` does.
 
-    With `turning` heads are keys at random distances, and a shared key may mix all that they are there: more than
-    `merge_at_distances` can, so that this is its lower bound.
+    covariances: of every two heads, (m, m, d, d). With `turning` heads are keys at random distances, and the shared key
+    may mix all that they are there: more than `merge_at_distances` can, so that this is its lower bound.
     """
     import torch
 
-    size = len(heads[0])
-    stacked = torch.cat(list(heads))
-    joint = (stacked @ gram @ stacked.T).unflatten(0, (-1, size)).unflatten(2, (-1, size)).transpose(1, 2)
-    if turning is not None:
-        joint = turning.mean(joint)
+    size, num_heads = covariances.shape[-1], len(covariances)
+    joint = turning.mean(covariances) if turning is not None else covariances
     roots = torch.stack([_root_and_inverse(weight)[0] for weight in weights])
     joint = roots[:, None] @ joint @ roots[None]
-    losses = torch.zeros(len(heads), len(heads), dtype=gram.dtype)
-    for one in range(len(heads) - 1):
-        pairs = [joint[[one, other]][:, [one, other]] for other in range(one + 1, len(heads))]
+    losses = torch.zeros(num_heads, num_heads, dtype=joint.dtype)
+    for one in range(num_heads - 1):
+        pairs = [joint[[one, other]][:, [one, other]] for other in range(one + 1, num_heads)]
         covariances = torch.stack(pairs).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         losses[one, one + 1 :] = torch.linalg.eigvalsh(covariances)[:, :size].clamp(min=0).sum(1)
     total = torch.einsum("iijj->", joint).clamp(min=1e-300)

@@ -18,7 +18,7 @@ from .calibration import CalibrationText, LayerwiseModel, second_moment, with_on
 from .checkpoint import Checkpoint, TensorInfo, tensor_bytes
 from .errors import UnsupportedError
 from .heads import HeadGrouping
-from .layer_merge import Freedom, best_grouping, merge_layer
+from .layer_merge import Freedom, Heads, best_grouping, merge_layer
 from .output import disk_errors
 from .plan import LayerReport
 from .projections import read_projections
@@ -126,18 +126,16 @@ def merge_checkpoint(
         else:
             gram = torch.eye(shape.hidden_size + 1, dtype=torch.float64)
         source = read_projections(checkpoint, architecture, shape, layer)
-        freedom = Freedom(rotary[layer], keys=free_keys, values=free_values)
-        grouping = contiguous
-        if may_regroup and settings.num_key_value_heads > 1:
-            grouping = best_grouping(source, shape, settings.num_key_value_heads, gram, freedom)
-        result = merge_layer(source, shape, grouping, gram, freedom)
+        heads = Heads(source, shape, gram, Freedom(rotary[layer], keys=free_keys, values=free_values))
+        choose = may_regroup and settings.num_key_value_heads > 1
+        result = merge_layer(heads, best_grouping(heads, settings.num_key_value_heads) if choose else contiguous)
         tensors = result.projections.tensors(checkpoint, architecture, shape, layer)
         if runner is not None:
             runner.advance(layer, tensors, architecture.tensor_name(layer, "o_proj"))
         merged |= _store(tensors, scratch / f"layer-{layer:05d}.safetensors")
         if keep:
             _store({"gram": gram}, _gram_file(scratch, layer))
-        reports.append(LayerReport(layer, grouping.groups, result.keys_retained, result.values_retained))
+        reports.append(LayerReport(layer, result.grouping.groups, result.keys_retained, result.values_retained))
         progress(1)
     return MergedCheckpoint(
         checkpoint.name,

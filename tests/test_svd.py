@@ -422,7 +422,8 @@ def test_losses_of_pairs_are_those_of_their_merges_or_less(seed: int) -> None:
     heads = [random_matrix(seed + i, 6, 7) for i in range(3)]
     roots, x = [random_matrix(seed + 50 + i, 8, 6) for i in range(3)], random_matrix(seed + 99, 30, 7)
     weights, gram = [root.T @ root for root in roots], x.T @ x / 30
-    still, turned = pair_losses(heads, weights, gram), pair_losses(heads, weights, gram, turning(ROTARY, 6))
+    covariances = torch.stack([torch.stack([one @ gram @ other.T for other in heads]) for one in heads])
+    still, turned = pair_losses(covariances, weights), pair_losses(covariances, weights, turning(ROTARY, 6))
     energy = merge_linear(heads, weights, gram, 6).total
     all_turned = merge_at_distances(merge_linear(heads, weights, gram, 6), heads, weights, gram, turning(ROTARY, 6))
     for i, j in product(range(3), range(3)):
