@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +27,7 @@ from ..convert.text import TextSource
 from ..convert.translations import as_target
 from .console import Terminal, human_bytes
 from .options import (
+    DataConfig,
     DryRun,
     Force,
     Json,
@@ -36,6 +37,7 @@ from .options import (
     PrecisionOption,
     Quiet,
     Revision,
+    Split,
     TextField,
     TrustRemoteCode,
     accepts,
@@ -46,6 +48,21 @@ from .options import (
 __all__ = ["mha2gqa", "mha2mqa"]
 
 _LONGEST_CALIBRATION_SEQUENCE = 1024
+_OF_SVD = frozenset(
+    {
+        "calibration",
+        "calibration_tokens",
+        "text_field",
+        "split",
+        "data_config",
+        "no_calibration",
+        "no_refit",
+        "precision",
+        "device",
+        "statistics",
+        "save_statistics",
+    }
+)
 
 
 class Method(StrEnum):
@@ -81,11 +98,19 @@ class Request:
     ] = None
     calibration_tokens: Annotated[int, typer.Option(min=1, help="svd: how many tokens of it.")] = 131072
     text_field: TextField = "text"
+    split: Split = "train"
+    data_config: DataConfig = None
     no_calibration: Annotated[bool, typer.Option("--no-calibration", help="svd: merge by the weights alone.")] = False
     no_refit: Annotated[
         bool, typer.Option("--no-refit", help="svd: keep the closed form; do not fit o_proj to the text.")
     ] = False
     precision: PrecisionOption = Precision.auto
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="svd: where text runs: cpu, cuda, cuda:1 … Default: a GPU if there is one.", show_default=False
+        ),
+    ] = None
     statistics: Annotated[
         Path | None, typer.Option(help="svd: measurements of an earlier run, in place of text.", show_default=False)
     ] = None
@@ -102,13 +127,18 @@ class Request:
     quiet: Quiet = False
 
     def check(self) -> None:
+        given = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+        for name in sorted(given & _OF_SVD):
+            if self.method is not Method.svd:
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"{option} belongs to --method svd", hint="add --method svd, or leave it out")
         sources = [self.calibration is not None, self.no_calibration, self.statistics is not None]
-        if self.method is not Method.svd and (any(sources) or self.save_statistics is not None):
-            raise InputError("calibration belongs to --method svd", hint="add --method svd, or leave it out")
         if sum(sources) > 1:
             raise InputError("give one of --calibration, --statistics and --no-calibration")
         if self.save_statistics is not None and (self.no_calibration or self.statistics is not None):
             raise InputError("--save-statistics needs text to measure on", hint="give --calibration")
+        if self.save_statistics is not None and self.dry_run:
+            raise InputError("--dry-run writes nothing, --save-statistics does", hint="leave out one of them")
 
 
 @accepts(Request)
@@ -187,6 +217,8 @@ def _merged(
     if request.method is not Method.svd or plan.result.num_key_value_heads == plan.source.num_key_value_heads:
         yield checkpoint
         return
+    import torch
+
     from ..convert.architecture import read_attention
     from ..convert.calibration import read_calibration_text
     from ..convert.statistics import (
@@ -197,17 +229,25 @@ def _merged(
         save_statistics,
         statistics_bytes,
     )
-    from ..convert.svd import MergeSettings, merge_checkpoint, scratch_bytes
+    from ..convert.svd import MergeSettings, check_mergeable, merge_checkpoint, scratch_bytes
 
     shape = read_attention(checkpoint, architecture)
+    check_mergeable(checkpoint, architecture)
     check_source(checkpoint)
-    check_free_space(target, scratch_bytes(checkpoint, architecture) + (0 if request.dry_run else plan.bytes_out))
+    beside = scratch_bytes(checkpoint, architecture) + (0 if request.dry_run else plan.bytes_out)
     if request.save_statistics is not None:
-        check_file(request.save_statistics, statistics_bytes(shape))
-        check_free_space(target, statistics_bytes(shape))
+        check_file(request.save_statistics, outside=target)
+        here, there = existing_parent(target), existing_parent(request.save_statistics)
+        kept = statistics_bytes(shape)
+        check_free_space(
+            request.save_statistics, kept + (beside + kept if here.stat().st_dev == there.stat().st_dev else 0)
+        )
+        beside += kept
+    check_free_space(target, beside)
     text = statistics = None
     if request.statistics is not None:
         statistics = open_statistics(request.statistics, checkpoint, architecture)
+        terminal.remark("statistics hold no text to fit o_proj to, which text would allow")
     elif request.no_calibration:
         terminal.remark("merging by the weights alone, which can be worse than the mean; a text is better")
     else:
@@ -217,16 +257,18 @@ def _merged(
         longest = checkpoint.config_int(architecture.config_name("max_position_embeddings"), default=2048)
         text = read_calibration_text(
             checkpoint,
-            TextSource(location, text_field=request.text_field),
+            TextSource(location, text_field=request.text_field, split=request.split, config=request.data_config),
             num_tokens=request.calibration_tokens,
             sequence_length=min(_LONGEST_CALIBRATION_SEQUENCE, longest, request.calibration_tokens),
         )
+        if text.num_tokens < request.calibration_tokens:
+            terminal.remark(f"{location} has {text.num_tokens} tokens, fewer than --calibration-tokens")
     merge = MergeSettings(
         plan.result.num_key_value_heads,
         grouping=grouping.value,
         refit=text is not None and not request.no_refit,
         precision=request.precision.chosen if text is not None else "fp32",
-        device=str(default_device()) if text is not None else "cpu",
+        device=request.device or str(default_device()),
     )
     with (
         tempfile.TemporaryDirectory(dir=existing_parent(target), prefix=f".{target.name}.merging-") as scratch,
@@ -235,16 +277,19 @@ def _merged(
         origin = (
             StatisticsOrigin(fingerprint(checkpoint, architecture), text.description, text.num_tokens) if text else None
         )
-        merged = merge_checkpoint(
-            checkpoint,
-            architecture,
-            merge,
-            Path(scratch),
-            text=text,
-            statistics=statistics,
-            keep=request.save_statistics is not None,
-            progress=advance,
-        )
+        try:
+            merged = merge_checkpoint(
+                checkpoint,
+                architecture,
+                merge,
+                Path(scratch),
+                text=text,
+                statistics=statistics,
+                keep=request.save_statistics is not None,
+                progress=advance,
+            )
+        except torch.OutOfMemoryError as error:
+            raise InputError(f"{merge.device}: out of memory", hint="use another --device, for example cpu") from error
         if request.save_statistics is not None and origin is not None:
             save_statistics(
                 request.save_statistics,

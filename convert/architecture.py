@@ -77,6 +77,8 @@ class Architecture:
     not `free_values`: something other than a linear map lies between the heads' outputs and o_proj;
     `ordered_heads(config)`: what heads do depends on their position among the others.
 
+    not `autocasts`: the class does not run under autocast.
+
     `separates_documents`: without an attention mask the class tells documents that share a sequence apart by their
     position_ids.
 
@@ -99,6 +101,7 @@ class Architecture:
     key_norm: str | None = None
     always_normalised: bool = False
     separates_documents: bool = True
+    autocasts: bool = True
     interleaved_rotary: bool = False
     rotates: Callable[[Any, int], bool] = every_layer_rotates
     free_values: bool = True

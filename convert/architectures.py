@@ -105,6 +105,7 @@ _ENTRIES = (
     Architecture("cohere2", interleaved_rotary=True, rotates=_sliding_layers, is_sliding=_all_but_every_fourth_layer),
     Architecture(
         "dbrx",
+        autocasts=False,  # it adds what experts make in bf16 to float32
         attention="transformer.blocks.{layer}.norm_attn_norm.attn",
         qkv_proj="Wqkv",
         o_proj="out_proj",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from .architecture import Architecture
@@ -13,7 +15,7 @@ from .architectures import ARCHITECTURES
 from .checkpoint import Checkpoint
 from .errors import DataError, UnsupportedError
 from .loading import empty_model, load_model
-from .text import TextSource, adds_bos, encode_documents, load_tokenizer, read_documents
+from .text import TextSource, adds_bos, encode_documents, load_tokenizer, read_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["CalibrationText", "LayerwiseModel", "read_calibration_text", "second_moment", "with_one"]
 
 _TOKENS_PER_PASS = 4096
+_CHARACTERS = 8  # that are read for a token, which is seldom longer
 
 
 @dataclass(frozen=True)
@@ -43,36 +46,54 @@ class CalibrationText:
 def read_calibration_text(
     checkpoint: Checkpoint, source: TextSource, *, num_tokens: int, sequence_length: int
 ) -> CalibrationText:
-    """`num_tokens` of the source in whole sequences, drawn from as many documents as there are.
+    """`num_tokens` of the source in whole sequences, drawn from its files in turn, and from a file's documents in turn.
 
-    A document gives one piece, as long as a sequence or shorter, and a second one only when all have given one: any of
-    its pieces, with a fixed seed. Pieces begin with BOS if the tokenizer adds it, and follow each other unpadded.
+    A document gives one passage, cut to a sequence, and a second one only when all have given one; any of its passages,
+    with a fixed seed. They begin with BOS if the tokenizer adds it, and follow each other unpadded.
     Raises DataError for text that is missing, unreadable or shorter than one sequence.
     """
     import torch
 
     tokenizer = load_tokenizer(checkpoint.directory)
-    bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    length = max(sequence_length - len(bos), 1)
+    bos = adds_bos(tokenizer)
     generator = random.Random(0)
+    passages = [_passages(documents, sequence_length * _CHARACTERS, generator) for documents in read_files(source)]
     ids: list[int] = []
-    waiting: list[list[list[int]]] = []
-    for document in encode_documents(read_documents(source), tokenizer):
+    for tokens in encode_documents(_in_turn(passages), tokenizer, bos=bos):
+        ids += tokens[:sequence_length]
         if len(ids) >= num_tokens:
             break
-        pieces = [bos + document[start : start + length] for start in range(0, len(document), length)]
-        generator.shuffle(pieces)
-        ids += pieces.pop()
-        waiting.append(pieces)
-    while len(ids) < num_tokens and any(waiting):
-        waiting = [pieces for pieces in waiting if pieces]
-        for pieces in waiting:
-            ids += pieces.pop()
     num_sequences = min(len(ids), num_tokens) // sequence_length
     if num_sequences == 0:
         raise DataError(f"{source.location}: {len(ids)} tokens, fewer than one sequence of {sequence_length}")
     token_ids = torch.tensor(ids[: num_sequences * sequence_length]).view(num_sequences, sequence_length)
     return CalibrationText(token_ids, source.location)
+
+
+def _passages(documents: Iterable[str], size: int, generator: random.Random) -> Iterator[str]:
+    """Passages of at most `size` characters: one of each document, then a second of each that has more, and so on."""
+    waiting = []
+    for document in documents:
+        starts = list(range(0, len(document), size))
+        generator.shuffle(starts)
+        start = starts.pop()
+        yield document[start : start + size]
+        if starts:
+            waiting.append((document, starts))
+    while waiting:
+        for document, starts in waiting:
+            start = starts.pop()
+            yield document[start : start + size]
+        waiting = [(document, starts) for document, starts in waiting if starts]
+
+
+def _in_turn(iterators: Iterable[Iterator[str]]) -> Iterator[str]:
+    waiting = deque(iterators)
+    while waiting:
+        iterator = waiting.popleft()
+        for item in islice(iterator, 1):
+            yield item
+            waiting.append(iterator)
 
 
 class _EnoughError(Exception):
@@ -94,7 +115,7 @@ class LayerwiseModel:
 
         self._checkpoint = checkpoint
         self._device = torch.device(device)
-        self._bf16 = precision == "bf16"
+        self._bf16 = precision == "bf16" and architecture.autocasts
         self._whole: Any = None
         self._model = model = empty_model(checkpoint)
         self._path = ARCHITECTURES[architecture.model_type].attention.partition(".{layer}")[0]
@@ -109,6 +130,10 @@ class LayerwiseModel:
         self._fill(model, "", [name for name in outside if name.startswith(f"{base}.")])
         for name, _ in list(model.named_buffers()):
             set_module_tensor_to_device(model, name, self._device)
+
+    def release_embeddings(self) -> None:
+        """Drop the weights outside the layers, once everything is embedded."""
+        self._drop(self._model, [name for name, parameter in self._model.named_parameters() if not parameter.is_meta])
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """The hidden states that enter the first layer, (batch, length, hidden_size)."""
@@ -126,10 +151,7 @@ class LayerwiseModel:
         try:
             yield module
         finally:
-            from accelerate.utils import set_module_tensor_to_device
-
-            for name in names:
-                set_module_tensor_to_device(module, name, "meta")
+            self._drop(module, names)
 
     def run(
         self, module: Module, index: int, hidden_states: Tensor, head_outputs: list[Tensor] | None = None
@@ -184,6 +206,8 @@ class LayerwiseModel:
 
     def _record(self, token_ids: Tensor) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
         """A forward pass through layers that only note how they are called."""
+        import torch
+
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         entering: list[Tensor] = []
         layers = list(self._model.get_submodule(self._path))
@@ -201,6 +225,8 @@ class LayerwiseModel:
                 for layer in layers:
                     layer.forward = note
                 self._model.base_model(input_ids=token_ids, use_cache=False)
+            except torch.OutOfMemoryError:
+                raise
             except (IndexError, RuntimeError, TypeError, ValueError) as error:
                 last_error = error
             finally:
@@ -216,6 +242,12 @@ class LayerwiseModel:
         for name in names:
             value = self._tensor(prefix + name, replaced or {}).float()
             set_module_tensor_to_device(module, name, self._device, value=value)
+
+    def _drop(self, module: Any, names: list[str]) -> None:
+        from accelerate.utils import set_module_tensor_to_device
+
+        for name in names:
+            set_module_tensor_to_device(module, name, "meta")
 
     def _tensor(self, name: str, replaced: Mapping[str, Tensor]) -> Tensor:
         saved = name if name in self._checkpoint.tensors else name.removeprefix(self._absent_prefix)

@@ -86,7 +86,7 @@ class Heads:
         self.outputs = [list(group) for group in outputs.permute(1, 2, 0, 3)]
         self._freedom = freedom
         rotary = freedom.rotary
-        self._turning = turning(rotary, shape.head_dim) if rotary.dims else None
+        self._turning = turning(rotary, shape.head_dim) if rotary.dims and freedom.keys else None
         keys = source.k.unflatten(0, (-1, shape.head_dim)).transpose(0, 1)
         self._keys = rotary.half_split(keys).transpose(0, 1)  # (heads, head_dim, hidden_size + 1)
         self._values = source.v.unflatten(0, (-1, shape.head_dim))

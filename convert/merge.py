@@ -153,8 +153,8 @@ def pair_losses(covariances: Tensor, weights: Sequence[Tensor], turning: Turning
     losses = torch.zeros(num_heads, num_heads, dtype=joint.dtype)
     for one in range(num_heads - 1):
         pairs = [joint[[one, other]][:, [one, other]] for other in range(one + 1, num_heads)]
-        covariances = torch.stack(pairs).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        losses[one, one + 1 :] = torch.linalg.eigvalsh(covariances)[:, :size].clamp(min=0).sum(1)
+        together = torch.stack(pairs).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        losses[one, one + 1 :] = torch.linalg.eigvalsh(together)[:, :size].clamp(min=0).sum(1)
     total = torch.einsum("iijj->", joint).clamp(min=1e-300)
     fractions: Tensor = (losses + losses.T) / total
     return fractions
@@ -199,7 +199,7 @@ def _with_scale_of(heads: Sequence[Tensor], gram: Tensor, merged: Merged, *, per
     wanted = torch.stack([power(head) for head in heads]).mean(0)
     found = power(merged.shared)
     usable = (wanted > 0) & (found > 0)
-    scale = torch.where(usable, (wanted[: len(found)] / found.clamp(min=1e-300)).sqrt(), torch.ones_like(found))
+    scale = torch.where(usable, (wanted / found.clamp(min=1e-300)).sqrt(), torch.ones_like(found))
     return Merged(
         scale[:, None] * merged.shared, [reader / scale for reader in merged.readers], merged.kept, merged.total
     )

@@ -73,14 +73,15 @@ def check_free_space(output: Path, num_bytes: int) -> None:
         )
 
 
-def check_file(path: Path, num_bytes: int) -> None:
-    """Raise OutputError unless a file of `num_bytes` can be written at `path`, in a directory that is there."""
-    if path.is_dir():
-        raise OutputError(f"{path} is a directory, not a file")
-    parent = Path(os.path.abspath(path)).parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OutputError(f"{path} cannot be written: {parent} is not a writable directory")
-    check_free_space(path, num_bytes)
+def check_file(path: Path, *, outside: Path) -> None:
+    """Raise OutputError unless a new file can be written at `path`, in a directory that is there, not in `outside`."""
+    if path.exists():
+        raise OutputError(f"{path} already exists", hint="choose another name, or remove it")
+    absolute = Path(os.path.abspath(path))
+    if Path(os.path.abspath(outside)) in absolute.parents:
+        raise OutputError(f"{path} lies in {outside}, which is replaced", hint="choose another place for it")
+    if not absolute.parent.is_dir() or not os.access(absolute.parent, os.W_OK):
+        raise OutputError(f"{path} cannot be written: {absolute.parent} is not a writable directory")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from .architecture import Architecture, AttentionShape
 from .checkpoint import Checkpoint
+from .errors import UnsupportedError
 from .loading import empty_model
 
 if TYPE_CHECKING:
@@ -109,7 +110,12 @@ def read_rotary(checkpoint: Checkpoint, architecture: Architecture, shape: Atten
     for layer, window in enumerate(shape.windows):
         buffer = found.get(f"{kinds[layer]}_inv_freq", found.get("inv_freq"))
         frequencies: tuple[float, ...] = ()
-        if buffer is not None and architecture.rotates(model.config, layer):
+        if architecture.rotates(model.config, layer):
+            if buffer is None:
+                raise UnsupportedError(
+                    f"{checkpoint.name}: {type(model).__name__} does not say how fast its keys rotate",
+                    hint="use --method mean",
+                )
             frequencies = tuple(buffer.tolist())
         longest = min(context, window or context)
         layers.append(Rotary(frequencies, architecture.interleaved_rotary, longest))

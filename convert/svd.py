@@ -28,7 +28,7 @@ from .statistics import LayerStatistics
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["MergeSettings", "MergedCheckpoint", "merge_checkpoint", "refitted", "scratch_bytes"]
+__all__ = ["MergeSettings", "MergedCheckpoint", "check_mergeable", "merge_checkpoint", "refitted", "scratch_bytes"]
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,7 @@ def merge_checkpoint(
     """
     import torch
 
-    if architecture.cross_attention is not None:
-        raise UnsupportedError(
-            f"{checkpoint.name}: --method svd merges decoders only, not the encoder-decoder {architecture.model_type}",
-            hint="use --method mean",
-        )
+    check_mergeable(checkpoint, architecture)
     shape = read_attention(checkpoint, architecture)
     rotary = read_rotary(checkpoint, architecture, shape)
     free_keys, free_values = _free_sides(checkpoint, architecture)
@@ -148,6 +144,15 @@ def merge_checkpoint(
         scratch=scratch,
         reports=tuple(reports),
     )
+
+
+def check_mergeable(checkpoint: Checkpoint, architecture: Architecture) -> None:
+    """Raise UnsupportedError for architectures that have no such merge."""
+    if architecture.cross_attention is not None:
+        raise UnsupportedError(
+            f"{checkpoint.name}: --method svd merges decoders only, not the encoder-decoder {architecture.model_type}",
+            hint="use --method mean",
+        )
 
 
 def scratch_bytes(checkpoint: Checkpoint, architecture: Architecture) -> int:
@@ -193,6 +198,7 @@ class _TwoStreams:
         self._model = LayerwiseModel(checkpoint, architecture, device=settings.device, precision=settings.precision)
         with torch.inference_mode():
             self._original = [self._model.embed(batch) for batch in text.batches]
+        self._model.release_embeddings()
         self._merged = list(self._original)
 
     def gram(self, layer: int) -> Tensor:
@@ -218,6 +224,7 @@ class _TwoStreams:
                 found = [self._model.attention_outputs(module, layer, states) for states in self._merged]
                 cross = second_moment(zip(wanted, found, strict=True), self._settings.device)
                 normal = second_moment(((states, states) for states in found), self._settings.device)
+                del wanted, found
                 tensors[o_proj] = refitted(original, tensors[o_proj], cross, normal, self._settings.refit_ridge)
                 fitted = module.get_parameter(self._model.local_name(o_proj, layer))
                 fitted.copy_(tensors[o_proj])

@@ -25,6 +25,7 @@ __all__ = [
     "has_tokenizer",
     "load_tokenizer",
     "read_documents",
+    "read_files",
 ]
 
 _TOKENIZER_FILES = (
@@ -54,6 +55,17 @@ class TextSource:
 
 def read_documents(source: TextSource) -> Iterator[str]:
     """The non-empty documents of the source, in order. Raises DataError: missing, unreadable or without text."""
+    found = False
+    for documents in read_files(source):
+        for document in documents:
+            found = True
+            yield document
+    if not found:
+        raise DataError(f"{source.location}: no text in it", hint="every document is empty")
+
+
+def read_files(source: TextSource) -> list[Iterator[str]]:
+    """The non-empty documents of each file of the source, or of the named dataset. Raises DataError."""
     path = Path(source.location).expanduser()
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and _reader(file))
@@ -64,10 +76,8 @@ def read_documents(source: TextSource) -> Iterator[str]:
             raise DataError(f"{path}: unknown kind of file", hint="give .txt, .jsonl, .jsonl.gz or .parquet")
         files = [path]
     else:
-        yield from _non_empty(_read_dataset(source), source.location)
-        return
-    documents = (document for file in files for document in _read_file(file, source.text_field))
-    yield from _non_empty(documents, source.location)
+        return [_non_empty(_read_dataset(source))]
+    return [_non_empty(_read_file(file, source.text_field)) for file in files]
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -131,14 +141,8 @@ def _vocab_size(model: str | Path) -> int:
     return int(AutoConfig.from_pretrained(model, trust_remote_code=remote_code_allowed()).get_text_config().vocab_size)
 
 
-def _non_empty(documents: Iterable[str], location: str) -> Iterator[str]:
-    found = False
-    for document in documents:
-        if document.strip():
-            found = True
-            yield document
-    if not found:
-        raise DataError(f"{location}: no text in it", hint="every document is empty")
+def _non_empty(documents: Iterable[str]) -> Iterator[str]:
+    return (document for document in documents if document.strip())
 
 
 def _reader(path: Path) -> str | None:
