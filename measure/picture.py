@@ -50,8 +50,8 @@ def draw_recovery(path: Path, *, original: Point, curves: Sequence[Curve], point
         x, is_original = point.cache_bytes_per_token, point is original
         colour = "black" if is_original else colour_of[point.label]
         frontier.scatter([x], [point.before], color=colour if is_original else "none", edgecolors=colour, zorder=3)
-        above = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
-        frontier.annotate(point.label, (x, point.before), **above)
+        beside = {"xytext": (0, -14), "ha": "center"} if is_original else {"xytext": (9, 0), "ha": "left"}
+        frontier.annotate(point.label, (x, point.before), textcoords="offset points", va="center", **beside)
         if point.after is not None:
             frontier.annotate("", (x, point.after), (x, point.before), arrowprops={"arrowstyle": "->", "color": colour})
             frontier.scatter([x], [point.after], color=colour, zorder=3)
