@@ -231,6 +231,13 @@ def _merged(
     )
     from ..convert.svd import MergeSettings, check_mergeable, merge_checkpoint, scratch_bytes
 
+    device = request.device or str(default_device())
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, RuntimeError) as error:  # torch has no error of its own for this
+        raise InputError(
+            f"--device {device}: this machine has none that works ({str(error).splitlines()[0]})"
+        ) from error
     shape = read_attention(checkpoint, architecture)
     check_mergeable(checkpoint, architecture)
     check_source(checkpoint)
@@ -255,20 +262,21 @@ def _merged(
             terminal.remark("calibrating on the demo's prose; text like the model's own training data is better")
         location = request.calibration or str(configs.DEMO / "uptrain.jsonl")
         longest = checkpoint.config_int(architecture.config_name("max_position_embeddings"), default=2048)
+        sequence_length = min(_LONGEST_CALIBRATION_SEQUENCE, longest, request.calibration_tokens)
         text = read_calibration_text(
             checkpoint,
             TextSource(location, text_field=request.text_field, split=request.split, config=request.data_config),
             num_tokens=request.calibration_tokens,
-            sequence_length=min(_LONGEST_CALIBRATION_SEQUENCE, longest, request.calibration_tokens),
+            sequence_length=sequence_length,
         )
-        if text.num_tokens < request.calibration_tokens:
-            terminal.remark(f"{location} has {text.num_tokens} tokens, fewer than --calibration-tokens")
+        if text.num_tokens <= request.calibration_tokens - sequence_length:
+            terminal.remark(f"{location} gave {text.num_tokens} tokens, fewer than --calibration-tokens")
     merge = MergeSettings(
         plan.result.num_key_value_heads,
         grouping=grouping.value,
         refit=text is not None and not request.no_refit,
         precision=request.precision.chosen if text is not None else "fp32",
-        device=request.device or str(default_device()),
+        device=device,
     )
     with (
         tempfile.TemporaryDirectory(dir=existing_parent(target), prefix=f".{target.name}.merging-") as scratch,

@@ -49,7 +49,8 @@ def read_calibration_text(
     """`num_tokens` of the source in whole sequences, drawn from its files in turn, and from a file's documents in turn.
 
     A document gives one passage, cut to a sequence, and a second one only when all have given one; any of its passages,
-    with a fixed seed. They begin with BOS if the tokenizer adds it, and follow each other unpadded.
+    with a fixed seed. They begin with BOS if the tokenizer adds it, and follow each other unpadded. Where the text is
+    too short for that, what was cut off follows.
     Raises DataError for text that is missing, unreadable or shorter than one sequence.
     """
     import torch
@@ -59,10 +60,13 @@ def read_calibration_text(
     generator = random.Random(0)
     passages = [_passages(documents, sequence_length * _CHARACTERS, generator) for documents in read_files(source)]
     ids: list[int] = []
+    cut_off: list[int] = []
     for tokens in encode_documents(_in_turn(passages), tokenizer, bos=bos):
         ids += tokens[:sequence_length]
+        cut_off += tokens[sequence_length:]
         if len(ids) >= num_tokens:
             break
+    ids += cut_off[: max(num_tokens - len(ids), 0)]
     num_sequences = min(len(ids), num_tokens) // sequence_length
     if num_sequences == 0:
         raise DataError(f"{source.location}: {len(ids)} tokens, fewer than one sequence of {sequence_length}")

@@ -239,6 +239,8 @@ def test_calibration_text_is_drawn_from_every_file_and_document_in_turn(
         text = read_calibration_text(checkpoint, TextSource(str(data)), num_tokens=95, sequence_length=10)
         with pytest.raises(DataError, match=r"data: \d+ tokens, fewer than one sequence of 2000"):
             read_calibration_text(checkpoint, TextSource(str(data)), num_tokens=10**6, sequence_length=2000)
+        everything = read_calibration_text(checkpoint, TextSource(str(data)), num_tokens=10**6, sequence_length=10)
+    assert 880 <= everything.num_tokens < 920  # a token for each letter, BOS and EOS
     rows = text.token_ids.tolist()
     assert all(row[0] == 1 for row in rows)
     assert ["".join(dict.fromkeys(letters[token] for token in row[1:])) for row in rows] == list("qxzxjqzqz")
@@ -555,6 +557,7 @@ def test_statistics_are_kept_and_used_again(
     ("options", "message"),
     [
         (("--calibration", "text.txt"), "--calibration belongs to --method svd"),
+        (("--method", "svd", "--device", "teapot"), "--device teapot: this machine has none"),
         (("--no-refit",), "--no-refit belongs to --method svd"),
         (("--precision", "fp32"), "--precision belongs to --method svd"),
         (("--method", "svd", "--save-statistics", "f", "--dry-run"), "--dry-run writes nothing"),
