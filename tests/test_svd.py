@@ -388,6 +388,14 @@ def test_frequencies_turn_keys_as_the_class_does(make_checkpoint: CheckpointFact
     assert (queries[0, 0, 15] @ keys[0, 0, 4]).item() == pytest.approx((query @ turns[11] @ key).item())
 
 
+def test_keys_that_rotate_at_an_unknown_speed_are_refused(make_checkpoint: CheckpointFactory) -> None:
+    """GPT-BigCode's class has no frequencies, as one whose buffer was renamed would not."""
+    with open_checkpoint(make_checkpoint("gpt_bigcode", **OVERRIDES["gpt_bigcode"])) as checkpoint:
+        architecture = replace(find_architecture(checkpoint), rotates=lambda config, layer: True)
+        with pytest.raises(UnsupportedError, match="GPTBigCodeForCausalLM does not say how fast its keys rotate"):
+            read_rotary(checkpoint, architecture, read_attention(checkpoint, architecture))
+
+
 @given(seed=st.integers(0, 10**6), num_heads=st.integers(1, 4))
 def test_merges_at_distances_lose_what_they_say_and_less_than_where_they_started(seed: int, num_heads: int) -> None:
     heads = [random_matrix(seed + i, 6, 7) for i in range(num_heads)]
