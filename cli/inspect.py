@@ -44,7 +44,12 @@ def show_inspection(inspection: Inspection, console: Console) -> None:
     size = f"{human_count(inspection.num_parameters)}, {inspection.dtype}"
     rows = {
         "architecture": f"{inspection.model_type} ({inspection.attention})",
-        "layers": str(inspection.num_hidden_layers),
+        "layers": str(inspection.num_hidden_layers)
+        + (
+            f", of which {inspection.num_key_value_layers} have keys and values"
+            if inspection.num_key_value_layers != inspection.num_hidden_layers
+            else ""
+        ),
         "query heads": str(inspection.num_attention_heads),
         "K/V heads": str(inspection.num_key_value_heads),
         "head_dim": str(inspection.head_dim),

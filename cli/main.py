@@ -18,6 +18,7 @@ from ..convert.errors import KvConvertError
 from .demo import demo
 from .evaluate import evaluate
 from .inspect import inspect
+from .mha2cla import mha2cla
 from .mha2gqa import mha2gqa, mha2mqa
 from .uptrain import uptrain
 
@@ -42,7 +43,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Convert a multi-head-attention checkpoint into one with a smaller K/V cache, then uptrain it.",
 )
-for command in (inspect, mha2gqa, mha2mqa, uptrain, evaluate, demo):
+for command in (inspect, mha2gqa, mha2mqa, mha2cla, uptrain, evaluate, demo):
     app.command()(command)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from .checkpoint import Checkpoint, TensorInfo
 from .errors import CheckpointError
+from .layers import LayerGrouping
 
 __all__ = ["Architecture", "AttentionShape", "HeadTensor", "read_attention", "refuse_quantised"]
 
@@ -99,6 +100,7 @@ class Architecture:
     qkv_proj: str | None = None
     interleaved: bool = False
     key_norm: str | None = None
+    input_norm: str = "input_layernorm"
     always_normalised: bool = False
     separates_documents: bool = True
     autocasts: bool = True
@@ -123,6 +125,10 @@ class Architecture:
         `attention` is one of `attentions`, the first unless given.
         """
         return f"{(attention or self.attention).format(layer=layer)}.{getattr(self, projection)}.{kind}"
+
+    def input_norm_name(self, layer: int) -> str:
+        """The gain of the norm before a layer's self-attention, where a class has it beside the attention."""
+        return f"{self.attention.rpartition('.')[0].format(layer=layer)}.{self.input_norm}.weight"
 
     def config_name(self, name: str) -> str:
         return self.config_names.get(name, name)
@@ -200,7 +206,8 @@ class AttentionShape:
     """The numbers of a model's attention, as its tensors and its config agree on them.
 
     `windows` holds, per layer, the sliding window in tokens or None for full attention. With `cross_attention` the
-    cache holds as much again for each token of the encoder.
+    cache holds as much again for each token of the encoder. `layer_grouping` says which layers share keys and values;
+    without it each has its own.
     """
 
     hidden_size: int
@@ -209,20 +216,31 @@ class AttentionShape:
     head_dim: int
     windows: tuple[int | None, ...]
     cross_attention: bool = False
+    layer_grouping: LayerGrouping | None = None
 
     @property
     def num_hidden_layers(self) -> int:
         return len(self.windows)
 
     @property
-    def kind(self) -> str:
-        """The usual name: MHA, GQA or MQA."""
-        if self.num_key_value_heads == self.num_attention_heads:
-            return "MHA"
-        return "MQA" if self.num_key_value_heads == 1 else "GQA"
+    def key_value_windows(self) -> tuple[int | None, ...]:
+        """The windows of the layers that have keys and values of their own, and so a cache."""
+        if self.layer_grouping is None:
+            return self.windows
+        return tuple(self.windows[group[0]] for group in self.layer_grouping.groups)
 
-    def with_key_value_heads(self, num_key_value_heads: int) -> AttentionShape:
-        return replace(self, num_key_value_heads=num_key_value_heads)
+    @property
+    def num_key_value_layers(self) -> int:
+        return len(self.key_value_windows)
+
+    @property
+    def kind(self) -> str:
+        """The usual name: MHA, GQA or MQA, and CLA where layers share keys and values."""
+        if self.num_key_value_heads == self.num_attention_heads:
+            heads = "MHA"
+        else:
+            heads = "MQA" if self.num_key_value_heads == 1 else "GQA"
+        return heads if self.num_key_value_layers == self.num_hidden_layers else f"{heads} + CLA"
 
 
 def read_attention(checkpoint: Checkpoint, architecture: Architecture) -> AttentionShape:
@@ -259,6 +277,7 @@ def read_attention(checkpoint: Checkpoint, architecture: Architecture) -> Attent
         head_dim=head_dim,
         windows=_windows(checkpoint, architecture, num_layers),
         cross_attention=architecture.cross_attention is not None,
+        layer_grouping=_layer_grouping(checkpoint, num_layers),
     )
     for layer in range(num_layers):
         for attention in architecture.attentions:
@@ -267,6 +286,22 @@ def read_attention(checkpoint: Checkpoint, architecture: Architecture) -> Attent
     if beyond in checkpoint.tensors:
         raise CheckpointError(f"{beyond} exists, but config.json says num_hidden_layers = {num_layers}")
     return shape
+
+
+def _layer_grouping(checkpoint: Checkpoint, num_layers: int) -> LayerGrouping | None:
+    sources = checkpoint.config.get("kv_source_layers")
+    if sources is None or sources == list(range(num_layers)):
+        return None
+    try:
+        grouping = LayerGrouping(tuple(sources))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.name}: config.json has a wrong kv_source_layers: {error}") from error
+    if len(grouping.sources) != num_layers:
+        raise CheckpointError(
+            f"{checkpoint.name}: config.json has kv_source_layers for {len(grouping.sources)} layers, "
+            f"and num_hidden_layers = {num_layers}"
+        )
+    return grouping
 
 
 def _count_key_value_heads(checkpoint: Checkpoint, architecture: Architecture, num_heads: int, head_dim: int) -> int:
@@ -298,7 +333,8 @@ def _check_layer(
         expected["qkv_proj"] = (query_rows + 2 * kv_rows, shape.hidden_size)
     else:
         expected["q_proj"] = (query_rows, shape.hidden_size)
-        expected["k_proj"] = expected["v_proj"] = (kv_rows, shape.hidden_size)
+        if shape.layer_grouping is None or shape.layer_grouping.sources[layer] == layer:
+            expected["k_proj"] = expected["v_proj"] = (kv_rows, shape.hidden_size)
     for projection, wanted in expected.items():
         info = _tensor(checkpoint, architecture, layer, projection, attention=attention)
         if info.shape != wanted:

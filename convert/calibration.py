@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-__all__ = ["CalibrationText", "LayerwiseModel", "read_calibration_text", "second_moment", "with_one"]
+    SharedStates = dict[int, tuple[Tensor, Tensor]]
+
+__all__ = ["CalibrationText", "LayerwiseModel", "layer_moments", "read_calibration_text", "second_moment", "with_one"]
 
 _TOKENS_PER_PASS = 4096
 _CHARACTERS = 8  # that are read for a token, which is seldom longer
@@ -112,7 +114,12 @@ class LayerwiseModel:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, architecture: Architecture, *, device: str = "cpu", precision: str = "fp32"
+        self,
+        checkpoint: Checkpoint,
+        architecture: Architecture,
+        *,
+        device: str = "cpu",
+        precision: str = "fp32",
     ) -> None:
         import torch
         from accelerate.utils import set_module_tensor_to_device
@@ -121,7 +128,7 @@ class LayerwiseModel:
         self._device = torch.device(device)
         self._bf16 = precision == "bf16" and architecture.autocasts
         self._whole: Any = None
-        self._model = model = empty_model(checkpoint)
+        self._model = model = empty_model(checkpoint.config)
         self._path = ARCHITECTURES[architecture.model_type].attention.partition(".{layer}")[0]
         located = architecture.attention.partition(".{layer}")[0]
         self._absent_prefix = self._path.removesuffix(located)  # of a checkpoint that a base class saved
@@ -146,29 +153,55 @@ class LayerwiseModel:
         return hidden_states.cpu()
 
     @contextmanager
-    def layer(self, index: int, replaced: Mapping[str, Tensor] | None = None) -> Iterator[Module]:
-        """The layer with its weights; `replaced` are weights, by their names in the checkpoint, to take instead."""
+    def layer(
+        self, index: int, replaced: Mapping[str, Tensor] | None = None, kv_source_layer: int | None = None
+    ) -> Iterator[Module]:
+        """The layer with its weights; `replaced` are weights, by their names in the checkpoint, to take instead.
+
+        In a class with cross-layer attention it reads the keys and values of `kv_source_layer`, if that is given.
+        """
         module: Any = self._model.get_submodule(f"{self._path}.{index}")
+        attention = module.get_submodule(self._attention)
         names = [name for name, _ in module.named_parameters()]
         prefix = f"{self._path}.{index}."
         self._fill(module, prefix, names, replaced or {})
+        if kv_source_layer is not None:
+            attention.kv_source_layer = kv_source_layer
         try:
             yield module
         finally:
             self._drop(module, names)
+            if kv_source_layer is not None:
+                attention.kv_source_layer = index
 
     def run(
-        self, module: Module, index: int, hidden_states: Tensor, head_outputs: list[Tensor] | None = None
+        self,
+        module: Module,
+        index: int,
+        hidden_states: Tensor,
+        head_outputs: list[Tensor] | None = None,
+        shared: SharedStates | None = None,
     ) -> Tensor:
-        """What the layer makes of the hidden states; what its output projection read is appended to `head_outputs`."""
+        """What the layer makes of the hidden states; what its output projection read is appended to `head_outputs`.
+
+        `shared` holds the keys and values that layers of a class with cross-layer attention have computed of the same
+        sequences, and takes those of this one.
+        """
         import torch
 
         arguments, named = self._calls[len(hidden_states)][index]
+        if shared is not None:
+            states = {
+                layer: (keys.to(self._device), values.to(self._device)) for layer, (keys, values) in shared.items()
+            }
+            named = named | {"shared_kv_states": states}
         with (
             self._noting(module, self._outputs, head_outputs),
             torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._bf16),
         ):
             outputs: Any = module(hidden_states.to(self._device), *arguments, **named)
+        if shared is not None:
+            shared |= {layer: (pair[0].cpu(), pair[1].cpu()) for layer, pair in states.items()}
         leaving: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
         return leaving.float().cpu()
 
@@ -176,19 +209,23 @@ class LayerwiseModel:
         """What the projections of queries, keys and values read, (tokens, hidden_size)."""
         return self._peek(module, self._inputs, index, hidden_states)
 
-    def attention_outputs(self, module: Module, index: int, hidden_states: Tensor) -> Tensor:
-        """What the output projection reads, (tokens, num_attention_heads · head_dim)."""
-        return self._peek(module, self._outputs, index, hidden_states)
+    def attention_outputs(
+        self, module: Module, index: int, hidden_states: Tensor, shared: SharedStates | None = None
+    ) -> Tensor:
+        """What the output projection reads, (tokens, num_attention_heads · head_dim); `shared` stays as it is."""
+        return self._peek(module, self._outputs, index, hidden_states, None if shared is None else dict(shared))
 
     def local_name(self, name: str, index: int) -> str:
         """The name of a tensor of the checkpoint inside its layer."""
         return name.partition(f".{index}.")[2]
 
-    def _peek(self, module: Module, name: str, index: int, hidden_states: Tensor) -> Tensor:
+    def _peek(
+        self, module: Module, name: str, index: int, hidden_states: Tensor, shared: SharedStates | None = None
+    ) -> Tensor:
         """What a module of the layer reads; what comes after it is not computed."""
         seen: list[Tensor] = []
         with self._noting(module, name, seen, stop=True), suppress(_EnoughError):
-            self.run(module, index, hidden_states)
+            self.run(module, index, hidden_states, shared=shared)
         return seen[0]
 
     @contextmanager
@@ -273,13 +310,51 @@ def with_one(states: Tensor) -> Tensor:
     return torch.cat([states, states.new_ones(len(states), 1)], dim=1)
 
 
+class _SecondMoment:
+    """E[a bᵀ] over tokens, (tokens, …), given in parts: products in float32 on `device`, sums in float64."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
+        self._total: Any = 0.0
+        self._count = 0
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        product = a.to(self._device).float().T @ b.to(self._device).float()
+        self._total = self._total + product.cpu().double()
+        self._count += len(a)
+
+    @property
+    def value(self) -> Tensor:
+        moment: Tensor = self._total / self._count
+        return moment
+
+
 def second_moment(pairs: Iterable[tuple[Tensor, Tensor]], device: str = "cpu") -> Tensor:
-    """E[a bᵀ] over the tokens of all pairs a, b, (tokens, …): products in float32 on `device`, sums in float64."""
-    total: Any = 0.0
-    count = 0
+    """E[a bᵀ] over the tokens of all pairs a, b."""
+    moment = _SecondMoment(device)
     for a, b in pairs:
-        product = a.to(device).float().T @ b.to(device).float()
-        total = total + product.cpu().double()
-        count += len(a)
-    moment: Tensor = total / count
-    return moment
+        moment.add(a, b)
+    return moment.value
+
+
+def layer_moments(
+    model: LayerwiseModel, layers: tuple[int, ...], batches: Iterable[Tensor], device: str = "cpu"
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Of the attention inputs x with a 1 appended: E[x xᵀ] of each layer, and E[x x'ᵀ] with the x' of the first layer
+    for each one after it. `batches` are the hidden states that enter the first; the layers follow each other.
+    """
+    import torch
+
+    grams, crosses = [[_SecondMoment(device) for _ in layers] for _ in range(2)]
+    with torch.inference_mode(), ExitStack() as loaded:
+        modules = [loaded.enter_context(model.layer(layer)) for layer in layers]
+        for states in batches:
+            inputs: list[Tensor] = []
+            for layer, module, gram, cross in zip(layers, modules, grams, crosses, strict=True):
+                inputs.append(with_one(model.attention_inputs(module, layer, states)))
+                gram.add(inputs[-1], inputs[-1])
+                if layer != layers[0]:
+                    cross.add(inputs[-1], inputs[0])
+                if layer != layers[-1]:
+                    states = model.run(module, layer, states)
+    return [gram.value for gram in grams], [None, *(cross.value for cross in crosses[1:])]

@@ -54,13 +54,13 @@ def _text(name: str, config: Mapping[str, Any], provenance: Mapping[str, Any]) -
     model_type = str(config.get("model_type"))
     architecture = ARCHITECTURES.get(model_type)
     seq2seq = architecture is not None and architecture.cross_attention is not None
-    heads = provenance.get("num_key_value_heads", {"source": 0, "result": 0})
-    lines = [f"# {name}, with a smaller K/V cache" if heads["source"] != heads["result"] else f"# {name}", ""]
-    if heads["source"] != heads["result"]:
+    changes = _changes(provenance)
+    lines = [f"# {name}, with a smaller K/V cache" if changes else f"# {name}", ""]
+    if changes:
         cache = provenance["cache_bytes_per_token"]
         lines += [
             f"Converted by kvconvert {provenance['kvconvert_version']} ({str(provenance['target']).upper()}, method "
-            f"{provenance['method']}): {heads['source']} K/V heads in each layer became {heads['result']}, and the "
+            f"{provenance['method']}): {' and '.join(changes)}, and the "
             f"cache takes {cache['result']} bytes per token in 16 bits, where it took {cache['source']}"
             + (", and as much for each token of the encoder." if seq2seq else "."),
             "",
@@ -68,8 +68,8 @@ def _text(name: str, config: Mapping[str, Any], provenance: Mapping[str, Any]) -
     training = provenance.get("uptraining")
     if training:
         lines += [f"Uptrained on {training['tokens']} tokens, objective: {training['objective']}.", ""]
-    elif heads["source"] != heads["result"]:
-        lines += ["It has not been uptrained, which recovers the quality that fewer heads cost.", ""]
+    elif changes:
+        lines += ["It has not been uptrained, which recovers the quality that the conversion cost.", ""]
     if model_type in RUNTIME_CLASSES:
         lines += [
             f"Its class, `{RUNTIME_CLASSES[model_type].architecture}`, is in the files beside the weights: open it "
@@ -79,3 +79,15 @@ def _text(name: str, config: Mapping[str, Any], provenance: Mapping[str, Any]) -
     if architecture is not None:
         lines += [f"Served by: {engines_line(serving(model_type, config))}.", ""]
     return "\n".join(lines)
+
+
+def _changes(provenance: Mapping[str, Any]) -> list[str]:
+    """What there is less of than in the source, in words."""
+    changes = []
+    heads = provenance.get("num_key_value_heads", {"source": 0, "result": 0})
+    if heads["source"] != heads["result"]:
+        changes.append(f"{heads['source']} K/V heads in each layer became {heads['result']}")
+    layers = provenance.get("num_key_value_layers", {"source": 0, "result": 0})
+    if layers["source"] != layers["result"]:
+        changes.append(f"{layers['source']} layers share the keys and values of {layers['result']}")
+    return changes

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .card import write_card
 from .checkpoint import CONFIG_NAME, Checkpoint, tensor_bytes
@@ -17,9 +16,6 @@ from .output import PROVENANCE_NAME, check_free_space, check_output, staged_dire
 from .plan import ConversionPlan
 from .remote_code import remote_code_allowed
 from .writer import CheckpointWriter
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["DEFAULT_MAX_SHARD_BYTES", "ExecutionResult", "check_source", "execute"]
 
@@ -61,7 +57,7 @@ def execute(
             if step.op is None:
                 checkpoint.copy_bytes(step.reads[0], file)
             else:
-                file.write(tensor_bytes(step.op(_read_rows(checkpoint, step.reads))))
+                file.write(tensor_bytes(step.op(*map(checkpoint.read, step.reads))))
             progress(spec.num_bytes)
         copy_companions(checkpoint.directory, staging)
         if plan.model_type != source_type:
@@ -101,10 +97,8 @@ def _provenance(plan: ConversionPlan, checkpoint: Checkpoint) -> dict[str, objec
             "source": plan.source.num_key_value_heads,
             "result": plan.result.num_key_value_heads,
         },
+        "num_key_value_layers": {
+            "source": plan.source.num_key_value_layers,
+            "result": plan.result.num_key_value_layers,
+        },
     }
-
-
-def _read_rows(checkpoint: Checkpoint, names: tuple[str, ...]) -> Tensor:
-    import torch
-
-    return torch.cat([checkpoint.read(name) for name in names])

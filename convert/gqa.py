@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .architecture import Architecture, AttentionShape, HeadTensor, read_attention
@@ -58,7 +58,7 @@ class Gqa:
             )
         if self.method == "svd" and not unchanged and _merged_groups(checkpoint) != self.num_key_value_heads:
             raise ValueError("the method svd plans on what merge_checkpoint made for as many K/V heads")
-        steps = {name: _copy_step(checkpoint, name) for name in checkpoint.tensors}
+        steps = {name: Step.copy(checkpoint.tensors[name]) for name in checkpoint.tensors}
         if not unchanged:
             for layer in range(source.num_hidden_layers):
                 self._pool_layer(steps, checkpoint, architecture, source, grouping, layer)
@@ -67,7 +67,7 @@ class Gqa:
             method=self.method,
             model_type=architecture.model_type,
             source=source,
-            result=source.with_key_value_heads(self.num_key_value_heads),
+            result=replace(source, num_key_value_heads=self.num_key_value_heads),
             config=checkpoint.config if unchanged else self._result_config(checkpoint, architecture, source.head_dim),
             steps=tuple(steps.values()),
             bytes_in=sum(info.num_bytes for info in checkpoint.tensors.values()),
@@ -128,11 +128,6 @@ class Gqa:
 
 def _merged_groups(checkpoint: Checkpoint) -> int | None:
     return len(checkpoint.reports[0].groups) if isinstance(checkpoint, MergedCheckpoint) else None
-
-
-def _copy_step(checkpoint: Checkpoint, name: str) -> Step:
-    info = checkpoint.tensors[name]
-    return Step((name,), TensorSpec(name, info.dtype, info.shape))
 
 
 def _tensor_seed(seed: int, name: str) -> int:

@@ -10,7 +10,7 @@ from .checkpoint import Checkpoint
 from .errors import UnsupportedError
 from .kv_cache import kv_cache_bytes, kv_cache_bytes_per_token
 from .serving import Serving, serving
-from .translations import as_target, targets
+from .translations import as_cross_layer, as_target, targets
 
 __all__ = ["Inspection", "Target", "inspect_checkpoint"]
 
@@ -41,6 +41,7 @@ class Inspection:
     attention: str
     cross_attention: bool
     num_hidden_layers: int
+    num_key_value_layers: int
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
@@ -69,8 +70,9 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = N
     source, checkpoint = checkpoint, usable[0]
     architecture = find_architecture(checkpoint)
     shape = read_attention(checkpoint, architecture)
-    conversions = _targets(source, shape)
-    configs = {view.config["model_type"]: view.config for view in reversed(usable)}
+    cross_layer, shared = _cross_layer_target(source)
+    conversions = (*_targets(source, shape), cross_layer)
+    configs = {view.config["model_type"]: view.config for view in (*shared, *reversed(usable))}
     classes = dict.fromkeys(target.model_type for target in conversions if target.model_type) or configs
     context = context_length or checkpoint.config_int(architecture.config_name("max_position_embeddings"), default=2048)
     return Inspection(
@@ -79,6 +81,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = N
         attention=shape.kind,
         cross_attention=shape.cross_attention,
         num_hidden_layers=shape.num_hidden_layers,
+        num_key_value_layers=shape.num_key_value_layers,
         num_attention_heads=shape.num_attention_heads,
         num_key_value_heads=shape.num_key_value_heads,
         head_dim=shape.head_dim,
@@ -87,7 +90,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = N
         dtype=checkpoint.dtype,
         size_on_disk_bytes=source.size_on_disk_bytes,
         cache_bytes_per_token=kv_cache_bytes_per_token(
-            num_layers=shape.num_hidden_layers,
+            num_layers=shape.num_key_value_layers,
             num_key_value_heads=shape.num_key_value_heads,
             head_dim=shape.head_dim,
             bytes_per_value=_CACHE_VALUE_BYTES,
@@ -95,7 +98,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = N
         context_length=context,
         cache_bytes_for_context=kv_cache_bytes(
             context,
-            windows=shape.windows,
+            windows=shape.key_value_windows,
             num_key_value_heads=shape.num_key_value_heads,
             head_dim=shape.head_dim,
             bytes_per_value=_CACHE_VALUE_BYTES,
@@ -124,6 +127,20 @@ def _targets(source: Checkpoint, shape: AttentionShape) -> tuple[Target, Target]
     if target is None:
         return gqa, Target("mha2mqa", False, reason)
     return gqa, Target("mha2mqa", True, f"{heads} K/V heads become 1", (1,), target)
+
+
+def _cross_layer_target(source: Checkpoint) -> tuple[Target, tuple[Checkpoint, ...]]:
+    """Whether layers can share keys and values, and the checkpoint as the class for it if there is one."""
+    try:
+        view = as_cross_layer(source)
+    except UnsupportedError as error:
+        return Target("mha2cla", False, str(error).removeprefix(f"{source.name}: ")), ()
+    architecture = find_architecture(view)
+    num_layers = read_attention(view, architecture).num_hidden_layers
+    if num_layers == 1:
+        return Target("mha2cla", False, "the model has one layer"), (view,)
+    reason = f"--share 2 to {num_layers}" if num_layers > 2 else "--share 2"
+    return Target("mha2cla", True, reason, model_type=architecture.model_type), (view,)
 
 
 def _target(source: Checkpoint, number: int) -> tuple[str | None, str]:

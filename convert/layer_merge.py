@@ -1,9 +1,9 @@
-"""The merge of one layer's heads: every group's keys and values, and which heads form a group."""
+"""The merge of heads, of one layer or of several that share: every group's keys and values, and which heads form it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,9 @@ from .rotary import Rotary, turning
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Freedom", "Heads", "LayerMerge", "best_grouping", "merge_layer"]
+__all__ = ["Freedom", "Heads", "LayerInput", "LayerMerge", "best_grouping", "merge_layers"]
+
+_RIDGE = 1e-6  # of the mean diagonal: for a text with fewer tokens than the input has dims
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -38,32 +40,50 @@ class Freedom:
 
 
 @dataclass(frozen=True)
-class LayerMerge:
-    """A layer with the heads of each group made equal, and the fraction of its energy that each group keeps."""
+class LayerInput:
+    """A layer's projections and what its attention reads, x with a 1 appended: (hidden_size + 1,).
+
+    gram: E[x xᵀ]. cross: for a layer that takes keys and values from another, E[x x'ᵀ] with the x' that the other one
+    reads. Both (hidden_size + 1, hidden_size + 1), float64.
+    """
 
     projections: Projections
+    gram: Tensor
+    cross: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerMerge:
+    """Layers with the heads of each group made equal, and the fraction of its energy that each group keeps."""
+
+    projections: tuple[Projections, ...]
     grouping: HeadGrouping
     keys_retained: tuple[float, ...]
     values_retained: tuple[float, ...]
 
 
-def merge_layer(heads: Heads, grouping: HeadGrouping) -> LayerMerge:
+def merge_layers(heads: Heads, grouping: HeadGrouping) -> LayerMerge:
     """Merge the K/V heads of each group.
 
-    The result has the heads of a group next to one another, and their query heads with them, in `grouping`'s order.
+    In each layer of the result the heads of a group are next to one another, and their query heads with them, in
+    `grouping`'s order. Its keys and values are functions of what the first layer reads.
     """
     import torch
 
     groups = [(group, heads.merged_keys(group), heads.merged_values(group)) for group in grouping.groups]
-    q, k, v, o = [], [], [], []
-    for group, keys, values in groups:
-        for head, read_key, read_value in zip(group, keys.readers, values.readers, strict=True):
-            q += [read_key.T @ query for query in heads.queries[head]]
-            o += [output @ read_value for output in heads.outputs[head]]
-            k.append(keys.shared)
-            v.append(values.shared)
+    merged = []
+    for layer in range(heads.num_layers):
+        q, k, v, o = [], [], [], []
+        for group, keys, values in groups:
+            for head, read_key, read_value in zip(group, keys.readers, values.readers, strict=True):
+                if heads.layer(head) == layer:
+                    q += [read_key.T @ query for query in heads.queries[head]]
+                    o += [output @ read_value for output in heads.outputs[head]]
+                    k.append(keys.shared)
+                    v.append(values.shared)
+        merged.append(Projections(torch.cat(q), torch.cat(k), torch.cat(v), torch.cat(o, dim=1)))
     return LayerMerge(
-        Projections(torch.cat(q), torch.cat(k), torch.cat(v), torch.cat(o, dim=1)),
+        tuple(merged),
         grouping,
         tuple(keys.retained for _, keys, _ in groups),
         tuple(values.retained for _, _, values in groups),
@@ -71,32 +91,70 @@ def merge_layer(heads: Heads, grouping: HeadGrouping) -> LayerMerge:
 
 
 class Heads:
-    """A layer's projections head by head: queries[h] and outputs[h] are those of the query heads that read K/V head h.
+    """The K/V heads of one layer, or of several that are to share keys and values, numbered through.
 
-    queries: (head_dim, hidden_size + 1) each; outputs: (hidden_size, head_dim) each. gram: E[x xᵀ] of the attention's
-    input with a 1 appended, (hidden_size + 1, hidden_size + 1), float64. What merges need of it, the covariances of all
-    keys and of all values, is computed once.
+    queries[h] and outputs[h] are those of the query heads that read K/V head h, (head_dim, hidden_size + 1) and
+    (hidden_size, head_dim) each. The keys and values of layers after the first are predicted from what the first one's
+    attention reads: the least-squares map is the layer's own times `cross` · gram⁻¹. What a prediction leaves out is
+    orthogonal to all that the first layer reads, so that no merge can do anything about it.
+    What merges need of the inputs, the covariances of all keys and of all values, is computed once.
     """
 
-    def __init__(self, source: Projections, shape: AttentionShape, gram: Tensor, freedom: Freedom) -> None:
+    def __init__(self, layers: Sequence[LayerInput], shape: AttentionShape, freedom: Freedom) -> None:
+        import torch
+
         size = shape.num_attention_heads // shape.num_key_value_heads
-        queries = source.q.unflatten(0, (shape.num_key_value_heads, size, shape.head_dim))
-        outputs = source.o.unflatten(1, (shape.num_key_value_heads, size, shape.head_dim))
-        self.queries = [list(group) for group in queries]
-        self.outputs = [list(group) for group in outputs.permute(1, 2, 0, 3)]
+        gram, rotary = layers[0].gram, freedom.rotary
+        self.num_layers = len(layers)
+        self.queries: list[list[Tensor]] = []
+        self.outputs: list[list[Tensor]] = []
         self._freedom = freedom
-        rotary = freedom.rotary
         self._turning = turning(rotary, shape.head_dim) if rotary.dims and freedom.keys else None
-        keys = source.k.unflatten(0, (-1, shape.head_dim)).transpose(0, 1)
-        self._keys = rotary.half_split(keys).transpose(0, 1)  # (heads, head_dim, hidden_size + 1)
-        self._values = source.v.unflatten(0, (-1, shape.head_dim))
+        self._key_weights: list[Tensor] = []
+        keys, values, own_keys, own_values = [], [], [], []
+        for layer in layers:
+            source = layer.projections
+            queries = source.q.unflatten(0, (shape.num_key_value_heads, size, shape.head_dim))
+            outputs = source.o.unflatten(1, (shape.num_key_value_heads, size, shape.head_dim))
+            self.queries += [list(group) for group in queries]
+            self.outputs += [list(group) for group in outputs.permute(1, 2, 0, 3)]
+            self._key_weights += [
+                _sum(rotary.half_split(query) @ layer.gram @ rotary.half_split(query).T for query in group)
+                for group in queries
+            ]
+            heads = source.k.unflatten(0, (-1, shape.head_dim)).transpose(0, 1)
+            keys.append(rotary.half_split(heads).transpose(0, 1))  # (heads, head_dim, hidden_size + 1)
+            values.append(source.v.unflatten(0, (-1, shape.head_dim)))
+            if layer.cross is not None:
+                own_keys.append(keys[-1] @ layer.gram @ keys[-1].mT)
+                own_values.append(values[-1] @ layer.gram @ values[-1].mT)
+                predicted = _regression(layer.cross, gram)
+                keys[-1], values[-1] = keys[-1] @ predicted, values[-1] @ predicted
+        self._keys, self._values = torch.cat(keys), torch.cat(values)
         self._key_covariances = _covariances(self._keys, gram)
         self._value_covariances = _covariances(self._values, gram)
-        self._key_weights = [
-            _sum(rotary.half_split(query) @ gram @ rotary.half_split(query).T for query in group)
-            for group in self.queries
-        ]
         self._value_weights = [_sum(output.T @ output for output in group) for group in self.outputs]
+        self._unpredicted_keys = self._unpredicted(own_keys, self._key_covariances)
+        self._unpredicted_values = self._unpredicted(own_values, self._value_covariances)
+
+    def _unpredicted(self, own: list[Tensor], covariances: Tensor) -> Tensor:
+        """The covariance of what no prediction has of each head, (heads, head_dim, head_dim)."""
+        import torch
+
+        predicted = covariances.diagonal().permute(2, 0, 1)
+        return torch.cat([predicted[: len(predicted) // self.num_layers], *own]) - predicted
+
+    def layer(self, head: int) -> int:
+        """The layer of a head, counted from the first."""
+        return head * self.num_layers // len(self)
+
+    def in_order(self, num_groups: int) -> HeadGrouping:
+        """Neighbouring heads of a layer form a group, with those in the same place of the other layers."""
+        size = len(self) // self.num_layers
+        groups = HeadGrouping.contiguous(size, num_groups).groups
+        return HeadGrouping(
+            tuple(tuple(layer * size + head for layer in range(self.num_layers) for head in group) for group in groups)
+        )
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -108,7 +166,8 @@ class Heads:
             merged = merge_linear(rows, weights, covariance, len(rows[0]))
         else:
             merged = merge_mean(rows, weights, covariance)
-        return _of_rows(merged, self._values[list(group)])
+        lost = sum(float((self._unpredicted_values[head] * self._value_weights[head]).sum()) for head in group)
+        return _of_rows(replace(merged, total=merged.total + max(lost, 0.0)), self._values[list(group)])
 
     def merged_keys(self, group: tuple[int, ...]) -> Merged:
         """In the order of the class's rotary pairs."""
@@ -122,7 +181,9 @@ class Heads:
         else:
             start = _at_any_angle(rows, weights, covariance, rotary.dims)
             merged = merge_at_distances(start, rows, weights, covariance, self._turning)
-        merged = _of_rows(merged, self._keys[list(group)])
+        unpredicted = self._unpredicted_keys if self._turning is None else self._turning.mean(self._unpredicted_keys)
+        lost = sum(float((unpredicted[head] * self._key_weights[head]).sum()) for head in group)
+        merged = _of_rows(replace(merged, total=merged.total + max(lost, 0.0)), self._keys[list(group)])
         readers = [rotary.original(rotary.original(reader).T).T for reader in merged.readers]
         return Merged(rotary.original(merged.shared), readers, merged.kept, merged.total)
 
@@ -130,6 +191,15 @@ class Heads:
         """What merging two heads loses, of the energies of all keys and of all values, added: (heads, heads)."""
         keys = pair_losses(self._key_covariances, self._key_weights, self._turning)
         return keys + pair_losses(self._value_covariances, self._value_weights)
+
+
+def _regression(cross: Tensor, gram: Tensor) -> Tensor:
+    """argmin over A of E‖x − A x'‖², from cross = E[x x'ᵀ] and gram = E[x' x'ᵀ]."""
+    import torch
+
+    ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    solution: Tensor = torch.linalg.solve(gram + ridge, cross.T).T
+    return solution
 
 
 def _covariances(heads: Tensor, gram: Tensor) -> Tensor:
@@ -179,9 +249,9 @@ def _sum(tensors: Iterable[Tensor]) -> Tensor:
 def best_grouping(heads: Heads, num_groups: int) -> HeadGrouping:
     """The groups, of equal size, that lose the least: the lost fractions of the energies of keys and of values, added.
 
-    Both sides must be free. What a group loses is taken for the sum of what its pairs would, each computed once. Groups
-    grow greedily from every head as seed, and heads are swapped until no swap helps (QCQA, arXiv 2406.10247, searches
-    groups too, for the mean).
+    Both sides must be free. A group has as many heads of every layer. What it loses is taken for the sum of what its
+    pairs would, each computed once. Groups grow greedily from every head as seed, and heads are swapped until no swap
+    helps (QCQA, arXiv 2406.10247, searches groups too, for the mean).
     """
     losses: list[list[float]] = heads.pair_losses().tolist()
 
@@ -190,34 +260,38 @@ def best_grouping(heads: Heads, num_groups: int) -> HeadGrouping:
 
     everything = tuple(range(len(heads)))
     size = len(everything) // num_groups
-    candidates = [HeadGrouping.contiguous(len(everything), num_groups).groups]
-    candidates += [_grown(everything, seed, size, loss) for seed in everything]
-    best = min((_swapped(groups, loss) for groups in candidates), key=lambda groups: sum(map(loss, groups)))
+    candidates = [heads.in_order(num_groups).groups]
+    candidates += [_grown(heads, seed, size, loss) for seed in everything]
+    best = min((_swapped(groups, heads, loss) for groups in candidates), key=lambda groups: sum(map(loss, groups)))
     return HeadGrouping(tuple(sorted(tuple(sorted(group)) for group in best)))
 
 
-def _grown(heads: tuple[int, ...], seed: int, size: int, loss: Callable[[Iterable[int]], float]) -> Groups:
+def _grown(heads: Heads, seed: int, size: int, loss: Callable[[Iterable[int]], float]) -> Groups:
     """Groups filled one after the other, each with the head that costs least, the first from `seed`."""
-    free = set(heads)
+    free = set(range(len(heads)))
     groups: list[tuple[int, ...]] = []
     while free:
         group = [seed if not groups else min(free)]
         free -= set(group)
         while len(group) < size:
-            group.append(min(sorted(free), key=lambda head: loss([*group, head])))
+            layers = [heads.layer(head) for head in group]
+            wanted = [head for head in sorted(free) if layers.count(heads.layer(head)) < size // heads.num_layers]
+            group.append(min(wanted, key=lambda head: loss([*group, head])))
             free.discard(group[-1])
         groups.append(tuple(group))
     return tuple(groups)
 
 
-def _swapped(groups: Groups, loss: Callable[[Iterable[int]], float]) -> Groups:
-    """The groups after swaps of two heads, as long as one lowers the loss."""
+def _swapped(groups: Groups, heads: Heads, loss: Callable[[Iterable[int]], float]) -> Groups:
+    """The groups after swaps of two heads of a layer, as long as one lowers the loss."""
     current = [list(group) for group in groups]
     improved = True
     while improved:
         improved = False
         for one, other in combinations(current, 2):
             for i, j in product(range(len(one)), range(len(other))):
+                if heads.layer(one[i]) != heads.layer(other[j]):
+                    continue
                 before = loss(one) + loss(other)
                 one[i], other[j] = other[j], one[i]
                 if loss(one) + loss(other) < before - 1e-12:

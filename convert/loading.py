@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint
 from .errors import CheckpointError, UnsupportedError
 from .remote_code import remote_code_allowed
 from .runtime import register
@@ -83,23 +82,23 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def class_config(checkpoint: Checkpoint) -> Any:
+def class_config(config: Mapping[str, Any]) -> Any:
     """The config as its class reads it, with the class's defaults; not of a class that is remote code."""
     from transformers import AutoConfig
 
-    values = {key: value for key, value in checkpoint.config.items() if key not in ("model_type", "auto_map")}
+    values = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
     with quiet_transformers():
-        return AutoConfig.for_model(checkpoint.config["model_type"], **values)
+        return AutoConfig.for_model(config["model_type"], **values)
 
 
-def empty_model(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's causal language model in float32, its parameters on the meta device, its buffers on the CPU."""
+def empty_model(config: Mapping[str, Any]) -> Any:
+    """The causal language model of a config in float32, its parameters on the meta device, its buffers on the CPU."""
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers(), init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(class_config(checkpoint), dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_config(class_config(config), dtype=torch.float32).eval()
 
 
 def knows_class(model_type: object) -> bool:

@@ -147,15 +147,20 @@ def pair_losses(covariances: Tensor, weights: Sequence[Tensor], turning: Turning
     import torch
 
     size, num_heads = covariances.shape[-1], len(covariances)
-    joint = turning.mean(covariances) if turning is not None else covariances
     roots = torch.stack([_root_and_inverse(weight)[0] for weight in weights])
-    joint = roots[:, None] @ joint @ roots[None]
-    losses = torch.zeros(num_heads, num_heads, dtype=joint.dtype)
+
+    def weighed(blocks: Tensor, one: Tensor, other: Tensor) -> Tensor:
+        return one @ (turning.mean(blocks) if turning is not None else blocks) @ other
+
+    own = weighed(covariances.diagonal().permute(2, 0, 1), roots, roots)
+    losses = torch.zeros(num_heads, num_heads, dtype=own.dtype)
     for one in range(num_heads - 1):
-        pairs = [joint[[one, other]][:, [one, other]] for other in range(one + 1, num_heads)]
-        together = torch.stack(pairs).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        losses[one, one + 1 :] = torch.linalg.eigvalsh(together)[:, :size].clamp(min=0).sum(1)
-    total = torch.einsum("iijj->", joint).clamp(min=1e-300)
+        others = range(one + 1, num_heads)
+        cross = weighed(covariances[one, one + 1 :], roots[one], roots[one + 1 :])
+        upper = torch.cat([own[one].expand(len(others), -1, -1), cross], dim=2)
+        lower = torch.cat([cross.mT, own[one + 1 :]], dim=2)
+        losses[one, one + 1 :] = torch.linalg.eigvalsh(torch.cat([upper, lower], dim=1))[:, :size].clamp(min=0).sum(1)
+    total = own.diagonal(dim1=1, dim2=2).sum().clamp(min=1e-300)
     fractions: Tensor = (losses + losses.T) / total
     return fractions
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .architecture import AttentionShape
+from .checkpoint import TensorInfo
 from .heads import POOLING_METHODS, HeadGrouping, interleave_heads, stack_heads
 from .kv_cache import kv_cache_bytes_per_token
+from .layers import LayerGrouping
 from .writer import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ConversionPlan", "LayerReport", "PoolHeads", "Step"]
+__all__ = ["AverageLayers", "ConversionPlan", "LayerReport", "PoolHeads", "Step"]
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,11 @@ class PoolHeads:
         if (self.method == "random") != (self.std is not None and self.seed is not None):
             raise ValueError("std and seed belong to the random method, and only to it")
 
-    def __call__(self, tensor: Tensor) -> Tensor:
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        """The tensors are joined along their rows first."""
         import torch
 
+        tensor = torch.cat(tensors)
         if self.interleaved:
             tensor = stack_heads(tensor, self.num_query_heads, self.grouping.num_heads)
         num_heads = self.num_query_heads + self.num_runs * self.grouping.num_heads
@@ -61,23 +65,58 @@ class PoolHeads:
 
 
 @dataclass(frozen=True)
+class AverageLayers:
+    """The mean of a projection over `num_layers` layers, as a function of what the first layer's attention reads.
+
+    Called with the layers' weights, (rows, hidden_size), and then the gains of their input norms, (hidden_size,): each
+    weight is folded with its own gain, and the mean unfolded with the first's. Without gains, biases are averaged.
+    `pool` then pools heads. In float64, rounded once.
+    """
+
+    num_layers: int
+    pool: PoolHeads | None = None
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        import torch
+
+        weights, gains = [[tensor.double() for tensor in part] for part in _split(tensors, self.num_layers)]
+        if gains:
+            # an input that the first layer's norm switches off is zero whatever the weight
+            ratios = [torch.where(gains[0] == 0, torch.zeros_like(gain), gain / gains[0]) for gain in gains]
+            weights = [weight * ratio for weight, ratio in zip(weights, ratios, strict=True)]
+        mean = torch.stack(weights).mean(0)
+        return (mean if self.pool is None else self.pool(mean)).to(tensors[0].dtype)
+
+
+def _split(tensors: Sequence[Tensor], index: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    return tensors[:index], tensors[index:]
+
+
+@dataclass(frozen=True)
 class Step:
-    """Read tensors, write one. Several are joined along their rows. Without `op` bytes are copied, never decoded."""
+    """Read tensors, write what `op` makes of them. Without `op` bytes are copied, never decoded."""
 
     reads: tuple[str, ...]
     writes: TensorSpec
-    op: PoolHeads | None = None
+    op: PoolHeads | AverageLayers | None = None
 
     def __post_init__(self) -> None:
         if self.op is None and len(self.reads) != 1:
             raise ValueError(f"{self.writes.name} would be a copy of {len(self.reads)} tensors")
 
+    @classmethod
+    def copy(cls, info: TensorInfo) -> Step:
+        return cls((info.name,), TensorSpec(info.name, info.dtype, info.shape))
+
 
 @dataclass(frozen=True)
 class LayerReport:
-    """The groups of a layer whose heads were merged, and the fraction of energy that keys and values of each kept."""
+    """The groups of heads that were merged, and the fraction of energy that keys and values of each kept.
 
-    layer: int
+    `layers` share keys and values, which the first computes. Heads are numbered through all of them.
+    """
+
+    layers: tuple[int, ...]
     groups: tuple[tuple[int, ...], ...]
     keys_retained: tuple[float, ...]
     values_retained: tuple[float, ...]
@@ -106,7 +145,7 @@ class ConversionPlan:
         """Before and after, for a 16-bit cache."""
         before, after = (
             kv_cache_bytes_per_token(
-                num_layers=shape.num_hidden_layers,
+                num_layers=shape.num_key_value_layers,
                 num_key_value_heads=shape.num_key_value_heads,
                 head_dim=shape.head_dim,
             )
@@ -130,19 +169,26 @@ class ConversionPlan:
 
 
 def _attention_shape(data: Mapping[str, Any]) -> AttentionShape:
-    return AttentionShape(**{**data, "windows": tuple(data["windows"])})
+    grouping = data["layer_grouping"]
+    shared = None if grouping is None else LayerGrouping(tuple(grouping["sources"]))
+    return AttentionShape(**{**data, "windows": tuple(data["windows"]), "layer_grouping": shared})
 
 
 def _layer_report(data: Mapping[str, Any]) -> LayerReport:
     groups = tuple(tuple(group) for group in data["groups"])
-    return LayerReport(data["layer"], groups, tuple(data["keys_retained"]), tuple(data["values_retained"]))
+    return LayerReport(tuple(data["layers"]), groups, tuple(data["keys_retained"]), tuple(data["values_retained"]))
 
 
 def _step(data: Mapping[str, Any]) -> Step:
     spec = data["writes"]
-    writes = TensorSpec(spec["name"], spec["dtype"], tuple(spec["shape"]))
     op = data["op"]
-    if op is None:
-        return Step(tuple(data["reads"]), writes)
-    grouping = HeadGrouping(tuple(tuple(group) for group in op["grouping"]["groups"]))
-    return Step(tuple(data["reads"]), writes, PoolHeads(**{**op, "grouping": grouping}))
+    if op is not None:
+        op = AverageLayers(op["num_layers"], _pool_heads(op["pool"])) if "num_layers" in op else _pool_heads(op)
+    return Step(tuple(data["reads"]), TensorSpec(spec["name"], spec["dtype"], tuple(spec["shape"])), op)
+
+
+def _pool_heads(data: Mapping[str, Any] | None) -> PoolHeads | None:
+    if data is None:
+        return None
+    grouping = HeadGrouping(tuple(tuple(group) for group in data["grouping"]["groups"]))
+    return PoolHeads(**{**data, "grouping": grouping})

@@ -102,7 +102,7 @@ def turning(rotary: Rotary, head_dim: int) -> Turning:
 
 def read_rotary(checkpoint: Checkpoint, architecture: Architecture, shape: AttentionShape) -> list[Rotary]:
     """For each layer, with the frequencies that its class computes."""
-    model = empty_model(checkpoint)
+    model = empty_model(checkpoint.config)
     found = {name.rpartition("rotary_emb.")[2]: buffer for name, buffer in model.named_buffers()}
     kinds = getattr(model.config, "layer_types", None) or [""] * shape.num_hidden_layers
     context = checkpoint.config_int(architecture.config_name("max_position_embeddings"), default=2048)

@@ -13,12 +13,12 @@ from typing import IO, TYPE_CHECKING
 
 from safetensors import safe_open
 
-from .architecture import Architecture, read_attention
-from .calibration import CalibrationText, LayerwiseModel, second_moment, with_one
+from .architecture import Architecture, AttentionShape, read_attention
+from .calibration import CalibrationText, LayerwiseModel, layer_moments, second_moment
 from .checkpoint import Checkpoint, TensorInfo, tensor_bytes
 from .errors import UnsupportedError
-from .heads import HeadGrouping
-from .layer_merge import Freedom, Heads, best_grouping, merge_layer
+from .layer_merge import Freedom, Heads, LayerInput, best_grouping, merge_layers
+from .layers import LayerGrouping
 from .output import disk_errors
 from .plan import LayerReport
 from .projections import read_projections
@@ -28,12 +28,15 @@ from .statistics import LayerStatistics
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .calibration import SharedStates
+
 __all__ = ["MergeSettings", "MergedCheckpoint", "check_mergeable", "merge_checkpoint", "refitted", "scratch_bytes"]
 
 
 @dataclass(frozen=True)
 class MergeSettings:
-    """`grouping` is "similarity" (groups that lose least) or "contiguous" (neighbours).
+    """`grouping` is "similarity" (groups that lose least) or "contiguous" (neighbours). `kv_source_layers` says which
+    layer's keys and values each layer reads (LayerGrouping); without it, its own.
 
     `refit` fits each o_proj to the original's attention output on the calibration text, pulled towards the closed form
     by `refit_ridge`, a fraction of the mean diagonal of the normal equations. The text is run on `device`, in
@@ -41,6 +44,7 @@ class MergeSettings:
     """
 
     num_key_value_heads: int
+    kv_source_layers: tuple[int, ...] | None = None
     grouping: str = "similarity"
     refit: bool = True
     refit_ridge: float = 0.2
@@ -99,10 +103,9 @@ def merge_checkpoint(
 
     With text the model runs layer by layer, the original and, to refit the outputs, the merged one beside it. Merged
     tensors are kept in files in `scratch`, which the result reads; with `keep`, so are the Gram matrices.
+    Layers that are to share keys and values need text: what one layer reads has to be predicted from another's.
     Raises UnsupportedError for architectures that have no such merge.
     """
-    import torch
-
     check_mergeable(checkpoint, architecture)
     shape = read_attention(checkpoint, architecture)
     rotary = read_rotary(checkpoint, architecture, shape)
@@ -110,29 +113,37 @@ def merge_checkpoint(
     # a norm over keys, or after the values, may have gains for each head
     may_regroup = free_keys and free_values and not architecture.ordered_heads(checkpoint.config)
     may_regroup &= settings.grouping == "similarity"
-    contiguous = HeadGrouping.contiguous(shape.num_key_value_heads, settings.num_key_value_heads)
+    layers_of_groups: tuple[tuple[int, ...], ...] = tuple((layer,) for layer in range(shape.num_hidden_layers))
+    if settings.kv_source_layers is not None:
+        if text is None:
+            raise ValueError("layers that share keys and values are merged on text")
+        layers_of_groups = LayerGrouping(settings.kv_source_layers).groups
     runner = _TwoStreams(checkpoint, architecture, text, settings) if text is not None else None
     merged: dict[str, Path] = {}
     reports = []
-    for layer in range(shape.num_hidden_layers):
+    for layers in layers_of_groups:
         if runner is not None:
-            gram = runner.gram(layer)
-        elif statistics is not None:
-            gram = statistics.gram(layer)
+            grams, crosses = runner.moments(layers)
         else:
-            gram = torch.eye(shape.hidden_size + 1, dtype=torch.float64)
-        source = read_projections(checkpoint, architecture, shape, layer)
-        heads = Heads(source, shape, gram, Freedom(rotary[layer], keys=free_keys, values=free_values))
-        choose = may_regroup and settings.num_key_value_heads > 1
-        result = merge_layer(heads, best_grouping(heads, settings.num_key_value_heads) if choose else contiguous)
-        tensors = result.projections.tensors(checkpoint, architecture, shape, layer)
-        if runner is not None:
-            runner.advance(layer, tensors, architecture.tensor_name(layer, "o_proj"))
-        merged |= _store(tensors, scratch / f"layer-{layer:05d}.safetensors")
-        if keep:
-            _store({"gram": gram}, _gram_file(scratch, layer))
-        reports.append(LayerReport(layer, result.grouping.groups, result.keys_retained, result.values_retained))
-        progress(1)
+            grams, crosses = [_gram_without_text(statistics, shape, layers[0])], [None]
+        inputs = [
+            LayerInput(read_projections(checkpoint, architecture, shape, layer), gram, cross)
+            for layer, gram, cross in zip(layers, grams, crosses, strict=True)
+        ]
+        heads = Heads(inputs, shape, Freedom(rotary[layers[0]], keys=free_keys, values=free_values))
+        whole = settings.num_key_value_heads == 1 or settings.num_key_value_heads == len(heads)
+        choose = may_regroup and not whole
+        best = best_grouping if choose else Heads.in_order
+        result = merge_layers(heads, best(heads, settings.num_key_value_heads))
+        for layer, projections, gram in zip(layers, result.projections, grams, strict=True):
+            tensors = projections.tensors(checkpoint, architecture, shape, layer)
+            if runner is not None:
+                runner.advance(layer, tensors, architecture.tensor_name(layer, "o_proj"))
+            merged |= _store(tensors, scratch / f"layer-{layer:05d}.safetensors")
+            if keep:
+                _store({"gram": gram}, _gram_file(scratch, layer))
+            progress(1)
+        reports.append(LayerReport(layers, result.grouping.groups, result.keys_retained, result.values_retained))
     return MergedCheckpoint(
         checkpoint.name,
         checkpoint.path,
@@ -146,12 +157,23 @@ def merge_checkpoint(
     )
 
 
+def _gram_without_text(statistics: LayerStatistics | None, shape: AttentionShape, layer: int) -> Tensor:
+    import torch
+
+    return torch.eye(shape.hidden_size + 1, dtype=torch.float64) if statistics is None else statistics.gram(layer)
+
+
 def check_mergeable(checkpoint: Checkpoint, architecture: Architecture) -> None:
     """Raise UnsupportedError for architectures that have no such merge."""
     if architecture.cross_attention is not None:
         raise UnsupportedError(
             f"{checkpoint.name}: --method svd merges decoders only, not the encoder-decoder {architecture.model_type}",
             hint="use --method mean",
+        )
+    if read_attention(checkpoint, architecture).layer_grouping is not None:
+        raise UnsupportedError(
+            f"{checkpoint.name}: --method svd does not merge heads whose keys and values several layers read",
+            hint="merge heads and layers at once: mha2cla --groups; or use --method mean",
         )
 
 
@@ -187,7 +209,10 @@ def _store(tensors: dict[str, Tensor], path: Path) -> dict[str, Path]:
 
 
 class _TwoStreams:
-    """The original's hidden states and the merged model's, at the entrance of the same layer."""
+    """The original's hidden states and the merged model's, at the entrance of the same layer.
+
+    Beside the latter are the keys and values that its layers have computed, where others read them.
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, architecture: Architecture, text: CalibrationText, settings: MergeSettings
@@ -200,14 +225,11 @@ class _TwoStreams:
             self._original = [self._model.embed(batch) for batch in text.batches]
         self._model.release_embeddings()
         self._merged = list(self._original)
+        self._shared: list[SharedStates | None] = [None] * len(self._merged)
 
-    def gram(self, layer: int) -> Tensor:
-        """E[x xᵀ] of the original's attention input with a 1 appended."""
-        import torch
-
-        with torch.inference_mode(), self._model.layer(layer) as module:
-            inputs = (with_one(self._model.attention_inputs(module, layer, states)) for states in self._original)
-            return second_moment(((states, states) for states in inputs), self._settings.device)
+    def moments(self, layers: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Of the original: `layer_moments`."""
+        return layer_moments(self._model, layers, self._original, self._settings.device)
 
     def advance(self, layer: int, tensors: dict[str, Tensor], o_proj: str) -> None:
         """Take both streams through the layer, and refit tensors[o_proj] in between if asked for."""
@@ -220,15 +242,20 @@ class _TwoStreams:
                 self._original = [self._model.run(module, layer, states, wanted) for states in self._original]
             if wanted is None:
                 return
-            with self._model.layer(layer, tensors) as module:
-                found = [self._model.attention_outputs(module, layer, states) for states in self._merged]
+            model, sources = self._model, self._settings.kv_source_layers
+            source = sources[layer] if sources is not None else None
+            if source == layer:  # what the layers before have computed is not read again
+                self._shared = [{} for _ in self._merged]
+            streams = list(zip(self._merged, self._shared, strict=True))
+            with model.layer(layer, tensors, source) as module:
+                found = [model.attention_outputs(module, layer, states, shared) for states, shared in streams]
                 cross = second_moment(zip(wanted, found, strict=True), self._settings.device)
                 normal = second_moment(((states, states) for states in found), self._settings.device)
                 del wanted, found
                 tensors[o_proj] = refitted(original, tensors[o_proj], cross, normal, self._settings.refit_ridge)
-                fitted = module.get_parameter(self._model.local_name(o_proj, layer))
+                fitted = module.get_parameter(model.local_name(o_proj, layer))
                 fitted.copy_(tensors[o_proj])
-                self._merged = [self._model.run(module, layer, states) for states in self._merged]
+                self._merged = [model.run(module, layer, states, shared=shared) for states, shared in streams]
 
 
 def refitted(original: Tensor, closed_form: Tensor, cross: Tensor, normal: Tensor, ridge: float) -> Tensor:

@@ -20,7 +20,10 @@ from typing import Any, NamedTuple
 
 
 class Case(NamedTuple):
-    """A source class, the conversion, what should come out, and by how much its cache should be smaller."""
+    """A source class, the conversion, what should come out, and by how much its cache should be smaller.
+
+    `plugins` are those that vLLM loads.
+    """
 
     model_type: str
     overrides: dict[str, Any]
@@ -28,8 +31,14 @@ class Case(NamedTuple):
     served: str
     cache_ratio: int
     trust_remote_code: bool = False
+    plugins: str = ""
+    compiled: bool = False
 
 
+FOUR_LAYERS = {"num_hidden_layers": 4}
+CLA2 = ("mha2cla", "--share", "2")
+MQA_CLA3 = ("mha2cla", "--share", "3", "--groups", "1")
+CROSS_LAYER = "CrossLayerDecoderForCausalLM"
 GQA2 = ("mha2gqa", "--groups", "2")
 CASES = {
     "llama": Case("llama", {}, GQA2, "LlamaForCausalLM", 4),
@@ -37,6 +46,13 @@ CASES = {
     "gpt_neox-sequential": Case("gpt_neox", {"use_parallel_residual": False}, GQA2, "NemotronForCausalLM", 4),
     "gpt2": Case("gpt2", {}, ("mha2mqa",), "GPTBigCodeForCausalLM", 8),
     "gpt2-grouped": Case("gpt2", {}, GQA2, "GroupedDecoderForCausalLM", 4, trust_remote_code=True),
+    "cla2": Case("llama", FOUR_LAYERS, CLA2, CROSS_LAYER, 2, plugins="kvconvert"),
+    "cla2-compiled": Case("llama", FOUR_LAYERS, CLA2, CROSS_LAYER, 2, plugins="kvconvert", compiled=True),
+    "cla2-no-plugin": Case("llama", FOUR_LAYERS, CLA2, CROSS_LAYER, 1, trust_remote_code=True),
+    "mqa-cla3": Case(
+        "qwen2", {**FOUR_LAYERS, "num_key_value_heads": 8}, MQA_CLA3, CROSS_LAYER, 16, plugins="kvconvert"
+    ),
+    "cla2-window": Case("mistral", {**FOUR_LAYERS, "sliding_window": 32}, CLA2, CROSS_LAYER, 2, plugins="kvconvert"),
 }
 PROMPT_LENGTHS = (1, 7, 40, 120)  # vLLM's blocks have 128 tokens on a CPU: the last prompt goes on into a second one
 NUM_TOKENS = 16
@@ -77,12 +93,16 @@ def build(case: Case, directory: Path) -> None:
     model.save_pretrained(directory)
 
 
-def serve(directory: str, prompts: list[list[int]], trust_remote_code: bool) -> dict[str, Any]:
+def serve(directory: str, prompts: list[list[int]], trust_remote_code: bool, compiled: bool) -> dict[str, Any]:
     """Greedy tokens, their log-probabilities, and the cache that vLLM allocated. Runs in vLLM's environment."""
-    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+    from vllm import LLM, SamplingParams
 
     llm = LLM(
-        directory, dtype="float32", enforce_eager=True, skip_tokenizer_init=True, trust_remote_code=trust_remote_code
+        directory,
+        dtype="float32",
+        enforce_eager=not compiled,
+        skip_tokenizer_init=True,
+        trust_remote_code=trust_remote_code,
     )
     sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=1, detokenize=False)
     requests = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
@@ -123,12 +143,13 @@ def score(directory: Path, prompts: list[list[int]], tokens: list[list[int]], tr
     return torch.stack(likely), torch.stack(logprobs)
 
 
-def run_vllm(python: str, directory: Path, prompts: list[list[int]], trust_remote_code: bool) -> dict[str, Any]:
+def run_vllm(python: str, directory: Path, prompts: list[list[int]], case: Case) -> dict[str, Any]:
     """`serve` in a process of its own, which gives its memory back."""
     answer = directory.with_suffix(".json")
-    arguments = json.dumps([str(directory), prompts, trust_remote_code])
+    arguments = json.dumps([str(directory), prompts, case.trust_remote_code, case.compiled])
     command = [python, __file__, "--serve", arguments, str(answer)]
-    process = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
+    environment = os.environ | ENVIRONMENT | {"VLLM_PLUGINS": case.plugins}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if process.returncode:
         raise RuntimeError(f"vLLM failed on {directory.name}:\n{(process.stdout + process.stderr)[-3000:]}")
     result: dict[str, Any] = json.loads(answer.read_text())
@@ -147,9 +168,9 @@ def check(case: Case, python: str, folder: Path) -> tuple[str, bool, dict[str, s
     (architecture,) = json.loads((converted / "config.json").read_text())["architectures"]
 
     prompts = [torch.randint(3, VOCAB_SIZE, (length,)).tolist() for length in PROMPT_LENGTHS]
-    before = run_vllm(python, source, prompts, False)
-    after = run_vllm(python, converted, prompts, case.trust_remote_code)
-    likely, logprobs = score(converted, prompts, after["tokens"], case.trust_remote_code)
+    before = run_vllm(python, source, prompts, case)
+    after = run_vllm(python, converted, prompts, case)
+    likely, logprobs = score(converted, prompts, after["tokens"], True)
     control, _ = score(source, prompts, after["tokens"], False)
     difference = (torch.tensor(after["logprobs"]) - logprobs).abs().max().item()
     passed = (

@@ -12,6 +12,7 @@ from pathlib import Path
 from kvconvert.convert import ARCHITECTURES, ROUTES
 from kvconvert.convert.runtime import RUNTIME_CLASSES
 from kvconvert.convert.serving import Serving, serving
+from kvconvert.convert.translations.cross_layer import CROSS_LAYER, CROSS_LAYER_DECODER
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- begin: scripts/generate_support_table.py -->", "<!-- end -->"
@@ -31,14 +32,20 @@ def sources() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
     return {name: (classes(name, 2), classes(name, 1)) for name in names}
 
 
+def shares_layers(model_type: str) -> bool:
+    """Whether some class that a checkpoint may become can be seen as the one whose layers share."""
+    return any((route[-1].target if route else model_type) in CROSS_LAYER for route in ROUTES[model_type])
+
+
 def sources_table() -> str:
     """Those that become the same share a line."""
-    lines: dict[tuple[str, str], list[str]] = {}
+    lines: dict[tuple[str, str, str], list[str]] = {}
     for name, (grouped, single) in sources().items():
-        lines.setdefault((choice(name, grouped), choice(name, single)), []).append(name)
-    rows = [f"| {', '.join(names)} | {cells[0]} | {cells[1]} |" for cells, names in lines.items()]
+        shared = CROSS_LAYER_DECODER if shares_layers(name) else "–"
+        lines.setdefault((choice(name, grouped), choice(name, single), shared), []).append(name)
+    rows = [f"| {', '.join(names)} | {' | '.join(cells)} |" for cells, names in lines.items()]
     rows.sort(key=len, reverse=True)
-    return "\n".join(["| model_type | GQA | MQA |", "|---|---|---|", *rows]) + "\n"
+    return "\n".join(["| model_type | GQA | MQA | CLA |", "|---|---|---|---|", *rows]) + "\n"
 
 
 def choice(model_type: str, ends: tuple[str, ...]) -> str:
@@ -47,7 +54,7 @@ def choice(model_type: str, ends: tuple[str, ...]) -> str:
 
 def engines_table() -> str:
     lines = ["| class | transformers | vLLM | SGLang | llama.cpp |", "|---|---|---|---|---|"]
-    for name in sorted({end for ends in sources().values() for end in (*ends[0], *ends[1])}):
+    for name in sorted({CROSS_LAYER_DECODER, *(end for ends in sources().values() for end in (*ends[0], *ends[1]))}):
         lines.append(f"| {name} | {' | '.join(cell(engine) for engine in serving(name))} |")
     return "\n".join(lines) + "\n"
 

@@ -532,7 +532,7 @@ def test_the_command_reports_what_each_layer_keeps(
     outcome = kvconvert("mha2gqa", "-g", 2, source, *options, "-o", tmp_path / "out")
     assert outcome.returncode == 0, outcome.stderr
     result = json.loads(outcome.stdout)
-    assert [layer["layer"] for layer in result["layers"]] == [0, 1]
+    assert [layer["layers"] for layer in result["layers"]] == [[0], [1]]
     for layer in result["layers"]:
         assert sorted(head for group in layer["groups"] for head in group) == list(range(8))
         assert all(0 < kept < 1 for kept in layer["keys_retained"] + layer["values_retained"])

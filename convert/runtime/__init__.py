@@ -49,6 +49,12 @@ class RuntimeClass:
 
 _CLASSES = (
     RuntimeClass(
+        "cross_layer_decoder",
+        "cross_layer_decoder",
+        "CrossLayerDecoderConfig",
+        {"AutoModel": "CrossLayerDecoderModel", "AutoModelForCausalLM": "CrossLayerDecoderForCausalLM"},
+    ),
+    RuntimeClass(
         "grouped_decoder",
         "grouped_decoder",
         "GroupedDecoderConfig",

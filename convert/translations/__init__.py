@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from importlib import import_module
 from types import MappingProxyType
 
+from ..architecture import read_attention
 from ..architectures import ARCHITECTURES, find_architecture
 from ..checkpoint import Checkpoint
 from ..errors import UnsupportedError
 from ..translation import Route, Routes, TranslatedCheckpoint
+from .cross_layer import CROSS_LAYER, CROSS_LAYER_DECODER
 
-__all__ = ["ROUTES", "as_target", "targets"]
+__all__ = ["CROSS_LAYER", "ROUTES", "as_cross_layer", "as_target", "targets"]
 
 _OWN_CLASS: tuple[Route, ...] = ((),)
 
@@ -57,3 +59,30 @@ def as_target(checkpoint: Checkpoint, num_key_value_heads: int) -> Checkpoint:
             return target
         refusal = UnsupportedError(f"{checkpoint.name}: {reason}")
     raise refusal
+
+
+def as_cross_layer(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint as CrossLayerDecoder, every layer with keys and values of its own.
+
+    Raises UnsupportedError for a class that it does not hold, and where layers share already.
+    """
+    refusal: UnsupportedError | None = None
+    for view in targets(checkpoint):
+        if isinstance(view, UnsupportedError):
+            refusal = refusal or view
+            continue
+        architecture = find_architecture(view)
+        if architecture.model_type in CROSS_LAYER:
+            return TranslatedCheckpoint.of(view, CROSS_LAYER[architecture.model_type])
+        if architecture.model_type == CROSS_LAYER_DECODER:
+            if read_attention(view, architecture).layer_grouping is not None:
+                raise UnsupportedError(
+                    f"{checkpoint.name}: its layers share keys and values already",
+                    hint="convert the original, with a larger --share",
+                )
+            return view
+        refusal = UnsupportedError(
+            f"{checkpoint.name}: no class lets layers of {checkpoint.config['model_type']} share keys and values",
+            hint=f"these can: {', '.join(CROSS_LAYER)}",
+        )
+    raise refusal or UnsupportedError(f"{checkpoint.name}: no class holds it")

@@ -1,0 +1,147 @@
+"""Llama-shaped decoders as our CrossLayerDecoder, whose layers can share keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from ..architecture import read_attention
+from ..architectures import find_architecture
+from ..checkpoint import Checkpoint
+from ..loading import OLD_BUFFERS
+from ..runtime import RUNTIME_CLASSES
+from ..translation import Derived, Translation
+from .common import rope_config, same
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["CROSS_LAYER", "CROSS_LAYER_DECODER"]
+
+CROSS_LAYER_DECODER = "cross_layer_decoder"
+_COPIED = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act max_position_embeddings "
+    "original_max_position_embeddings rms_norm_eps attention_dropout mlp_bias initializer_range tie_word_embeddings "
+    "dtype torch_dtype quantization_config"
+)
+
+
+@dataclass(frozen=True)
+class _LlamaShaped:
+    """A class that CrossLayerDecoder holds, and where its defaults are other than those.
+
+    `fused` names a layer's projections that are several of CrossLayerDecoder's.
+    """
+
+    model_type: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    token_ids: tuple[int | None, int | None, int | None] = (None, None, None)
+    qk_norm: bool = False
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def translation(self) -> Translation:
+        return Translation(self.model_type, CROSS_LAYER_DECODER, self.config, self.tensors, token_ids=self.token_ids)
+
+    def config(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        runtime = RUNTIME_CLASSES[CROSS_LAYER_DECODER]
+        config = {**self.defaults, **checkpoint.config}
+        architecture = find_architecture(checkpoint)
+        shape = read_attention(replace(checkpoint, config=config), architecture)
+        windows = [window for window in shape.windows if window is not None]
+        rope_parameters = rope_config(checkpoint, 1.0, 10000.0)["rope_parameters"]
+        if self.model_type == "phi3" and rope_parameters["rope_type"] in ("su", "yarn"):
+            rope_parameters["rope_type"] = "longrope"  # its older names
+        biased = [
+            projection
+            for projection in ("q_proj", "k_proj", "v_proj", "o_proj")
+            if architecture.tensor_name(0, projection, "bias") in checkpoint.tensors
+        ]
+        return {
+            **{name: config[name] for name in _COPIED.split() if name in config},
+            "architectures": [runtime.architecture],
+            "auto_map": runtime.auto_map,
+            "model_type": runtime.model_type,
+            "num_key_value_heads": shape.num_key_value_heads,
+            "head_dim": shape.head_dim,
+            "kv_source_layers": list(range(shape.num_hidden_layers)),
+            "attention_bias": [] if architecture.qkv_proj else biased,
+            "qk_norm": self.qk_norm,
+            "layer_types": ["sliding_attention" if window else "full_attention" for window in shape.windows],
+            "sliding_window": windows[0] if windows else None,
+            "rope_parameters": rope_parameters,
+        }
+
+    def tensors(self, checkpoint: Checkpoint) -> dict[str, Derived]:
+        tensors: dict[str, Derived] = {}
+        shape = read_attention(checkpoint, find_architecture(checkpoint))
+        rows = {
+            "q_proj": shape.num_attention_heads * shape.head_dim,
+            "k_proj": shape.num_key_value_heads * shape.head_dim,
+            "v_proj": shape.num_key_value_heads * shape.head_dim,
+        }
+        for name in checkpoint.tensors:
+            module, _, kind = name.rpartition(".")
+            parent, _, projection = module.rpartition(".")
+            if projection in self.fused:
+                tensors |= _parts(checkpoint, name, f"{parent}.", f".{kind}", self.fused[projection], rows)
+            elif not OLD_BUFFERS.search(name):
+                tensors[name] = same(checkpoint, name)
+        return tensors
+
+
+def _parts(
+    checkpoint: Checkpoint, name: str, prefix: str, suffix: str, projections: tuple[str, ...], rows: Mapping[str, int]
+) -> dict[str, Derived]:
+    """The projections whose rows follow each other in one tensor; of those without an entry in `rows`, equal shares."""
+    num_rows, *columns = checkpoint.tensors[name].shape
+    found: dict[str, Derived] = {}
+    begin = 0
+    for projection in projections:
+        end = begin + rows.get(projection, num_rows // len(projections))
+
+        def take(tensor: Tensor, begin: int = begin, end: int = end) -> Tensor:
+            return tensor[begin:end]
+
+        found[f"{prefix}{projection}{suffix}"] = Derived((name,), (end - begin, *columns), take)
+        begin = end
+    return found
+
+
+_QWEN = {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768}
+_SOURCES = (
+    _LlamaShaped("llama", token_ids=(1, 2, None)),
+    _LlamaShaped(
+        "mistral",
+        {"max_position_embeddings": 131072, "intermediate_size": 14336, "sliding_window": 4096},
+        (1, 2, None),
+    ),
+    _LlamaShaped(
+        "phi3",
+        {
+            "vocab_size": 32064,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+        },
+        (1, 32000, 32000),
+        fused={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
+    ),
+    _LlamaShaped("qwen2", _QWEN),
+    _LlamaShaped("qwen3", _QWEN, qk_norm=True),
+    _LlamaShaped(
+        "seed_oss",
+        {
+            "vocab_size": 155136,
+            "intermediate_size": 27648,
+            "max_position_embeddings": 524288,
+            "attention_dropout": 0.1,
+        },
+        (0, 2, 1),
+    ),
+)
+CROSS_LAYER: Mapping[str, Translation] = MappingProxyType(
+    {source.model_type: source.translation() for source in _SOURCES}
+)

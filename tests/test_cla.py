@@ -1,0 +1,571 @@
+"""mha2cla: layers that share keys and values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import VOCAB_SIZE, CheckpointFactory, Command, assert_gradients_everywhere, assert_same_function
+from hypothesis import given
+from hypothesis import strategies as st
+from kvconvert.convert import Cla, LayerGrouping, as_cross_layer, execute, find_architecture, open_checkpoint
+from kvconvert.convert.architecture import AttentionShape, read_attention
+from kvconvert.convert.calibration import CalibrationText
+from kvconvert.convert.errors import UnsupportedError
+from kvconvert.convert.layer_choice import best_layers, measure_damages
+from kvconvert.convert.layer_merge import Freedom, Heads, LayerInput, merge_layers
+from kvconvert.convert.loading import class_config, load_model
+from kvconvert.convert.plan import AverageLayers, ConversionPlan
+from kvconvert.convert.projections import Projections, read_projections
+from kvconvert.convert.rotary import Rotary
+from kvconvert.convert.svd import MergeSettings, merge_checkpoint
+from kvconvert.convert.translations import CROSS_LAYER
+from safetensors.torch import load_file
+from transformers import DynamicCache
+
+TOKENS = torch.randint(3, VOCAB_SIZE, (6, 32), generator=torch.Generator().manual_seed(0))
+TEXT = CalibrationText(TOKENS, "random")
+PAIRS = LayerGrouping((0, 0, 2, 2))
+WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
+SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-tied-gqa": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "llama-scaled-rope": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 99.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "mistral-window": ("mistral", {"sliding_window": 4}),
+    "mistral": ("mistral", {"sliding_window": None, "rms_norm_eps": 1e-3}),
+    "phi3": ("phi3", {"sliding_window": 6}),
+    "phi3-partial": (
+        "phi3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 99.0, "partial_rotary_factor": 0.5}},
+    ),
+    "qwen2": ("qwen2", {}),
+    "qwen2-window": ("qwen2", WINDOW),
+    "qwen3": ("qwen3", {"attention_bias": True}),
+    "seed_oss": ("seed_oss", {"attention_out_bias": True}),
+}
+each_source = pytest.mark.parametrize(("model_type", "overrides"), SOURCES.values(), ids=SOURCES)
+
+
+def convert(source: Path, output: Path, settings: Cla, **options: Any) -> Path:
+    with as_cross_layer(open_checkpoint(source)) as checkpoint:
+        architecture = find_architecture(checkpoint)
+        if settings.method == "svd":
+            scratch = output.with_name(f"{output.name}-scratch")
+            scratch.mkdir()
+            heads = settings.num_key_value_heads or read_attention(checkpoint, architecture).num_key_value_heads
+            merge = MergeSettings(heads, kv_source_layers=settings.layers.sources, **options)
+            checkpoint = merge_checkpoint(checkpoint, architecture, merge, scratch, text=TEXT)
+        execute(settings.plan(checkpoint, architecture), checkpoint, output)
+    return output
+
+
+def load(directory: Path) -> Any:
+    return load_model(directory, dtype=torch.float32, device="cpu")
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        result: torch.Tensor = model(input_ids=TOKENS, use_cache=False).logits
+    return result
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    scale = expected.abs().max().item()
+    assert scale > 1
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * scale)
+
+
+def make_shareable(directory: Path, relate: Callable[[int, bool], torch.Tensor]) -> Any:
+    """Let layer 1 read what layer 0 reads, up to the norms' gains, with keys and values that those of layer 0 give.
+
+    `relate(head, is_key)` is the map, (head_dim, head_dim), from a head of layer 0 to the same one of layer 1.
+    """
+    model = load(directory)
+    first, second = model.model.layers[0], model.model.layers[1]
+    with torch.no_grad():
+        for module in (first.self_attn.o_proj, first.mlp.down_proj):  # layer 0 adds nothing to the residual stream
+            module.weight.zero_()
+            if module.bias is not None:
+                module.bias.zero_()
+        ratio = first.input_layernorm.weight / second.input_layernorm.weight
+        for name in ("k_proj", "v_proj"):
+            source, target = getattr(first.self_attn, name), getattr(second.self_attn, name)
+            for head, rows in enumerate(target.weight.unflatten(0, (-1, 8))):
+                matrix = relate(head, name == "k_proj")
+                rows.copy_(matrix @ source.weight.unflatten(0, (-1, 8))[head] * ratio)
+                if source.bias is not None:
+                    target.bias.unflatten(0, (-1, 8))[head].copy_(matrix @ source.bias.unflatten(0, (-1, 8))[head])
+    model.save_pretrained(directory)
+    return model
+
+
+def free_map(head: int, is_key: bool) -> torch.Tensor:
+    """What a merge may undo: any invertible map of values, multiplications by complex numbers of keys' pairs."""
+    generator = torch.Generator().manual_seed(2 * head + is_key)
+    if not is_key:
+        return torch.eye(8) + 0.5 * torch.randn(8, 8, generator=generator)
+    real, imaginary = (torch.diag(part) for part in torch.randn(2, 4, generator=generator))
+    return torch.cat([torch.cat([real, -imaginary], dim=1), torch.cat([imaginary, real], dim=1)])
+
+
+@each_source
+def test_a_source_is_the_same_function_in_the_class_for_it(
+    model_type: str, overrides: dict[str, Any], make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    """Layers 0 and 1 share what both would compute."""
+    source = make_checkpoint(model_type, num_hidden_layers=2, **overrides, max_shard_size="40KB")
+    original = load(source)
+    shared = convert(source, tmp_path / "out", Cla(LayerGrouping((0, 0)), method="first"))
+    model = load(shared)
+    with torch.no_grad():  # layer 0 is as it was, whatever layer 1 reads
+        for one in (original, model):
+            one.model.layers[1].self_attn.o_proj.weight.zero_()
+    assert type(model).__name__ == "CrossLayerDecoderForCausalLM"
+    assert_close(logits(model), logits(original))
+
+
+@each_source
+def test_the_view_of_a_source_computes_what_the_source_does(
+    model_type: str, overrides: dict[str, Any], make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    source = make_checkpoint(model_type, num_hidden_layers=3, **overrides)
+    with as_cross_layer(open_checkpoint(source)) as checkpoint:
+        architecture = find_architecture(checkpoint)
+        heads = read_attention(checkpoint, architecture).num_key_value_heads
+        plan = Cla(LayerGrouping((0, 0, 2)), method="first").plan(checkpoint, architecture)
+        steps = tuple(step for step in plan_of_everything(checkpoint))
+        unshared = ConversionPlan(
+            **{
+                **vars(plan),
+                "config": dict(checkpoint.config),
+                "steps": steps,
+                "result": plan.source,
+            }
+        )
+        execute(unshared, checkpoint, tmp_path / "out")
+    converted = load(tmp_path / "out")
+    assert_same_function(load(source), converted, heads)
+    assert_gradients_everywhere(converted)
+
+
+def plan_of_everything(checkpoint: Any) -> Any:
+    from kvconvert.convert.plan import Step
+
+    return (Step.copy(info) for info in checkpoint.tensors.values())
+
+
+@pytest.mark.parametrize("model_type", CROSS_LAYER)
+def test_what_a_config_leaves_out_is_the_default_of_its_class(
+    model_type: str, make_checkpoint: CheckpointFactory
+) -> None:
+    source = make_checkpoint(model_type)
+    needed = "architectures model_type hidden_size num_attention_heads num_hidden_layers num_key_value_heads head_dim"
+    config = json.loads((source / "config.json").read_text())
+    config = {name: config[name] for name in needed.split() if name in config}
+    (source / "config.json").write_text(json.dumps(config))
+    expected = class_config(config)
+    with as_cross_layer(open_checkpoint(source)) as checkpoint:
+        found = class_config(checkpoint.config)
+    names = (
+        "vocab_size intermediate_size hidden_act max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id "
+        "eos_token_id pad_token_id attention_dropout initializer_range"
+    )
+    for name in names.split():
+        assert getattr(found, name) == getattr(expected, name), name
+    assert found.rope_parameters["rope_theta"] == expected.rope_parameters["rope_theta"]
+    assert found.sliding_window == getattr(expected, "sliding_window", None)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"attention_bias": True}, {"num_key_value_heads": 4}])
+def test_the_mean_of_layers_that_agree_is_exact(
+    overrides: dict[str, Any], make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    source = make_checkpoint(num_hidden_layers=4, **overrides)
+    original = make_shareable(source, lambda head, is_key: torch.eye(8))
+    found = load(convert(source, tmp_path / "out", Cla(LayerGrouping((0, 0, 2, 3)))))
+    assert_close(logits(found), logits(original))
+
+
+@pytest.mark.parametrize("overrides", [{}, {"attention_bias": True}, {"num_key_value_heads": 4}])
+def test_layers_related_by_what_is_free_are_merged_without_loss(
+    overrides: dict[str, Any], make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    source = make_checkpoint(num_hidden_layers=4, **overrides)
+    original = make_shareable(source, free_map)
+    shared = LayerGrouping((0, 0, 2, 3))
+    found = load(convert(source, tmp_path / "svd", Cla(shared, method="svd"), refit=False))
+    assert_close(logits(found), logits(original), tolerance=1e-4)
+    mean = load(convert(source, tmp_path / "mean", Cla(shared)))
+    assert (logits(mean) - logits(original)).abs().max() > 0.1 * logits(original).abs().max()  # the control
+
+
+def test_heads_in_another_order_are_found(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    source = make_checkpoint(num_hidden_layers=4)
+    model = make_shareable(source, free_map)
+    attention, order = model.model.layers[1].self_attn, torch.tensor([3, 1, 0, 2, 7, 4, 6, 5])
+    with torch.no_grad():
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            projection.weight.copy_(projection.weight.unflatten(0, (8, 8))[order].flatten(0, 1))
+        attention.o_proj.weight.copy_(attention.o_proj.weight.unflatten(1, (8, 8))[:, order].flatten(1))
+    model.save_pretrained(source)
+    settings = Cla(LayerGrouping((0, 0, 2, 3)), method="svd")
+    found = load(convert(source, tmp_path / "found", settings, refit=False))
+    assert_close(logits(found), logits(model), tolerance=1e-4)
+    in_order = load(convert(source, tmp_path / "in-order", settings, refit=False, grouping="contiguous"))
+    assert (logits(in_order) - logits(model)).abs().max() > 0.1 * logits(model).abs().max()
+
+
+@pytest.mark.parametrize(("groups", "layers"), [(8, (0, 0, 2, 2)), (2, (0, 0, 0, 3)), (1, (0, 1, 1, 1))])
+def test_the_mean_is_that_of_folded_weights(
+    groups: int, layers: tuple[int, ...], make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    source = make_checkpoint(num_hidden_layers=4, attention_bias=True)
+    before = {name: tensor.double() for name, tensor in load_file(source / "model.safetensors").items()}
+    output = convert(source, tmp_path / "out", Cla(LayerGrouping(layers), groups))
+    after = load_file(output / "model.safetensors")
+    for first in sorted(set(layers)):
+        members = [layer for layer in range(4) if layers[layer] == first]
+        for projection, kind in product(("k_proj", "v_proj"), ("weight", "bias")):
+            folded = []
+            for layer in members:
+                tensor = before[f"model.layers.{layer}.self_attn.{projection}.{kind}"]
+                if kind == "weight":
+                    tensor = tensor @ torch.diag(before[f"model.layers.{layer}.input_layernorm.weight"])
+                folded.append(tensor)
+            total = torch.stack(folded).mean(0)
+            if kind == "weight":
+                total = total @ torch.diag(1 / before[f"model.layers.{first}.input_layernorm.weight"])
+            expected = total.reshape(groups, 8 // groups, 8, -1).mean(1).reshape(groups * 8, -1)
+            found = after[f"model.layers.{first}.self_attn.{projection}.{kind}"].double().reshape(groups * 8, -1)
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    assert not [name for name in after if "k_proj" in name and int(name.split(".")[2]) not in layers]
+
+
+def test_inputs_that_the_first_norm_switches_off_stay_off() -> None:
+    weight, gains = torch.ones(2, 3), torch.tensor([0.0, 1.0, 2.0])
+    found = AverageLayers(2)(weight, 3 * weight, gains, torch.ones(3))
+    torch.testing.assert_close(found, torch.tensor([[0.0, 2.0, 1.25]] * 2) * 1.0)
+
+
+@given(seed=st.integers(0, 10**6))
+def test_keys_of_another_layer_are_predicted_by_least_squares(seed: int) -> None:
+    """One group of one head each, so that the shared value spans both: what is lost is the residual of `lstsq`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    shape = AttentionShape(6, 1, 1, 8, (None,))
+    x, y = random(40, 7), random(40, 7)
+    y = y + x @ random(7, 7)
+    layers = [Projections(random(8, 7), random(8, 7), random(8, 7), random(6, 8)) for _ in range(2)]
+    inputs = [
+        LayerInput(layers[0], x.T @ x / 40),
+        LayerInput(layers[1], y.T @ y / 40, y.T @ x / 40),
+    ]
+    heads = Heads(inputs, shape, Freedom(Rotary(())))
+    merged = heads.merged_values((0, 1))
+    targets = torch.cat([x @ layers[0].v.T @ layers[0].o.T, y @ layers[1].v.T @ layers[1].o.T], dim=1)
+    predicted = x @ torch.linalg.lstsq(x, targets).solution
+    residual = (targets - predicted).square().sum().item() / 40
+    singular = torch.linalg.svdvals(predicted)  # the best shared value has 8 dims
+    lost = residual + singular[8:].square().sum().item() / 40
+    assert merged.total == pytest.approx(targets.square().sum().item() / 40, rel=1e-4)
+    assert merged.total - merged.kept == pytest.approx(lost, rel=1e-3, abs=1e-6)
+
+
+def test_a_merge_of_layers_keeps_the_heads_of_each() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape = AttentionShape(6, 4, 2, 4, (None, None))
+    x = torch.randn(30, 7, generator=generator, dtype=torch.float64)
+    gram = x.T @ x / 30
+    sizes = ((16, 7), (8, 7), (8, 7), (6, 16))
+    layers = [
+        Projections(*(torch.randn(*size, generator=generator, dtype=torch.float64) for size in sizes)) for _ in range(2)
+    ]
+    heads = Heads([LayerInput(layers[0], gram), LayerInput(layers[1], gram, gram)], shape, Freedom(Rotary(())))
+    result = merge_layers(heads, heads.in_order(2))
+    assert result.grouping.groups == ((0, 2), (1, 3))
+    for projections in result.projections:
+        assert [tuple(part.shape) for part in (projections.q, projections.k, projections.v, projections.o)] == list(
+            sizes
+        )
+    torch.testing.assert_close(result.projections[0].k, result.projections[1].k)
+
+
+def test_streamed_refit_sees_shared_keys_as_the_class_does(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    """The refit of the last layer against what hooks on the merged model see."""
+    source = make_checkpoint(num_hidden_layers=4)
+    settings = Cla(PAIRS, method="svd")
+    output = convert(source, tmp_path / "out", settings, refit_ridge=0.1)
+    original, merged = load(source), load(output)
+    seen: dict[str, torch.Tensor] = {}
+    for name, model in (("original", original), ("merged", merged)):
+
+        def note(_: Any, arguments: Any, name: str = name) -> None:
+            seen[name] = arguments[0].flatten(0, -2).double()
+
+        model.model.layers[3].self_attn.o_proj.register_forward_pre_hook(note)
+        logits(model)
+    closed = load(convert(source, tmp_path / "closed", settings, refit=False))
+    z, wanted = seen["merged"], seen["original"] @ original.model.layers[3].self_attn.o_proj.weight.detach().double().T
+    normal = z.T @ z / len(z)
+    strength = 0.1 * normal.diagonal().mean()
+    start = closed.model.layers[3].self_attn.o_proj.weight.detach().double()
+    expected = torch.linalg.solve(normal + strength * torch.eye(64), (z.T @ wanted / len(z)) + strength * start.T).T
+    found = merged.model.layers[3].self_attn.o_proj.weight.detach()
+    torch.testing.assert_close(found, expected.float(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fraction"),
+    [
+        (Cla(LayerGrouping.uniform(4, 2)), 2),
+        (Cla(LayerGrouping.uniform(4, 2), 1, "svd"), 16),
+        (Cla(LayerGrouping.uniform(4, 4), 2, "first"), 16),
+    ],
+)
+def test_the_plan_states_the_cache_that_is_allocated(
+    settings: Cla, fraction: int, make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    source = make_checkpoint(num_hidden_layers=4)
+    with as_cross_layer(open_checkpoint(source)) as checkpoint:
+        before, after = (
+            Cla(settings.layers, settings.num_key_value_heads)
+            .plan(checkpoint, find_architecture(checkpoint))
+            .cache_bytes_per_token
+        )
+    sizes = []
+    for directory in (source, convert(source, tmp_path / "out", settings)):
+        model = load(directory).bfloat16()
+        cache = model(TOKENS, past_key_values=DynamicCache(config=model.config), use_cache=True).past_key_values
+        tensors = [part for layer in cache.layers for part in (layer.keys, layer.values) if part is not None]
+        sizes.append(sum(tensor.nbytes for tensor in tensors) // TOKENS.numel())
+    assert sizes == [before, after]
+    assert before == fraction * after
+
+
+def test_a_plan_goes_to_json_and_back(make_checkpoint: CheckpointFactory) -> None:
+    with as_cross_layer(open_checkpoint(make_checkpoint("qwen3", num_hidden_layers=4))) as checkpoint:
+        plan = Cla(PAIRS, 2).plan(checkpoint, find_architecture(checkpoint))
+    assert any(isinstance(step.op, AverageLayers) for step in plan.steps)
+    assert ConversionPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sources"),
+    [
+        ((6, 2, 0, 0), (0, 0, 2, 2, 4, 4)),
+        ((7, 3, 0, 0), (0, 0, 0, 3, 3, 3, 6)),
+        ((6, 2, 2, 0), (0, 1, 2, 2, 4, 4)),
+        ((6, 3, 1, 1), (0, 1, 1, 1, 4, 5)),
+    ],
+)
+def test_uniform_patterns(arguments: tuple[int, int, int, int], sources: tuple[int, ...]) -> None:
+    number, share, first, last = arguments
+    assert LayerGrouping.uniform(number, share, keep_first=first, keep_last=last).sources == sources
+
+
+@given(data=st.data(), number=st.integers(2, 7))
+def test_the_chosen_layers_are_the_best_of_all(data: st.DataObject, number: int) -> None:
+    reach = data.draw(st.integers(1, number - 1))
+    pairs = [(p, c) for p in range(number) for c in range(p + 1, min(p + reach + 1, number))]
+    damages = {pair: data.draw(st.floats(0, 10)) for pair in pairs}
+    count = data.draw(st.integers(1, number))
+    shape = AttentionShape(8, 1, 1, 8, (None,) * number)
+
+    def total(sizes: tuple[int, ...]) -> float:
+        begin, sum_of_damages = 0, 0.0
+        for size in sizes:
+            sum_of_damages += sum(damages.get((begin, layer), float("inf")) for layer in range(begin + 1, begin + size))
+            begin += size
+        return sum_of_damages
+
+    possible = [sizes for sizes in product(range(1, number + 1), repeat=count) if sum(sizes) == number]
+    least = min(map(total, possible))
+    if least == float("inf"):
+        with pytest.raises(UnsupportedError, match="cannot share so that"):
+            best_layers(shape, count, damages)
+    else:
+        groups = best_layers(shape, count, damages).groups
+        assert len(groups) == count
+        assert total(tuple(map(len, groups))) == pytest.approx(least)
+
+
+def test_damages_are_what_a_model_with_one_pair_loses(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    source = make_checkpoint(num_hidden_layers=4)
+    with as_cross_layer(open_checkpoint(source)) as checkpoint:
+        damages = measure_damages(checkpoint, find_architecture(checkpoint), TEXT, reach=2)
+    assert set(damages) == {(0, 1), (0, 2), (1, 2), (1, 3), (2, 3)}
+    original = load(source)
+    pair = load(convert(source, tmp_path / "out", Cla(LayerGrouping((0, 1, 1, 3)), method="svd"), refit=False))
+    with torch.inference_mode():
+        expected, found = (
+            model(input_ids=TOKENS, use_cache=False, output_hidden_states=True).hidden_states[3]
+            for model in (original, pair)
+        )
+    error = ((found - expected).square().sum(-1) / expected.square().sum(-1)).mean().item()
+    assert damages[1, 2] == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "layers", "message"),
+    [
+        ("gpt_neox", {}, PAIRS, "no class lets layers of gpt_neox share keys and values"),
+        ("gemma", {}, PAIRS, "no class lets layers of gemma share keys and values"),
+        ("llama", {}, LayerGrouping((0, 0)), "has 4 layers, and 2 were given a source"),
+        ("llama", {}, LayerGrouping((0, 1, 2, 3)), "no layer would share"),
+        ("llama", {}, LayerGrouping((0, 1, 0, 3)), "layers 0 and 2 share, and one between them does not"),
+        (
+            "qwen2",
+            {**WINDOW, "max_window_layers": 1},
+            PAIRS,
+            "layers 0 and 1 cannot share .* one sees all, .* 4 tokens",
+        ),
+        ("cross_layer_decoder", {"kv_source_layers": [0, 0, 2, 2]}, PAIRS, "share keys and values already"),
+    ],
+)
+def test_what_cannot_share_is_refused(
+    model_type: str,
+    overrides: dict[str, Any],
+    layers: LayerGrouping,
+    message: str,
+    make_checkpoint: CheckpointFactory,
+) -> None:
+    source = make_checkpoint(model_type, num_hidden_layers=4, **overrides)
+    with pytest.raises(UnsupportedError, match=message), as_cross_layer(open_checkpoint(source)) as checkpoint:
+        Cla(layers).plan(checkpoint, find_architecture(checkpoint))
+
+
+def test_the_command_writes_what_it_says(
+    make_checkpoint: CheckpointFactory, kvconvert: Command, prose_file: Path, tmp_path: Path
+) -> None:
+    source = make_checkpoint(num_hidden_layers=4, with_tokenizer=True)
+    output = tmp_path / "model-mqa-cla2"
+    outcome = kvconvert(
+        *("mha2cla", source, "--share", 2, "--groups", 1, "--method", "svd", "--json"),
+        *("--calibration", prose_file, "--calibration-tokens", 512),
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    summary = json.loads(outcome.stdout)
+    assert summary["output"] == str(output)
+    assert (summary["target"], summary["opened_as"]) == ("mqa+cla", "CrossLayerDecoderForCausalLM")
+    assert summary["num_key_value_layers"] == {"source": 4, "result": 2}
+    assert summary["calibration"]["kv_source_layers"] == [0, 0, 2, 2]
+    config = json.loads((output / "config.json").read_text())
+    assert (config["kv_source_layers"], config["num_key_value_heads"]) == ([0, 0, 2, 2], 1)
+    assert (output / "modeling_cross_layer_decoder.py").exists()
+    card = (output / "README.md").read_text()
+    assert "8 K/V heads in each layer became 1 and 4 layers share the keys and values of 2" in card
+    shown = kvconvert("inspect", output).stdout
+    assert "cross_layer_decoder (MQA + CLA)" in shown
+    assert "4, of which 2 have keys and values" in shown
+    assert "64 bytes per token" in shown
+    assert "its layers share keys and values already" in shown
+    assert kvconvert("evaluate", output, "--data", prose_file, "--window", 32).returncode == 0
+
+
+def test_a_result_is_uptrained_towards_the_original(
+    make_checkpoint: CheckpointFactory, kvconvert: Command, prose_file: Path, tmp_path: Path
+) -> None:
+    source = make_checkpoint(num_hidden_layers=4, with_tokenizer=True)
+    converted, output = tmp_path / "converted", tmp_path / "trained"
+    assert kvconvert("mha2cla", source, "--share", 2, "--output", converted).returncode == 0
+    outcome = kvconvert(
+        *("uptrain", converted, "--steps", 3, "--batch-size", 2, "--sequence-length", 32, "--data", prose_file),
+        *("--teacher", source, "--output", output, "--json"),
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    before, after = (load_file(directory / "model.safetensors") for directory in (converted, output))
+    assert set(before) == set(after)
+    moved = [name for name in before if "self_attn" in name and not torch.equal(before[name], after[name])]
+    assert len(moved) == len([name for name in before if "self_attn" in name])
+    assert (output / "modeling_cross_layer_decoder.py").exists()
+    assert type(load(output)).__name__ == "CrossLayerDecoderForCausalLM"
+
+
+def test_the_command_chooses_layers(
+    make_checkpoint: CheckpointFactory, kvconvert: Command, prose_file: Path, tmp_path: Path
+) -> None:
+    source = make_checkpoint(num_hidden_layers=4, with_tokenizer=True)
+    make_shareable(source, free_map)  # layers 0 and 1 can share without loss
+    outcome = kvconvert(
+        *("mha2cla", source, "--pairs", "auto", "--kv-layers", 3, "--calibration", prose_file),
+        *("--calibration-tokens", 512, "--dry-run", "--json"),
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    assert json.loads(outcome.stdout)["plan"]["config"]["kv_source_layers"] == [0, 0, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "say which layers share"),
+        (("--share", 2, "--kv-source-layers", "0,0,2,2"), "say which layers share"),
+        (("--share", 1), "greater than or equal to 2"),
+        (("--share", 2, "--kv-layers", 3), "--kv-layers belongs to --pairs auto"),
+        (("--kv-layers", 4, "--pairs", "auto"), "cannot share so that 4 keep keys and values"),
+        (("--share", 2, "--keep-first", 3), "4 layers, 3 kept first and 0 last, cannot share in groups of 2"),
+        (("--share", 2, "--groups", 3), "8 K/V heads cannot form 3 equal groups"),
+        (("--share", 2, "--no-refit"), "--no-refit belongs to --method svd"),
+        (("--share", 2, "--calibration-tokens", 9), "--calibration-tokens belongs to --method svd"),
+        (("--kv-source-layers", "0,0,x"), "--kv-source-layers 0,0,x: invalid literal"),
+        (("--kv-source-layers", "0,2,2,3"), "layer 1 cannot read keys and values of layer 2"),
+        (("--kv-source-layers", "0,0,2,2", "--keep-last", 1), "--keep-last belongs to --share"),
+    ],
+)
+def test_bad_requests_give_one_line(
+    arguments: tuple[object, ...], message: str, make_checkpoint: CheckpointFactory, kvconvert: Command, tmp_path: Path
+) -> None:
+    source = make_checkpoint(num_hidden_layers=4)
+    outcome = kvconvert("mha2cla", source, *arguments)
+    assert outcome.returncode == 2
+    assert message in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+    assert [path.name for path in tmp_path.iterdir()].count("model") == len(
+        [path for path in tmp_path.iterdir() if path.name.startswith("model")]
+    )
+
+
+@pytest.mark.parametrize(("method", "exit_code"), [("mean", 0), ("svd", 2)])
+def test_heads_of_a_result_can_be_pooled_but_not_merged(
+    method: str,
+    exit_code: int,
+    make_checkpoint: CheckpointFactory,
+    kvconvert: Command,
+    tmp_path: Path,
+) -> None:
+    source = make_checkpoint("cross_layer_decoder", num_hidden_layers=4, kv_source_layers=[0, 0, 2, 2])
+    outcome = kvconvert("mha2mqa", source, "--method", method, "--output", tmp_path / "out", "--json")
+    assert outcome.returncode == exit_code, outcome.stderr
+    if method == "svd":
+        assert "does not merge heads whose keys and values several layers read" in outcome.stderr
+    else:
+        assert json.loads(outcome.stdout)["cache_bytes_per_token"] == {"source": 512, "result": 64}
+
+
+def test_read_projections_names_what_is_missing(make_checkpoint: CheckpointFactory) -> None:
+    source = make_checkpoint("cross_layer_decoder", num_hidden_layers=2, kv_source_layers=[0, 0])
+    with open_checkpoint(source) as checkpoint:
+        architecture = find_architecture(checkpoint)
+        shape = read_attention(checkpoint, architecture)
+        assert (shape.kind, shape.num_key_value_layers) == ("MHA + CLA", 1)
+        with pytest.raises(KeyError, match=r"layers\.1\.self_attn\.k_proj"):
+            read_projections(checkpoint, architecture, shape, 1)
