@@ -48,7 +48,7 @@ def measured_cache(model: Path) -> int:
         loaded(torch.arange(NUM_TOKENS)[None], past_key_values=cache, use_cache=True)
     layers: list[Any] = cache.layers
     held = [tensor for layer in layers for tensor in (layer.keys, layer.values) if tensor is not None]
-    return sum(tensor.nbytes for tensor in held) // NUM_TOKENS
+    return int(sum(tensor.nbytes for tensor in held)) // NUM_TOKENS
 
 
 def main() -> None:
