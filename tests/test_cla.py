@@ -482,6 +482,33 @@ def test_the_command_writes_what_it_says(
     assert kvconvert("evaluate", output, "--data", prose_file, "--window", 32).returncode == 0
 
 
+def test_a_result_in_shards_opens_in_a_process_without_kvconvert(
+    make_checkpoint: CheckpointFactory, tmp_path: Path, run_without_kvconvert: Callable[[str], str]
+) -> None:
+    source, output = make_checkpoint(num_hidden_layers=4), tmp_path / "out"
+    original = make_shareable(source, lambda head, is_key: torch.eye(8))
+    with as_cross_layer(open_checkpoint(source)) as checkpoint:
+        plan = Cla(LayerGrouping((0, 0, 2, 3))).plan(checkpoint, find_architecture(checkpoint))
+        execute(plan, checkpoint, output, max_shard_bytes=40_000)
+    assert len(list(output.glob("*.safetensors"))) > 3
+    input_ids = TOKENS[:2, :12]
+    expected = original.generate(input_ids, max_new_tokens=6, do_sample=False).tolist()
+    printed = run_without_kvconvert(
+        f"""
+        import torch
+        from transformers import AutoModel, AutoModelForCausalLM
+        path, ids = {str(output)!r}, torch.tensor({input_ids.tolist()})
+        base = AutoModel.from_pretrained(path, trust_remote_code=True)
+        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
+        print([type(base).__name__, type(model).__name__])
+        print(model.generate(ids, max_new_tokens=6, do_sample=False).tolist())
+        """
+    )
+    names, tokens = (json.loads(line.replace("'", '"')) for line in printed.splitlines())
+    assert names == ["CrossLayerDecoderModel", "CrossLayerDecoderForCausalLM"]
+    assert tokens == expected
+
+
 def test_a_result_is_uptrained_towards_the_original(
     make_checkpoint: CheckpointFactory, kvconvert: Command, prose_file: Path, tmp_path: Path
 ) -> None:

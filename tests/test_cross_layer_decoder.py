@@ -169,6 +169,14 @@ def test_gradients_through_shared_keys_and_values_are_finite_differences(input_i
             assert parameter.grad.view(-1)[index].item() == pytest.approx(expected, rel=1e-4, abs=1e-8)
 
 
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3"])
+def test_flash_attention_is_asked_for_by_name(name: str) -> None:
+    """Where its package is not installed, that is all that is missing."""
+    model = build(KINDS["pairs"])
+    with pytest.raises(ImportError, match="the package for FlashAttention. doesn't seem to be installed"):
+        model.set_attn_implementation(name)
+
+
 @pytest.mark.slow
 def test_a_compiled_model_computes_the_same(input_ids: torch.Tensor) -> None:
     model = build(KINDS["pairs"])
