@@ -48,7 +48,16 @@ if TYPE_CHECKING:
     from ..convert.calibration import CalibrationText
     from ..convert.statistics import LayerStatistics
 
-__all__ = ["OF_TEXT", "ConversionRequest", "Grouping", "calibration_text", "check_device", "convert"]
+__all__ = [
+    "OF_TEXT",
+    "ConversionRequest",
+    "Grouping",
+    "calibration_text",
+    "check_device",
+    "checked_output",
+    "convert",
+    "memory_errors",
+]
 
 OF_TEXT = frozenset({"calibration", "calibration_tokens", "text_field", "split", "data_config", "precision", "device"})
 
@@ -122,11 +131,12 @@ def convert(
     """Plan, merge where the method asks for it, write and report. `text` is that of a command that has read it."""
     terminal = request.terminal
     max_shard_bytes = parse_size(request.max_shard_size)
-    target = request.output or default_output(checkpoint, suffix)
-    check_output(target, force=request.force, inputs=[checkpoint.path] if checkpoint.path else [])
+    target = checked_output(checkpoint, request, suffix)
     architecture = find_architecture(checkpoint)
     plan = replace(settings, method="mean").plan(checkpoint, architecture)  # whether it can be done, and its size
     summary: dict[str, Any] = {"output": str(target), "dry_run": request.dry_run}
+    if text is not None:
+        summary["calibration"] = {"data": text.description, "num_tokens": text.num_tokens}
     merge = _Merge(plan, checkpoint, architecture, request, target, grouping, no_calibration, statistics)
     changes = plan.result != plan.source
     with (
@@ -156,6 +166,13 @@ def convert(
         terminal.remark("the mean harms a decoder before uptraining; --method svd, on a text, keeps most of it")
 
 
+def checked_output(checkpoint: Checkpoint, request: ConversionRequest, suffix: str) -> Path:
+    """Where the result goes. Raises OutputError where it cannot."""
+    target = request.output or default_output(checkpoint, suffix)
+    check_output(target, force=request.force, inputs=[checkpoint.path] if checkpoint.path else [])
+    return target
+
+
 @contextmanager
 def _as_it_is(checkpoint: Checkpoint) -> Iterator[Checkpoint]:
     yield checkpoint
@@ -173,6 +190,17 @@ def check_device(request: ConversionRequest) -> str:
             f"--device {device}: this machine has none that works ({str(error).splitlines()[0]})"
         ) from error
     return device
+
+
+@contextmanager
+def memory_errors(device: str) -> Iterator[None]:
+    """Raise InputError where the device's memory does not do."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"{device}: out of memory", hint="use another --device, for example cpu") from error
 
 
 def calibration_text(checkpoint: Checkpoint, architecture: Architecture, request: ConversionRequest) -> CalibrationText:
@@ -214,8 +242,6 @@ class _Merge:
         self, text: CalibrationText | None, save_statistics: Path | None, summary: dict[str, Any]
     ) -> Iterator[Checkpoint]:
         """The checkpoint with its heads merged, in files beside the target that live as long."""
-        import torch
-
         from ..convert.statistics import LayerStatistics, StatisticsOrigin, fingerprint
         from ..convert.statistics import save_statistics as save
         from ..convert.svd import MergeSettings, check_mergeable, merge_checkpoint
@@ -247,7 +273,7 @@ class _Merge:
             ) as scratch,
             terminal.progress("merging", shape.num_hidden_layers) as advance,
         ):
-            try:
+            with memory_errors(device):
                 merged = merge_checkpoint(
                     checkpoint,
                     architecture,
@@ -258,8 +284,6 @@ class _Merge:
                     keep=save_statistics is not None,
                     progress=advance,
                 )
-            except torch.OutOfMemoryError as error:
-                raise InputError(f"{device}: out of memory", hint="use another --device, for example cpu") from error
             if save_statistics is not None and origin is not None:
                 save(save_statistics, LayerStatistics(origin, merged.gram), shape)
             summary["calibration"] = {**(asdict(origin) if origin else {"data": None}), **asdict(merge)}
@@ -304,6 +328,7 @@ def _summary(plan: ConversionPlan) -> dict[str, Any]:
             "source": plan.source.num_key_value_layers,
             "result": plan.result.num_key_value_layers,
         },
+        "kv_source_layers": list(plan.result.layer_grouping.sources) if plan.result.layer_grouping else None,
         "cache_bytes_per_token": {"source": before, "result": after},
         "weight_bytes": {"source": plan.bytes_in, "result": plan.bytes_out},
         "layers": [asdict(layer) for layer in plan.layers],
@@ -318,11 +343,12 @@ def _show(plan: ConversionPlan, console: Console, outcome: str) -> None:
     if result.layer_grouping is not None and source.layer_grouping is None:
         groups = ", ".join("-".join(map(str, (group[0], *group[1:][-1:]))) for group in result.layer_grouping.groups)
         console.print(f"  K/V layers  {source.num_key_value_layers} → {result.num_key_value_layers}: {groups}")
+    names = [", ".join(map(str, layer.layers)) for layer in plan.layers]
+    width = max([5, *map(len, names)])
     console.print(f"  method      {plan.method}, {made} tensors pooled, {len(plan.steps) - made} copied")
-    for layer in plan.layers:
+    for name, layer in zip(names, plan.layers, strict=True):
         keys, values = min(layer.keys_retained), min(layer.values_retained)
-        name = ", ".join(map(str, layer.layers))
-        console.print(f"  layer {name:<5} keeps {keys:.1%} of the keys' energy, {values:.1%} of the values'")
+        console.print(f"  layer {name:<{width}} keeps {keys:.1%} of the keys' energy, {values:.1%} of the values'")
     console.print(f"  K/V cache   {before} → {after} bytes per token (16-bit), 1/{before / after:g}")
     console.print(f"  weights     {human_bytes(plan.bytes_in)} → {human_bytes(plan.bytes_out)}")
     console.print(f"  {outcome}")

@@ -15,10 +15,20 @@ from ..convert.cla import Cla
 from ..convert.errors import InputError
 from ..convert.execute import check_source
 from ..convert.heads import HeadGrouping
+from ..convert.layer_choice import Damages, best_layers, measure_damages, permitted_pairs
 from ..convert.layers import LayerGrouping
 from ..convert.translations import as_cross_layer
-from .conversion import OF_TEXT, ConversionRequest, Grouping, calibration_text, check_device, convert
-from .options import accepts
+from .conversion import (
+    OF_TEXT,
+    ConversionRequest,
+    Grouping,
+    calibration_text,
+    check_device,
+    checked_output,
+    convert,
+    memory_errors,
+)
+from .options import accepts, parse_size
 
 if TYPE_CHECKING:
     from ..convert.calibration import CalibrationText
@@ -97,44 +107,59 @@ def mha2cla(request: Request) -> None:
     needs_text = request.method is Method.svd or request.pairs is Pairs.auto
     source = open_checkpoint(request.model, revision=request.revision, headers_only=request.dry_run and not needs_text)
     with as_cross_layer(source) as checkpoint:
-        shape = read_attention(checkpoint, find_architecture(checkpoint))
+        architecture = find_architecture(checkpoint)
+        shape = read_attention(checkpoint, architecture)
         HeadGrouping.contiguous(shape.num_key_value_heads, request.groups or shape.num_key_value_heads)
-        chosen = _uniform_or_given(shape, request)
+        heads = {None: "", shape.num_key_value_heads: "", 1: "mqa-"}.get(request.groups, f"gqa{request.groups}-")
+        suffix = f"{heads}cla{request.share or ''}"
         text = None
         if request.pairs is Pairs.auto:
-            budget = request.kv_layers or len(chosen.groups)
-            _check_budget(shape, budget, request)
+            parse_size(request.max_shard_size)
+            checked_output(checkpoint, request, suffix)
+            budget = request.kv_layers or len(_uniform(shape, request).groups)
+            pairs = _pairs(shape, budget, request)
             text = _text(checkpoint, request)
-            chosen = _best(checkpoint, shape, budget, request, text)
-        heads = {None: "", shape.num_key_value_heads: "", 1: "mqa-"}.get(request.groups, f"gqa{request.groups}-")
+            layers = best_layers(shape.num_hidden_layers, budget, _damages(checkpoint, request, text, pairs))
+        else:
+            layers = _given(request.kv_source_layers) if request.kv_source_layers else _uniform(shape, request)
         convert(
             checkpoint,
-            Cla(chosen, request.groups, request.method.value),
+            Cla(layers, request.groups, request.method.value),
             request,
-            f"{heads}cla{request.share or ''}",
+            suffix,
             grouping=request.grouping.value,
             text=text,
         )
 
 
-def _uniform_or_given(shape: AttentionShape, request: Request) -> LayerGrouping:
-    if request.kv_source_layers is not None:
-        try:
-            return LayerGrouping(tuple(int(source) for source in request.kv_source_layers.split(",")))
-        except ValueError as error:
-            raise InputError(f"--kv-source-layers {request.kv_source_layers}: {error}") from error
+def _given(kv_source_layers: str) -> LayerGrouping:
+    try:
+        return LayerGrouping(tuple(int(source) for source in kv_source_layers.split(",")))
+    except ValueError as error:
+        raise InputError(f"--kv-source-layers {kv_source_layers}: {error}") from error
+
+
+def _uniform(shape: AttentionShape, request: Request) -> LayerGrouping:
     ends = {"keep_first": request.keep_first, "keep_last": request.keep_last}
     return LayerGrouping.uniform(shape.num_hidden_layers, request.share or 2, **ends)
 
 
-def _check_budget(shape: AttentionShape, budget: int, request: Request) -> None:
-    """Raise InputError for a number of layers with keys and values that no groups have."""
+def _pairs(shape: AttentionShape, budget: int, request: Request) -> list[tuple[int, int]]:
+    """The pairs to try: in groups of at most one layer more than if all were as large.
+
+    Raises InputError or UnsupportedError for a number of layers with keys and values that no groups have.
+    """
     ends = request.keep_first + request.keep_last
+    between = shape.num_hidden_layers - ends
     if not ends < budget < shape.num_hidden_layers:
         raise InputError(
             f"{shape.num_hidden_layers} layers cannot share so that {budget} keep keys and values",
-            hint=f"possible here: {ends + 1} to {shape.num_hidden_layers - 1}",
+            hint=f"possible here: {ends + 1} to {shape.num_hidden_layers - 1}" if between > 1 else None,
         )
+    reach = -(-between // (budget - ends))
+    pairs = permitted_pairs(shape, reach, keep_first=request.keep_first, keep_last=request.keep_last)
+    best_layers(shape.num_hidden_layers, budget, dict.fromkeys(pairs, 0.0))  # whether there are such groups
+    return pairs
 
 
 def _text(checkpoint: Checkpoint, request: Request) -> CalibrationText:
@@ -143,21 +168,16 @@ def _text(checkpoint: Checkpoint, request: Request) -> CalibrationText:
     return calibration_text(checkpoint, find_architecture(checkpoint), request)
 
 
-def _best(
-    checkpoint: Checkpoint, shape: AttentionShape, budget: int, request: Request, text: CalibrationText
-) -> LayerGrouping:
-    """The groups with the least damage by a trial on the text, of at most one layer more than if all were as large."""
-    from ..convert.layer_choice import best_layers, measure_damages
-
-    ends = request.keep_first + request.keep_last
-    with request.terminal.progress("choosing layers", shape.num_hidden_layers) as advance:
-        damages = measure_damages(
+def _damages(checkpoint: Checkpoint, request: Request, text: CalibrationText, pairs: list[tuple[int, int]]) -> Damages:
+    architecture, device = find_architecture(checkpoint), check_device(request)
+    num_layers = read_attention(checkpoint, architecture).num_hidden_layers
+    with request.terminal.progress("choosing layers", num_layers) as advance, memory_errors(device):
+        return measure_damages(
             checkpoint,
-            find_architecture(checkpoint),
+            architecture,
             text,
-            reach=-(-(shape.num_hidden_layers - ends) // (budget - ends)),
-            device=check_device(request),
+            pairs,
+            device=device,
             precision=request.precision.chosen,
             progress=advance,
         )
-    return best_layers(shape, budget, damages, keep_first=request.keep_first, keep_last=request.keep_last)

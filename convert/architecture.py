@@ -71,7 +71,8 @@ class Architecture:
     `cross_attention` is where a decoder's second attention is, with the same names of projections. `qkv_proj` names
     the fused projection of an architecture that has one in place of q, k and v: rows [q; k; v], or, if `interleaved`,
     for each K/V head its query heads, key and value. `key_norm` names the norm of the projected keys, `{head}` in it a
-    tensor per K/V head; where `always_normalised`, there is one without a tensor.
+    tensor per K/V head; where `always_normalised`, there is one without a tensor. `query_norm`, and `input_norm` before
+    the attention, are asked for where layers share keys and values only.
 
     For merges that use what a model leaves free: `interleaved_rotary` has rotary pairs (2i, 2i + 1) in place of
     (i, i + half); `rotates(config, layer)`, given the class's config object, says whether a layer has rotary positions;
@@ -100,6 +101,7 @@ class Architecture:
     qkv_proj: str | None = None
     interleaved: bool = False
     key_norm: str | None = None
+    query_norm: str | None = None
     input_norm: str = "input_layernorm"
     always_normalised: bool = False
     separates_documents: bool = True

@@ -103,7 +103,7 @@ _ENTRIES = (
     Architecture("bitnet", free_values=False),
     Architecture("cohere", interleaved_rotary=True, key_norm="k_norm"),
     Architecture("cohere2", interleaved_rotary=True, rotates=_sliding_layers, is_sliding=_all_but_every_fourth_layer),
-    Architecture("cross_layer_decoder", key_norm="k_norm"),
+    Architecture("cross_layer_decoder", key_norm="k_norm", query_norm="q_norm"),
     Architecture(
         "dbrx",
         autocasts=False,  # it adds what experts make in bf16 to float32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -190,10 +190,10 @@ class LayerwiseModel:
         import torch
 
         arguments, named = self._calls[len(hidden_states)][index]
-        if shared is not None:
-            states = {
-                layer: (keys.to(self._device), values.to(self._device)) for layer, (keys, values) in shared.items()
-            }
+        states: SharedStates = {}
+        if "shared_kv_states" in named:  # not the recorded one, which would keep those of every layer
+            for layer, (keys, values) in (shared or {}).items():
+                states[layer] = keys.to(self._device), values.to(self._device)
             named = named | {"shared_kv_states": states}
         with (
             self._noting(module, self._outputs, head_outputs),
@@ -201,7 +201,8 @@ class LayerwiseModel:
         ):
             outputs: Any = module(hidden_states.to(self._device), *arguments, **named)
         if shared is not None:
-            shared |= {layer: (pair[0].cpu(), pair[1].cpu()) for layer, pair in states.items()}
+            for layer, (keys, values) in states.items():
+                shared[layer] = keys.cpu(), values.cpu()
         leaving: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
         return leaving.float().cpu()
 
@@ -345,16 +346,23 @@ def layer_moments(
     """
     import torch
 
-    grams, crosses = [[_SecondMoment(device) for _ in layers] for _ in range(2)]
-    with torch.inference_mode(), ExitStack() as loaded:
-        modules = [loaded.enter_context(model.layer(layer)) for layer in layers]
-        for states in batches:
-            inputs: list[Tensor] = []
-            for layer, module, gram, cross in zip(layers, modules, grams, crosses, strict=True):
-                inputs.append(with_one(model.attention_inputs(module, layer, states)))
-                gram.add(inputs[-1], inputs[-1])
-                if layer != layers[0]:
-                    cross.add(inputs[-1], inputs[0])
-                if layer != layers[-1]:
-                    states = model.run(module, layer, states)
-    return [gram.value for gram in grams], [None, *(cross.value for cross in crosses[1:])]
+    grams: list[Tensor] = []
+    crosses: list[Tensor | None] = []
+    first: list[Tensor] = []
+    states = list(batches)
+    with torch.inference_mode():
+        for layer in layers:
+            gram, cross = _SecondMoment(device), _SecondMoment(device)
+            with model.layer(layer) as module:
+                for index, batch in enumerate(states):
+                    inputs = with_one(model.attention_inputs(module, layer, batch))
+                    gram.add(inputs, inputs)
+                    if layer != layers[0]:
+                        cross.add(inputs, first[index])
+                    elif layer != layers[-1]:
+                        first.append(inputs)
+                    if layer != layers[-1]:
+                        states[index] = model.run(module, layer, batch)
+            grams.append(gram.value)
+            crosses.append(cross.value if layer != layers[0] else None)
+    return grams, crosses

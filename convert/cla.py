@@ -9,7 +9,7 @@ from .checkpoint import Checkpoint
 from .errors import UnsupportedError
 from .heads import HeadGrouping
 from .layers import LayerGrouping
-from .plan import AverageLayers, ConversionPlan, PoolHeads, Step
+from .plan import AverageLayers, ConversionPlan, MoveGain, PoolHeads, Step
 from .svd import MergedCheckpoint
 from .writer import TensorSpec
 
@@ -48,7 +48,7 @@ class Cla:
         steps = {name: Step.copy(info) for name, info in checkpoint.tensors.items()}
         for group in self.layers.groups:
             self._share(steps, checkpoint, architecture, source, grouping, group)
-        heads = {1: "mqa+", source.num_key_value_heads: ""}.get(number, "gqa+")
+        heads = {source.num_key_value_heads: "", 1: "mqa+"}.get(number, "gqa+")
         return ConversionPlan(
             target=f"{heads}cla",
             method=self.method,
@@ -74,18 +74,32 @@ class Cla:
         grouping: HeadGrouping,
         group: tuple[int, ...],
     ) -> None:
-        """Replace the copies of the keys and values of the group's layers."""
+        """Replace the copies of the keys and values of the group's layers, and of norms of queries and keys."""
+        if len(group) > 1:
+            self._move_gains(steps, architecture, group)
         tensors = [architecture.key_value_tensors(checkpoint, source, layer) for layer in group]
-        norms = [architecture.tensor_name(layer, "key_norm") for layer in group] if architecture.key_norm else []
         for same in zip(*tensors, strict=True):
             names = [tensor.name for tensor in same]
             steps[names[0]] = self._step(checkpoint, architecture, grouping, group, names)
-        if norms and norms[0] in checkpoint.tensors and self.method == "mean" and len(group) > 1:
-            steps[norms[0]] = Step(tuple(norms), steps[norms[0]].writes, AverageLayers(len(group)))
-        for layer in group[1:]:
-            dropped = [tensor.name for tensor in architecture.key_value_tensors(checkpoint, source, layer)]
-            for name in (*dropped, *norms[group.index(layer) : group.index(layer) + 1]):
-                steps.pop(name, None)
+            for name in names[1:]:
+                del steps[name]
+
+    def _move_gains(self, steps: dict[str, Step], architecture: Architecture, group: tuple[int, ...]) -> None:
+        """Where keys are normalised, with the mean or the first one's gain: the rest goes to each layer's queries."""
+        if architecture.key_norm is None or architecture.query_norm is None:
+            return
+        keys, queries = (
+            [architecture.tensor_name(layer, norm) for layer in group] for norm in ("key_norm", "query_norm")
+        )
+        if keys[0] not in steps:
+            return
+        shared = keys if self.method == "mean" else keys[:1]
+        for key, query in zip(keys, queries, strict=True):
+            steps[query] = Step((query, key, *shared), steps[query].writes, MoveGain())
+        if self.method == "mean":
+            steps[keys[0]] = Step(tuple(keys), steps[keys[0]].writes, AverageLayers(len(group)))
+        for key in keys[1:]:
+            del steps[key]
 
     def _step(
         self,

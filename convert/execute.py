@@ -101,4 +101,5 @@ def _provenance(plan: ConversionPlan, checkpoint: Checkpoint) -> dict[str, objec
             "source": plan.source.num_key_value_layers,
             "result": plan.result.num_key_value_layers,
         },
+        "kv_source_layers": list(plan.result.layer_grouping.sources) if plan.result.layer_grouping else None,
     }

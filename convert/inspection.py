@@ -73,7 +73,9 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = N
     cross_layer, shared = _cross_layer_target(source)
     conversions = (*_targets(source, shape), cross_layer)
     configs = {view.config["model_type"]: view.config for view in (*shared, *reversed(usable))}
-    classes = dict.fromkeys(target.model_type for target in conversions if target.model_type) or configs
+    pooled = [target.model_type for target in conversions[:-1] if target.model_type]
+    others = (*(() if pooled else usable), *shared)
+    classes = dict.fromkeys([*pooled, *(str(view.config["model_type"]) for view in others)])
     context = context_length or checkpoint.config_int(architecture.config_name("max_position_embeddings"), default=2048)
     return Inspection(
         model=checkpoint.name,

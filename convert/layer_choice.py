@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,7 @@ from .rotary import read_rotary
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Damages", "best_layers", "measure_damages"]
+__all__ = ["Damages", "best_layers", "measure_damages", "permitted_pairs"]
 
 Damages = Mapping[tuple[int, int], float]
 """What is lost if only layer c reads the keys and values of p, for pairs (p, c)."""
@@ -27,18 +26,31 @@ Damages = Mapping[tuple[int, int], float]
 _TRIAL_PASSES = 4
 
 
+def permitted_pairs(
+    shape: AttentionShape, reach: int, *, keep_first: int = 0, keep_last: int = 0
+) -> list[tuple[int, int]]:
+    """Layers (p, c) of which c may read the keys and values of p: at most `reach` apart, with the same window."""
+    between = range(keep_first, shape.num_hidden_layers - keep_last)
+    return [
+        (first, second)
+        for first in between
+        for second in between[between.index(first) + 1 :][:reach]
+        if shape.windows[first] == shape.windows[second]
+    ]
+
+
 def measure_damages(
     checkpoint: Checkpoint,
     architecture: Architecture,
     text: CalibrationText,
+    pairs: Collection[tuple[int, int]],
     *,
-    reach: int,
     device: str = "cpu",
     precision: str = "fp32",
     progress: Callable[[int], object] = lambda num_layers: None,
 ) -> Damages:
-    """For every two layers at most `reach` apart that may share: E ‖h' − h‖² / ‖h‖² of the hidden states that leave the
-    second, where h' are those of a model in which these two share, merged but not refitted, and no others.
+    """For every pair of layers: E ‖h' − h‖² / ‖h‖² of the hidden states that leave the second, where h' are those of a
+    model in which these two share, merged but not refitted, and no others.
 
     checkpoint: as CrossLayerDecoder. Hidden states enter the first layer as the original has them.
     """
@@ -53,23 +65,27 @@ def measure_damages(
         states = [model.embed(batch) for batch in text.batches]
         model.release_embeddings()
         for first in range(shape.num_hidden_layers):
-            layers = tuple(range(first, min(first + reach + 1, shape.num_hidden_layers)))
-            grams, crosses = layer_moments(model, layers, states, device)
-            inputs = [
-                LayerInput(read_projections(checkpoint, architecture, shape, layer), gram, cross)
-                for layer, gram, cross in zip(layers, grams, crosses, strict=True)
-            ]
-            for index, second in enumerate(layers[1:], start=1):
-                if shape.windows[second] != shape.windows[first]:
-                    continue
-                heads = Heads([inputs[0], inputs[index]], shape, Freedom(rotary[first], keys=free))
+            readers = [second for producer, second in pairs if producer == first]
+            layers = tuple(range(first, max(readers, default=first) + 1))
+            grams, crosses = layer_moments(model, layers, states, device) if readers else ([], [])
+            for second in readers:
+                inputs = [
+                    LayerInput(
+                        read_projections(checkpoint, architecture, shape, layer),
+                        grams[layer - first],
+                        crosses[layer - first],
+                    )
+                    for layer in (first, second)
+                ]
+                heads = Heads(inputs, shape, Freedom(rotary[first], keys=free))
                 grouping = (best_grouping if free else Heads.in_order)(heads, shape.num_key_value_heads)
                 pair = merge_layers(heads, grouping).projections
                 merged = {
                     layer: projections.tensors(checkpoint, architecture, shape, layer)
                     for layer, projections in zip((first, second), pair, strict=True)
                 }
-                damages[first, second] = _trial(model, layers[: index + 1], merged, states[:_TRIAL_PASSES])
+                trial = range(first, second + 1)
+                damages[first, second] = _trial(model, trial, merged, states[:_TRIAL_PASSES])
             with model.layer(first) as module:
                 states = [model.run(module, first, batch) for batch in states]
             progress(1)
@@ -77,52 +93,33 @@ def measure_damages(
 
 
 def _trial(
-    model: LayerwiseModel, layers: tuple[int, ...], merged: Mapping[int, dict[str, Tensor]], batches: list[Tensor]
+    model: LayerwiseModel, layers: range, merged: Mapping[int, dict[str, Tensor]], states: list[Tensor]
 ) -> float:
     """The relative error after `layers`, of which the first and the last share what `merged` holds."""
-    errors = []
-    with ExitStack() as loaded:
-        original = [loaded.enter_context(model.layer(layer)) for layer in layers]
-        wanted = []
-        for states in batches:
-            for layer, module in zip(layers, original, strict=True):
-                states = model.run(module, layer, states)
-            wanted.append(states)
-    with ExitStack() as loaded:
-        sources = [layers[0] if layer in merged else layer for layer in layers]
-        modules = [
-            loaded.enter_context(model.layer(layer, merged.get(layer), source))
-            for layer, source in zip(layers, sources, strict=True)
-        ]
-        for states, expected in zip(batches, wanted, strict=True):
-            shared: dict[int, tuple[Tensor, Tensor]] = {}
-            for layer, module in zip(layers, modules, strict=True):
-                states = model.run(module, layer, states, shared=shared)
-            errors.append(((states - expected).square().sum(-1) / expected.square().sum(-1)).mean().item())
+    wanted = found = states
+    shared: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in states]
+    for layer in layers:
+        with model.layer(layer) as module:
+            wanted = [model.run(module, layer, batch) for batch in wanted]
+        source = layers[0] if layer in merged else layer
+        with model.layer(layer, merged.get(layer), source) as module:
+            found = [model.run(module, layer, batch, shared=kept) for batch, kept in zip(found, shared, strict=True)]
+    errors = [
+        ((one - other).square().sum(-1) / other.square().sum(-1)).mean().item()
+        for one, other in zip(found, wanted, strict=True)
+    ]
     return sum(errors) / len(errors)
 
 
-def best_layers(
-    shape: AttentionShape,
-    num_key_value_layers: int,
-    damages: Damages,
-    *,
-    keep_first: int = 0,
-    keep_last: int = 0,
-) -> LayerGrouping:
+def best_layers(num_layers: int, num_key_value_layers: int, damages: Damages) -> LayerGrouping:
     """Groups of neighbours, as many as layers shall keep keys and values, with the least sum of damages.
 
     What a group loses is taken for the sum of what its layers do that read the first's. Raises UnsupportedError where
-    no groups of measured pairs are so few.
+    no groups of these pairs are so few.
     """
-    num_layers = shape.num_hidden_layers
-    front, back = keep_first, num_layers - keep_last
     infinite = float("inf")
 
     def loss(begin: int, end: int) -> float:
-        alone = begin < front or end > back
-        if alone and end - begin > 1:
-            return infinite
         return sum(damages.get((begin, layer), infinite) for layer in range(begin + 1, end))
 
     # of the first `end` layers in `count` groups: the least loss, and where the last group begins
@@ -139,7 +136,7 @@ def best_layers(
     if (num_layers, num_key_value_layers) not in best:
         raise UnsupportedError(
             f"{num_layers} layers cannot share so that {num_key_value_layers} keep keys and values",
-            hint="ask for more, or keep fewer at the ends",
+            hint="only neighbours with the same window share; ask for more, or keep fewer at the ends",
         )
     ends = [num_layers]
     for count in range(num_key_value_layers, 0, -1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .architecture import AttentionShape
 from .heads import HeadGrouping
@@ -18,14 +18,14 @@ from .merge import (
     pair_losses,
 )
 from .projections import Projections
-from .rotary import Rotary, turning
+from .rotary import Rotary, Turning, turning
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Freedom", "Heads", "LayerInput", "LayerMerge", "best_grouping", "merge_layers"]
 
-_RIDGE = 1e-6  # of the mean diagonal: for a text with fewer tokens than the input has dims
+_PULL = 1.0  # docs/measurements.md has others
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -95,9 +95,7 @@ class Heads:
 
     queries[h] and outputs[h] are those of the query heads that read K/V head h, (head_dim, hidden_size + 1) and
     (hidden_size, head_dim) each. The keys and values of layers after the first are predicted from what the first one's
-    attention reads: the least-squares map is the layer's own times `cross` · gram⁻¹. What a prediction leaves out is
-    orthogonal to all that the first layer reads, so that no merge can do anything about it.
-    What merges need of the inputs, the covariances of all keys and of all values, is computed once.
+    attention reads. What merges need of the inputs, the covariances of all keys and of all values, is computed once.
     """
 
     def __init__(self, layers: Sequence[LayerInput], shape: AttentionShape, freedom: Freedom) -> None:
@@ -111,7 +109,9 @@ class Heads:
         self._freedom = freedom
         self._turning = turning(rotary, shape.head_dim) if rotary.dims and freedom.keys else None
         self._key_weights: list[Tensor] = []
-        keys, values, own_keys, own_values = [], [], [], []
+        keys, values = [], []
+        self._own_keys: list[_Own] = []
+        self._own_values: list[_Own] = []
         for layer in layers:
             source = layer.projections
             queries = source.q.unflatten(0, (shape.num_key_value_heads, size, shape.head_dim))
@@ -125,24 +125,16 @@ class Heads:
             heads = source.k.unflatten(0, (-1, shape.head_dim)).transpose(0, 1)
             keys.append(rotary.half_split(heads).transpose(0, 1))  # (heads, head_dim, hidden_size + 1)
             values.append(source.v.unflatten(0, (-1, shape.head_dim)))
+            if len(layers) > 1:
+                self._own_keys += _own(keys[-1], layer, gram)
+                self._own_values += _own(values[-1], layer, gram)
             if layer.cross is not None:
-                own_keys.append(keys[-1] @ layer.gram @ keys[-1].mT)
-                own_values.append(values[-1] @ layer.gram @ values[-1].mT)
-                predicted = _regression(layer.cross, gram)
+                predicted = _prediction(layer.cross, gram)
                 keys[-1], values[-1] = keys[-1] @ predicted, values[-1] @ predicted
-        self._keys, self._values = torch.cat(keys), torch.cat(values)
+        self._keys, self._values, self._gram = torch.cat(keys), torch.cat(values), gram
         self._key_covariances = _covariances(self._keys, gram)
         self._value_covariances = _covariances(self._values, gram)
         self._value_weights = [_sum(output.T @ output for output in group) for group in self.outputs]
-        self._unpredicted_keys = self._unpredicted(own_keys, self._key_covariances)
-        self._unpredicted_values = self._unpredicted(own_values, self._value_covariances)
-
-    def _unpredicted(self, own: list[Tensor], covariances: Tensor) -> Tensor:
-        """The covariance of what no prediction has of each head, (heads, head_dim, head_dim)."""
-        import torch
-
-        predicted = covariances.diagonal().permute(2, 0, 1)
-        return torch.cat([predicted[: len(predicted) // self.num_layers], *own]) - predicted
 
     def layer(self, head: int) -> int:
         """The layer of a head, counted from the first."""
@@ -166,8 +158,10 @@ class Heads:
             merged = merge_linear(rows, weights, covariance, len(rows[0]))
         else:
             merged = merge_mean(rows, weights, covariance)
-        lost = sum(float((self._unpredicted_values[head] * self._value_weights[head]).sum()) for head in group)
-        return _of_rows(replace(merged, total=merged.total + max(lost, 0.0)), self._values[list(group)])
+        merged = _of_rows(merged, self._values[list(group)])
+        if self.num_layers > 1:
+            merged = _measured(merged, [self._own_values[head] for head in group], weights, self._gram)
+        return merged
 
     def merged_keys(self, group: tuple[int, ...]) -> Merged:
         """In the order of the class's rotary pairs."""
@@ -181,9 +175,9 @@ class Heads:
         else:
             start = _at_any_angle(rows, weights, covariance, rotary.dims)
             merged = merge_at_distances(start, rows, weights, covariance, self._turning)
-        unpredicted = self._unpredicted_keys if self._turning is None else self._turning.mean(self._unpredicted_keys)
-        lost = sum(float((unpredicted[head] * self._key_weights[head]).sum()) for head in group)
-        merged = _of_rows(replace(merged, total=merged.total + max(lost, 0.0)), self._keys[list(group)])
+        merged = _of_rows(merged, self._keys[list(group)])
+        if self.num_layers > 1:
+            merged = _measured(merged, [self._own_keys[head] for head in group], weights, self._gram, self._turning)
         readers = [rotary.original(rotary.original(reader).T).T for reader in merged.readers]
         return Merged(rotary.original(merged.shared), readers, merged.kept, merged.total)
 
@@ -193,13 +187,50 @@ class Heads:
         return keys + pair_losses(self._value_covariances, self._value_weights)
 
 
-def _regression(cross: Tensor, gram: Tensor) -> Tensor:
-    """argmin over A of E‖x − A x'‖², from cross = E[x x'ᵀ] and gram = E[x' x'ᵀ]."""
+def _prediction(cross: Tensor, gram: Tensor) -> Tensor:
+    """argmin over A of E‖x − A x'‖² + λ ‖A − D‖², from cross = E[x x'ᵀ] and gram = E[x' x'ᵀ].
+
+    D is diagonal, each dim's best multiple of the same dim of x', which has most of the residual stream in common with
+    x. λ is a fraction of the mean diagonal of gram. Least squares alone shrinks whatever it cannot foresee of a single
+    token, and attention, which averages over tokens, would find it shrunk.
+    """
     import torch
 
-    ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    solution: Tensor = torch.linalg.solve(gram + ridge, cross.T).T
+    power = gram.diagonal().clamp(min=1e-300)
+    strength = _PULL * power.mean()
+    damped = gram + strength * torch.eye(len(gram), dtype=gram.dtype)
+    pulled = cross + strength * torch.diag(cross.diagonal() / power)
+    solution: Tensor = torch.linalg.solve(damped, pulled.T).T
     return solution
+
+
+class _Own(NamedTuple):
+    """A head as its own layer computes it: E[z zᵀ], (head_dim, head_dim), and E[z x'ᵀ] with the first layer's x'."""
+
+    covariance: Tensor
+    cross: Tensor
+
+
+def _own(heads: Tensor, layer: LayerInput, gram: Tensor) -> list[_Own]:
+    cross = heads @ (gram if layer.cross is None else layer.cross)
+    return [_Own(*parts) for parts in zip(heads @ layer.gram @ heads.mT, cross, strict=True)]
+
+
+def _measured(
+    merged: Merged, own: Sequence[_Own], weights: Sequence[Tensor], gram: Tensor, turning: Turning | None = None
+) -> Merged:
+    """The same with the energies of what heads compute in their own layers, and of what the shared one keeps of it."""
+
+    def mean(matrix: Tensor) -> Tensor:
+        return matrix if turning is None else turning.mean(matrix)
+
+    power = mean(merged.shared @ gram @ merged.shared.T)
+    total = error = 0.0
+    for reader, head, weight in zip(merged.readers, own, weights, strict=True):
+        covariance, read = mean(head.covariance), reader @ mean(merged.shared @ head.cross.T)
+        total += float((weight * covariance).sum())
+        error += float((weight * (covariance - read - read.T + reader @ power @ reader.T)).sum())
+    return replace(merged, kept=max(total - error, 0.0), total=total)
 
 
 def _covariances(heads: Tensor, gram: Tensor) -> Tensor:

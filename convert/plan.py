@@ -16,7 +16,7 @@ from .writer import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["AverageLayers", "ConversionPlan", "LayerReport", "PoolHeads", "Step"]
+__all__ = ["AverageLayers", "ConversionPlan", "LayerReport", "MoveGain", "PoolHeads", "Step"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,23 @@ class AverageLayers:
         return (mean if self.pool is None else self.pool(mean)).to(tensors[0].dtype)
 
 
+@dataclass(frozen=True)
+class MoveGain:
+    """The gain of a query norm that makes up for keys with another layer's gain, (head_dim,).
+
+    Called with the query norm's gain, the gain that the keys had, and those whose mean they get. What commutes with
+    RoPE is moved: the mean ratio of each rotary pair (i, i + head_dim / 2), exact if both dims have the same.
+    """
+
+    def __call__(self, query: Tensor, key: Tensor, *shared: Tensor) -> Tensor:
+        import torch
+
+        mean = torch.stack([gain.double() for gain in shared]).mean(0)
+        ratio = torch.where(mean == 0, torch.ones_like(mean), key.double() / mean)
+        moved: Tensor = query.double() * ratio.unflatten(0, (2, -1)).mean(0).repeat(2)
+        return moved.to(query.dtype)
+
+
 def _split(tensors: Sequence[Tensor], index: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     return tensors[:index], tensors[index:]
 
@@ -98,7 +115,7 @@ class Step:
 
     reads: tuple[str, ...]
     writes: TensorSpec
-    op: PoolHeads | AverageLayers | None = None
+    op: PoolHeads | AverageLayers | MoveGain | None = None
 
     def __post_init__(self) -> None:
         if self.op is None and len(self.reads) != 1:
@@ -182,8 +199,10 @@ def _layer_report(data: Mapping[str, Any]) -> LayerReport:
 def _step(data: Mapping[str, Any]) -> Step:
     spec = data["writes"]
     op = data["op"]
-    if op is not None:
-        op = AverageLayers(op["num_layers"], _pool_heads(op["pool"])) if "num_layers" in op else _pool_heads(op)
+    if op is not None and "num_layers" in op:
+        op = AverageLayers(op["num_layers"], _pool_heads(op["pool"]))
+    elif op is not None:
+        op = _pool_heads(op) if op else MoveGain()
     return Step(tuple(data["reads"]), TensorSpec(spec["name"], spec["dtype"], tuple(spec["shape"])), op)
 
 

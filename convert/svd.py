@@ -244,8 +244,8 @@ class _TwoStreams:
                 return
             model, sources = self._model, self._settings.kv_source_layers
             source = sources[layer] if sources is not None else None
-            if source == layer:  # what the layers before have computed is not read again
-                self._shared = [{} for _ in self._merged]
+            if sources is not None and source == layer:  # what the layers before have computed is not read again
+                self._shared = [{} if sources.count(layer) > 1 else None for _ in self._merged]
             streams = list(zip(self._merged, self._shared, strict=True))
             with model.layer(layer, tensors, source) as module:
                 found = [model.attention_outputs(module, layer, states, shared) for states, shared in streams]

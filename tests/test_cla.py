@@ -7,17 +7,26 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from conftest import VOCAB_SIZE, CheckpointFactory, Command, assert_gradients_everywhere, assert_same_function
 from hypothesis import given
 from hypothesis import strategies as st
-from kvconvert.convert import Cla, LayerGrouping, as_cross_layer, execute, find_architecture, open_checkpoint
+from kvconvert.convert import (
+    Cla,
+    LayerGrouping,
+    as_cross_layer,
+    execute,
+    find_architecture,
+    layer_merge,
+    open_checkpoint,
+)
 from kvconvert.convert.architecture import AttentionShape, read_attention
 from kvconvert.convert.calibration import CalibrationText
 from kvconvert.convert.errors import UnsupportedError
-from kvconvert.convert.layer_choice import best_layers, measure_damages
+from kvconvert.convert.layer_choice import best_layers, measure_damages, permitted_pairs
 from kvconvert.convert.layer_merge import Freedom, Heads, LayerInput, merge_layers
 from kvconvert.convert.loading import class_config, load_model
 from kvconvert.convert.plan import AverageLayers, ConversionPlan
@@ -171,6 +180,34 @@ def plan_of_everything(checkpoint: Any) -> Any:
     return (Step.copy(info) for info in checkpoint.tensors.values())
 
 
+@pytest.mark.parametrize(
+    ("model_type", "older"),
+    [
+        ("llama", {"rope_theta": 99.0}),
+        ("mistral", {"rope_theta": 99.0, "rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ("phi3", {"rope_theta": 99.0, "partial_rotary_factor": 0.5}),
+        ("qwen3", {"rope_theta": 99.0, "rope_scaling": None}),
+    ],
+)
+def test_rotary_settings_as_version_4_wrote_them(
+    model_type: str, older: dict[str, Any], make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    source = make_checkpoint(model_type, num_hidden_layers=4)
+    config = json.loads((source / "config.json").read_text())
+    del config["rope_parameters"]
+    (source / "config.json").write_text(json.dumps(config | older))
+    original = make_shareable(source, lambda head, is_key: torch.eye(8)) if model_type in ("llama", "mistral") else None
+    (source / "config.json").write_text(json.dumps(config | older))
+    if original is None:
+        with as_cross_layer(open_checkpoint(source)) as checkpoint:
+            found, expected = class_config(checkpoint.config), class_config(config | older)
+        assert expected.rope_parameters.items() <= found.rope_parameters.items()
+    else:
+        assert_close(
+            logits(load(convert(source, tmp_path / "out", Cla(LayerGrouping((0, 0, 2, 3)))))), logits(original)
+        )
+
+
 @pytest.mark.parametrize("model_type", CROSS_LAYER)
 def test_what_a_config_leaves_out_is_the_default_of_its_class(
     model_type: str, make_checkpoint: CheckpointFactory
@@ -280,15 +317,30 @@ def test_keys_of_another_layer_are_predicted_by_least_squares(seed: int) -> None
         LayerInput(layers[0], x.T @ x / 40),
         LayerInput(layers[1], y.T @ y / 40, y.T @ x / 40),
     ]
-    heads = Heads(inputs, shape, Freedom(Rotary(())))
-    merged = heads.merged_values((0, 1))
+    with mock.patch.object(layer_merge, "_PULL", 0.0):
+        merged = Heads(inputs, shape, Freedom(Rotary(()))).merged_values((0, 1))
     targets = torch.cat([x @ layers[0].v.T @ layers[0].o.T, y @ layers[1].v.T @ layers[1].o.T], dim=1)
     predicted = x @ torch.linalg.lstsq(x, targets).solution
     residual = (targets - predicted).square().sum().item() / 40
     singular = torch.linalg.svdvals(predicted)  # the best shared value has 8 dims
     lost = residual + singular[8:].square().sum().item() / 40
-    assert merged.total == pytest.approx(targets.square().sum().item() / 40, rel=1e-4)
-    assert merged.total - merged.kept == pytest.approx(lost, rel=1e-3, abs=1e-6)
+    assert merged.total == pytest.approx(targets.square().sum().item() / 40)
+    assert merged.total - merged.kept == pytest.approx(lost, rel=1e-6)
+
+
+def test_predictions_are_pulled_towards_multiples_of_what_the_first_layer_reads() -> None:
+    """Against least squares with rows for the pull."""
+    generator = torch.Generator().manual_seed(0)
+    ones = torch.ones(40, 1, dtype=torch.float64)
+    x, y = (
+        torch.cat([torch.randn(40, 6, generator=generator, dtype=torch.float64) + 1, ones], dim=1) for _ in range(2)
+    )
+    strength = layer_merge._PULL * x.square().mean()
+    multiple = torch.diag((x * y).mean(0) / x.square().mean(0))
+    pull = strength.sqrt() * torch.eye(7, dtype=torch.float64)
+    rows, targets = torch.cat([x / 40**0.5, pull]), torch.cat([y / 40**0.5, pull @ multiple.T])
+    expected = torch.linalg.lstsq(rows, targets).solution.T
+    torch.testing.assert_close(layer_merge._prediction(y.T @ x / 40, x.T @ x / 40), expected)
 
 
 def test_a_merge_of_layers_keeps_the_heads_of_each() -> None:
@@ -389,7 +441,6 @@ def test_the_chosen_layers_are_the_best_of_all(data: st.DataObject, number: int)
     pairs = [(p, c) for p in range(number) for c in range(p + 1, min(p + reach + 1, number))]
     damages = {pair: data.draw(st.floats(0, 10)) for pair in pairs}
     count = data.draw(st.integers(1, number))
-    shape = AttentionShape(8, 1, 1, 8, (None,) * number)
 
     def total(sizes: tuple[int, ...]) -> float:
         begin, sum_of_damages = 0, 0.0
@@ -402,9 +453,9 @@ def test_the_chosen_layers_are_the_best_of_all(data: st.DataObject, number: int)
     least = min(map(total, possible))
     if least == float("inf"):
         with pytest.raises(UnsupportedError, match="cannot share so that"):
-            best_layers(shape, count, damages)
+            best_layers(number, count, damages)
     else:
-        groups = best_layers(shape, count, damages).groups
+        groups = best_layers(number, count, damages).groups
         assert len(groups) == count
         assert total(tuple(map(len, groups))) == pytest.approx(least)
 
@@ -412,8 +463,10 @@ def test_the_chosen_layers_are_the_best_of_all(data: st.DataObject, number: int)
 def test_damages_are_what_a_model_with_one_pair_loses(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
     source = make_checkpoint(num_hidden_layers=4)
     with as_cross_layer(open_checkpoint(source)) as checkpoint:
-        damages = measure_damages(checkpoint, find_architecture(checkpoint), TEXT, reach=2)
-    assert set(damages) == {(0, 1), (0, 2), (1, 2), (1, 3), (2, 3)}
+        architecture = find_architecture(checkpoint)
+        pairs = permitted_pairs(read_attention(checkpoint, architecture), 2)
+        damages = measure_damages(checkpoint, architecture, TEXT, pairs)
+    assert list(damages) == pairs == [(0, 1), (0, 2), (1, 2), (1, 3), (2, 3)]
     original = load(source)
     pair = load(convert(source, tmp_path / "out", Cla(LayerGrouping((0, 1, 1, 3)), method="svd"), refit=False))
     with torch.inference_mode():
@@ -452,6 +505,30 @@ def test_what_cannot_share_is_refused(
     source = make_checkpoint(model_type, num_hidden_layers=4, **overrides)
     with pytest.raises(UnsupportedError, match=message), as_cross_layer(open_checkpoint(source)) as checkpoint:
         Cla(layers).plan(checkpoint, find_architecture(checkpoint))
+
+
+def test_pairs_are_neighbours_that_see_as_much() -> None:
+    shape = AttentionShape(8, 1, 1, 8, (None, None, 4, None, 4, None))
+    assert permitted_pairs(shape, 2) == [(0, 1), (1, 3), (2, 4), (3, 5)]
+    assert permitted_pairs(shape, 5, keep_first=1, keep_last=1) == [(1, 3), (2, 4)]
+
+
+@pytest.mark.parametrize("method", ["mean", "first", "svd"])
+def test_the_gain_of_a_key_norm_moves_to_the_queries(
+    method: str, make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    """Layers with equal keys but for the gains of their norms, which are the same within rotary pairs."""
+    source = make_checkpoint("qwen3", num_hidden_layers=4)
+    model = make_shareable(source, lambda head, is_key: torch.eye(8))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in (0, 1):
+            gain = torch.rand(4, generator=generator) + 0.5
+            model.model.layers[layer].self_attn.k_norm.weight.copy_(gain.repeat(2))
+    model.save_pretrained(source)
+    options = {"refit": False} if method == "svd" else {}
+    found = load(convert(source, tmp_path / "out", Cla(LayerGrouping((0, 0, 2, 3)), method=method), **options))
+    assert_close(logits(found), logits(model), tolerance=1e-4)
 
 
 def test_the_command_writes_what_it_says(

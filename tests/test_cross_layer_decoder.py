@@ -173,7 +173,7 @@ def test_gradients_through_shared_keys_and_values_are_finite_differences(input_i
 def test_flash_attention_is_asked_for_by_name(name: str) -> None:
     """Where its package is not installed, that is all that is missing."""
     model = build(KINDS["pairs"])
-    with pytest.raises(ImportError, match="the package for FlashAttention. doesn't seem to be installed"):
+    with pytest.raises(ImportError, match=r"the package for FlashAttention. doesn't seem to be installed"):
         model.set_attn_implementation(name)
 
 
@@ -240,7 +240,7 @@ def test_a_config_that_no_attention_can_have_is_refused(overrides: dict[str, Any
         build(overrides)
 
 
-def test_no_other_class_opens_the_weights(
+def test_llama_does_not_open_the_weights(
     tmp_path: Path, run_without_kvconvert: Callable[[str], str], input_ids: torch.Tensor
 ) -> None:
     """They would fill the missing projections with random numbers."""

@@ -50,7 +50,9 @@ class _LlamaShaped:
         architecture = find_architecture(checkpoint)
         shape = read_attention(replace(checkpoint, config=config), architecture)
         windows = [window for window in shape.windows if window is not None]
-        rope_parameters = rope_config(checkpoint, 1.0, 10000.0)["rope_parameters"]
+        rope_parameters = rope_config(
+            checkpoint, config.get("partial_rotary_factor", 1.0), config.get("rope_theta", 10000.0)
+        )["rope_parameters"]
         if self.model_type == "phi3" and rope_parameters["rope_type"] in ("su", "yarn"):
             rope_parameters["rope_type"] = "longrope"  # its older names
         biased = [
