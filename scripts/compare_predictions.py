@@ -1,0 +1,69 @@
+"""Held-out loss of CLA2 right after merging, by how strongly predictions of a layer's keys and values are pulled.
+
+    python scripts/compare_predictions.py MODEL HELD_OUT --calibration TEXT [--pull 0 0.3 1 3 10]
+
+The pull is λ of docs/merging.md ("Layers that share"), in mean diagonals of C; 0 is plain least squares. Excess is nats
+per token over the original, nothing trained.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import torch
+from kvconvert.convert import (
+    Cla,
+    LayerGrouping,
+    as_cross_layer,
+    execute,
+    find_architecture,
+    layer_merge,
+    open_checkpoint,
+)
+from kvconvert.convert.architecture import read_attention
+from kvconvert.convert.calibration import read_calibration_text
+from kvconvert.convert.device import default_precision
+from kvconvert.convert.loading import load_model
+from kvconvert.convert.svd import MergeSettings, merge_checkpoint
+from kvconvert.convert.text import TextSource
+from kvconvert.measure.held_out import load_windows
+from kvconvert.measure.perplexity import evaluate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("held_out")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--calibration-tokens", type=int, default=32768)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--max-windows", type=int)
+    parser.add_argument("--pull", type=float, nargs="+", default=[0, 0.3, 1, 3, 10])
+    arguments = parser.parse_args()
+
+    held_out = TextSource(arguments.held_out)
+    windows = load_windows(arguments.model, held_out, window=arguments.window, max_windows=arguments.max_windows)
+    original = evaluate(load_model(arguments.model, dtype=torch.float32, device="cpu"), windows).nats_per_token
+    checkpoint = as_cross_layer(open_checkpoint(arguments.model))
+    architecture = find_architecture(checkpoint)
+    shape = read_attention(checkpoint, architecture)
+    text = read_calibration_text(
+        checkpoint,
+        TextSource(arguments.calibration),
+        num_tokens=arguments.calibration_tokens,
+        sequence_length=arguments.window,
+    )
+    layers = LayerGrouping.uniform(shape.num_hidden_layers, 2)
+    settings = MergeSettings(shape.num_key_value_heads, kv_source_layers=layers.sources, precision=default_precision())
+    print("| pull | excess |\n|---|---|")
+    for pull in arguments.pull:
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(layer_merge, "_PULL", pull):
+            merged = merge_checkpoint(checkpoint, architecture, settings, Path(folder), text=text)
+            execute(Cla(layers, method="svd").plan(merged, architecture), merged, Path(folder) / "out")
+            model = load_model(Path(folder) / "out", dtype=torch.float32, device="cpu")
+        print(f"| {pull:g} | {evaluate(model, windows).nats_per_token - original:.4f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
