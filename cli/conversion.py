@@ -71,17 +71,17 @@ class Grouping(StrEnum):
 
 @dataclass(frozen=True)
 class ConversionRequest:
-    """The options of every conversion. Commands add --method and what belongs to it."""
+    """The options of every conversion, with those for text to measure on. Commands add --method and its own."""
 
     model: Model
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="svd: text to measure on: files as for --data, or a dataset name. Default: the demo's text.",
+            help="Text to measure on: files as for --data, or a dataset name. Default: the demo's text.",
             show_default=False,
         ),
     ] = None
-    calibration_tokens: Annotated[int, typer.Option(min=1, help="svd: how many tokens of it.")] = 131072
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="How many tokens of it.")] = 131072
     text_field: TextField = "text"
     split: Split = "train"
     data_config: DataConfig = None
@@ -92,7 +92,7 @@ class ConversionRequest:
     device: Annotated[
         str | None,
         typer.Option(
-            help="svd: where text runs: cpu, cuda, cuda:1 … Default: a GPU if there is one.", show_default=False
+            help="Where that text runs: cpu, cuda, cuda:1 … Default: a GPU if there is one.", show_default=False
         ),
     ] = None
     output: Output = None

@@ -110,7 +110,7 @@ def mha2cla(request: Request) -> None:
         architecture = find_architecture(checkpoint)
         shape = read_attention(checkpoint, architecture)
         HeadGrouping.contiguous(shape.num_key_value_heads, request.groups or shape.num_key_value_heads)
-        heads = {None: "", shape.num_key_value_heads: "", 1: "mqa-"}.get(request.groups, f"gqa{request.groups}-")
+        heads = {1: "mqa-", None: "", shape.num_key_value_heads: ""}.get(request.groups, f"gqa{request.groups}-")
         suffix = f"{heads}cla{request.share or ''}"
         text = None
         if request.pairs is Pairs.auto:

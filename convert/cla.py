@@ -13,9 +13,9 @@ from .plan import AverageLayers, ConversionPlan, MoveGain, PoolHeads, Step
 from .svd import MergedCheckpoint
 from .writer import TensorSpec
 
-__all__ = ["CLA_METHODS", "Cla", "check_shareable"]
+__all__ = ["Cla"]
 
-CLA_METHODS = ("mean", "first", "svd")
+_METHODS = ("mean", "first", "svd")
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Cla:
     method: str = "mean"
 
     def __post_init__(self) -> None:
-        if self.method not in CLA_METHODS:
-            raise UnsupportedError(f"unknown method {self.method!r}", hint=f"methods: {', '.join(CLA_METHODS)}")
+        if self.method not in _METHODS:
+            raise UnsupportedError(f"unknown method {self.method!r}", hint=f"methods: {', '.join(_METHODS)}")
 
     def plan(self, checkpoint: Checkpoint, architecture: Architecture) -> ConversionPlan:
         """The plan for a checkpoint as CrossLayerDecoder. Raises UnsupportedError where it cannot be done."""
@@ -40,7 +40,7 @@ class Cla:
         if refusal:
             raise UnsupportedError(f"{checkpoint.name}: {refusal}")
         source = read_attention(checkpoint, architecture)
-        check_shareable(checkpoint, source, self.layers)
+        _check_shareable(checkpoint, source, self.layers)
         number = self.num_key_value_heads or source.num_key_value_heads
         grouping = HeadGrouping.contiguous(source.num_key_value_heads, number)
         if self.method == "svd" and not isinstance(checkpoint, MergedCheckpoint):
@@ -48,7 +48,7 @@ class Cla:
         steps = {name: Step.copy(info) for name, info in checkpoint.tensors.items()}
         for group in self.layers.groups:
             self._share(steps, checkpoint, architecture, source, grouping, group)
-        heads = {source.num_key_value_heads: "", 1: "mqa+"}.get(number, "gqa+")
+        heads = {1: "mqa+", source.num_key_value_heads: ""}.get(number, "gqa+")
         return ConversionPlan(
             target=f"{heads}cla",
             method=self.method,
@@ -123,7 +123,7 @@ class Cla:
         return Step((*names, *gains), spec, AverageLayers(len(group), pool))
 
 
-def check_shareable(checkpoint: Checkpoint, shape: AttentionShape, layers: LayerGrouping) -> None:
+def _check_shareable(checkpoint: Checkpoint, shape: AttentionShape, layers: LayerGrouping) -> None:
     """Raise UnsupportedError unless the layers are the checkpoint's, and those that share are neighbours that see as
     much."""
     if len(layers.sources) != shape.num_hidden_layers:

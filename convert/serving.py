@@ -50,7 +50,7 @@ _KNOWN = (
         "cross_layer_decoder",
         Serving("vLLM", True, "run", "with kvconvert installed beside it, whose plugin makes the saving real there"),
     ),
-    ("cross_layer_decoder", Serving("SGLang", False, "read", "its pool has keys and values for every layer")),
+    ("cross_layer_decoder", Serving("SGLang", None, "read", "its pool has keys and values for every layer")),
     ("cross_layer_decoder", Serving("llama.cpp", False, "read", "it shares layers of Gemma only")),
     ("olmo", Serving("SGLang", True, "read", _SGLANG_ASSUMES_MHA)),
     ("phi", Serving("SGLang", True, "read", _SGLANG_ASSUMES_MHA)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from kvconvert.convert.errors import UnsupportedError
 from kvconvert.convert.layer_choice import best_layers, measure_damages, permitted_pairs
 from kvconvert.convert.layer_merge import Freedom, Heads, LayerInput, merge_layers
 from kvconvert.convert.loading import class_config, load_model
-from kvconvert.convert.plan import AverageLayers, ConversionPlan
+from kvconvert.convert.plan import AverageLayers, ConversionPlan, Step
 from kvconvert.convert.projections import Projections, read_projections
 from kvconvert.convert.rotary import Rotary
 from kvconvert.convert.svd import MergeSettings, merge_checkpoint
@@ -159,25 +160,11 @@ def test_the_view_of_a_source_computes_what_the_source_does(
         architecture = find_architecture(checkpoint)
         heads = read_attention(checkpoint, architecture).num_key_value_heads
         plan = Cla(LayerGrouping((0, 0, 2)), method="first").plan(checkpoint, architecture)
-        steps = tuple(step for step in plan_of_everything(checkpoint))
-        unshared = ConversionPlan(
-            **{
-                **vars(plan),
-                "config": dict(checkpoint.config),
-                "steps": steps,
-                "result": plan.source,
-            }
-        )
-        execute(unshared, checkpoint, tmp_path / "out")
+        steps = tuple(Step.copy(info) for info in checkpoint.tensors.values())
+        execute(replace(plan, config=checkpoint.config, steps=steps, result=plan.source), checkpoint, tmp_path / "out")
     converted = load(tmp_path / "out")
     assert_same_function(load(source), converted, heads)
     assert_gradients_everywhere(converted)
-
-
-def plan_of_everything(checkpoint: Any) -> Any:
-    from kvconvert.convert.plan import Step
-
-    return (Step.copy(info) for info in checkpoint.tensors.values())
 
 
 @pytest.mark.parametrize(
