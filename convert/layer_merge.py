@@ -229,7 +229,7 @@ def _measured(
     for reader, head, weight in zip(merged.readers, own, weights, strict=True):
         covariance, read = mean(head.covariance), reader @ mean(merged.shared @ head.cross.T)
         total += float((weight * covariance).sum())
-        error += float((weight * (covariance - read - read.T + reader @ power @ reader.T)).sum())
+        error += float((weight * (covariance - 2 * read + reader @ power @ reader.T)).sum())
     return replace(merged, kept=max(total - error, 0.0), total=total)
 
 

@@ -349,6 +349,29 @@ def test_a_merge_of_layers_keeps_the_heads_of_each() -> None:
     torch.testing.assert_close(result.projections[0].k, result.projections[1].k)
 
 
+def test_layers_that_read_the_same_are_merged_as_heads_of_one_layer() -> None:
+    """What is kept comes from another formula there."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 20, generator=generator, dtype=torch.float64)
+    gram = x.T @ x / 60
+    sizes = ((8, 20), (8, 20), (8, 20), (19, 8))
+    layers = [
+        Projections(*(torch.randn(*size, generator=generator, dtype=torch.float64) for size in sizes)) for _ in range(2)
+    ]
+    joined = Projections(
+        *(torch.cat([getattr(layer, side) for layer in layers], dim=int(side == "o")) for side in ("q", "k", "v", "o"))
+    )
+    freedom = Freedom(Rotary((1.0, 0.3, 0.1, 0.01), longest=40))
+    one = Heads([LayerInput(joined, gram)], AttentionShape(19, 2, 2, 8, (None,)), freedom)
+    inputs = [LayerInput(layers[0], gram), LayerInput(layers[1], gram, gram)]
+    two = Heads(inputs, AttentionShape(19, 1, 1, 8, (None, None)), freedom)
+    pairs = [(heads.merged_keys((0, 1)), heads.merged_values((0, 1))) for heads in (two, one)]
+    for found, expected in zip(*pairs, strict=True):
+        torch.testing.assert_close(found.shared, expected.shared)
+        assert found.retained == pytest.approx(expected.retained)
+        assert expected.retained < 0.99
+
+
 def test_streamed_refit_sees_shared_keys_as_the_class_does(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
     """The refit of the last layer against what hooks on the merged model see."""
     source = make_checkpoint(num_hidden_layers=4)
