@@ -56,6 +56,7 @@ __all__ = [
     "check_device",
     "checked_output",
     "convert",
+    "finish",
     "memory_errors",
 ]
 
@@ -129,8 +130,6 @@ def convert(
     save_statistics: Path | None = None,
 ) -> None:
     """Plan, merge where the method asks for it, write and report. `text` is that of a command that has read it."""
-    terminal = request.terminal
-    max_shard_bytes = parse_size(request.max_shard_size)
     target = checked_output(checkpoint, request, suffix)
     architecture = find_architecture(checkpoint)
     plan = replace(settings, method="mean").plan(checkpoint, architecture)  # whether it can be done, and its size
@@ -144,30 +143,40 @@ def convert(
         if settings.method == "svd" and changes
         else _as_it_is(checkpoint) as planned
     ):
-        plan = settings.plan(planned, architecture)
-        summary |= _summary(plan)
-        if request.dry_run:
-            summary["plan"] = plan.to_json()
-            terminal.result(summary, lambda console: _show(plan, console, f"would write {target}"))
-            return
-        with terminal.progress("converting", plan.bytes_out) as advance:
-            result = execute(
-                plan,
-                planned,
-                target,
-                max_shard_bytes=max_shard_bytes,
-                force=request.force,
-                calibration=summary.get("calibration"),
-                progress=advance,
-            )
+        finish(settings.plan(planned, architecture), planned, target, request, summary)
+    if request.dry_run:
+        return
+    if settings.method == "mean" and changes and architecture.cross_attention is None:
+        request.terminal.remark("the mean harms a decoder before uptraining; --method svd, on a text, keeps most of it")
+
+
+def finish(
+    plan: ConversionPlan, checkpoint: Checkpoint, target: Path, request: ConversionRequest, summary: dict[str, Any]
+) -> None:
+    """Write what the plan says, unless only that is asked for, and report it with what `summary` holds."""
+    terminal = request.terminal
+    summary |= _summary(plan)
+    if request.dry_run:
+        summary["plan"] = plan.to_json()
+        terminal.result(summary, lambda console: _show(plan, console, f"would write {target}"))
+        return
+    with terminal.progress("converting", plan.bytes_out) as advance:
+        result = execute(
+            plan,
+            checkpoint,
+            target,
+            max_shard_bytes=parse_size(request.max_shard_size),
+            force=request.force,
+            calibration=summary.get("calibration"),
+            progress=advance,
+        )
     summary["opened_as"] = result.opened_as
     terminal.result(summary, lambda console: _show(plan, console, f"wrote {target} (opens as {result.opened_as})"))
-    if settings.method == "mean" and changes and architecture.cross_attention is None:
-        terminal.remark("the mean harms a decoder before uptraining; --method svd, on a text, keeps most of it")
 
 
 def checked_output(checkpoint: Checkpoint, request: ConversionRequest, suffix: str) -> Path:
-    """Where the result goes. Raises OutputError where it cannot."""
+    """Where the result goes. Raises OutputError where it cannot, and InputError for a wrong --max-shard-size."""
+    parse_size(request.max_shard_size)
     target = request.output or default_output(checkpoint, suffix)
     check_output(target, force=request.force, inputs=[checkpoint.path] if checkpoint.path else [])
     return target
@@ -329,6 +338,7 @@ def _summary(plan: ConversionPlan) -> dict[str, Any]:
             "result": plan.result.num_key_value_layers,
         },
         "kv_source_layers": list(plan.result.layer_grouping.sources) if plan.result.layer_grouping else None,
+        "latent": asdict(plan.result.latent) if plan.result.latent else None,
         "cache_bytes_per_token": {"source": before, "result": after},
         "weight_bytes": {"source": plan.bytes_in, "result": plan.bytes_out},
         "layers": [asdict(layer) for layer in plan.layers],
@@ -339,16 +349,21 @@ def _show(plan: ConversionPlan, console: Console, outcome: str) -> None:
     before, after = plan.cache_bytes_per_token
     source, result = plan.source, plan.result
     made = sum(step.op is not None for step in plan.steps)
-    console.print(f"{plan.model_type}: {source.num_key_value_heads} → {result.num_key_value_heads} K/V heads")
+    if result.latent is not None:
+        latent = f"a latent of {result.latent.kv_lora_rank} and a rotary key of {result.latent.qk_rope_head_dim}"
+        console.print(f"{plan.model_type}: {source.num_key_value_heads} K/V heads → {latent}")
+    else:
+        console.print(f"{plan.model_type}: {source.num_key_value_heads} → {result.num_key_value_heads} K/V heads")
     if result.layer_grouping is not None and source.layer_grouping is None:
         groups = ", ".join("-".join(map(str, (group[0], *group[1:][-1:]))) for group in result.layer_grouping.groups)
         console.print(f"  K/V layers  {source.num_key_value_layers} → {result.num_key_value_layers}: {groups}")
     names = [", ".join(map(str, layer.layers)) for layer in plan.layers]
     width = max([5, *map(len, names)])
-    console.print(f"  method      {plan.method}, {made} tensors pooled, {len(plan.steps) - made} copied")
+    if made:
+        console.print(f"  method      {plan.method}, {made} tensors pooled, {len(plan.steps) - made} copied")
     for name, layer in zip(names, plan.layers, strict=True):
         keys, values = min(layer.keys_retained), min(layer.values_retained)
         console.print(f"  layer {name:<{width}} keeps {keys:.1%} of the keys' energy, {values:.1%} of the values'")
-    console.print(f"  K/V cache   {before} → {after} bytes per token (16-bit), 1/{before / after:g}")
+    console.print(f"  K/V cache   {before} → {after} bytes per token (16-bit), 1/{before / after:.4g}")
     console.print(f"  weights     {human_bytes(plan.bytes_in)} → {human_bytes(plan.bytes_out)}")
     console.print(f"  {outcome}")

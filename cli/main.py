@@ -20,6 +20,7 @@ from .evaluate import evaluate
 from .inspect import inspect
 from .mha2cla import mha2cla
 from .mha2gqa import mha2gqa, mha2mqa
+from .mha2mla import mha2mla
 from .uptrain import uptrain
 
 __all__ = ["app"]
@@ -43,7 +44,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Convert a multi-head-attention checkpoint into one with a smaller K/V cache, then uptrain it.",
 )
-for command in (inspect, mha2gqa, mha2mqa, mha2cla, uptrain, evaluate, demo):
+for command in (inspect, mha2gqa, mha2mqa, mha2cla, mha2mla, uptrain, evaluate, demo):
     app.command()(command)
 
 

@@ -9,9 +9,10 @@ from .gqa import Gqa
 from .heads import HeadGrouping
 from .inspection import inspect_checkpoint
 from .layers import LayerGrouping
+from .mla import Mla
 from .plan import ConversionPlan
 from .runtime import register
-from .translations import ROUTES, as_cross_layer, as_target
+from .translations import ROUTES, as_cross_layer, as_latent_source, as_target
 
 __all__ = [
     "ARCHITECTURES",
@@ -23,7 +24,9 @@ __all__ = [
     "HeadGrouping",
     "KvConvertError",
     "LayerGrouping",
+    "Mla",
     "as_cross_layer",
+    "as_latent_source",
     "as_target",
     "execute",
     "find_architecture",

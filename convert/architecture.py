@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .checkpoint import Checkpoint, TensorInfo
 from .errors import CheckpointError
 from .layers import LayerGrouping
 
-__all__ = ["Architecture", "AttentionShape", "HeadTensor", "read_attention", "refuse_quantised"]
+__all__ = ["Architecture", "AttentionShape", "HeadTensor", "Latent", "read_attention", "refuse_quantised"]
 
 Config = Mapping[str, Any]
+
+_OTHER_MODEL = "config.json and the weights belong to different models, or one of them was edited"
 
 
 def no_sliding_window(config: Config, layer: int) -> bool:
@@ -79,7 +81,7 @@ class Architecture:
     not `free_values`: something other than a linear map lies between the heads' outputs and o_proj;
     `ordered_heads(config)`: what heads do depends on their position among the others.
 
-    not `autocasts`: the class does not run under autocast.
+    not `autocasts`: the class does not run under autocast. `latent`: keys and values are made of a cached latent (MLA).
 
     `separates_documents`: without an attention mask the class tells documents that share a sequence apart by their
     position_ids.
@@ -106,6 +108,7 @@ class Architecture:
     always_normalised: bool = False
     separates_documents: bool = True
     autocasts: bool = True
+    latent: bool = False
     interleaved_rotary: bool = False
     rotates: Callable[[Any, int], bool] = every_layer_rotates
     free_values: bool = True
@@ -150,6 +153,8 @@ class Architecture:
 
     def refusal(self, config: Config) -> str | None:
         """Why this checkpoint's configuration cannot be converted, or None."""
+        if self.latent:
+            return "its cache holds a latent, not keys and values"
         return refuse_quantised(config)
 
     def approximation(self, checkpoint: Checkpoint) -> str | None:
@@ -204,12 +209,22 @@ class Architecture:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """The numbers of multi-head latent attention, as DeepSeek's config calls them."""
+
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    qk_nope_head_dim: int
+    v_head_dim: int
+
+
+@dataclass(frozen=True)
 class AttentionShape:
     """The numbers of a model's attention, as its tensors and its config agree on them.
 
     `windows` holds, per layer, the sliding window in tokens or None for full attention. With `cross_attention` the
     cache holds as much again for each token of the encoder. `layer_grouping` says which layers share keys and values;
-    without it each has its own.
+    without it each has its own. With `latent` the cache holds that and a rotary key in place of keys and values.
     """
 
     hidden_size: int
@@ -219,6 +234,14 @@ class AttentionShape:
     windows: tuple[int | None, ...]
     cross_attention: bool = False
     layer_grouping: LayerGrouping | None = None
+    latent: Latent | None = None
+
+    @property
+    def cached_values(self) -> int:
+        """How many numbers a layer with a cache of its own keeps there for a token."""
+        if self.latent is not None:
+            return self.latent.kv_lora_rank + self.latent.qk_rope_head_dim
+        return 2 * self.num_key_value_heads * self.head_dim
 
     @property
     def num_hidden_layers(self) -> int:
@@ -237,7 +260,9 @@ class AttentionShape:
 
     @property
     def kind(self) -> str:
-        """The usual name: MHA, GQA or MQA, and CLA where layers share keys and values."""
+        """The usual name: MHA, GQA or MQA, CLA where layers share keys and values, or MLA."""
+        if self.latent is not None:
+            return "MLA"
         if self.num_key_value_heads == self.num_attention_heads:
             heads = "MHA"
         else:
@@ -253,6 +278,8 @@ def read_attention(checkpoint: Checkpoint, architecture: Architecture) -> Attent
     """
     num_layers = checkpoint.config_int(architecture.config_name("num_hidden_layers"))
     num_heads = checkpoint.config_int(architecture.config_name("num_attention_heads"))
+    if architecture.latent:
+        return _read_latent_attention(checkpoint, architecture, num_layers, num_heads)
     outputs = _tensor(checkpoint, architecture, 0, "o_proj")  # (hidden_size, num_attention_heads · head_dim)
     if len(outputs.shape) != 2 or outputs.shape[1] % num_heads:
         raise CheckpointError(
@@ -288,6 +315,29 @@ def read_attention(checkpoint: Checkpoint, architecture: Architecture) -> Attent
     if beyond in checkpoint.tensors:
         raise CheckpointError(f"{beyond} exists, but config.json says num_hidden_layers = {num_layers}")
     return shape
+
+
+def _read_latent_attention(
+    checkpoint: Checkpoint, architecture: Architecture, num_layers: int, num_heads: int
+) -> AttentionShape:
+    hidden_size = checkpoint.config_int("hidden_size")
+    latent = Latent(*(checkpoint.config_int(field.name) for field in fields(Latent)))
+    expected = {
+        "kv_a_proj_with_mqa": (latent.kv_lora_rank + latent.qk_rope_head_dim, hidden_size),
+        "kv_b_proj": (num_heads * (latent.qk_nope_head_dim + latent.v_head_dim), latent.kv_lora_rank),
+        "o_proj": (hidden_size, num_heads * latent.v_head_dim),
+    }
+    for layer in range(num_layers):
+        for projection, wanted in expected.items():
+            name = f"{architecture.attention.format(layer=layer)}.{projection}.weight"
+            info = _named(checkpoint, name, layer)
+            if info.shape != wanted:
+                raise CheckpointError(
+                    f"layer {layer}: {projection} has shape {list(info.shape)}, config.json implies {list(wanted)} "
+                    f"({info.file})",
+                    hint=_OTHER_MODEL,
+                )
+    return AttentionShape(hidden_size, num_heads, num_heads, latent.v_head_dim, (None,) * num_layers, latent=latent)
 
 
 def _layer_grouping(checkpoint: Checkpoint, num_layers: int) -> LayerGrouping | None:
@@ -355,18 +405,21 @@ def _contradiction(
             return CheckpointError(
                 f"layer {layer}: {projection} has {found} heads, config.json says "
                 f"num_key_value_heads = {shape.num_key_value_heads} ({info.file})",
-                hint="config.json and the weights belong to different models, or one of them was edited",
+                hint=_OTHER_MODEL,
             )
     return CheckpointError(
         f"layer {layer}: {projection} has shape {list(info.shape)}, config.json implies {list(wanted)} ({info.file})",
-        hint="config.json and the weights belong to different models, or one of them was edited",
+        hint=_OTHER_MODEL,
     )
 
 
 def _tensor(
     checkpoint: Checkpoint, architecture: Architecture, layer: int, projection: str, *, attention: str | None = None
 ) -> TensorInfo:
-    name = architecture.tensor_name(layer, projection, attention=attention)
+    return _named(checkpoint, architecture.tensor_name(layer, projection, attention=attention), layer)
+
+
+def _named(checkpoint: Checkpoint, name: str, layer: int) -> TensorInfo:
     if name not in checkpoint.tensors:
         raise CheckpointError(
             f"layer {layer}: {name} is missing from {checkpoint.name}",

@@ -11,7 +11,7 @@ from .architecture import Architecture, Config, no_layer_rotates
 from .checkpoint import Checkpoint
 from .errors import UnsupportedError
 
-__all__ = ["ARCHITECTURES", "find_architecture"]
+__all__ = ["ARCHITECTURES", "LATENT_ARCHITECTURES", "find_architecture", "known_architecture"]
 
 
 def _every_layer(config: Config, layer: int) -> bool:
@@ -226,6 +226,17 @@ _ENTRIES = (
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({entry.model_type: entry for entry in _ENTRIES})
 
+LATENT_ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
+    {"deepseek_v3": Architecture("deepseek_v3", interleaved_rotary=True, latent=True)}
+)
+"""Those with multi-head latent attention, which are converted to and not from."""
+
+
+def known_architecture(model_type: object) -> Architecture | None:
+    """The entry of a `model_type`, with the names that its class has."""
+    name = str(model_type)
+    return ARCHITECTURES.get(name) or LATENT_ARCHITECTURES.get(name)
+
 
 def _reasons() -> dict[str, str]:
     """Why known architectures are not in the table."""
@@ -233,7 +244,7 @@ def _reasons() -> dict[str, str]:
         "its experts hold the query projections, so that fewer K/V heads would change them too": "jetmoe",
         "it has a vision part that this version does not know; convert its language model": "gemma3",
         "this version does not know its encoder-decoder class": "blenderbot m2m_100 marian mbart pegasus umt5",
-        "its cache holds a latent, not keys and values": "deepseek_v2 deepseek_v3 minicpm3",
+        "its cache holds a latent, not keys and values": "deepseek_v2 minicpm3",
     }
     return {model_type: cause for cause, model_types in causes.items() for model_type in model_types.split()}
 
@@ -244,7 +255,8 @@ _REASONS = _reasons()
 def find_architecture(checkpoint: Checkpoint) -> Architecture:
     """The entry of the checkpoint's `model_type`. Raises UnsupportedError when there is none."""
     model_type = checkpoint.config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+    architecture = known_architecture(model_type)
+    if architecture is None:
         from .translations import ROUTES  # which needs this module
 
         reason = _REASONS.get(str(model_type), "kvconvert does not know this architecture")
@@ -254,7 +266,7 @@ def find_architecture(checkpoint: Checkpoint) -> Architecture:
             f"{checkpoint.name}: model_type {model_type!r} is not supported: {reason}",
             hint="docs/architectures.md lists what is supported",
         )
-    return _located(ARCHITECTURES[model_type], checkpoint)
+    return _located(architecture, checkpoint)
 
 
 def _located(architecture: Architecture, checkpoint: Checkpoint) -> Architecture:

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from .architecture import Architecture
-from .architectures import ARCHITECTURES
+from .architectures import known_architecture
 from .checkpoint import Checkpoint
 from .errors import DataError, UnsupportedError
 from .loading import empty_model, load_model
@@ -23,7 +23,15 @@ if TYPE_CHECKING:
 
     SharedStates = dict[int, tuple[Tensor, Tensor]]
 
-__all__ = ["CalibrationText", "LayerwiseModel", "layer_moments", "read_calibration_text", "second_moment", "with_one"]
+__all__ = [
+    "CalibrationText",
+    "LayerwiseModel",
+    "SecondMoment",
+    "layer_moments",
+    "read_calibration_text",
+    "second_moment",
+    "with_one",
+]
 
 _TOKENS_PER_PASS = 4096
 _CHARACTERS = 8  # that are read for a token, which is seldom longer
@@ -129,7 +137,8 @@ class LayerwiseModel:
         self._bf16 = precision == "bf16" and architecture.autocasts
         self._whole: Any = None
         self._model = model = empty_model(checkpoint.config)
-        self._path = ARCHITECTURES[architecture.model_type].attention.partition(".{layer}")[0]
+        in_class = known_architecture(architecture.model_type) or architecture
+        self._path = in_class.attention.partition(".{layer}")[0]
         located = architecture.attention.partition(".{layer}")[0]
         self._absent_prefix = self._path.removesuffix(located)  # of a checkpoint that a base class saved
         self._attention = architecture.attention.partition("{layer}.")[2]
@@ -311,7 +320,7 @@ def with_one(states: Tensor) -> Tensor:
     return torch.cat([states, states.new_ones(len(states), 1)], dim=1)
 
 
-class _SecondMoment:
+class SecondMoment:
     """E[a bᵀ] over tokens, (tokens, …), given in parts: products in float32 on `device`, sums in float64."""
 
     def __init__(self, device: str = "cpu") -> None:
@@ -332,7 +341,7 @@ class _SecondMoment:
 
 def second_moment(pairs: Iterable[tuple[Tensor, Tensor]], device: str = "cpu") -> Tensor:
     """E[a bᵀ] over the tokens of all pairs a, b."""
-    moment = _SecondMoment(device)
+    moment = SecondMoment(device)
     for a, b in pairs:
         moment.add(a, b)
     return moment.value
@@ -352,7 +361,7 @@ def layer_moments(
     states = list(batches)
     with torch.inference_mode():
         for layer in layers:
-            gram, cross = _SecondMoment(device), _SecondMoment(device)
+            gram, cross = SecondMoment(device), SecondMoment(device)
             with model.layer(layer) as module:
                 for index, batch in enumerate(states):
                     inputs = with_one(model.attention_inputs(module, layer, batch))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .architectures import ARCHITECTURES
+from .architectures import known_architecture
 from .checkpoint import CONFIG_NAME
 from .output import write_text
 from .runtime import RUNTIME_CLASSES
@@ -52,7 +52,7 @@ def _inherited(card: Path) -> dict[str, Any]:
 
 def _text(name: str, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
     model_type = str(config.get("model_type"))
-    architecture = ARCHITECTURES.get(model_type)
+    architecture = known_architecture(model_type)
     seq2seq = architecture is not None and architecture.cross_attention is not None
     changes = _changes(provenance)
     lines = [f"# {name}, with a smaller K/V cache" if changes else f"# {name}", ""]
@@ -90,4 +90,10 @@ def _changes(provenance: Mapping[str, Any]) -> list[str]:
     layers = provenance.get("num_key_value_layers", {"source": 0, "result": 0})
     if layers["source"] != layers["result"]:
         changes.append(f"{layers['source']} layers share the keys and values of {layers['result']}")
+    latent = provenance.get("latent")
+    if latent:
+        changes = [
+            f"the keys and values of {heads['source']} heads in each layer became a latent of "
+            f"{latent['kv_lora_rank']} numbers and a rotary key of {latent['qk_rope_head_dim']}"
+        ]
     return changes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -102,4 +102,5 @@ def _provenance(plan: ConversionPlan, checkpoint: Checkpoint) -> dict[str, objec
             "result": plan.result.num_key_value_layers,
         },
         "kv_source_layers": list(plan.result.layer_grouping.sources) if plan.result.layer_grouping else None,
+        "latent": asdict(plan.result.latent) if plan.result.latent else None,
     }

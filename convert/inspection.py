@@ -9,8 +9,10 @@ from .architectures import find_architecture
 from .checkpoint import Checkpoint
 from .errors import UnsupportedError
 from .kv_cache import kv_cache_bytes, kv_cache_bytes_per_token
-from .serving import Serving, serving
-from .translations import as_cross_layer, as_target, targets
+from .mla import Mla
+from .rotary import Rotary
+from .serving import KERNEL_RANKS, Serving, latent_kernels, serving
+from .translations import as_cross_layer, as_latent_source, as_target, targets
 
 __all__ = ["Inspection", "Target", "inspect_checkpoint"]
 
@@ -71,9 +73,9 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = N
     architecture = find_architecture(checkpoint)
     shape = read_attention(checkpoint, architecture)
     cross_layer, shared = _cross_layer_target(source)
-    conversions = (*_targets(source, shape), cross_layer)
+    conversions = (*_targets(source, shape), cross_layer, _latent_target(source))
     configs = {view.config["model_type"]: view.config for view in (*shared, *reversed(usable))}
-    pooled = [target.model_type for target in conversions[:-1] if target.model_type]
+    pooled = [target.model_type for target in conversions[:2] if target.model_type]
     others = (*(() if pooled else usable), *shared)
     classes = dict.fromkeys([*pooled, *(str(view.config["model_type"]) for view in others)])
     context = context_length or checkpoint.config_int(architecture.config_name("max_position_embeddings"), default=2048)
@@ -93,16 +95,14 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = N
         size_on_disk_bytes=source.size_on_disk_bytes,
         cache_bytes_per_token=kv_cache_bytes_per_token(
             num_layers=shape.num_key_value_layers,
-            num_key_value_heads=shape.num_key_value_heads,
-            head_dim=shape.head_dim,
+            values=shape.cached_values,
             bytes_per_value=_CACHE_VALUE_BYTES,
         ),
         context_length=context,
         cache_bytes_for_context=kv_cache_bytes(
             context,
             windows=shape.key_value_windows,
-            num_key_value_heads=shape.num_key_value_heads,
-            head_dim=shape.head_dim,
+            values=shape.cached_values,
             bytes_per_value=_CACHE_VALUE_BYTES,
         ),
         targets=conversions,
@@ -143,6 +143,31 @@ def _cross_layer_target(source: Checkpoint) -> tuple[Target, tuple[Checkpoint, .
         return Target("mha2cla", False, "the model has one layer"), (view,)
     reason = f"--share 2 to {num_layers}" if num_layers > 2 else "--share 2"
     return Target("mha2cla", True, reason, model_type=architecture.model_type), (view,)
+
+
+def _latent_target(source: Checkpoint) -> Target:
+    """Whether keys and values fit in a latent; with the sizes, smaller than the cache is, that have fast kernels."""
+    try:
+        view = as_latent_source(source)
+        architecture = find_architecture(view)
+        shape = read_attention(view, architecture)
+        smallest = Mla(2, 2, "exact")
+        smallest.check(view, architecture, [Rotary((1.0,))])
+    except UnsupportedError as error:
+        return Target("mha2mla", False, str(error).removeprefix(f"{source.name}: "))
+    sizes = []
+    for rank in KERNEL_RANKS:
+        for v_head_dim in (None, 128):
+            latent = Mla(rank, 64, v_head_dim=v_head_dim).latent(shape)
+            fits = rank <= min(shape.hidden_size, shape.cached_values) and rank + 64 < shape.cached_values
+            if fits and latent_kernels(latent) is None:
+                sizes.append(f"{rank} + 64" + (f" with --v-head-dim {v_head_dim}" if v_head_dim else ""))
+                break
+    kernels = (
+        f"fast kernels for {' or '.join(sizes)}" if sizes else "no size with fast kernels is smaller than its cache"
+    )
+    options = f"--kv-lora-rank R --qk-rope-head-dim D, R + D below {shape.cached_values}"
+    return Target("mha2mla", True, f"{options}; {kernels}", model_type="deepseek_v3")
 
 
 def _target(source: Checkpoint, number: int) -> tuple[str | None, str]:

@@ -11,6 +11,7 @@ from .architecture import AttentionShape
 from .heads import HeadGrouping
 from .merge import (
     Merged,
+    Turnings,
     merge_at_distances,
     merge_linear,
     merge_mean,
@@ -174,7 +175,7 @@ class Heads:
             merged = merge_linear(rows, weights, covariance, len(rows[0]))
         else:
             start = _at_any_angle(rows, weights, covariance, rotary.dims)
-            merged = merge_at_distances(start, rows, weights, covariance, self._turning)
+            merged = merge_at_distances(start, rows, weights, covariance, Turnings.same(self._turning))
         merged = _of_rows(merged, self._keys[list(group)])
         if self.num_layers > 1:
             merged = _measured(merged, [self._own_keys[head] for head in group], weights, self._gram, self._turning)

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Merged",
+    "Turnings",
     "merge_at_distances",
     "merge_linear",
     "merge_mean",
     "merge_rotary",
     "pair_losses",
+    "root_and_inverse",
 ]
 
 _ROUNDS = 20  # the error falls by less than 1 % from the fifth on
@@ -57,7 +59,7 @@ def merge_linear(heads: Sequence[Tensor], weights: Sequence[Tensor], gram: Tenso
     """
     import torch
 
-    roots, inverses = zip(*(_root_and_inverse(weight) for weight in weights), strict=True)
+    roots, inverses = zip(*(root_and_inverse(weight) for weight in weights), strict=True)
     stacked = torch.cat([root @ head for root, head in zip(roots, heads, strict=True)])  # (m · d, D + 1)
     values, vectors = torch.linalg.eigh(stacked @ gram @ stacked.T)
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
@@ -97,15 +99,30 @@ def merge_rotary(heads: Sequence[Tensor], powers: Sequence[Tensor], gram: Tensor
     return _with_scale_of(heads, gram, merged, per_pair=True)
 
 
+@dataclass(frozen=True)
+class Turnings:
+    """The rotations of a shared key with itself, of it with the heads' keys, and of these with themselves."""
+
+    shared: Turning
+    cross: Turning
+    heads: Turning
+
+    @classmethod
+    def same(cls, turning: Turning) -> Turnings:
+        """Of a shared key with the heads' rotations."""
+        return cls(turning, turning, turning)
+
+
 def merge_at_distances(
-    start: Merged, heads: Sequence[Tensor], weights: Sequence[Tensor], gram: Tensor, turning: Turning
+    start: Merged, heads: Sequence[Tensor], weights: Sequence[Tensor], gram: Tensor, turnings: Turnings
 ) -> Merged:
     """`start` improved for keys that turn by the distances that occur, instead of by any angle.
 
     heads: m tensors (d, D + 1). weights: m tensors (d, d), E[q qᵀ] summed over the query heads of head h. With R the
-    rotation by a random distance of `turning`, lowers Σ_h E tr(weights_h (R head_h − reader_h R shared) gram (…)ᵀ) by
-    turns, each one exact: the readers for the shared key, the shared key for the readers. Readers need not commute with
-    rotations here: pairs that hardly turn within the distances that occur mix almost freely.
+    rotation of the heads by a random distance and S that of the shared key, lowers
+    Σ_h E tr(weights_h (R head_h − reader_h S shared) gram (…)ᵀ) by turns, each one exact: the readers for the shared
+    key, the shared key for the readers. Readers need not commute with rotations here: pairs that hardly turn within the
+    distances that occur mix almost freely.
     """
     import torch
 
@@ -116,26 +133,27 @@ def merge_at_distances(
     cross = [start.shared @ gram @ head.T for head in heads]
     mixes: list[Tensor] = []
     for _ in range(_ROUNDS):
-        readers = _best_readers(own, cross, turning)
+        readers = _best_readers(own, cross, turnings)
         seen = [(reader.T @ weight, reader) for reader, weight in zip(readers, weights, strict=True)]
-        inverse = _pseudo_inverse(turning.mean_back(torch.stack([left @ reader for left, reader in seen]).sum(0)))
-        mixes = [inverse @ turning.mean_back(left) for left, _ in seen]
+        read = torch.stack([left @ reader for left, reader in seen]).sum(0)
+        inverse = _pseudo_inverse(turnings.shared.mean_back(read))
+        mixes = [inverse @ turnings.cross.mean_back(left) for left, _ in seen]
         cross = list(torch.einsum("gij,ghjk->hik", torch.stack(mixes), joint))
         own = torch.stack([part @ mix.T for part, mix in zip(cross, mixes, strict=True)]).sum(0)
-    readers = _best_readers(own, cross, turning)
+    readers = _best_readers(own, cross, turnings)
     shared = torch.stack([mix @ head for mix, head in zip(mixes, heads, strict=True)]).sum(0)
     kept = [
-        (weight * (turning.mean(part).T @ reader.T)).sum()
+        (weight * (turnings.cross.mean(part).T @ reader.T)).sum()
         for weight, part, reader in zip(weights, cross, readers, strict=True)
     ]
-    total = [(weight * turning.mean(joint[head, head])).sum() for head, weight in enumerate(weights)]
+    total = [(weight * turnings.heads.mean(joint[head, head])).sum() for head, weight in enumerate(weights)]
     return _with_scale_of(heads, gram, Merged(shared, readers, float(sum(kept)), float(sum(total))))
 
 
-def _best_readers(own: Tensor, cross: Sequence[Tensor], turning: Turning) -> list[Tensor]:
-    """For each head argmin over B of E‖R head − B R shared‖², from E[shared sharedᵀ] and E[shared headᵀ]."""
-    inverse = _pseudo_inverse(turning.mean(own))
-    return [turning.mean(part).T @ inverse for part in cross]
+def _best_readers(own: Tensor, cross: Sequence[Tensor], turnings: Turnings) -> list[Tensor]:
+    """For each head argmin over B of E‖R head − B S shared‖², from E[shared sharedᵀ] and E[shared headᵀ]."""
+    inverse = _pseudo_inverse(turnings.shared.mean(own))
+    return [turnings.cross.mean(part).T @ inverse for part in cross]
 
 
 def pair_losses(covariances: Tensor, weights: Sequence[Tensor], turning: Turning | None = None) -> Tensor:
@@ -147,7 +165,7 @@ def pair_losses(covariances: Tensor, weights: Sequence[Tensor], turning: Turning
     import torch
 
     size, num_heads = covariances.shape[-1], len(covariances)
-    roots = torch.stack([_root_and_inverse(weight)[0] for weight in weights])
+    roots = torch.stack([root_and_inverse(weight)[0] for weight in weights])
 
     def weighed(blocks: Tensor, one: Tensor, other: Tensor) -> Tensor:
         return one @ (turning.mean(blocks) if turning is not None else blocks) @ other
@@ -199,7 +217,7 @@ def _with_scale_of(heads: Sequence[Tensor], gram: Tensor, merged: Merged, *, per
         if per_pair:
             pairs: Tensor = rows.unflatten(0, (2, -1)).sum(0)
             return pairs.repeat(2)
-        return rows.mean().expand(len(rows))
+        return rows.mean().expand(len(merged.shared))
 
     wanted = torch.stack([power(head) for head in heads]).mean(0)
     found = power(merged.shared)
@@ -217,7 +235,7 @@ def _pseudo_inverse(matrix: Tensor) -> Tensor:
     return inverse
 
 
-def _root_and_inverse(weight: Tensor) -> tuple[Tensor, Tensor]:
+def root_and_inverse(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric square root of a positive semidefinite matrix, and its pseudo-inverse."""
     import torch
 

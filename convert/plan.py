@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from .architecture import AttentionShape
+from .architecture import AttentionShape, Latent
 from .checkpoint import TensorInfo
 from .heads import POOLING_METHODS, HeadGrouping, interleave_heads, stack_heads
 from .kv_cache import kv_cache_bytes_per_token
@@ -161,11 +161,7 @@ class ConversionPlan:
     def cache_bytes_per_token(self) -> tuple[int, int]:
         """Before and after, for a 16-bit cache."""
         before, after = (
-            kv_cache_bytes_per_token(
-                num_layers=shape.num_key_value_layers,
-                num_key_value_heads=shape.num_key_value_heads,
-                head_dim=shape.head_dim,
-            )
+            kv_cache_bytes_per_token(num_layers=shape.num_key_value_layers, values=shape.cached_values)
             for shape in (self.source, self.result)
         )
         return before, after
@@ -188,7 +184,8 @@ class ConversionPlan:
 def _attention_shape(data: Mapping[str, Any]) -> AttentionShape:
     grouping = data["layer_grouping"]
     shared = None if grouping is None else LayerGrouping(tuple(grouping["sources"]))
-    return AttentionShape(**{**data, "windows": tuple(data["windows"]), "layer_grouping": shared})
+    latent = None if data["latent"] is None else Latent(**data["latent"])
+    return AttentionShape(**{**data, "windows": tuple(data["windows"]), "layer_grouping": shared, "latent": latent})
 
 
 def _layer_report(data: Mapping[str, Any]) -> LayerReport:

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .architecture import Latent
 from .runtime import RUNTIME_CLASSES
 
-__all__ = ["Serving", "engines_line", "serving"]
+__all__ = ["KERNEL_RANKS", "Serving", "engines_line", "latent_kernels", "serving"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,32 @@ _KNOWN = (
 _BY_ENGINE = {(model_type, entry.engine): entry for model_type, entry in _KNOWN}
 
 
+KERNEL_RANKS = (512, 448, 256)
+"""The kv_lora_rank of caches that kernels for latent attention take, with a qk_rope_head_dim of 64."""
+
+_KERNEL_ROPE_DIM = 64
+_KERNEL_HEADS = ((128, 128), (64, 128), (192, 256))  # qk_nope_head_dim and v_head_dim
+
+
+def latent_kernels(latent: Latent) -> str | None:
+    """Why vLLM 0.32 and SGLang have no fast kernel for a latent of these sizes; None if they have one.
+
+    Read in vLLM: its latent cache takes 576, 512 or 320 numbers per token (576 in FlashMLA, and on a CPU), and the
+    first pass over a prompt takes certain heads.
+    """
+    cached = latent.kv_lora_rank + latent.qk_rope_head_dim
+    if latent.qk_rope_head_dim != _KERNEL_ROPE_DIM or latent.kv_lora_rank not in KERNEL_RANKS:
+        totals = ", ".join(f"{rank} + {_KERNEL_ROPE_DIM}" for rank in KERNEL_RANKS)
+        return f"{latent.kv_lora_rank} + {latent.qk_rope_head_dim} = {cached} cached numbers, and they take {totals}"
+    if (latent.qk_nope_head_dim, latent.v_head_dim) not in _KERNEL_HEADS:
+        wanted = [v_head_dim for qk, v_head_dim in _KERNEL_HEADS if qk == latent.qk_nope_head_dim]
+        if not wanted:
+            sizes = ", ".join(str(qk) for qk, _ in _KERNEL_HEADS)
+            return f"a head_dim of {latent.qk_nope_head_dim}, and they take {sizes}"
+        return f"a v_head_dim of {latent.v_head_dim}, and they take {wanted[0]}: add --v-head-dim {wanted[0]}"
+    return None
+
+
 def serving(model_type: str, config: Mapping[str, Any] | None = None) -> tuple[Serving, ...]:
     """What is known for a converted checkpoint of this `model_type`, engine by engine.
 
@@ -70,7 +97,39 @@ def serving(model_type: str, config: Mapping[str, Any] | None = None) -> tuple[S
     unknown = {"transformers": Serving("transformers", True, "run"), **unknown}
     if model_type == "grouped_decoder":
         unknown["vLLM"] = _grouped_decoder_in_vllm(config)
+    if model_type == "deepseek_v3":
+        unknown |= _latent(config)
     return tuple(_BY_ENGINE.get((model_type, engine), entry) for engine, entry in unknown.items())
+
+
+_THROUGH_TRANSFORMERS = "with --model-impl transformers"
+
+
+def _latent(config: Mapping[str, Any] | None) -> dict[str, Serving]:
+    """DeepSeek-V3 without experts, as `mha2mla` writes it."""
+    llama_cpp = Serving("llama.cpp", False, "read", "it wants q_lora_rank of most models with a latent")
+    if config is None:
+        return {
+            "vLLM": Serving("vLLM", True, "read", "its own class without biases and with a RoPE of the default type"),
+            "SGLang": Serving("SGLang", True, "read", "without biases and with a RoPE of the default type"),
+            "llama.cpp": llama_cpp,
+        }
+    rope_type = (config.get("rope_parameters") or {}).get("rope_type", "default")
+    if config.get("attention_bias"):
+        reason = "its own class drops the biases silently"
+    elif rope_type not in ("default", "yarn") or not config.get("rope_interleave", True):
+        reason = "its own class has another RoPE"
+    else:
+        return {
+            "vLLM": Serving("vLLM", True, "read"),
+            "SGLang": Serving("SGLang", True, "read"),
+            "llama.cpp": llama_cpp,
+        }
+    return {
+        "vLLM": Serving("vLLM", True, "run", f"{_THROUGH_TRANSFORMERS}; {reason}"),
+        "SGLang": Serving("SGLang", False, "read", reason),
+        "llama.cpp": llama_cpp,
+    }
 
 
 def _grouped_decoder_in_vllm(config: Mapping[str, Any] | None) -> Serving:

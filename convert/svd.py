@@ -30,7 +30,15 @@ if TYPE_CHECKING:
 
     from .calibration import SharedStates
 
-__all__ = ["MergeSettings", "MergedCheckpoint", "check_mergeable", "merge_checkpoint", "refitted", "scratch_bytes"]
+__all__ = [
+    "MergeSettings",
+    "MergedCheckpoint",
+    "check_mergeable",
+    "merge_checkpoint",
+    "refitted",
+    "scratch_bytes",
+    "store",
+]
 
 
 @dataclass(frozen=True)
@@ -139,9 +147,9 @@ def merge_checkpoint(
             tensors = projections.tensors(checkpoint, architecture, shape, layer)
             if runner is not None:
                 runner.advance(layer, tensors, architecture.tensor_name(layer, "o_proj"))
-            merged |= _store(tensors, scratch / f"layer-{layer:05d}.safetensors")
+            merged |= store(tensors, scratch / f"layer-{layer:05d}.safetensors")
             if keep:
-                _store({"gram": gram}, _gram_file(scratch, layer))
+                store({"gram": gram}, _gram_file(scratch, layer))
             progress(1)
         reports.append(LayerReport(layers, result.grouping.groups, result.keys_retained, result.values_retained))
     return MergedCheckpoint(
@@ -200,7 +208,8 @@ def _gram_file(scratch: Path, layer: int) -> Path:
     return scratch / f"gram-{layer:05d}.safetensors"
 
 
-def _store(tensors: dict[str, Tensor], path: Path) -> dict[str, Path]:
+def store(tensors: dict[str, Tensor], path: Path) -> dict[str, Path]:
+    """Write a file of tensors, and say for each where it is."""
     from safetensors.torch import save_file
 
     with disk_errors(path):

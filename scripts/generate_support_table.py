@@ -7,13 +7,16 @@ With --check, say whether the files are what the code says, and exit with 1 if n
 
 import argparse
 import sys
+from collections.abc import Container
 from pathlib import Path
 
 from kvconvert.convert import ARCHITECTURES, ROUTES
+from kvconvert.convert.architectures import LATENT_ARCHITECTURES
 from kvconvert.convert.runtime import RUNTIME_CLASSES
 from kvconvert.convert.serving import Serving, serving
-from kvconvert.convert.translations.cross_layer import CROSS_LAYER, CROSS_LAYER_DECODER
+from kvconvert.convert.translations.cross_layer import CROSS_LAYER, CROSS_LAYER_DECODER, LATENT_SOURCES
 
+(LATENT,) = LATENT_ARCHITECTURES
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- begin: scripts/generate_support_table.py -->", "<!-- end -->"
 
@@ -32,20 +35,21 @@ def sources() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
     return {name: (classes(name, 2), classes(name, 1)) for name in names}
 
 
-def shares_layers(model_type: str) -> bool:
-    """Whether some class that a checkpoint may become can be seen as the one whose layers share."""
-    return any((route[-1].target if route else model_type) in CROSS_LAYER for route in ROUTES[model_type])
+def becomes(model_type: str, names: Container[str]) -> bool:
+    """Whether some class that a checkpoint may become is among these."""
+    return any((route[-1].target if route else model_type) in names for route in ROUTES[model_type])
 
 
 def sources_table() -> str:
     """Those that become the same share a line."""
-    lines: dict[tuple[str, str, str], list[str]] = {}
+    lines: dict[tuple[str, str, str, str], list[str]] = {}
     for name, (grouped, single) in sources().items():
-        shared = CROSS_LAYER_DECODER if shares_layers(name) else "–"
-        lines.setdefault((choice(name, grouped), choice(name, single), shared), []).append(name)
+        shared = CROSS_LAYER_DECODER if becomes(name, CROSS_LAYER) else "–"
+        latent = LATENT if becomes(name, LATENT_SOURCES) else "–"
+        lines.setdefault((choice(name, grouped), choice(name, single), shared, latent), []).append(name)
     rows = [f"| {', '.join(names)} | {' | '.join(cells)} |" for cells, names in lines.items()]
     rows.sort(key=len, reverse=True)
-    return "\n".join(["| model_type | GQA | MQA | CLA |", "|---|---|---|---|", *rows]) + "\n"
+    return "\n".join(["| model_type | GQA | MQA | CLA | MLA |", "|---|---|---|---|---|", *rows]) + "\n"
 
 
 def choice(model_type: str, ends: tuple[str, ...]) -> str:
@@ -54,7 +58,8 @@ def choice(model_type: str, ends: tuple[str, ...]) -> str:
 
 def engines_table() -> str:
     lines = ["| class | transformers | vLLM | SGLang | llama.cpp |", "|---|---|---|---|---|"]
-    for name in sorted({CROSS_LAYER_DECODER, *(end for ends in sources().values() for end in (*ends[0], *ends[1]))}):
+    ends = {end for several, single in sources().values() for end in (*several, *single)}
+    for name in sorted({CROSS_LAYER_DECODER, LATENT, *ends}):
         lines.append(f"| {name} | {' | '.join(cell(engine) for engine in serving(name))} |")
     return "\n".join(lines) + "\n"
 

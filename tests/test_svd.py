@@ -27,6 +27,7 @@ from kvconvert.convert.calibration import (
 from kvconvert.convert.errors import DataError, UnsupportedError
 from kvconvert.convert.loading import load_model
 from kvconvert.convert.merge import (
+    Turnings,
     merge_at_distances,
     merge_linear,
     merge_mean,
@@ -403,7 +404,7 @@ def test_merges_at_distances_lose_what_they_say_and_less_than_where_they_started
     weights, x = [root.T @ root for root in roots], random_matrix(seed + 99, 30, 7)
     gram = x.T @ x / 30
     start = merge_linear(heads, weights, gram, 6)
-    merged = merge_at_distances(start, heads, weights, gram, turning(ROTARY, 6))
+    merged = merge_at_distances(start, heads, weights, gram, Turnings.same(turning(ROTARY, 6)))
     least = error_at_distances(heads, merged, weights, gram, ROTARY)
     assert least == pytest.approx(merged.total - merged.kept, rel=1e-6, abs=1e-9 * merged.total)
     assert least <= error_at_distances(heads, start, weights, gram, ROTARY) + 1e-9 * merged.total
@@ -420,7 +421,7 @@ def test_merges_at_distances_end_where_no_key_nearby_loses_less() -> None:
     roots, x = [random_matrix(50 + i, 8, 6) for i in range(3)], random_matrix(99, 30, 7)
     weights, gram = [root.T @ root for root in roots], x.T @ x / 30
     start = merge_linear(heads, weights, gram, 6)
-    merged = merge_at_distances(start, heads, weights, gram, turning(ROTARY, 6))
+    merged = merge_at_distances(start, heads, weights, gram, Turnings.same(turning(ROTARY, 6)))
     least = error_at_distances(heads, merged, weights, gram, ROTARY)
     for attempt in range(20):
         moved = merged.shared + 0.01 * random_matrix(1000 + attempt, *merged.shared.shape)
@@ -436,13 +437,15 @@ def test_losses_of_pairs_are_those_of_their_merges_or_less(seed: int) -> None:
     covariances = torch.stack([torch.stack([one @ gram @ other.T for other in heads]) for one in heads])
     still, turned = pair_losses(covariances, weights), pair_losses(covariances, weights, turning(ROTARY, 6))
     energy = merge_linear(heads, weights, gram, 6).total
-    all_turned = merge_at_distances(merge_linear(heads, weights, gram, 6), heads, weights, gram, turning(ROTARY, 6))
+    all_turned = merge_at_distances(
+        merge_linear(heads, weights, gram, 6), heads, weights, gram, Turnings.same(turning(ROTARY, 6))
+    )
     for i, j in product(range(3), range(3)):
         pair, pair_weights = [heads[i], heads[j]], [weights[i], weights[j]]
         linear = merge_linear(pair, pair_weights, gram, 6)
         expected = 0.0 if i == j else (linear.total - linear.kept) / energy
         assert still[i, j].item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
-        merged = merge_at_distances(linear, pair, pair_weights, gram, turning(ROTARY, 6))
+        merged = merge_at_distances(linear, pair, pair_weights, gram, Turnings.same(turning(ROTARY, 6)))
         assert 0 <= turned[i, j].item() <= (merged.total - merged.kept) / all_turned.total + 1e-9
 
 

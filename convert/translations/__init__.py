@@ -12,9 +12,9 @@ from ..architectures import ARCHITECTURES, find_architecture
 from ..checkpoint import Checkpoint
 from ..errors import UnsupportedError
 from ..translation import Route, Routes, TranslatedCheckpoint
-from .cross_layer import CROSS_LAYER, CROSS_LAYER_DECODER
+from .cross_layer import CROSS_LAYER, CROSS_LAYER_DECODER, LATENT_SOURCES
 
-__all__ = ["CROSS_LAYER", "ROUTES", "as_cross_layer", "as_target", "targets"]
+__all__ = ["CROSS_LAYER", "ROUTES", "as_cross_layer", "as_latent_source", "as_target", "targets"]
 
 _OWN_CLASS: tuple[Route, ...] = ((),)
 
@@ -86,3 +86,23 @@ def as_cross_layer(checkpoint: Checkpoint) -> Checkpoint:
             hint=f"these can: {', '.join(CROSS_LAYER)}",
         )
     raise refusal or UnsupportedError(f"{checkpoint.name}: no class holds it")
+
+
+def as_latent_source(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint in a class whose function multi-head latent attention can hold: that of `as_cross_layer`.
+
+    Raises UnsupportedError for any other, with what would shrink its cache.
+    """
+    for view in targets(checkpoint):
+        if not isinstance(view, UnsupportedError):
+            architecture = find_architecture(view)
+            if architecture.latent:
+                raise UnsupportedError(f"{checkpoint.name}: its cache holds a latent already")
+            if architecture.model_type not in (*CROSS_LAYER, CROSS_LAYER_DECODER):
+                normalised = architecture.approximation(view)
+                raise UnsupportedError(
+                    f"{checkpoint.name}: deepseek_v3 does not hold {checkpoint.config['model_type']}"
+                    + (f": {normalised}" if normalised else ""),
+                    hint=f"mha2gqa and mha2mqa can shrink its cache; mha2mla takes {', '.join(LATENT_SOURCES)}",
+                )
+    return as_cross_layer(checkpoint)

@@ -18,7 +18,7 @@ from .common import rope_config, same
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["CROSS_LAYER", "CROSS_LAYER_DECODER"]
+__all__ = ["CROSS_LAYER", "CROSS_LAYER_DECODER", "LATENT_SOURCES"]
 
 CROSS_LAYER_DECODER = "cross_layer_decoder"
 _COPIED = (
@@ -147,3 +147,6 @@ _SOURCES = (
 CROSS_LAYER: Mapping[str, Translation] = MappingProxyType(
     {source.model_type: source.translation() for source in _SOURCES}
 )
+
+LATENT_SOURCES = tuple(source.model_type for source in _SOURCES if not source.qk_norm)
+"""Those that a latent holds too: norms of each head's keys cannot be seen in it."""

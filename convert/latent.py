@@ -1,0 +1,356 @@
+"""Multi-head attention as multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), with the least error.
+
+docs/merging.md derives it. Everything here is float64. Shapes: D hidden_size, d head_dim, H query heads, G K/V heads,
+F rotary pairs of a head, S = qk_rope_head_dim / 2 pairs of the shared rotary key, R kv_lora_rank. `gram` is E[x xᵀ] of
+the attention's input x with a 1 appended, (D + 1, D + 1); weights have their bias as last column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from .architecture import AttentionShape
+from .merge import Merged, Turnings, merge_at_distances, root_and_inverse
+from .projections import Projections
+from .rotary import Rotary, mean_phases, mean_rotation, turning_between
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["LatentAttention", "Slot", "Weighting", "compress", "normalised", "slot_gains", "without_constant"]
+
+Slot = tuple[int, int]
+"""A pair of the shared rotary key: the index of its frequency, and its rank among the shared keys of that frequency."""
+
+_SMALLEST = 1e-13  # of the largest eigenvalue: below it a direction is not there
+_NORM_STEPS, _NORM_ROUNDS = 5, 20  # of L-BFGS
+_NORM_RIDGE = 1e-6
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """One layer's attention over a latent.
+
+    q: (H, d + 2 S, D + 1), per head what meets the latent's keys, then what meets the rotary key, whose pairs are
+    (i, i + S). rope_key: (2 S, D + 1). latent: (R, D + 1), what is cached of x. key_up and value_up: (G, d, R), which
+    make the heads' keys and values of it. o: (D, H · d). `keys_retained` and `values_retained` are the fractions kept
+    of the energy of scores and of outputs.
+    """
+
+    q: Tensor
+    rope_key: Tensor
+    latent: Tensor
+    key_up: Tensor
+    value_up: Tensor
+    o: Tensor
+    keys_retained: float
+    values_retained: float
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """queries: (H, d, D + 1), keys and values: (G, d, D + 1), queries and keys half-split.
+
+    key_weights: (G, d, d), what an error of a head's key costs: E[q qᵀ] of each of its query heads times the power of
+    that head's output, over d, so that keys count as values do. value_weights: (G, d, d), Σ W_oᵀ W_o. powers: (F, G),
+    that of a frequency's pair.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    key_weights: Tensor
+    value_weights: Tensor
+    powers: Tensor
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """Keys that heads share, per frequency. keys: (F, G, D + 1) complex, the weighted heads'. directions: (F, G, G),
+    in its columns what the 1st, 2nd … shared key is made of. energies: (F, G), what each keeps, descending.
+    """
+
+    keys: Tensor
+    directions: Tensor
+    energies: Tensor
+
+
+def slot_gains(projections: Projections, shape: AttentionShape, rotary: Rotary, gram: Tensor) -> Tensor:
+    """What the layer would lose without each possible pair of the rotary key, (F, G), of its keys' energy.
+
+    A pair without position keeps the square of its mean rotation, so that slow frequencies hardly need one.
+    """
+    shared = _shared_keys(_heads(projections, shape, rotary, gram), gram)
+    return _lost_without_position(shared, rotary) / shared.energies.sum().clamp(min=1e-300)
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """What `compress` cannot know from second moments. `still`: the rotary key may leave to the latent what does not
+    turn. `keys`: how much keys count in the latent beside values.
+    """
+
+    still: bool = True
+    keys: float = 1.0
+
+
+def compress(
+    projections: Projections,
+    shape: AttentionShape,
+    rotary: Rotary,
+    gram: Tensor,
+    *,
+    slots: Sequence[Slot],
+    kv_lora_rank: int,
+    constant: bool,
+    weighting: Weighting = Weighting(),
+) -> LatentAttention:
+    """The layer with a latent of `kv_lora_rank` and a shared rotary key of len(slots) pairs.
+
+    The rotary key is the best that heads can share at the distances that occur, turning with the slots' frequencies.
+    What is left of the keys loses its position: the mean over the distances of what the rotary key leaves goes into
+    the latent with the values, weighted by what reads them: the top directions of their joint covariance. With
+    `constant` the last channel of the latent is 1 and carries means and biases. The other channels have an rms of 1.
+    """
+    import torch
+
+    heads = _heads(projections, shape, rotary, gram)
+    per_head = shape.num_attention_heads // shape.num_key_value_heads
+    rope_key, readers, keys = _rope_key(heads, rotary, gram, slots, still=weighting.still)
+    means = gram[:, -1]
+    centred = gram - torch.outer(means, means)
+    # what all tokens' keys have in common adds the same to all scores of a query
+    keys[..., -1] -= keys @ means
+
+    parts, weights = torch.cat([keys, heads.values]), torch.cat([heads.key_weights, heads.value_weights])
+    counted = torch.cat([weighting.keys * heads.key_weights, heads.value_weights])
+    value_gram = centred if constant else gram
+    latent = _top_rows(parts, counted, value_gram, kv_lora_rank - constant)
+    latent[:, -1] = 0
+    key_up, value_up = _best_ups(keys, latent, centred), _best_ups(heads.values, latent, value_gram)
+    if constant:
+        key_up, value_up = (
+            torch.cat([up, ((part - up @ latent) @ means)[..., None]], dim=2)
+            for up, part in ((key_up, keys), (value_up, heads.values))
+        )
+        one = torch.zeros(1, latent.shape[1], dtype=latent.dtype)
+        one[0, -1] = 1
+        latent = torch.cat([latent, one])
+
+    queries = readers.mT.repeat_interleave(per_head, dim=0) @ heads.queries  # (H, 2 S, D + 1)
+    # the class divides scores by the root of more dims
+    scale = ((shape.head_dim + 2 * len(slots)) / shape.head_dim) ** 0.5
+
+    errors = [
+        _energies(part - up @ latent, weight, of).sum()
+        for part, up, weight, of in (
+            (keys, key_up, heads.key_weights, centred),
+            (heads.values, value_up, heads.value_weights, gram),
+        )
+    ]
+    total = _energies(torch.cat([heads.keys, heads.values]), weights, gram).view(2, -1).sum(1).clamp(min=1e-300)
+    return LatentAttention(
+        q=torch.cat([heads.queries, queries], dim=1) * scale,
+        rope_key=rope_key,
+        latent=latent,
+        key_up=key_up,
+        value_up=value_up,
+        o=projections.o,
+        keys_retained=max(0.0, 1 - float(errors[0] / total[0])),
+        values_retained=max(0.0, 1 - float(errors[1] / total[1])),
+    )
+
+
+def without_constant(projections: Projections, gram: Tensor) -> Projections:
+    """The projections without biases, in whose place is what x alone predicts of them: the least squares of 1 on x."""
+    import torch
+
+    predicted = _inverse(gram[:-1, :-1]) @ gram[:-1, -1]  # (D,)
+
+    def without(rows: Tensor) -> Tensor:
+        return torch.cat([rows[:, :-1] + rows[:, -1:] * predicted, torch.zeros_like(rows[:, -1:])], dim=1)
+
+    return replace(projections, q=without(projections.q), k=without(projections.k), v=without(projections.v))
+
+
+def normalised(layer: LatentAttention, inputs: Tensor) -> LatentAttention:
+    """The layer for a class that divides each token's latent by its rms; `inputs` are some of its x, (tokens, D + 1).
+
+    The latent is free up to an invertible map, which is chosen so that its rms is nearly 1 for every token. That goes
+    far, since x comes from a norm itself. What reads the latent is then fitted to the normalised one.
+    """
+    import torch
+
+    tokens = inputs @ layer.latent.T.to(inputs)  # (tokens, R), on the device of `inputs`
+    root = root_and_inverse((tokens.T @ tokens / len(tokens)).double().cpu())[1].to(tokens)
+    chosen = _constant_norm(tokens, root / (tokens @ root).square().mean(1).sqrt().mean())
+    shaped = tokens @ chosen
+    shaped = shaped / shaped.square().mean(1, keepdim=True).sqrt()
+    moment, cross = ((shaped.T @ other / len(tokens)).double().cpu() for other in (shaped, tokens))
+    ridge = _NORM_RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+    back = torch.linalg.solve(moment + ridge, cross).T  # tokens ≈ back · shaped
+    latent = chosen.T.double().cpu() @ layer.latent
+    return replace(layer, latent=latent, key_up=layer.key_up @ back, value_up=layer.value_up @ back)
+
+
+def _constant_norm(tokens: Tensor, start: Tensor) -> Tensor:
+    """The map, (R, R), from `start` on, after which tokens, (n, R), have nearly the same rms, 1.
+
+    By L-BFGS on E[log² rms²], as long as it gets less on every eighth token too, which is left out of it.
+    """
+    import torch
+
+    held_out = torch.arange(len(tokens)) % 8 == 0
+    with torch.inference_mode(False), torch.enable_grad():
+        fitted, kept = tokens[~held_out].clone(), tokens[held_out].clone()
+        chosen = start.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS([chosen], max_iter=_NORM_STEPS, line_search_fn="strong_wolfe")
+
+        def spread(of: Tensor = fitted) -> Tensor:
+            return (of @ chosen).square().mean(1).clamp(min=1e-30).log().square().mean()
+
+        def step() -> Tensor:
+            optimizer.zero_grad()
+            loss = spread()
+            loss.backward()
+            return loss
+
+        best, least = start, spread(kept).item()
+        for _ in range(_NORM_ROUNDS):
+            optimizer.step(step)
+            reached = spread(kept).item()
+            if not reached < least:
+                break
+            best, least = chosen.detach().clone(), reached
+    return best
+
+
+def _heads(projections: Projections, shape: AttentionShape, rotary: Rotary, gram: Tensor) -> _Heads:
+    import torch
+
+    size, num_heads, num_shared = shape.head_dim, shape.num_attention_heads, shape.num_key_value_heads
+    queries = torch.stack([rotary.half_split(head) for head in projections.q.split(size)])
+    keys = torch.stack([rotary.half_split(head) for head in projections.k.split(size)])
+    values = projections.v.unflatten(0, (num_shared, size))
+    outputs = projections.o.unflatten(1, (num_heads, size)).transpose(0, 1)  # (H, D, d)
+    output_weights = outputs.mT @ outputs
+    spread = values @ gram @ values.mT
+    per_head = num_heads // num_shared
+    power = (output_weights * spread.repeat_interleave(per_head, dim=0)).sum((1, 2)) / size  # (H,)
+    query_weights = power[:, None, None] * (queries @ gram @ queries.mT)
+    key_weights = query_weights.unflatten(0, (num_shared, per_head)).sum(1)
+    diagonal = key_weights.diagonal(dim1=1, dim2=2)[:, : rotary.dims]
+    return _Heads(
+        queries,
+        keys,
+        values,
+        key_weights,
+        output_weights.unflatten(0, (num_shared, per_head)).sum(1),
+        diagonal.unflatten(1, (2, -1)).mean(1).T,
+    )
+
+
+def _shared_keys(heads: _Heads, gram: Tensor) -> _Shared:
+    import torch
+
+    num_pairs = len(heads.powers)
+    keys = torch.complex(heads.keys[:, :num_pairs], heads.keys[:, num_pairs : 2 * num_pairs]).transpose(0, 1)
+    keys = _roots(heads)[..., None] * keys
+    energies, directions = torch.linalg.eigh(keys @ gram.to(keys.dtype) @ keys.mH)
+    return _Shared(keys, directions.flip(2), energies.flip(1).clamp(min=0))
+
+
+def _roots(heads: _Heads) -> Tensor:
+    """√powers, (F, G), none of them so small that dividing by it would not do."""
+    smallest = _SMALLEST * heads.powers.max().clamp(min=1e-300) if heads.powers.numel() else 0.0
+    return heads.powers.clamp(min=smallest).sqrt()
+
+
+def _rope_key(
+    heads: _Heads, rotary: Rotary, gram: Tensor, slots: Sequence[Slot], *, still: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The slots' key, (2 S, D + 1), how heads read it, (G, d, 2 S), and what is left of their keys, (G, d, D + 1)."""
+    import torch
+
+    size = heads.keys.shape[1]
+    frequencies = tuple(rotary.frequencies[frequency] for frequency, _ in slots)
+    shared = Rotary(frequencies, longest=rotary.longest)
+    start = _start(heads, gram, slots)
+    turnings = Turnings(
+        turning_between(shared, shared.dims, shared, shared.dims, centred=still),
+        turning_between(shared, shared.dims, rotary, size, centred=still),
+        turning_between(rotary, size, rotary, size, centred=still),
+    )
+    merged = merge_at_distances(start, list(heads.keys), list(heads.key_weights), gram, turnings)
+    readers = torch.stack(merged.readers)
+    left = mean_rotation(rotary, size) @ heads.keys - readers @ (mean_rotation(shared, shared.dims) @ merged.shared)
+    return merged.shared, readers, left
+
+
+def _start(heads: _Heads, gram: Tensor, slots: Sequence[Slot]) -> Merged:
+    import torch
+
+    keys, _ = _chosen(heads, _shared_keys(heads, gram), gram, slots)
+    return Merged(torch.cat([keys.real, keys.imag]), [], 0.0, 0.0)
+
+
+def _chosen(heads: _Heads, shared: _Shared, gram: Tensor, slots: Sequence[Slot]) -> tuple[Tensor, Tensor]:
+    """The slots' keys, (S, D + 1), with the heads' rms, and what each head multiplies them by, (S, G); complex."""
+    import torch
+
+    frequencies = [frequency for frequency, _ in slots]
+    directions = torch.stack([shared.directions[frequency, :, rank] for frequency, rank in slots])  # (S, G)
+    # the phase of an eigenvector is free: the head that counts most reads its own key unturned
+    leader = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    directions = directions * (leader.conj() / leader.abs())
+    weighted, roots = shared.keys[frequencies], _roots(heads)[frequencies]
+    keys = (directions.conj()[..., None] * weighted).sum(1)
+    readers = directions / roots
+    own = weighted / roots[..., None]
+    complex_gram = gram.to(keys.dtype)
+    power = ((keys @ complex_gram) * keys.conj()).sum(1).real
+    wanted = ((own @ complex_gram) * own.conj()).sum(2).real.mean(1)
+    usable = (power > 0) & (wanted > 0)
+    rescale = torch.where(usable, (wanted / power.clamp(min=1e-300)).sqrt(), torch.ones_like(power))
+    return rescale[:, None] * keys, readers / rescale[:, None]
+
+
+def _lost_without_position(shared: _Shared, rotary: Rotary) -> Tensor:
+    kept = mean_phases(rotary).abs().square()
+    lost: Tensor = shared.energies * (1 - kept)[:, None]
+    return lost
+
+
+def _best_ups(parts: Tensor, latent: Tensor, gram: Tensor) -> Tensor:
+    """For each part, (d, D + 1), the map of the latent, (d, R), that is nearest to it under the Gram matrix."""
+    ups: Tensor = parts @ gram @ latent.T @ _inverse(latent @ gram @ latent.T)
+    return ups
+
+
+def _top_rows(parts: Tensor, weights: Tensor, gram: Tensor, rank: int) -> Tensor:
+    """`rank` combinations of all rows of `parts`, (n, d, D + 1), that keep most of them as `weights` count it, each of
+    rms 1 (0 where nothing is left to keep)."""
+    import torch
+
+    rows = torch.cat([root_and_inverse(weight)[0] @ part for part, weight in zip(parts, weights, strict=True)])
+    values, vectors = torch.linalg.eigh(rows @ gram @ rows.T)
+    values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
+    present = values > _SMALLEST * values[:1].clamp(min=1e-300)
+    scales = torch.where(present, values.clamp(min=1e-300).rsqrt(), torch.zeros_like(values))
+    top = scales[:, None] * (vectors.T @ rows)
+    return torch.cat([top, top.new_zeros(rank - len(top), top.shape[1])])
+
+
+def _inverse(matrix: Tensor) -> Tensor:
+    import torch
+
+    inverse: Tensor = torch.linalg.pinv(matrix, hermitian=True, rtol=_SMALLEST)
+    return inverse
+
+
+def _energies(parts: Tensor, weights: Tensor, gram: Tensor) -> Tensor:
+    """tr(weight · part · gram · partᵀ) of each."""
+    energies: Tensor = (weights * (parts @ gram @ parts.mT)).sum((1, 2))
+    return energies

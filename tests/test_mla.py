@@ -1,0 +1,596 @@
+"""mha2mla: keys and values in one latent."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import VOCAB_SIZE, CheckpointFactory, Command, build_model
+from kvconvert.convert import execute, find_architecture, open_checkpoint
+from kvconvert.convert.architecture import AttentionShape
+from kvconvert.convert.calibration import CalibrationText
+from kvconvert.convert.compress import CompressSettings, compress_checkpoint
+from kvconvert.convert.errors import UnsupportedError
+from kvconvert.convert.latent import compress, normalised, slot_gains, without_constant
+from kvconvert.convert.loading import load_model
+from kvconvert.convert.merge import Merged, Turnings, merge_at_distances
+from kvconvert.convert.mla import Mla
+from kvconvert.convert.plan import ConversionPlan
+from kvconvert.convert.projections import Projections
+from kvconvert.convert.rotary import Rotary, turning_between
+from kvconvert.convert.serving import latent_kernels, serving
+from kvconvert.convert.translations import as_latent_source
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, DynamicCache
+
+TOKENS = torch.randint(3, VOCAB_SIZE, (6, 32), generator=torch.Generator().manual_seed(0))
+TEXT = CalibrationText(TOKENS, "random")
+EXACT = 1e-4  # of the logits' scale
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 99.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 99.0, "factor": 4.0, "original_max_position_embeddings": 32}
+PARTIAL = {"rope_type": "default", "rope_theta": 99.0, "partial_rotary_factor": 0.5}
+SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-biases": ("llama", {"attention_bias": True}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama3-rope": ("llama", {"rope_parameters": LLAMA3}),
+    "yarn": ("llama", {"rope_parameters": YARN}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral-wide-window": ("mistral", {"sliding_window": 128}),
+    "qwen2": ("qwen2", {}),
+    "phi3-partial": ("phi3", {"rope_parameters": PARTIAL, "sliding_window": None}),
+    "seed_oss": ("seed_oss", {"attention_out_bias": True}),
+}
+each_source = pytest.mark.parametrize(("model_type", "overrides"), SOURCES.values(), ids=SOURCES)
+
+
+def convert(
+    source: Path, output: Path, mla: Mla, *, text: CalibrationText | None = TEXT, **settings: Any
+) -> ConversionPlan:
+    with as_latent_source(open_checkpoint(source)) as checkpoint:
+        architecture = find_architecture(checkpoint)
+        scratch = output.with_name(f"{output.name}-scratch")
+        scratch.mkdir()
+        compressed = compress_checkpoint(
+            checkpoint, architecture, mla, CompressSettings(**settings), scratch, text=text
+        )
+        plan = mla.plan(compressed, architecture)
+        execute(plan, compressed, output)
+    return plan
+
+
+def load(directory: Path) -> Any:
+    return load_model(directory, dtype=torch.float32, device="cpu")
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        result: torch.Tensor = model(input_ids=TOKENS, use_cache=False).logits
+    return result
+
+
+def error_of(source: Path, converted: Path) -> float:
+    """The largest difference of logits, of their scale."""
+    expected = logits(load(source))
+    scale = expected.abs().max().item()
+    assert scale > 1
+    return (logits(load(converted)) - expected).abs().max().item() / scale
+
+
+def set_keys_and_values(directory: Path, name: str, rows: torch.Tensor) -> None:
+    model = load(directory)
+    for layer in model.model.layers:
+        getattr(layer.self_attn, name).weight.data.copy_(rows)
+    model.save_pretrained(directory)
+
+
+@pytest.mark.parametrize("interleave", [True, False], ids=["interleaved", "half-split"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+def test_mqa_is_mla_with_its_key_and_one_more_channel_than_its_value(
+    make_checkpoint: CheckpointFactory, tmp_path: Path, model_type: str, interleave: bool
+) -> None:
+    overrides = {"sliding_window": None} if model_type == "mistral" else {}
+    source = make_checkpoint(model_type, num_key_value_heads=1, **overrides)
+    convert(source, tmp_path / "mla", Mla(9, 8, "exact", rope_interleave=interleave))
+    config = json.loads((tmp_path / "mla/config.json").read_text())
+    assert (config["model_type"], config["rope_interleave"]) == ("deepseek_v3", interleave)
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+    assert error_of(source, tmp_path / "mla") < EXACT
+
+
+def test_one_channel_less_is_not_exact(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    """So that the test above can fail."""
+    source = make_checkpoint(num_key_value_heads=1)
+    convert(source, tmp_path / "mla", Mla(8, 8, "exact"))
+    assert error_of(source, tmp_path / "mla") > 100 * EXACT
+
+
+@each_source
+def test_every_key_in_the_rotary_part_loses_nothing(
+    make_checkpoint: CheckpointFactory, tmp_path: Path, model_type: str, overrides: dict[str, Any]
+) -> None:
+    """Eight heads' keys as eight keys of each frequency, all values in the latent."""
+    source = make_checkpoint(model_type, **overrides)
+    rotary_dims = 4 if model_type == "phi3" else 8
+    convert(source, tmp_path / "mla", Mla(65, 8 * rotary_dims, "exact", "gain"))
+    assert error_of(source, tmp_path / "mla") < EXACT
+
+
+def test_heads_that_are_built_to_fit_lose_nothing(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    """Keys of one head, each turned and scaled by a complex number per pair; values of 12 directions."""
+    source = make_checkpoint()
+    generator = torch.Generator().manual_seed(3)
+    key = torch.complex(*torch.randn(2, 4, 64, generator=generator)) / 8
+    factors = torch.complex(*torch.randn(2, 8, 4, 1, generator=generator))
+    keys = factors * key
+    set_keys_and_values(source, "k_proj", torch.cat([keys.real, keys.imag], dim=1).flatten(0, 1))
+    values = torch.randn(64, 12, generator=generator) @ torch.randn(12, 64, generator=generator) / 20
+    set_keys_and_values(source, "v_proj", values)
+    plan = convert(source, tmp_path / "mla", Mla(13, 8, "exact"))
+    assert error_of(source, tmp_path / "mla") < EXACT
+    assert all(layer.keys_retained[0] > 1 - 1e-9 and layer.values_retained[0] > 1 - 1e-9 for layer in plan.layers)
+
+
+def test_the_latent_is_cached_and_generation_does_not_depend_on_the_cache(
+    make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    source = make_checkpoint(num_key_value_heads=4)
+    for norm in ("exact", "calibrated"):
+        plan = convert(source, tmp_path / norm, Mla(20, 6, norm))
+        model = load(tmp_path / norm)
+        cache = DynamicCache(config=model.config)
+        with torch.inference_mode():
+            model(TOKENS, past_key_values=cache, use_cache=True)
+        layers: list[Any] = cache.layers
+        shapes = [(layer.keys.shape, layer.values.shape) for layer in layers]
+        assert shapes == [((6, 1, 32, 20), (6, 1, 32, 6))] * 2
+        held = sum(layer.keys[0].numel() + layer.values[0].numel() for layer in layers)
+        assert plan.cache_bytes_per_token == (2 * 2 * 4 * 8 * 2, 2 * held // 32)
+
+        padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), TOKENS[:2, :12]], dim=1)
+        mask = (torch.arange(15) >= torch.tensor([[3], [3]])).long()
+        cached, recomputed = (
+            model.generate(padded, attention_mask=mask, max_new_tokens=8, do_sample=False, use_cache=use_cache)
+            for use_cache in (True, False)
+        )
+        assert torch.equal(cached, recomputed)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_calibrated_writes_no_bias(make_checkpoint: CheckpointFactory, tmp_path: Path, model_type: str) -> None:
+    source = make_checkpoint(model_type)
+    convert(source, tmp_path / "mla", Mla(64, 8, "calibrated"))
+    tensors = load_file(tmp_path / "mla/model.safetensors")
+    assert not [name for name in tensors if name.endswith(".bias")]
+    config = json.loads((tmp_path / "mla/config.json").read_text())
+    assert config["attention_bias"] is False
+    assert config["q_lora_rank"] is None
+
+
+def test_a_latent_of_all_that_the_norm_before_it_gives_is_nearly_exact_without_biases(
+    make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    """x / gain has the same norm for every token, so that a latent that holds all of x can have an rms of 1."""
+    source = make_checkpoint()
+    tokens = torch.randint(3, VOCAB_SIZE, (512, 32), generator=torch.Generator().manual_seed(5))
+    text = CalibrationText(tokens, "random")
+    convert(source, tmp_path / "exact", Mla(65, 8, "exact"), text=text, refit=False)
+    convert(source, tmp_path / "calibrated", Mla(64, 8), text=text, refit=False)
+    assert error_of(tmp_path / "exact", tmp_path / "calibrated") < 0.01
+
+
+def test_a_norm_that_is_not_met_costs_more(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    """What the fit to the norm is for: the same weights, with a latent as it comes."""
+    source = make_checkpoint(num_key_value_heads=4)
+    tokens = torch.randint(3, VOCAB_SIZE, (128, 32), generator=torch.Generator().manual_seed(5))
+    text = CalibrationText(tokens, "random")
+    convert(source, tmp_path / "fitted", Mla(48, 8), text=text, refit=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvconvert.convert.compress.normalised", lambda layer, inputs: layer)
+        convert(source, tmp_path / "as-it-is", Mla(48, 8), text=text, refit=False)
+    expected = logits(load(source))
+    fitted, as_it_is = ((logits(load(tmp_path / name)) - expected).square().mean() for name in ("fitted", "as-it-is"))
+    assert fitted < 0.9 * as_it_is
+
+
+def test_queries_and_keys_of_an_engine_that_pairs_neighbours(
+    make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    """Both layouts of pairs are the same function."""
+    source = make_checkpoint(num_key_value_heads=4)
+    for interleave in (True, False):
+        convert(source, tmp_path / str(interleave), Mla(24, 8, "exact", rope_interleave=interleave))
+    assert error_of(tmp_path / "True", tmp_path / "False") < 1e-5
+
+
+def test_frequencies_of_the_rotary_key_are_those_of_the_source(
+    make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    source = make_checkpoint(num_key_value_heads=4)
+    theirs = load(source).model.rotary_emb.inv_freq  # 1, 1/10, 1/100, 1/1000
+    convert(source, tmp_path / "high", Mla(24, 4))
+    assert json.loads((tmp_path / "high/config.json").read_text())["rope_parameters"]["rope_type"] == "default"
+    torch.testing.assert_close(load(tmp_path / "high").model.rotary_emb.inv_freq, theirs[:2])
+    convert(source, tmp_path / "gain", Mla(24, 12, rope_selection="gain"))
+    found = load(tmp_path / "gain").model.rotary_emb.inv_freq
+    distances = (found[:, None] / theirs - 1).abs()
+    assert distances.min(1).values.max() < 1e-6
+    assert len(found) == 6
+    assert (distances.argmin(1).bincount(minlength=4) <= 4).all()
+    assert (found[1:] < found[:-1] * 1.001).all()
+
+
+def test_values_padded_for_a_kernel_change_nothing(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    source = make_checkpoint(num_key_value_heads=4)
+    for v_head_dim in (None, 16):
+        convert(source, tmp_path / str(v_head_dim), Mla(24, 8, "exact", v_head_dim=v_head_dim))
+    assert load(tmp_path / "16").config.v_head_dim == 16
+    assert error_of(tmp_path / "None", tmp_path / "16") < 1e-5
+
+
+def test_shards_and_dtype(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    whole = make_checkpoint(num_key_value_heads=4)
+    parts = make_checkpoint(num_key_value_heads=4, name="parts", max_shard_size="100KB")
+    assert len(list(parts.glob("*.safetensors"))) > 1
+    for source in (whole, parts):
+        convert(source, tmp_path / f"{source.name}-mla", Mla(24, 8))
+    assert error_of(tmp_path / "model-mla", tmp_path / "parts-mla") == 0
+    half = make_checkpoint(name="half", dtype=torch.bfloat16, num_key_value_heads=1)
+    convert(half, tmp_path / "half-mla", Mla(9, 8, "exact"))
+    assert {tensor.dtype for tensor in load_file(tmp_path / "half-mla/model.safetensors").values()} == {torch.bfloat16}
+    assert error_of(half, tmp_path / "half-mla") < 0.05  # weights rounded to 8 bits
+
+
+def test_a_base_model_becomes_a_base_model(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    source = make_checkpoint(num_key_value_heads=1)
+    load(source).model.save_pretrained(tmp_path / "base")
+    convert(tmp_path / "base", tmp_path / "mla", Mla(9, 8, "exact"))
+    assert json.loads((tmp_path / "mla/config.json").read_text())["architectures"] == ["DeepseekV3Model"]
+    whole, base = load(source), AutoModelForCausalLM.from_pretrained(tmp_path / "mla").model
+    with torch.inference_mode():
+        expected, found = (model(input_ids=TOKENS).last_hidden_state for model in (whole.model, base))
+    assert (found - expected).abs().max() < EXACT * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "mla", "says"),
+    [
+        ("llama", {}, Mla(66, 8, "exact"), "use 2 to 65"),
+        ("llama", {"num_key_value_heads": 1}, Mla(17, 8), "use 1 to 16"),
+        ("llama", {}, Mla(16, 7), "use an even number, for example 6"),
+        ("llama", {}, Mla(16, 10), "use up to 8, or up to 64 with --rope-selection gain"),
+        ("llama", {}, Mla(16, 8, v_head_dim=4), "use 8 or more"),
+        ("qwen3", {}, Mla(16, 8), "mha2gqa, mha2mqa and mha2cla can shrink its cache"),
+        ("gemma3_text", {}, Mla(16, 8), "mha2gqa and mha2mqa can shrink its cache"),
+        ("stablelm", {}, Mla(16, 8), "mha2mla takes llama, mistral"),
+        ("llama", {"mlp_bias": True}, Mla(16, 8), "MLP has biases"),
+        ("llama", {"attention_bias": True}, Mla(16, 8), "--latent-norm exact"),
+        ("mistral", {"sliding_window": 4}, Mla(16, 8), "set sliding_window to null"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 99.0, "factor": 2.0}},
+            Mla(16, 8),
+            "changes its frequencies",
+        ),
+    ],
+)
+def test_what_a_latent_cannot_hold_is_refused_with_what_would_work(
+    make_checkpoint: CheckpointFactory, tmp_path: Path, model_type: str, overrides: dict[str, Any], mla: Mla, says: str
+) -> None:
+    source = make_checkpoint(model_type, **overrides)
+    with pytest.raises(UnsupportedError) as caught:
+        convert(source, tmp_path / "mla", mla)
+    assert says in f"{caught.value} {caught.value.hint}"
+
+
+def test_unknown_choices_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="unknown latent norm"):
+        Mla(16, 8, "none")
+    with pytest.raises(UnsupportedError, match="unknown RoPE selection"):
+        Mla(16, 8, rope_selection="low")
+
+
+SHAPE = AttentionShape(24, 4, 2, 6, (None,))
+ROTARY = Rotary((1.0, 0.2), longest=64)
+
+
+def random_layer(seed: int = 0) -> tuple[Projections, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    inputs = normal(500, 24) @ normal(24, 24)
+    inputs = torch.cat([inputs, torch.ones(500, 1, dtype=torch.float64)], dim=1)
+    projections = Projections(normal(24, 25), normal(12, 25), normal(12, 25), normal(24, 24))
+    return projections, inputs
+
+
+def scores_and_outputs(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, o: torch.Tensor, frequencies: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """By the definition of RoPE, pair by pair: (4 heads, n, n) scores, (4 heads, n, 24) outputs of each value."""
+    num_tokens, num_pairs = queries.shape[0], len(frequencies)
+    phases = torch.exp(1j * torch.arange(num_tokens)[:, None] * frequencies)
+
+    def turned(heads: torch.Tensor) -> torch.Tensor:
+        pairs = torch.complex(heads[..., :num_pairs], heads[..., num_pairs : 2 * num_pairs]) * phases[:, None]
+        return torch.cat([pairs.real, pairs.imag, heads[..., 2 * num_pairs :]], dim=-1)
+
+    scores = torch.einsum("thd,jhd->htj", turned(queries), turned(keys))
+    return scores, torch.einsum("Dhd,jhd->hjD", o.unflatten(1, (4, -1)), values)
+
+
+def test_a_compressed_layer_has_the_scores_and_outputs_of_its_source() -> None:
+    """With room for everything: every pair in the rotary key, and values and unturned keys in the latent.
+
+    Scores are equal up to what they all have in common for a query, which a softmax does not see.
+    """
+    projections, inputs = random_layer()
+    slots = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    layer = compress(projections, SHAPE, ROTARY, inputs.T @ inputs / 500, slots=slots, kv_lora_rank=17, constant=True)
+    x = inputs[:20]
+    queries, keys, values = (
+        (x @ rows.T).unflatten(1, (-1, 6)) for rows in (projections.q, projections.k, projections.v)
+    )
+    keys, values = (part.repeat_interleave(2, dim=1) for part in (keys, values))
+    frequencies = torch.tensor(ROTARY.frequencies, dtype=torch.float64)
+    expected = scores_and_outputs(queries, keys, values, projections.o, frequencies)
+
+    latent = x @ layer.latent.T
+    assert torch.equal(latent[:, -1], torch.ones(20, dtype=torch.float64))
+    queries = torch.einsum("hrD,tD->thr", layer.q, x) / ((6 + 8) / 6) ** 0.5
+    keys = torch.einsum("gdR,tR->tgd", layer.key_up, latent).repeat_interleave(2, dim=1)
+    values = torch.einsum("gdR,tR->tgd", layer.value_up, latent).repeat_interleave(2, dim=1)
+    rope_key = (x @ layer.rope_key.T)[:, None].expand(-1, 4, -1)
+    found, outputs = scores_and_outputs(
+        torch.cat([queries[..., 6:], queries[..., :6]], dim=-1),
+        torch.cat([rope_key, keys], dim=-1),
+        values,
+        layer.o,
+        torch.tensor([1.0, 1.0, 0.2, 0.2], dtype=torch.float64),
+    )
+    found, scores = (part - part.mean(-1, keepdim=True) for part in (found, expected[0]))
+    torch.testing.assert_close(found, scores, rtol=1e-8, atol=1e-8 * float(scores.abs().max()))
+    torch.testing.assert_close(outputs, expected[1], rtol=1e-8, atol=1e-8 * float(expected[1].abs().max()))
+    assert layer.values_retained == pytest.approx(1)
+
+
+@pytest.mark.parametrize("still", [True, False], ids=["beside-a-still-key", "alone"])
+def test_a_shared_key_of_other_frequencies_is_a_least_squares_over_distances(still: bool) -> None:
+    """By brute force: rotations position by position, and no small change of the key or of a reader does better."""
+    projections, inputs = random_layer(5)
+    gram = inputs.T @ inputs / 500
+    frequencies, shared_frequencies = (1.0, 0.2), (0.2, 1.0, 1.0)
+    shared_rotary = Rotary(shared_frequencies, longest=32)
+    rotary = Rotary(frequencies, longest=32)
+    heads = list(projections.k.split(6))
+    generator = torch.Generator().manual_seed(6)
+    roots = torch.randn(2, 6, 6, generator=generator, dtype=torch.float64)
+    weights = list(roots @ roots.mT)
+    turnings = Turnings(
+        turning_between(shared_rotary, 6, shared_rotary, 6, centred=still),
+        turning_between(shared_rotary, 6, rotary, 6, centred=still),
+        turning_between(rotary, 6, rotary, 6, centred=still),
+    )
+    start = Merged(torch.randn(6, 25, generator=generator, dtype=torch.float64), [], 0.0, 0.0)
+    merged = merge_at_distances(start, heads, weights, gram, turnings)
+
+    def rotation(angles: tuple[float, ...], distance: int) -> torch.Tensor:
+        turn = torch.eye(6, dtype=torch.float64)
+        for pair, angle in enumerate(angles):
+            c, s = math.cos(-angle * distance), math.sin(-angle * distance)
+            other = pair + len(angles)
+            turn[pair, pair], turn[pair, other], turn[other, pair], turn[other, other] = c, -s, s, c
+        return turn
+
+    likely = [1 / (distance + 1) for distance in range(32)]
+    likely = [value / sum(likely) for value in likely]
+
+    def error(shared: torch.Tensor, readers: list[torch.Tensor]) -> float:
+        total = 0.0
+        for head, reader, weight in zip(heads, readers, weights, strict=True):
+            differences = [
+                rotation(frequencies, distance) @ head - reader @ rotation(shared_frequencies, distance) @ shared
+                for distance in range(32)
+            ]
+            if still:  # a key without position takes their mean
+                mean = sum(value * part for value, part in zip(likely, differences, strict=True))
+                differences = [part - mean for part in differences]
+            for value, part in zip(likely, differences, strict=True):
+                total += value * float(((part @ gram @ part.T) * weight).sum())
+        return total
+
+    least = error(merged.shared, merged.readers)
+    assert least == pytest.approx(merged.total - merged.kept, rel=1e-6)
+    assert least < 0.9 * merged.total
+    for attempt in range(10):
+        noise = torch.Generator().manual_seed(attempt)
+        change = 0.01 * torch.randn(2, 6, 6, generator=noise, dtype=torch.float64)
+        readers = [reader * (1 + part) for reader, part in zip(merged.readers, change, strict=True)]
+        assert error(merged.shared, readers) > least
+        rows = sum(part @ head for part, head in zip(change, heads, strict=True))
+        assert error(merged.shared + 0.1 * rows, merged.readers) > least * (1 - 1e-3)
+
+
+def test_values_alone_keep_what_the_best_low_rank_map_keeps() -> None:
+    """Without keys that count, against the singular values of W_o W_v C^½, stacked over the query heads."""
+    projections, inputs = random_layer(1)
+    gram = inputs.T @ inputs / 500
+    still = without_constant(replace(projections, k=torch.zeros_like(projections.k)), gram)
+    layer = compress(still, SHAPE, ROTARY, gram, slots=[(0, 0)], kv_lora_rank=5, constant=False)
+    values, vectors = torch.linalg.eigh(gram)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    outputs = projections.o.unflatten(1, (4, 6)).transpose(0, 1)
+    stacked = torch.cat([outputs[head] @ still.v[6 * (head // 2) :][:6] @ root for head in range(4)])
+    energies = torch.linalg.svdvals(stacked).square()
+    assert layer.values_retained == pytest.approx(float(energies[:5].sum() / energies.sum()), abs=1e-9)
+
+
+def test_gain_of_a_pair_is_what_a_key_without_position_would_lose() -> None:
+    """One head, one frequency: the mean rotation is the best constant, by least squares over the distances."""
+    projections, inputs = random_layer(2)
+    shape = AttentionShape(24, 4, 1, 6, (None,))
+    one = replace(projections, k=projections.k[:6], v=projections.v[:6])
+    rotary = Rotary((1.0, 0.2, 0.01), longest=64)
+    gains = slot_gains(one, shape, rotary, inputs.T @ inputs / 500)
+    distances = torch.arange(64, dtype=torch.float64)
+    likely = 1 / (distances + 1)
+    likely /= likely.sum()
+    lost = []
+    for frequency in rotary.frequencies:
+        turns = torch.polar(torch.ones_like(distances), frequency * distances)
+        best = (likely * turns).sum()
+        lost.append(float((likely * (turns - best).abs().square()).sum()))
+    energies = gains[:, 0] / torch.tensor(lost, dtype=torch.float64)
+    assert float(energies.sum()) == pytest.approx(1)
+    assert gains.shape == (3, 1)
+
+
+def test_without_constant_is_the_best_map_of_the_input_alone() -> None:
+    projections, inputs = random_layer(3)
+    found = without_constant(projections, inputs.T @ inputs / 500)
+    wanted = inputs @ projections.k.T
+    expected = torch.linalg.lstsq(inputs[:, :-1], wanted).solution.T
+    torch.testing.assert_close(found.k[:, :-1], expected, rtol=1e-7, atol=1e-7)
+    assert not torch.cat([found.q, found.k, found.v])[:, -1].any()
+    assert torch.equal(found.o, projections.o)
+
+
+def test_a_normalised_latent_gives_nearly_the_keys_and_values_that_it_gave_before() -> None:
+    projections, inputs = random_layer(4)
+    projections = without_constant(projections, inputs.T @ inputs / 500)
+    inputs[:, :-1] = F.rms_norm(inputs[:, :-1], (24,))
+    layer = compress(
+        projections, SHAPE, ROTARY, inputs.T @ inputs / 500, slots=[(0, 0)], kv_lora_rank=24, constant=False
+    )
+    shaped = normalised(layer, inputs)
+    tokens = inputs @ shaped.latent.T
+    spread = tokens.square().mean(1).sqrt()
+    assert float(spread.std() / spread.mean()) < 1e-3
+    assert float(spread.mean()) == pytest.approx(1, abs=1e-3)
+    before = inputs @ (layer.value_up[0] @ layer.latent).T
+    after = (tokens / spread[:, None]) @ shaped.value_up[0].T
+    assert (after - before).square().mean() < 1e-4 * before.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("mla", "shape", "reason"),
+    [
+        (Mla(512, 64), (128,), None),
+        (Mla(512, 64, v_head_dim=128), (64,), None),
+        (Mla(448, 64), (128,), None),
+        (Mla(96, 32), (128,), "96 + 32 = 128 cached numbers"),
+        (Mla(512, 64), (64,), "add --v-head-dim 128"),
+        (Mla(512, 64), (80,), "a head_dim of 80"),
+    ],
+)
+def test_sizes_with_fast_kernels(mla: Mla, shape: tuple[int], reason: str | None) -> None:
+    found = latent_kernels(mla.latent(AttentionShape(4096, 32, 32, shape[0], (None,))))
+    assert (found is None) if reason is None else (found is not None and reason in found)
+
+
+def test_engines_depend_on_biases_and_rope() -> None:
+    plain = {"attention_bias": False, "rope_parameters": {"rope_type": "default"}, "rope_interleave": True}
+    for config, vllm, sglang in (
+        (plain, "", True),
+        (plain | {"attention_bias": True}, "--model-impl transformers", False),
+        (plain | {"rope_parameters": {"rope_type": "longrope"}}, "--model-impl transformers", False),
+        (plain | {"rope_interleave": False}, "--model-impl transformers", False),
+    ):
+        engines = {engine.engine: engine for engine in serving("deepseek_v3", config)}
+        assert engines["vLLM"].works
+        assert vllm in engines["vLLM"].how
+        assert engines["SGLang"].works is sglang
+
+
+def test_the_command_end_to_end(
+    make_checkpoint: CheckpointFactory, kvconvert: Command, prose_file: Path, tmp_path: Path
+) -> None:
+    """After mha2gqa; then inspect, evaluate, uptrain, the card, and what a second conversion says."""
+    source = make_checkpoint(with_tokenizer=True)
+    grouped, result = tmp_path / "grouped", tmp_path / "mla"
+    assert kvconvert("mha2gqa", source, "--groups", 4, "--output", grouped).returncode == 0
+    outcome = kvconvert(
+        "mha2mla", "--kv-lora-rank", 20, "--qk-rope-head-dim", 4, grouped, "--calibration", prose_file,
+        "--calibration-tokens", 2048, "--output", result, "--json",
+    )  # fmt: skip
+    assert outcome.returncode == 0, outcome.stderr
+    summary = json.loads(outcome.stdout)
+    assert summary["opened_as"] == "DeepseekV3ForCausalLM"
+    assert summary["cache_bytes_per_token"] == {"source": 2 * 64 * 2, "result": 2 * 24 * 2}
+    assert summary["fast_kernels"] is False
+    assert "no engine has a fast kernel" in outcome.stderr
+    provenance = json.loads((result / "kvconvert.json").read_text())
+    assert provenance["latent"]["kv_lora_rank"] == 20
+    assert provenance["calibration"]["latent_norm"] == "calibrated"
+    card = (result / "README.md").read_text()
+    assert "a latent of 20 numbers and a rotary key of 4" in card
+    assert "vLLM" in card
+
+    inspected = json.loads(kvconvert("inspect", result, "--json").stdout)
+    assert (inspected["attention"], inspected["cache_bytes_per_token"]) == ("MLA", 96)
+    assert not any(target["possible"] for target in inspected["targets"])
+    evaluated = kvconvert("evaluate", result, "--data", prose_file, "--window", 64, "--against", grouped, "--json")
+    assert json.loads(evaluated.stdout)["num_tokens"] > 100
+    trained = kvconvert(
+        "uptrain", result, "--data", prose_file, "--steps", 2, "--sequence-length", 32, "--batch-size", 2,
+        "--teacher", grouped, "--output", tmp_path / "trained",
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    assert load(tmp_path / "trained").config.model_type == "deepseek_v3"
+
+    again = kvconvert("mha2mla", result, "--kv-lora-rank", 8, "--qk-rope-head-dim", 4)
+    assert again.returncode == 2
+    assert "its cache holds a latent already" in again.stderr
+    grouping = kvconvert("mha2gqa", result, "--groups", 2)
+    assert grouping.returncode == 2
+    assert "its cache holds a latent, not keys and values" in grouping.stderr
+
+
+def test_the_command_without_text_and_its_errors(
+    make_checkpoint: CheckpointFactory, kvconvert: Command, tmp_path: Path
+) -> None:
+    source = make_checkpoint(num_key_value_heads=1)
+    sizes = ("--kv-lora-rank", 9, "--qk-rope-head-dim", 8, "--latent-norm", "exact", "--no-calibration")
+    dry = kvconvert("mha2mla", source, *sizes, "--dry-run", "--output", tmp_path / "mla")
+    assert dry.returncode == 0, dry.stderr
+    assert "a latent of 9 and a rotary key of 8" in dry.stdout
+    assert not (tmp_path / "mla").exists()
+    assert kvconvert("mha2mla", source, *sizes, "--output", tmp_path / "mla").returncode == 0
+    assert error_of(source, tmp_path / "mla") < EXACT
+    for options, says in (
+        ((*sizes, "--calibration", "text.jsonl"), "--calibration belongs to"),
+        (("--kv-lora-rank", 99, *sizes[2:]), "use 2 to 17"),
+        ((*sizes[:3], 7, *sizes[4:]), "use an even number"),
+    ):
+        refused = kvconvert("mha2mla", source, *options, "--output", tmp_path / "other")
+        assert refused.returncode == 2
+        assert says in refused.stderr
+        assert "Traceback" not in refused.stderr
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["cwd", "mla", "model"]
+
+
+def test_inspect_says_which_sizes_have_fast_kernels(
+    make_checkpoint: CheckpointFactory, kvconvert: Command, tmp_path: Path
+) -> None:
+    build_model(hidden_size=1024, num_attention_heads=8, num_key_value_heads=8, head_dim=128).save_pretrained(
+        tmp_path / "large"
+    )
+    printed = kvconvert("inspect", tmp_path / "large").stdout
+    assert "fast kernels for 512 + 64 or 448 + 64 or 256 + 64" in printed
+    small = kvconvert("inspect", make_checkpoint()).stdout
+    assert "no size with fast kernels" in small
