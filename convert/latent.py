@@ -80,9 +80,13 @@ class _Shared:
 def slot_gains(projections: Projections, shape: AttentionShape, rotary: Rotary, gram: Tensor) -> Tensor:
     """What the layer would lose without each possible pair of the rotary key, (F, G), of its keys' energy.
 
-    A pair without position keeps the square of its mean rotation, so that slow frequencies hardly need one.
+    A pair without position keeps the square of its mean rotation, so that slow frequencies hardly need one. What the
+    keys of all tokens have in common is left out.
     """
-    shared = _shared_keys(_heads(projections, shape, rotary, gram), gram)
+    import torch
+
+    centred = gram - torch.outer(gram[:, -1], gram[:, -1])
+    shared = _shared_keys(_heads(projections, shape, rotary, gram), centred)
     return _lost_without_position(shared, rotary) / shared.energies.sum().clamp(min=1e-300)
 
 
