@@ -139,6 +139,8 @@ def mha2mla(request: Request) -> None:
                 checkpoint, architecture, mla, settings, Path(scratch), text=text, progress=advance
             )
             finish(mla.plan(compressed, architecture), compressed, target, request, summary)
+    if mla.latent(shape).num_cached >= shape.cached_values:
+        terminal.remark("the cache gets larger: ask for smaller sizes")
     if kernels is not None:
         terminal.remark(f"no engine has a fast kernel for these sizes: {kernels}")
 

@@ -217,6 +217,11 @@ class Latent:
     qk_nope_head_dim: int
     v_head_dim: int
 
+    @property
+    def num_cached(self) -> int:
+        """How many numbers a layer keeps of a token."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
 
 @dataclass(frozen=True)
 class AttentionShape:
@@ -240,7 +245,7 @@ class AttentionShape:
     def cached_values(self) -> int:
         """How many numbers a layer with a cache of its own keeps there for a token."""
         if self.latent is not None:
-            return self.latent.kv_lora_rank + self.latent.qk_rope_head_dim
+            return self.latent.num_cached
         return 2 * self.num_key_value_heads * self.head_dim
 
     @property

@@ -26,7 +26,7 @@ __all__ = ["CompressSettings", "compress_checkpoint"]
 
 _WEIGHTINGS = tuple(Weighting(still, keys) for still in (True, False) for keys in (1.0, 0.1))
 _CHOICE_BATCHES = 1  # of the text that these are compared on
-_NORM_TOKENS = 32768  # that the latent is fitted to its norm on
+_NORM_TOKENS = 16384  # that the latent is fitted to its norm on
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,12 @@ def compress_checkpoint(
         def made(layer: LatentAttention, index: int = index) -> dict[str, Tensor]:
             return latent_tensors(layer, mla, checkpoint, architecture, index, scaling)
 
-        if sample is not None and not mla.constant:
-            candidates = [normalised(layer, sample) for layer in candidates]
         if student is not None:
             errors = [student.error(index, made(layer), wanted, layer.o) for layer in candidates]
             best = errors.index(min(errors))
         layer = candidates[best]
+        if sample is not None and not mla.constant:
+            layer = normalised(layer, sample)
         tensors = made(layer)
         if student is not None:
             student.advance(index, tensors, wanted, layer.o)
@@ -227,13 +227,19 @@ class _Student:
         self._model, self._states = _embedded(result, self._architecture, text, settings)
 
     def error(self, layer: int, tensors: dict[str, Tensor], wanted: Sequence[Tensor], original: Tensor) -> float:
-        """E‖W_o z − W z'‖² on some of the text, with the fitted W, but for what it shares with every candidate."""
+        """E‖W_o z − W z'‖² on some of the text, with the fitted W, but for what it shares with every candidate.
+
+        The norm of the latent, which is met later, is left out.
+        """
         import torch
 
         model, device = self._model, self._settings.device
         name = self._architecture.tensor_name(layer, "o_proj")
         with torch.inference_mode(), model.layer(layer, tensors) as module:
+            norm = module.get_submodule("self_attn.kv_a_layernorm")
+            hook = norm.register_forward_hook(lambda norm, inputs, _: norm.weight / norm.weight[0] * inputs[0])
             found = [model.attention_outputs(module, layer, states) for states in self._states[:_CHOICE_BATCHES]]
+            hook.remove()
         cross = second_moment(zip(wanted, found, strict=False), device)
         normal = second_moment(((states, states) for states in found), device)
         fitted = self._refitted(original, tensors[name], cross, normal).double()

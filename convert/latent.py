@@ -25,7 +25,8 @@ Slot = tuple[int, int]
 """A pair of the shared rotary key: the index of its frequency, and its rank among the shared keys of that frequency."""
 
 _SMALLEST = 1e-13  # of the largest eigenvalue: below it a direction is not there
-_NORM_STEPS, _NORM_ROUNDS = 5, 20  # of L-BFGS
+_FRAGILE = 0.01  # of the energy that is left to the latent counts as an error: it is not kept exactly
+_NORM_STEPS, _NORM_ROUNDS = 5, 12  # of L-BFGS
 _NORM_RIDGE = 1e-6
 
 
@@ -281,11 +282,12 @@ def _rope_key(
     size = heads.keys.shape[1]
     frequencies = tuple(rotary.frequencies[frequency] for frequency, _ in slots)
     shared = Rotary(frequencies, longest=rotary.longest)
+    centred = 1 - _FRAGILE if still else 0.0
     start = _start(heads, gram, slots)
     turnings = Turnings(
-        turning_between(shared, shared.dims, shared, shared.dims, centred=still),
-        turning_between(shared, shared.dims, rotary, size, centred=still),
-        turning_between(rotary, size, rotary, size, centred=still),
+        turning_between(shared, shared.dims, shared, shared.dims, centred),
+        turning_between(shared, shared.dims, rotary, size, centred),
+        turning_between(rotary, size, rotary, size, centred),
     )
     merged = merge_at_distances(start, list(heads.keys), list(heads.key_weights), gram, turnings)
     readers = torch.stack(merged.readers)
@@ -339,11 +341,18 @@ def _top_rows(parts: Tensor, weights: Tensor, gram: Tensor, rank: int) -> Tensor
     import torch
 
     rows = torch.cat([root_and_inverse(weight)[0] @ part for part, weight in zip(parts, weights, strict=True)])
-    values, vectors = torch.linalg.eigh(rows @ gram @ rows.T)
-    values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
+    if len(rows) > len(gram):  # the same from the other side, where that is smaller
+        root = root_and_inverse(gram)[0]
+        inner = rows.T @ rows
+        values, vectors = torch.linalg.eigh(root @ inner @ root)
+        combined, powers = vectors.T @ root @ inner, -1.0
+    else:
+        values, vectors = torch.linalg.eigh(rows @ gram @ rows.T)
+        combined, powers = vectors.T @ rows, -0.5
+    values, combined = values.flip(0)[:rank], combined.flip(0)[:rank]
     present = values > _SMALLEST * values[:1].clamp(min=1e-300)
-    scales = torch.where(present, values.clamp(min=1e-300).rsqrt(), torch.zeros_like(values))
-    top = scales[:, None] * (vectors.T @ rows)
+    scales = torch.where(present, values.clamp(min=1e-300) ** powers, torch.zeros_like(values))
+    top = scales[:, None] * combined
     return torch.cat([top, top.new_zeros(rank - len(top), top.shape[1])])
 
 

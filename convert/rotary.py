@@ -85,10 +85,10 @@ def turning(rotary: Rotary, head_dim: int) -> Turning:
     return turning_between(rotary, head_dim, rotary, head_dim)
 
 
-def turning_between(one: Rotary, one_dim: int, other: Rotary, other_dim: int, centred: bool = False) -> Turning:
+def turning_between(one: Rotary, one_dim: int, other: Rotary, other_dim: int, centred: float = 0.0) -> Turning:
     """Of two half-split heads, at the distances of `turning` that the first has.
 
-    `centred`: of what their rotations are beyond their mean, which a key without position can make up for.
+    `centred`: with so much of their mean left out, which a key without position can make up for.
     """
     import torch
 
@@ -98,7 +98,7 @@ def turning_between(one: Rotary, one_dim: int, other: Rotary, other_dim: int, ce
         phases = torch.exp(1j * angular[:, None] * distances)
         coherence += (phases * likelihood) @ torch.exp(1j * others[:, None] * distances).mH
     if centred:
-        coherence -= torch.outer(_mean_turn(one, one_dim), _mean_turn(other, other_dim).conj())
+        coherence -= centred * torch.outer(_mean_turn(one, one_dim), _mean_turn(other, other_dim).conj())
     return Turning(_basis(one, one_dim), _basis(other, other_dim), coherence)
 
 

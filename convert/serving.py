@@ -75,10 +75,10 @@ def latent_kernels(latent: Latent) -> str | None:
     Read in vLLM: its latent cache takes 576, 512 or 320 numbers per token (576 in FlashMLA, and on a CPU), and the
     first pass over a prompt takes certain heads.
     """
-    cached = latent.kv_lora_rank + latent.qk_rope_head_dim
     if latent.qk_rope_head_dim != _KERNEL_ROPE_DIM or latent.kv_lora_rank not in KERNEL_RANKS:
         totals = ", ".join(f"{rank} + {_KERNEL_ROPE_DIM}" for rank in KERNEL_RANKS)
-        return f"{latent.kv_lora_rank} + {latent.qk_rope_head_dim} = {cached} cached numbers, and they take {totals}"
+        sizes = f"{latent.kv_lora_rank} + {latent.qk_rope_head_dim}"
+        return f"{sizes} = {latent.num_cached} cached numbers, and they take {totals}"
     if (latent.qk_nope_head_dim, latent.v_head_dim) not in _KERNEL_HEADS:
         wanted = [v_head_dim for qk, v_head_dim in _KERNEL_HEADS if qk == latent.qk_nope_head_dim]
         if not wanted:

@@ -16,7 +16,7 @@ from kvconvert.convert.architecture import AttentionShape
 from kvconvert.convert.calibration import CalibrationText
 from kvconvert.convert.compress import CompressSettings, compress_checkpoint
 from kvconvert.convert.errors import UnsupportedError
-from kvconvert.convert.latent import compress, normalised, slot_gains, without_constant
+from kvconvert.convert.latent import _top_rows, compress, normalised, slot_gains, without_constant
 from kvconvert.convert.loading import load_model
 from kvconvert.convert.merge import Merged, Turnings, merge_at_distances
 from kvconvert.convert.mla import Mla
@@ -438,6 +438,20 @@ def test_values_alone_keep_what_the_best_low_rank_map_keeps() -> None:
     stacked = torch.cat([outputs[head] @ still.v[6 * (head // 2) :][:6] @ root for head in range(4)])
     energies = torch.linalg.svdvals(stacked).square()
     assert layer.values_retained == pytest.approx(float(energies[:5].sum() / energies.sum()), abs=1e-9)
+
+
+def test_a_latent_does_not_depend_on_the_side_that_it_is_computed_from() -> None:
+    """More rows than inputs, and the same rows in a space with inputs that nothing reads."""
+    generator = torch.Generator().manual_seed(8)
+    parts = torch.randn(4, 6, 12, generator=generator, dtype=torch.float64)
+    weights = torch.eye(6, dtype=torch.float64).expand(4, -1, -1)
+    gram = torch.diag(torch.rand(12, generator=generator, dtype=torch.float64) + 0.1)
+    wide = torch.cat([parts, torch.zeros(4, 6, 28, dtype=torch.float64)], dim=2)
+    found = _top_rows(parts, weights, gram, 5)
+    expected = _top_rows(wide, weights, torch.block_diag(gram, torch.eye(28, dtype=torch.float64)), 5)
+    signs = (found * expected[:, :12]).sum(1).sign()
+    torch.testing.assert_close(signs[:, None] * found, expected[:, :12])
+    torch.testing.assert_close(found @ gram @ found.T, torch.eye(5, dtype=torch.float64))
 
 
 def test_gain_of_a_pair_is_what_a_key_without_position_would_lose() -> None:
