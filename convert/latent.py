@@ -26,8 +26,8 @@ Slot = tuple[int, int]
 
 _SMALLEST = 1e-13  # of the largest eigenvalue: below it a direction is not there
 _FRAGILE = 0.01  # of the energy that is left to the latent counts as an error: it is not kept exactly
-_NORM_STEPS, _NORM_ROUNDS = 5, 12  # of L-BFGS
-_NORM_RIDGE = 1e-6
+_NORM_STEPS, _NORM_ROUNDS = 5, 20  # of L-BFGS
+_NORM_RIDGE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -190,13 +190,15 @@ def normalised(layer: LatentAttention, inputs: Tensor) -> LatentAttention:
 
     tokens = inputs @ layer.latent.T.to(inputs)  # (tokens, R), on the device of `inputs`
     root = root_and_inverse((tokens.T @ tokens / len(tokens)).double().cpu())[1].to(tokens)
-    chosen = _constant_norm(tokens, root / (tokens @ root).square().mean(1).sqrt().mean())
+    chosen = _constant_norm(tokens, root / (tokens @ root).square().mean(1).sqrt().mean()).double().cpu()
+    values, vectors = torch.linalg.eigh(chosen @ chosen.T)  # the same norm, in channels that do not mix large and small
+    chosen, tokens = vectors * values.clamp(min=0).sqrt(), tokens.double().cpu()
     shaped = tokens @ chosen
     shaped = shaped / shaped.square().mean(1, keepdim=True).sqrt()
-    moment, cross = ((shaped.T @ other / len(tokens)).double().cpu() for other in (shaped, tokens))
+    moment = shaped.T @ shaped / len(tokens)
     ridge = _NORM_RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
-    back = torch.linalg.solve(moment + ridge, cross).T  # tokens ≈ back · shaped
-    latent = chosen.T.double().cpu() @ layer.latent
+    back = torch.linalg.solve(moment + ridge, shaped.T @ tokens / len(tokens)).T  # tokens ≈ back · shaped
+    latent = chosen.T @ layer.latent
     return replace(layer, latent=latent, key_up=layer.key_up @ back, value_up=layer.value_up @ back)
 
 
@@ -279,20 +281,20 @@ def _rope_key(
     """The slots' key, (2 S, D + 1), how heads read it, (G, d, 2 S), and what is left of their keys, (G, d, D + 1)."""
     import torch
 
-    size = heads.keys.shape[1]
-    frequencies = tuple(rotary.frequencies[frequency] for frequency, _ in slots)
-    shared = Rotary(frequencies, longest=rotary.longest)
+    dims = rotary.dims  # the others do not turn, and need no position
+    shared = Rotary(tuple(rotary.frequencies[frequency] for frequency, _ in slots), longest=rotary.longest)
     centred = 1 - _FRAGILE if still else 0.0
-    start = _start(heads, gram, slots)
     turnings = Turnings(
         turning_between(shared, shared.dims, shared, shared.dims, centred),
-        turning_between(shared, shared.dims, rotary, size, centred),
-        turning_between(rotary, size, rotary, size, centred),
+        turning_between(shared, shared.dims, rotary, dims, centred),
+        turning_between(rotary, dims, rotary, dims, centred),
     )
-    merged = merge_at_distances(start, list(heads.keys), list(heads.key_weights), gram, turnings)
+    keys, weights = heads.keys[:, :dims], heads.key_weights[:, :dims, :dims]
+    merged = merge_at_distances(_start(heads, gram, slots), list(keys), list(weights), gram, turnings)
     readers = torch.stack(merged.readers)
-    left = mean_rotation(rotary, size) @ heads.keys - readers @ (mean_rotation(shared, shared.dims) @ merged.shared)
-    return merged.shared, readers, left
+    left = mean_rotation(rotary, dims) @ keys - readers @ (mean_rotation(shared, shared.dims) @ merged.shared)
+    unread = readers.new_zeros(len(readers), heads.keys.shape[1] - dims, shared.dims)
+    return merged.shared, torch.cat([readers, unread], dim=1), torch.cat([left, heads.keys[:, dims:]], dim=1)
 
 
 def _start(heads: _Heads, gram: Tensor, slots: Sequence[Slot]) -> Merged:

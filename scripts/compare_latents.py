@@ -29,6 +29,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ from torch import Tensor, nn
 
 LONGEST_SEQUENCE = 1024  # of calibration text, as for the command
 VARIANTS: dict[str, tuple[str, ...]] = {
+    "kvconvert --no-refit": ("--no-refit",),
     "kvconvert": (),
-    "kvconvert, exact norm": ("--latent-norm", "exact"),
     "kvconvert, exact norm, gain": ("--latent-norm", "exact", "--rope-selection", "gain"),
 }
 
@@ -311,6 +312,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--max-windows", type=int, default=8)
     parser.add_argument("--freqfold", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--variants", type=int, default=len(VARIANTS), help="how many of kvconvert's")
     options = parser.parse_args()
 
     windows = load_windows(
@@ -348,7 +350,7 @@ def main() -> None:
                     continue
                 result = evaluate(build(source, layers), windows, original=original)
                 row(name, len(layers[0].layer.latent), len(layers[0].layer.rope_key), result)
-            for name, variant in VARIANTS.items():
+            for name, variant in islice(VARIANTS.items(), options.variants):
                 with tempfile.TemporaryDirectory() as folder:
                     output = Path(folder) / "converted"
                     try:

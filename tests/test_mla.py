@@ -195,15 +195,16 @@ def test_a_latent_of_all_that_the_norm_before_it_gives_is_nearly_exact_without_b
 def test_a_norm_that_is_not_met_costs_more(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
     """What the fit to the norm is for: the same weights, with a latent as it comes."""
     source = make_checkpoint(num_key_value_heads=4)
-    tokens = torch.randint(3, VOCAB_SIZE, (128, 32), generator=torch.Generator().manual_seed(5))
+    tokens = torch.randint(3, VOCAB_SIZE, (512, 32), generator=torch.Generator().manual_seed(5))
     text = CalibrationText(tokens, "random")
-    convert(source, tmp_path / "fitted", Mla(48, 8), text=text, refit=False)
+    lossless = Mla(64, 32, rope_selection="gain")
+    convert(source, tmp_path / "fitted", lossless, text=text, refit=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kvconvert.convert.compress.normalised", lambda layer, inputs: layer)
-        convert(source, tmp_path / "as-it-is", Mla(48, 8), text=text, refit=False)
+        convert(source, tmp_path / "as-it-is", lossless, text=text, refit=False)
     expected = logits(load(source))
     fitted, as_it_is = ((logits(load(tmp_path / name)) - expected).square().mean() for name in ("fitted", "as-it-is"))
-    assert fitted < 0.9 * as_it_is
+    assert fitted < 0.5 * as_it_is
 
 
 def test_queries_and_keys_of_an_engine_that_pairs_neighbours(
