@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ..convert.checkpoint import open_checkpoint
 from ..convert.inspection import Inspection, inspect_checkpoint
-from ..convert.serving import engines_line
+from ..convert.serving import engines_line, latent_kernels
 from .console import Terminal, human_bytes, human_count
 from .options import Json, Model, Quiet, Revision
 
@@ -57,6 +57,10 @@ def show_inspection(inspection: Inspection, console: Console) -> None:
         "K/V cache": f"{inspection.cache_bytes_per_token} bytes per token, {context} (16-bit)"
         + (", and as much per token of the encoder" if inspection.cross_attention else ""),
     }
+    if inspection.latent is not None:
+        kernels = latent_kernels(inspection.latent)
+        rows["latent"] = f"{inspection.latent.kv_lora_rank}, and a rotary key of {inspection.latent.qk_rope_head_dim}; "
+        rows["latent"] += f"no fast kernels: {kernels}" if kernels else "there are fast kernels for these sizes"
     for target in inspection.targets:
         changes = target.model_type not in (None, inspection.model_type)
         rows[target.command] = target.reason if target.possible else f"not possible: {target.reason}"

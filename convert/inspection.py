@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .architecture import AttentionShape, read_attention
+from .architecture import AttentionShape, Latent, read_attention
 from .architectures import find_architecture
 from .checkpoint import Checkpoint
 from .errors import UnsupportedError
@@ -55,6 +55,7 @@ class Inspection:
     context_length: int
     cache_bytes_for_context: int
     targets: tuple[Target, ...]
+    latent: Latent | None
     approximation: str | None
     serving: dict[str, tuple[Serving, ...]]
 
@@ -106,6 +107,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = N
             bytes_per_value=_CACHE_VALUE_BYTES,
         ),
         targets=conversions,
+        latent=shape.latent,
         approximation=architecture.approximation(checkpoint),
         serving={model_type: serving(model_type, configs[model_type]) for model_type in classes},
     )

@@ -559,6 +559,8 @@ def test_the_command_end_to_end(
     inspected = json.loads(kvconvert("inspect", result, "--json").stdout)
     assert (inspected["attention"], inspected["cache_bytes_per_token"]) == ("MLA", 96)
     assert not any(target["possible"] for target in inspected["targets"])
+    printed = kvconvert("inspect", result).stdout
+    assert "20, and a rotary key of 4; no fast kernels: 20 + 4 = 24 cached numbers" in printed
     evaluated = kvconvert("evaluate", result, "--data", prose_file, "--window", 64, "--against", grouped, "--json")
     assert json.loads(evaluated.stdout)["num_tokens"] > 100
     trained = kvconvert(
