@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings as hypothesis_settings
+from kvconvert.convert.loading import load_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
@@ -92,6 +93,20 @@ def build_model(model_type: str = "llama", *, seed: int = 0, **overrides: object
             else:
                 parameter.copy_(noise * 1.5 / parameter.shape[-1] ** 0.5)
     return model.eval()
+
+
+TOKENS = torch.randint(3, VOCAB_SIZE, (6, 32), generator=torch.Generator().manual_seed(0))
+
+
+def load(directory: Path) -> Any:
+    return load_model(directory, dtype=torch.float32, device="cpu")
+
+
+def logits(model: Any) -> torch.Tensor:
+    """Of TOKENS, without a cache."""
+    with torch.inference_mode():
+        result: torch.Tensor = model(input_ids=TOKENS, use_cache=False).logits
+    return result
 
 
 def tie_heads(model: Any, num_groups: int) -> None:

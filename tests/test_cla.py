@@ -12,7 +12,15 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import VOCAB_SIZE, CheckpointFactory, Command, assert_gradients_everywhere, assert_same_function
+from conftest import (
+    TOKENS,
+    CheckpointFactory,
+    Command,
+    assert_gradients_everywhere,
+    assert_same_function,
+    load,
+    logits,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from kvconvert.convert import (
@@ -29,7 +37,7 @@ from kvconvert.convert.calibration import CalibrationText
 from kvconvert.convert.errors import UnsupportedError
 from kvconvert.convert.layer_choice import best_layers, measure_damages, permitted_pairs
 from kvconvert.convert.layer_merge import Freedom, Heads, LayerInput, merge_layers
-from kvconvert.convert.loading import class_config, load_model
+from kvconvert.convert.loading import class_config
 from kvconvert.convert.plan import AverageLayers, ConversionPlan, Step
 from kvconvert.convert.projections import Projections, read_projections
 from kvconvert.convert.rotary import Rotary
@@ -38,7 +46,6 @@ from kvconvert.convert.translations import CROSS_LAYER
 from safetensors.torch import load_file
 from transformers import DynamicCache
 
-TOKENS = torch.randint(3, VOCAB_SIZE, (6, 32), generator=torch.Generator().manual_seed(0))
 TEXT = CalibrationText(TOKENS, "random")
 PAIRS = LayerGrouping((0, 0, 2, 2))
 WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
@@ -84,16 +91,6 @@ def convert(source: Path, output: Path, settings: Cla, **options: Any) -> Path:
             checkpoint = merge_checkpoint(checkpoint, architecture, merge, scratch, text=TEXT)
         execute(settings.plan(checkpoint, architecture), checkpoint, output)
     return output
-
-
-def load(directory: Path) -> Any:
-    return load_model(directory, dtype=torch.float32, device="cpu")
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.inference_mode():
-        result: torch.Tensor = model(input_ids=TOKENS, use_cache=False).logits
-    return result
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:

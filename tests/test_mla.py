@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCAB_SIZE, CheckpointFactory, Command, build_model
+from conftest import TOKENS, VOCAB_SIZE, CheckpointFactory, Command, build_model, load, logits
 from kvconvert.convert import execute, find_architecture, open_checkpoint
 from kvconvert.convert.architecture import AttentionShape
 from kvconvert.convert.calibration import CalibrationText
 from kvconvert.convert.compress import CompressSettings, compress_checkpoint
 from kvconvert.convert.errors import UnsupportedError
 from kvconvert.convert.latent import _top_rows, compress, normalised, slot_gains, without_constant
-from kvconvert.convert.loading import load_model
 from kvconvert.convert.merge import Merged, Turnings, merge_at_distances
 from kvconvert.convert.mla import Mla
 from kvconvert.convert.plan import ConversionPlan
@@ -29,7 +28,6 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache
 
-TOKENS = torch.randint(3, VOCAB_SIZE, (6, 32), generator=torch.Generator().manual_seed(0))
 TEXT = CalibrationText(TOKENS, "random")
 EXACT = 1e-4  # of the logits' scale
 LLAMA3 = {
@@ -70,16 +68,6 @@ def convert(
         plan = mla.plan(compressed, architecture)
         execute(plan, compressed, output)
     return plan
-
-
-def load(directory: Path) -> Any:
-    return load_model(directory, dtype=torch.float32, device="cpu")
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.inference_mode():
-        result: torch.Tensor = model(input_ids=TOKENS, use_cache=False).logits
-    return result
 
 
 def error_of(source: Path, converted: Path) -> float:
