@@ -140,7 +140,7 @@ def test_differential_attention_needs_an_even_number_of_heads(make_checkpoint: C
     with open_checkpoint(make_checkpoint("diffllama")) as checkpoint:
         with pytest.raises(UnsupportedError, match="diffllama needs an even number of K/V heads, not 1"):
             Gqa(1).plan(checkpoint, find_architecture(checkpoint))
-        gqa, mqa, _ = inspect_checkpoint(checkpoint).targets
+        gqa, mqa, *_ = inspect_checkpoint(checkpoint).targets
     assert gqa.groups == (2, 4)
     assert not mqa.possible
 
