@@ -28,6 +28,10 @@ _WEIGHTINGS = tuple(Weighting(still, keys) for still in (True, False) for keys i
 _CHOICE_BATCHES = 1  # of the text that these are compared on
 _NORM_TOKENS = 16384  # that the latent is fitted to its norm on
 
+Sample = tuple["Tensor", "Tensor"]
+"""Attention inputs, (tokens, hidden_size + 1), and what each counts. The first tokens of sequences, which attention
+falls back on (arXiv 2309.17453), count as much as all others."""
+
 
 @dataclass(frozen=True)
 class CompressSettings:
@@ -92,7 +96,7 @@ def compress_checkpoint(
             best = errors.index(min(errors))
         layer = candidates[best]
         if sample is not None and not mla.constant:
-            layer = normalised(layer, sample)
+            layer = normalised(layer, *sample)
         tensors = made(layer)
         if student is not None:
             student.advance(index, tensors, wanted, layer.o)
@@ -180,21 +184,23 @@ class _Source:
     def projections(self, layer: int) -> Projections:
         return read_projections(self._checkpoint, self._architecture, self.shape, layer)
 
-    def moments(self, layer: int) -> tuple[Tensor, Tensor | None]:
-        """E[x xᵀ] of the attention's inputs with a 1 appended, and some of them, (tokens, hidden_size + 1)."""
+    def moments(self, layer: int) -> tuple[Tensor, Sample | None]:
+        """E[x xᵀ] of the attention's inputs with a 1 appended, and some of them."""
         import torch
 
         if self._model is None:
             return self._without_text(layer), None
-        gram, sample = SecondMoment(self._settings.device), []
-        num_tokens = sum(states.shape[0] * states.shape[1] for states in self._states)
-        every = max(num_tokens // _NORM_TOKENS, 1)
+        gram, first, others = SecondMoment(self._settings.device), [], []
+        every = max(sum(states.shape[0] * states.shape[1] for states in self._states) // _NORM_TOKENS, 1)
         with torch.inference_mode(), self._model.layer(layer) as module:
             for states in self._states:
                 inputs = with_one(self._model.attention_inputs(module, layer, states))
                 gram.add(inputs, inputs)
-                sample.append(inputs[::every])
-        return gram.value, torch.cat(sample).to(self._settings.device)
+                first.append(inputs[:: states.shape[1]])
+                others.append(inputs[::every])
+        tokens = [torch.cat(first), torch.cat(others)]
+        weights = [torch.full((len(part),), 0.5 / len(part)) for part in tokens]
+        return gram.value, (torch.cat(tokens).to(self._settings.device), torch.cat(weights))
 
     def advance(self, layer: int) -> list[Tensor]:
         """Take the hidden states through the layer; what its output projection read, (tokens, heads · head_dim)."""

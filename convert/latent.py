@@ -180,54 +180,60 @@ def without_constant(projections: Projections, gram: Tensor) -> Projections:
     return replace(projections, q=without(projections.q), k=without(projections.k), v=without(projections.v))
 
 
-def normalised(layer: LatentAttention, inputs: Tensor) -> LatentAttention:
-    """The layer for a class that divides each token's latent by its rms; `inputs` are some of its x, (tokens, D + 1).
+def normalised(layer: LatentAttention, inputs: Tensor, weights: Tensor) -> LatentAttention:
+    """The layer for a class that divides each token's latent by its rms.
 
-    The latent is free up to an invertible map, which is chosen so that its rms is nearly 1 for every token. That goes
-    far, since x comes from a norm itself. What reads the latent is then fitted to the normalised one.
+    `inputs` are some of its x, (tokens, D + 1), and `weights`, (tokens,), with the sum 1, say how much each counts. The
+    latent is free up to an invertible map, which is chosen so that its rms is nearly 1 for every token. That goes far,
+    since x comes from a norm itself. What reads the latent is then fitted to the normalised one.
     """
     import torch
 
     tokens = inputs @ layer.latent.T.to(inputs)  # (tokens, R), on the device of `inputs`
-    root = root_and_inverse((tokens.T @ tokens / len(tokens)).double().cpu())[1].to(tokens)
-    chosen = _constant_norm(tokens, root / (tokens @ root).square().mean(1).sqrt().mean()).double().cpu()
+    weights = weights.to(tokens)
+    root = root_and_inverse((tokens.T @ (weights[:, None] * tokens)).double().cpu())[1].to(tokens)
+    chosen = _constant_norm(tokens, weights, root / (tokens @ root).square().mean(1).sqrt().mean()).double().cpu()
     values, vectors = torch.linalg.eigh(chosen @ chosen.T)  # the same norm, in channels that do not mix large and small
     chosen, tokens = vectors * values.clamp(min=0).sqrt(), tokens.double().cpu()
     shaped = tokens @ chosen
     shaped = shaped / shaped.square().mean(1, keepdim=True).sqrt()
-    moment = shaped.T @ shaped / len(tokens)
+    weighted = weights.double().cpu()[:, None] * shaped
+    moment = shaped.T @ weighted
     ridge = _NORM_RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
-    back = torch.linalg.solve(moment + ridge, shaped.T @ tokens / len(tokens)).T  # tokens ≈ back · shaped
+    back = torch.linalg.solve(moment + ridge, weighted.T @ tokens).T  # tokens ≈ back · shaped
     latent = chosen.T @ layer.latent
     return replace(layer, latent=latent, key_up=layer.key_up @ back, value_up=layer.value_up @ back)
 
 
-def _constant_norm(tokens: Tensor, start: Tensor) -> Tensor:
+def _constant_norm(tokens: Tensor, weights: Tensor, start: Tensor) -> Tensor:
     """The map, (R, R), from `start` on, after which tokens, (n, R), have nearly the same rms, 1.
 
-    By L-BFGS on E[log² rms²], as long as it gets less on every eighth token too, which is left out of it.
+    By L-BFGS on the weighted mean of log² rms², as long as its plain mean over every eighth token, which is left out,
+    gets less too.
     """
     import torch
 
     held_out = torch.arange(len(tokens)) % 8 == 0
     with torch.inference_mode(False), torch.enable_grad():
-        fitted, kept = tokens[~held_out].clone(), tokens[held_out].clone()
+        fitted = tokens[~held_out].clone(), weights[~held_out].clone()
+        kept = tokens[held_out].clone(), torch.ones_like(weights[held_out])
         chosen = start.clone().requires_grad_()
         optimizer = torch.optim.LBFGS([chosen], max_iter=_NORM_STEPS, line_search_fn="strong_wolfe")
 
-        def spread(of: Tensor = fitted) -> Tensor:
-            return (of @ chosen).square().mean(1).clamp(min=1e-30).log().square().mean()
+        def spread(of: Tensor, weight: Tensor) -> Tensor:
+            losses = (of @ chosen).square().mean(1).clamp(min=1e-30).log().square()
+            return (weight * losses).sum() / weight.sum()
 
         def step() -> Tensor:
             optimizer.zero_grad()
-            loss = spread()
+            loss = spread(*fitted)
             loss.backward()
             return loss
 
-        best, least = start, spread(kept).item()
+        best, least = start, spread(*kept).item()
         for _ in range(_NORM_ROUNDS):
             optimizer.step(step)
-            reached = spread(kept).item()
+            reached = spread(*kept).item()
             if not reached < least:
                 break
             best, least = chosen.detach().clone(), reached
