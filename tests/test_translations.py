@@ -324,7 +324,7 @@ def test_inspect_and_convert_say_what_the_result_is(make_checkpoint: CheckpointF
     with open_checkpoint(source) as checkpoint:
         inspection = inspect_checkpoint(checkpoint)
     assert inspection.model_type == "gpt_neox"
-    assert [target.model_type for target in inspection.targets] == ["phi", "phi", None]
+    assert [target.model_type for target in inspection.targets] == ["phi", "phi", None, None]
     assert inspection.num_parameters == checkpoint.num_parameters
     shown = kvconvert("inspect", source).stdout
     assert re.search(r"architecture +gpt_neox \(MHA\)$", shown, re.MULTILINE)
@@ -375,7 +375,7 @@ def test_an_mqa_checkpoint_is_recognised(make_checkpoint: CheckpointFactory) -> 
     ) as checkpoint:
         inspection = inspect_checkpoint(checkpoint)
     assert (inspection.attention, inspection.num_key_value_heads) == ("MQA", 1)
-    assert [target.reason for target in inspection.targets] == [
+    assert [target.reason for target in inspection.targets[:3]] == [
         "the model has one K/V head already",
         "the model is MQA already",
         "no class lets layers of gpt_bigcode share keys and values",
