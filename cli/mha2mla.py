@@ -71,7 +71,7 @@ class Request(ConversionRequest):
     ] = RopeSelection.high
     rope_layout: Annotated[
         RopeLayout,
-        typer.Option(help="Order of rotary pairs. half-split is for transformers alone."),
+        typer.Option(help="Order of rotary pairs. half-split is for transformers and vLLM's Transformers backend."),
     ] = RopeLayout.interleaved
     v_head_dim: Annotated[
         int | None,
