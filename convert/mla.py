@@ -29,7 +29,7 @@ ROPE_SELECTIONS = ("high", "gain")
 
 _CONSTANT = 2.0**14  # of the channel that outweighs the rest of a latent: exact in every dtype, its square in float32
 _SAME_FREQUENCY = 1e-6  # relative; float32 frequencies differ by about 1e-7
-_STILL = frozenset({"default", "linear", "llama3", "yarn", "proportional"})  # frequencies that do not depend on length
+_STILL = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on length
 _COPIED = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act max_position_embeddings "
     "rms_norm_eps attention_dropout initializer_range tie_word_embeddings dtype torch_dtype "
@@ -252,7 +252,8 @@ def _class_refusal(checkpoint: Checkpoint, architecture: Architecture, shape: At
     rope_type = (config.get("rope_parameters") or {}).get("rope_type", "default")
     if rope_type not in _STILL:
         return (
-            f"its RoPE ({rope_type}) changes its frequencies with the length of the text; mha2gqa and mha2cla keep it"
+            f"its RoPE ({rope_type}) is none of those known to turn alike at every length of the text "
+            f"({', '.join(_STILL)}); mha2gqa and mha2cla keep it"
         )
     return None
 

@@ -38,6 +38,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+LINEAR = {"rope_type": "linear", "rope_theta": 99.0, "factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 99.0, "factor": 4.0, "original_max_position_embeddings": 32}
 PARTIAL = {"rope_type": "default", "rope_theta": 99.0, "partial_rotary_factor": 0.5}
 SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,6 +46,7 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-biases": ("llama", {"attention_bias": True}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
     "llama3-rope": ("llama", {"rope_parameters": LLAMA3}),
+    "linear-rope": ("llama", {"rope_parameters": LINEAR}),
     "yarn": ("llama", {"rope_parameters": YARN}),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral-wide-window": ("mistral", {"sliding_window": 128}),
@@ -273,7 +275,13 @@ def test_a_base_model_becomes_a_base_model(make_checkpoint: CheckpointFactory, t
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 99.0, "factor": 2.0}},
             Mla(16, 8),
-            "changes its frequencies",
+            "its RoPE (dynamic) is none of those known to turn alike at every length",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "proportional", "rope_theta": 99.0}},
+            Mla(16, 8),
+            "its RoPE (proportional) is none of those",
         ),
     ],
 )
