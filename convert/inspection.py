@@ -9,8 +9,7 @@ from .architectures import find_architecture
 from .checkpoint import Checkpoint
 from .errors import UnsupportedError
 from .kv_cache import kv_cache_bytes, kv_cache_bytes_per_token
-from .mla import Mla
-from .rotary import Rotary
+from .mla import Mla, class_refusal
 from .serving import KERNEL_RANKS, Serving, latent_kernels, serving
 from .translations import as_cross_layer, as_latent_source, as_target, targets
 
@@ -152,11 +151,12 @@ def _latent_target(source: Checkpoint) -> Target:
     try:
         view = as_latent_source(source)
         architecture = find_architecture(view)
-        shape = read_attention(view, architecture)
-        smallest = Mla(2, 2, "exact")
-        smallest.check(view, architecture, [Rotary((1.0,))])
     except UnsupportedError as error:
         return Target("mha2mla", False, str(error).removeprefix(f"{source.name}: "))
+    shape = read_attention(view, architecture)
+    refusal = class_refusal(view, architecture, shape)
+    if refusal:
+        return Target("mha2mla", False, refusal)
     sizes = []
     for rank in KERNEL_RANKS:
         for v_head_dim in (None, 128):

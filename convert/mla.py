@@ -22,7 +22,7 @@ from .svd import MergedCheckpoint
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LATENT_NORMS", "ROPE_SELECTIONS", "Mla", "latent_tensors", "rope_parameters"]
+__all__ = ["LATENT_NORMS", "ROPE_SELECTIONS", "Mla", "class_refusal", "latent_tensors", "rope_parameters"]
 
 LATENT_NORMS = ("calibrated", "exact")
 ROPE_SELECTIONS = ("high", "gain")
@@ -93,11 +93,7 @@ class Mla:
     def check(self, checkpoint: Checkpoint, architecture: Architecture, rotary: Sequence[Rotary]) -> None:
         """Raise UnsupportedError, with what would work, where the checkpoint cannot become this."""
         shape = read_attention(checkpoint, architecture)
-        reason = (
-            architecture.refusal(checkpoint.config)
-            or _class_refusal(checkpoint, architecture, shape)
-            or self._bias_refusal(checkpoint, architecture)
-        )
+        reason = class_refusal(checkpoint, architecture, shape) or self._bias_refusal(checkpoint, architecture)
         if reason:
             raise UnsupportedError(f"{checkpoint.name}: {reason}")
         self._check_sizes(checkpoint, shape, rotary[0])
@@ -235,9 +231,15 @@ class Mla:
             )
 
 
-def _class_refusal(checkpoint: Checkpoint, architecture: Architecture, shape: AttentionShape) -> str | None:
-    """Why DeepSeek's class cannot compute what the checkpoint's does, or None."""
+def class_refusal(checkpoint: Checkpoint, architecture: Architecture, shape: AttentionShape) -> str | None:
+    """Why DeepSeek's class cannot compute what the checkpoint's does, whatever the sizes and options of `Mla`; or None.
+
+    The checkpoint is one that `as_latent_source` gives.
+    """
     config = checkpoint.config
+    refusal = architecture.refusal(config)
+    if refusal:
+        return refusal
     normalised = architecture.approximation(checkpoint)
     if normalised:
         return f"{normalised}, which a latent cannot hold; mha2gqa, mha2mqa and mha2cla can shrink its cache"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from kvconvert.convert.architecture import AttentionShape
 from kvconvert.convert.calibration import CalibrationText
 from kvconvert.convert.compress import CompressSettings, compress_checkpoint
 from kvconvert.convert.errors import UnsupportedError
+from kvconvert.convert.inspection import inspect_checkpoint
 from kvconvert.convert.latent import _top_rows, compress, normalised, slot_gains, without_constant
 from kvconvert.convert.merge import Merged, Turnings, merge_at_distances
 from kvconvert.convert.mla import Mla
@@ -292,6 +294,29 @@ def test_what_a_latent_cannot_hold_is_refused_with_what_would_work(
     with pytest.raises(UnsupportedError) as caught:
         convert(source, tmp_path / "mla", mla)
     assert says in f"{caught.value} {caught.value.hint}"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "possible"),
+    [
+        ("llama", {}, True),
+        ("llama", {"attention_bias": True}, True),  # with --latent-norm exact
+        ("llama", {"mlp_bias": True}, False),
+        ("mistral", {"sliding_window": 4}, False),
+        ("qwen3", {}, False),
+        ("stablelm", {}, False),
+    ],
+)
+def test_inspect_gives_the_reason_of_the_command(
+    make_checkpoint: CheckpointFactory, tmp_path: Path, model_type: str, overrides: dict[str, Any], possible: bool
+) -> None:
+    source = make_checkpoint(model_type, **overrides)
+    with open_checkpoint(source, headers_only=True) as checkpoint:
+        (target,) = (target for target in inspect_checkpoint(checkpoint).targets if target.command == "mha2mla")
+    assert target.possible is possible
+    if not possible:
+        with pytest.raises(UnsupportedError, match=re.escape(f"model: {target.reason}")):
+            convert(source, tmp_path / "mla", Mla(16, 8))
 
 
 def test_unknown_choices_are_refused() -> None:
