@@ -87,8 +87,10 @@ def slot_gains(projections: Projections, shape: AttentionShape, rotary: Rotary, 
     import torch
 
     centred = gram - torch.outer(gram[:, -1], gram[:, -1])
-    shared = _shared_keys(_heads(projections, shape, rotary, gram), centred)
-    return _lost_without_position(shared, rotary) / shared.energies.sum().clamp(min=1e-300)
+    energies = _shared_keys(_heads(projections, shape, rotary, gram), centred).energies
+    lost = 1 - mean_phases(rotary).abs().square()
+    gains: Tensor = energies * lost[:, None] / energies.sum().clamp(min=1e-300)
+    return gains
 
 
 @dataclass(frozen=True)
@@ -304,37 +306,25 @@ def _rope_key(
 
 
 def _start(heads: _Heads, gram: Tensor, slots: Sequence[Slot]) -> Merged:
+    """Each slot's best complex key, (2 S, D + 1), with the rms of the heads' keys: safe in 16 bits."""
     import torch
 
-    keys, _ = _chosen(heads, _shared_keys(heads, gram), gram, slots)
-    return Merged(torch.cat([keys.real, keys.imag]), [], 0.0, 0.0)
-
-
-def _chosen(heads: _Heads, shared: _Shared, gram: Tensor, slots: Sequence[Slot]) -> tuple[Tensor, Tensor]:
-    """The slots' keys, (S, D + 1), with the heads' rms, and what each head multiplies them by, (S, G); complex."""
-    import torch
-
-    frequencies = [frequency for frequency, _ in slots]
-    directions = torch.stack([shared.directions[frequency, :, rank] for frequency, rank in slots])  # (S, G)
+    shared, roots = _shared_keys(heads, gram), _roots(heads)
+    frequencies, ranks = [frequency for frequency, _ in slots], [rank for _, rank in slots]
+    directions = shared.directions[frequencies, :, ranks]  # (S, G)
     # the phase of an eigenvector is free: the head that counts most reads its own key unturned
     leader = directions.gather(1, directions.abs().argmax(1, keepdim=True))
     directions = directions * (leader.conj() / leader.abs())
-    weighted, roots = shared.keys[frequencies], _roots(heads)[frequencies]
+    weighted = shared.keys[frequencies]  # (S, G, D + 1)
     keys = (directions.conj()[..., None] * weighted).sum(1)
-    readers = directions / roots
-    own = weighted / roots[..., None]
+    own = weighted / roots[frequencies][..., None]
     complex_gram = gram.to(keys.dtype)
     power = ((keys @ complex_gram) * keys.conj()).sum(1).real
     wanted = ((own @ complex_gram) * own.conj()).sum(2).real.mean(1)
     usable = (power > 0) & (wanted > 0)
-    rescale = torch.where(usable, (wanted / power.clamp(min=1e-300)).sqrt(), torch.ones_like(power))
-    return rescale[:, None] * keys, readers / rescale[:, None]
-
-
-def _lost_without_position(shared: _Shared, rotary: Rotary) -> Tensor:
-    kept = mean_phases(rotary).abs().square()
-    lost: Tensor = shared.energies * (1 - kept)[:, None]
-    return lost
+    scale = torch.where(usable, (wanted / power.clamp(min=1e-300)).sqrt(), torch.ones_like(power))
+    keys = scale[:, None] * keys
+    return Merged(torch.cat([keys.real, keys.imag]), [], 0.0, 0.0)
 
 
 def _best_ups(parts: Tensor, latent: Tensor, gram: Tensor) -> Tensor:
