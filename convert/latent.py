@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from .architecture import AttentionShape
 from .merge import Merged, Turnings, merge_at_distances, root_and_inverse
 from .projections import Projections
-from .rotary import Rotary, mean_phases, mean_rotation, turning_between
+from .rotary import Rotary, mean_phases, mean_rotation, turning, turning_between
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ class LatentAttention:
     q: (H, d + 2 S, D + 1), per head what meets the latent's keys, then what meets the rotary key, whose pairs are
     (i, i + S). rope_key: (2 S, D + 1). latent: (R, D + 1), what is cached of x. key_up and value_up: (G, d, R), which
     make the heads' keys and values of it. o: (D, H · d). `keys_retained` and `values_retained` are the fractions kept
-    of the energy of scores and of outputs.
+    of the energy of scores, at the distances that occur, and of outputs.
     """
 
     q: Tensor
@@ -125,13 +125,14 @@ def compress(
 
     heads = _heads(projections, shape, rotary, gram)
     per_head = shape.num_attention_heads // shape.num_key_value_heads
-    rope_key, readers, keys = _rope_key(heads, rotary, gram, slots, still=weighting.still)
+    shared = Rotary(tuple(rotary.frequencies[frequency] for frequency, _ in slots), longest=rotary.longest)
+    rope_key, readers, keys = _rope_key(heads, rotary, shared, gram, slots, still=weighting.still)
     means = gram[:, -1]
     centred = gram - torch.outer(means, means)
     # what all tokens' keys have in common adds the same to all scores of a query
     keys[..., -1] -= keys @ means
 
-    parts, weights = torch.cat([keys, heads.values]), torch.cat([heads.key_weights, heads.value_weights])
+    parts = torch.cat([keys, heads.values])
     counted = torch.cat([weighting.keys * heads.key_weights, heads.value_weights])
     value_gram = centred if constant else gram
     latent = _top_rows(parts, counted, value_gram, kv_lora_rank - constant)
@@ -150,14 +151,12 @@ def compress(
     # the class divides scores by the root of more dims
     scale = ((shape.head_dim + 2 * len(slots)) / shape.head_dim) ** 0.5
 
-    errors = [
-        _energies(part - up @ latent, weight, of).sum()
-        for part, up, weight, of in (
-            (keys, key_up, heads.key_weights, centred),
-            (heads.values, value_up, heads.value_weights, gram),
-        )
-    ]
-    total = _energies(torch.cat([heads.keys, heads.values]), weights, gram).view(2, -1).sum(1).clamp(min=1e-300)
+    key_error = _turning_error(heads, rotary, shared, rope_key, readers, gram)
+    key_error += _energy(keys - key_up @ latent, heads.key_weights, centred)
+    value_error = _energy(heads.values - value_up @ latent, heads.value_weights, gram)
+    turned = turning(rotary, shape.head_dim).mean(heads.keys @ gram @ heads.keys.mT)
+    key_energy = (heads.key_weights * turned).sum().clamp(min=1e-300)
+    value_energy = _energy(heads.values, heads.value_weights, gram).clamp(min=1e-300)
     return LatentAttention(
         q=torch.cat([heads.queries, queries], dim=1) * scale,
         rope_key=rope_key,
@@ -165,8 +164,8 @@ def compress(
         key_up=key_up,
         value_up=value_up,
         o=projections.o,
-        keys_retained=max(0.0, 1 - float(errors[0] / total[0])),
-        values_retained=max(0.0, 1 - float(errors[1] / total[1])),
+        keys_retained=max(0.0, 1 - float(key_error / key_energy)),
+        values_retained=max(0.0, 1 - float(value_error / value_energy)),
     )
 
 
@@ -284,25 +283,42 @@ def _roots(heads: _Heads) -> Tensor:
 
 
 def _rope_key(
-    heads: _Heads, rotary: Rotary, gram: Tensor, slots: Sequence[Slot], *, still: bool
+    heads: _Heads, rotary: Rotary, shared: Rotary, gram: Tensor, slots: Sequence[Slot], *, still: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The slots' key, (2 S, D + 1), how heads read it, (G, d, 2 S), and what is left of their keys, (G, d, D + 1)."""
     import torch
 
     dims = rotary.dims  # the others do not turn, and need no position
-    shared = Rotary(tuple(rotary.frequencies[frequency] for frequency, _ in slots), longest=rotary.longest)
-    centred = 1 - _FRAGILE if still else 0.0
-    turnings = Turnings(
-        turning_between(shared, shared.dims, shared, shared.dims, centred),
-        turning_between(shared, shared.dims, rotary, dims, centred),
-        turning_between(rotary, dims, rotary, dims, centred),
-    )
+    turnings = _turnings(shared, rotary, dims, centred=1 - _FRAGILE if still else 0.0)
     keys, weights = heads.keys[:, :dims], heads.key_weights[:, :dims, :dims]
     merged = merge_at_distances(_start(heads, gram, slots), list(keys), list(weights), gram, turnings)
     readers = torch.stack(merged.readers)
     left = mean_rotation(rotary, dims) @ keys - readers @ (mean_rotation(shared, shared.dims) @ merged.shared)
     unread = readers.new_zeros(len(readers), heads.keys.shape[1] - dims, shared.dims)
     return merged.shared, torch.cat([readers, unread], dim=1), torch.cat([left, heads.keys[:, dims:]], dim=1)
+
+
+def _turning_error(
+    heads: _Heads, rotary: Rotary, shared: Rotary, rope_key: Tensor, readers: Tensor, gram: Tensor
+) -> Tensor:
+    """Σ_h E tr(weights_h e gram eᵀ), where e is what the rotary key leaves of a head's key at a random distance, less
+    its mean: the part that no key without position makes up for.
+    """
+    turnings = _turnings(shared, rotary, heads.keys.shape[1], centred=1.0)
+    own = turnings.shared.mean(rope_key @ gram @ rope_key.T)  # (2 S, 2 S)
+    cross = turnings.cross.mean(rope_key @ gram @ heads.keys.mT)  # (G, 2 S, d)
+    keys = turnings.heads.mean(heads.keys @ gram @ heads.keys.mT)  # (G, d, d)
+    errors = keys - 2 * readers @ cross + readers @ own @ readers.mT  # as their trace with symmetric weights counts
+    error: Tensor = (heads.key_weights * errors).sum()
+    return error
+
+
+def _turnings(shared: Rotary, rotary: Rotary, dims: int, centred: float) -> Turnings:
+    return Turnings(
+        turning_between(shared, shared.dims, shared, shared.dims, centred),
+        turning_between(shared, shared.dims, rotary, dims, centred),
+        turning_between(rotary, dims, rotary, dims, centred),
+    )
 
 
 def _start(heads: _Heads, gram: Tensor, slots: Sequence[Slot]) -> Merged:
@@ -361,7 +377,7 @@ def _inverse(matrix: Tensor) -> Tensor:
     return inverse
 
 
-def _energies(parts: Tensor, weights: Tensor, gram: Tensor) -> Tensor:
-    """tr(weight · part · gram · partᵀ) of each."""
-    energies: Tensor = (weights * (parts @ gram @ parts.mT)).sum((1, 2))
-    return energies
+def _energy(parts: Tensor, weights: Tensor, gram: Tensor) -> Tensor:
+    """Σ tr(weight · part · gram · partᵀ)."""
+    energy: Tensor = (weights * (parts @ gram @ parts.mT)).sum()
+    return energy

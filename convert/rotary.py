@@ -79,12 +79,12 @@ class Rotary:
         return order
 
 
-@cache
 def turning(rotary: Rotary, head_dim: int) -> Turning:
     """Of a half-split head with itself, at distances below `longest`, a distance n as likely as 1 / (n + 1)."""
     return turning_between(rotary, head_dim, rotary, head_dim)
 
 
+@cache
 def turning_between(one: Rotary, one_dim: int, other: Rotary, other_dim: int, centred: float = 0.0) -> Turning:
     """Of two half-split heads, at the distances of `turning` that the first has.
 

@@ -18,7 +18,7 @@ from kvconvert.convert.calibration import CalibrationText
 from kvconvert.convert.compress import CompressSettings, compress_checkpoint
 from kvconvert.convert.errors import UnsupportedError
 from kvconvert.convert.inspection import inspect_checkpoint
-from kvconvert.convert.latent import _top_rows, compress, normalised, slot_gains, without_constant
+from kvconvert.convert.latent import Weighting, _top_rows, compress, normalised, slot_gains, without_constant
 from kvconvert.convert.merge import Merged, Turnings, merge_at_distances
 from kvconvert.convert.mla import Mla
 from kvconvert.convert.plan import ConversionPlan
@@ -447,6 +447,60 @@ def test_a_shared_key_of_other_frequencies_is_a_least_squares_over_distances(sti
         assert error(merged.shared, readers) > least
         rows = sum(part @ head for part, head in zip(change, heads, strict=True))
         assert error(merged.shared + 0.1 * rows, merged.readers) > least * (1 - 1e-3)
+
+
+@pytest.mark.parametrize("still", [True, False])
+@pytest.mark.parametrize("constant", [True, False])
+@pytest.mark.parametrize("slots", [[(0, 0)], [(1, 0), (0, 0), (0, 1)]], ids=["one-pair", "three-pairs"])
+def test_what_is_kept_of_keys_is_that_of_scores_over_distances(
+    slots: list[tuple[int, int]], constant: bool, still: bool
+) -> None:
+    """By brute force, score by score: of each query with each key at each distance, heads counted by their outputs.
+
+    What all keys add to a query's scores is no error. The last dims do not turn.
+    """
+    projections, inputs = random_layer(9)
+    inputs = inputs[:40]
+    gram = inputs.T @ inputs / 40
+    rotary = Rotary((1.0, 0.2), longest=16)
+    layer = compress(
+        projections, SHAPE, rotary, gram, slots=slots, kv_lora_rank=7, constant=constant, weighting=Weighting(still)
+    )
+    distances = torch.arange(16, dtype=torch.float64)
+    likely = 1 / (distances + 1)
+    likely /= likely.sum()
+
+    def scores(queries: torch.Tensor, keys: torch.Tensor, frequencies: list[float]) -> torch.Tensor:
+        """(heads, queries, keys, distances) of (heads, n, dims); dims beyond the frequencies' do not turn."""
+        pairs, num_pairs = [], len(frequencies)
+        for heads in (queries, keys):
+            pairs.append(torch.complex(heads[..., :num_pairs], heads[..., num_pairs : 2 * num_pairs]))
+        turns = torch.exp(-1j * torch.tensor(frequencies, dtype=torch.float64)[:, None] * distances)
+        turned = torch.einsum("hqf,hkf,fn->hqkn", pairs[0].conj(), pairs[1], turns).real
+        still = torch.einsum("hqd,hkd->hqk", queries[..., 2 * num_pairs :], keys[..., 2 * num_pairs :])
+        return turned + still[..., None]
+
+    queries, keys, values = (
+        (rows @ inputs.T).unflatten(0, (-1, 6)).mT for rows in (projections.q, projections.k, projections.v)
+    )
+    keys, values = (part.repeat_interleave(2, dim=0) for part in (keys, values))
+    expected = scores(queries, keys, [1.0, 0.2])
+    queries = layer.q @ inputs.T / ((6 + 2 * len(slots)) / 6) ** 0.5
+    still_keys = (layer.key_up @ layer.latent @ inputs.T).repeat_interleave(2, dim=0)
+    rope_keys = (layer.rope_key @ inputs.T).expand(4, -1, -1)
+    found = scores(
+        torch.cat([queries[:, 6:], queries[:, :6]], dim=1).mT,
+        torch.cat([rope_keys, still_keys], dim=1).mT,
+        [rotary.frequencies[frequency] for frequency, _ in slots],
+    )
+
+    outputs = torch.einsum("Dhd,hkd->hkD", projections.o.unflatten(1, (4, 6)), values)
+    powers = outputs.square().sum(2).mean(1)[:, None, None]
+    errors = found - expected
+    errors = errors - (errors * likely).sum(3, keepdim=True).mean(2, keepdim=True)
+    lost, energy = (float((powers * (part.square() * likely).sum(3)).sum()) for part in (errors, expected))
+    assert layer.keys_retained == pytest.approx(1 - lost / energy, abs=1e-9)
+    assert 0.1 < layer.keys_retained < 0.99
 
 
 def test_values_alone_keep_what_the_best_low_rank_map_keeps() -> None:
