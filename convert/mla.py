@@ -316,13 +316,16 @@ def latent_tensors(
         "kv_a_layernorm.weight": gains,
         "kv_b_proj.weight": ups.repeat_interleave(num_heads // len(ups), dim=0).flatten(0, 1),
         "o_proj.weight": torch.nn.functional.pad(outputs, (0, padding)).flatten(1),
-        **_query_tensors(queries.flatten(0, 1)),
     }
+    sizes = mla.sizes(checkpoint, architecture, read_attention(checkpoint, architecture))
+    if "q_proj.weight" in sizes:
+        tensors["q_proj.weight"] = queries.flatten(0, 1)[:, :-1]
+    else:
+        tensors |= _biased_queries(queries.flatten(0, 1))
     bias = architecture.tensor_name(index, "o_proj", "bias")
     tensors["o_proj.bias"] = checkpoint.read(bias) if bias in checkpoint.tensors else torch.zeros(len(outputs))
     prefix = architecture.attention.format(layer=index)
     saved_dtype = torch_dtype(checkpoint.tensors[architecture.tensor_name(index, "o_proj")].dtype)
-    sizes = mla.sizes(checkpoint, architecture, read_attention(checkpoint, architecture))
     for name, size in sizes.items():
         if tensors[name].shape != size:
             raise ValueError(f"{name} has shape {list(tensors[name].shape)}, expected {list(size)}")
@@ -338,15 +341,14 @@ def _gains_beside_constant(size: int, dtype: Any) -> Tensor:
     return gains
 
 
-def _query_tensors(queries: Tensor) -> dict[str, Tensor]:
-    """Queries, (rows, D + 1), without bias, and with it: of x and of a constant channel beside it."""
+def _biased_queries(queries: Tensor) -> dict[str, Tensor]:
+    """Queries, (rows, D + 1), as maps of x and of a constant channel beside it."""
     import torch
 
     num_inputs = queries.shape[1]
     bias = torch.zeros(num_inputs, dtype=queries.dtype)
     bias[-1] = _CONSTANT
     return {
-        "q_proj.weight": queries[:, :-1],
         "q_a_proj.weight": torch.eye(num_inputs, dtype=queries.dtype)[:, :-1],
         "q_a_proj.bias": bias,
         "q_a_layernorm.weight": _gains_beside_constant(num_inputs, queries.dtype),
