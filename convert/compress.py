@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,17 +85,17 @@ def compress_checkpoint(
     source.start()
     for index in range(shape.num_hidden_layers):
         gram, sample = source.moments(index)
-        candidates = _candidates(source.projections(index), source, gram, mla, slots, student is not None)
-        wanted = source.advance(index)
-        best = 0
-
-        def made(layer: LatentAttention, index: int = index) -> dict[str, Tensor]:
-            return latent_tensors(layer, mla, checkpoint, architecture, index, scaling)
-
-        if student is not None:
-            errors = [student.error(index, made(layer), wanted, layer.o) for layer in candidates]
-            best = errors.index(min(errors))
-        layer = candidates[best]
+        candidates = _candidates(source.projections(index), source, gram, mla, slots)
+        made = partial(
+            latent_tensors, mla=mla, checkpoint=checkpoint, architecture=architecture, index=index, scaling=scaling
+        )
+        wanted: list[Tensor] = []
+        if student is None:
+            source.advance(index)
+            layer = next(candidates)
+        else:
+            source.advance(index, wanted)
+            layer = min(candidates, key=partial(student.error, index, made, wanted))
         if sample is not None and not mla.constant:
             layer = normalised(layer, *sample)
         tensors = made(layer)
@@ -102,6 +103,7 @@ def compress_checkpoint(
             student.advance(index, tensors, wanted, layer.o)
         result.merged.update(store(tensors, scratch / f"layer-{index:05d}.safetensors"))
         reports.append(_report(index, shape, layer))
+        del candidates, wanted, layer, tensors  # gigabytes of a large model, which would lie beside the next layer's
         progress(1)
     result.reports = tuple(reports)
     return result
@@ -113,13 +115,13 @@ def _report(index: int, shape: AttentionShape, layer: LatentAttention) -> LayerR
 
 
 def _candidates(
-    projections: Projections, source: _Source, gram: Tensor, mla: Mla, slots: Sequence[Slot], several: bool
-) -> list[LatentAttention]:
-    """The layer with each weighting, or with the first alone."""
+    projections: Projections, source: _Source, gram: Tensor, mla: Mla, slots: Sequence[Slot]
+) -> Iterator[LatentAttention]:
+    """The layer with each weighting, made when it is asked for: of a large model it takes gigabytes."""
     if not mla.constant:
         projections = without_constant(projections, gram)
-    return [
-        compress(
+    for weighting in _WEIGHTINGS:
+        yield compress(
             projections,
             source.shape,
             source.rotary,
@@ -129,8 +131,6 @@ def _candidates(
             constant=mla.constant,
             weighting=weighting,
         )
-        for weighting in _WEIGHTINGS[: None if several else 1]
-    ]
 
 
 def _slots(source: _Source, mla: Mla) -> list[Slot]:
@@ -170,16 +170,16 @@ class _Source:
         settings: CompressSettings,
     ) -> None:
         self.shape, self.rotary = shape, rotary
-        self._checkpoint, self._architecture, self._settings = checkpoint, architecture, settings
-        self._embedded: list[Tensor] = []
-        self._states: list[Tensor] = []
+        self._checkpoint, self._architecture = checkpoint, architecture
+        self._text, self._settings = text, settings
         self._model: LayerwiseModel | None = None
-        if text is not None:
-            self._model, self._embedded = _embedded(checkpoint, architecture, text, settings)
+        self._states: list[Tensor] = []
 
     def start(self) -> None:
         """Go to the entrance of the first layer."""
-        self._states = list(self._embedded)
+        self._states = []  # not beside the new ones
+        if self._text is not None:
+            self._model, self._states = _embedded(self._checkpoint, self._architecture, self._text, self._settings)
 
     def projections(self, layer: int) -> Projections:
         return read_projections(self._checkpoint, self._architecture, self.shape, layer)
@@ -202,15 +202,16 @@ class _Source:
         weights = [torch.full((len(part),), 0.5 / len(part)) for part in tokens]
         return gram.value, (torch.cat(tokens).to(self._settings.device), torch.cat(weights))
 
-    def advance(self, layer: int) -> list[Tensor]:
-        """Take the hidden states through the layer; what its output projection read, (tokens, heads · head_dim)."""
+    def advance(self, layer: int, head_outputs: list[Tensor] | None = None) -> None:
+        """Take the hidden states through the layer.
+
+        What its output projection read, (tokens, heads · head_dim), is appended to `head_outputs`.
+        """
         import torch
 
-        wanted: list[Tensor] = []
         if self._model is not None:
             with torch.inference_mode(), self._model.layer(layer) as module:
-                self._states = [self._model.run(module, layer, states, wanted) for states in self._states]
-        return wanted
+                self._states = [self._model.run(module, layer, states, head_outputs) for states in self._states]
 
     def _without_text(self, layer: int) -> Tensor:
         import torch
@@ -232,15 +233,23 @@ class _Student:
         self._settings = settings
         self._model, self._states = _embedded(result, self._architecture, text, settings)
 
-    def error(self, layer: int, tensors: dict[str, Tensor], wanted: Sequence[Tensor], original: Tensor) -> float:
+    def error(
+        self,
+        layer: int,
+        made: Callable[[LatentAttention], dict[str, Tensor]],
+        wanted: Sequence[Tensor],
+        candidate: LatentAttention,
+    ) -> float:
         """E‖W_o z − W z'‖² on some of the text, with the fitted W, but for what it shares with every candidate.
+
+        `made` gives a candidate's tensors, and `wanted` is what the original's output projection read.
 
         The norm of the latent, which is met later, is left out.
         """
         import torch
 
         model, device = self._model, self._settings.device
-        name = self._architecture.tensor_name(layer, "o_proj")
+        name, original, tensors = self._architecture.tensor_name(layer, "o_proj"), candidate.o, made(candidate)
         with torch.inference_mode(), model.layer(layer, tensors) as module:
             norm = module.get_submodule("self_attn.kv_a_layernorm")
             hook = norm.register_forward_hook(lambda norm, inputs, _: norm.weight / norm.weight[0] * inputs[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,19 @@ import torch
 from conftest import TOKENS, VOCAB_SIZE, CheckpointFactory, Command, build_model, load, logits
 from kvconvert.convert import execute, find_architecture, open_checkpoint
 from kvconvert.convert.architecture import AttentionShape
-from kvconvert.convert.calibration import CalibrationText
+from kvconvert.convert.calibration import CalibrationText, LayerwiseModel
 from kvconvert.convert.compress import CompressSettings, compress_checkpoint
 from kvconvert.convert.errors import UnsupportedError
 from kvconvert.convert.inspection import inspect_checkpoint
-from kvconvert.convert.latent import Weighting, _top_rows, compress, normalised, slot_gains, without_constant
+from kvconvert.convert.latent import (
+    LatentAttention,
+    Weighting,
+    _top_rows,
+    compress,
+    normalised,
+    slot_gains,
+    without_constant,
+)
 from kvconvert.convert.merge import Merged, Turnings, merge_at_distances
 from kvconvert.convert.mla import Mla
 from kvconvert.convert.plan import ConversionPlan
@@ -225,6 +234,33 @@ def test_frequencies_of_the_rotary_key_are_those_of_the_source(
     assert len(found) == 6
     assert (distances.argmin(1).bincount(minlength=4) <= 4).all()
     assert (found[1:] < found[:-1] * 1.001).all()
+
+
+@pytest.mark.parametrize("refit", [True, False])
+def test_one_candidate_is_held_beside_the_best_and_head_outputs_only_for_the_refit(
+    make_checkpoint: CheckpointFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refit: bool
+) -> None:
+    """Each is gigabytes of a large model."""
+    alive: weakref.WeakSet[LatentAttention] = weakref.WeakSet()
+    before: list[int] = []
+    collected: list[bool] = []
+    run = LayerwiseModel.run
+
+    def counted(*arguments: Any, **named: Any) -> LatentAttention:
+        before.append(len(alive))
+        layer = compress(*arguments, **named)
+        alive.add(layer)
+        return layer
+
+    def noted(*arguments: Any, **named: Any) -> torch.Tensor:
+        collected.append(len(arguments) > 4 and arguments[4] is not None)
+        return run(*arguments, **named)
+
+    monkeypatch.setattr("kvconvert.convert.compress.compress", counted)
+    monkeypatch.setattr(LayerwiseModel, "run", noted)
+    convert(make_checkpoint(), tmp_path / "mla", Mla(24, 8, rope_selection="gain"), refit=refit)
+    assert before == ([0, 1, 1, 1] * 2 if refit else [0, 0])
+    assert any(collected) is refit
 
 
 def test_values_padded_for_a_kernel_change_nothing(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
