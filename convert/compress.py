@@ -242,9 +242,8 @@ class _Student:
     ) -> float:
         """E‖W_o z − W z'‖² on some of the text, with the fitted W, but for what it shares with every candidate.
 
-        `made` gives a candidate's tensors, and `wanted` is what the original's output projection read.
-
-        The norm of the latent, which is met later, is left out.
+        `made` gives a candidate's tensors, and `wanted` is what the original's output projection read. The norm of the
+        latent, which is met later, is left out.
         """
         import torch
 
@@ -252,6 +251,8 @@ class _Student:
         name, original, tensors = self._architecture.tensor_name(layer, "o_proj"), candidate.o, made(candidate)
         with torch.inference_mode(), model.layer(layer, tensors) as module:
             norm = module.get_submodule("self_attn.kv_a_layernorm")
+            # no candidate is fitted to the norm yet: it shall not divide. Its gains, relative to an ordinary channel's,
+            # are 1, but for a constant channel, which they bring from what the bias holds it at to 1
             hook = norm.register_forward_hook(lambda norm, inputs, _: norm.weight / norm.weight[0] * inputs[0])
             found = [model.attention_outputs(module, layer, states) for states in self._states[:_CHOICE_BATCHES]]
             hook.remove()
