@@ -58,8 +58,8 @@ class Request(ConversionRequest):
     latent_norm: Annotated[
         LatentNorm,
         typer.Option(
-            help="How the norm of DeepSeek's latent is met: fitted to, which every engine serves, or made harmless by "
-            "biases, which transformers and vLLM's Transformers backend serve."
+            help="How the norm of DeepSeek's latent is met: fitted to, which needs nothing of an engine, or made "
+            "harmless by biases, which transformers and vLLM's Transformers backend serve."
         ),
     ] = LatentNorm.calibrated
     rope_selection: Annotated[

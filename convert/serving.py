@@ -8,7 +8,7 @@ read: SGLang 0.5.23, llama.cpp as vendored in llama-cpp-python 0.3.36.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from .architecture import Latent
@@ -102,34 +102,61 @@ def serving(model_type: str, config: Mapping[str, Any] | None = None) -> tuple[S
     return tuple(_BY_ENGINE.get((model_type, engine), entry) for engine, entry in unknown.items())
 
 
-_THROUGH_TRANSFORMERS = "with --model-impl transformers"
+_WITHOUT_KERNELS = "only with VLLM_MLA_DISABLE=1, which caches all heads' keys and values: no kernel for these sizes"
+_OWN_LATENT_CLASS = "in sizes with kernels, without biases and with a RoPE of the default type"
 
 
 def _latent(config: Mapping[str, Any] | None) -> dict[str, Serving]:
-    """DeepSeek-V3 without experts, as `mha2mla` writes it."""
-    llama_cpp = Serving("llama.cpp", False, "read", "it wants q_lora_rank of most models with a latent")
+    """DeepSeek-V3: as `mha2mla` writes it, without experts, or another."""
     if config is None:
         return {
-            "vLLM": Serving("vLLM", True, "read", "its own class without biases and with a RoPE of the default type"),
-            "SGLang": Serving("SGLang", True, "read", "without biases and with a RoPE of the default type"),
-            "llama.cpp": llama_cpp,
+            "vLLM": Serving("vLLM", True, "read", f"its own class {_OWN_LATENT_CLASS}"),
+            "SGLang": Serving("SGLang", True, "read", _OWN_LATENT_CLASS),
+            "llama.cpp": Serving(
+                "llama.cpp", None, "read", "with q_lora_rank, without biases and with a RoPE of the default type"
+            ),
         }
-    rope_type = (config.get("rope_parameters") or {}).get("rope_type", "default")
-    if config.get("attention_bias"):
-        reason = "its own class drops the biases silently"
-    elif rope_type not in ("default", "yarn") or not config.get("rope_interleave", True):
-        reason = "its own class has another RoPE"
-    else:
-        return {
-            "vLLM": Serving("vLLM", True, "read"),
-            "SGLang": Serving("SGLang", True, "read"),
-            "llama.cpp": llama_cpp,
-        }
+    refusal = _latent_class_refusal(config)
     return {
-        "vLLM": Serving("vLLM", True, "run", f"{_THROUGH_TRANSFORMERS}; {reason}"),
-        "SGLang": Serving("SGLang", False, "read", reason),
-        "llama.cpp": llama_cpp,
+        "vLLM": _latent_in_vllm(config, refusal),
+        "SGLang": _latent_in_sglang(config, refusal),
+        "llama.cpp": _latent_in_llama_cpp(config, refusal),
     }
+
+
+def _latent_class_refusal(config: Mapping[str, Any]) -> str | None:
+    """Why an engine's own class of DeepSeek-V3 computes something else than transformers', or None."""
+    if config.get("attention_bias"):
+        return "its own class drops the biases silently"
+    rope_type = (config.get("rope_parameters") or {}).get("rope_type", "default")
+    if rope_type not in ("default", "yarn") or not config.get("rope_interleave", True):
+        return "its own class has another RoPE"
+    return None
+
+
+def _latent_in_vllm(config: Mapping[str, Any], refusal: str | None) -> Serving:
+    through_transformers = [f"with --model-impl transformers; {refusal}"] if refusal else []
+    if not _has_kernels(config):
+        return Serving("vLLM", True, "read", "; ".join([_WITHOUT_KERNELS, *through_transformers]))
+    return Serving("vLLM", True, "run" if refusal else "read", *through_transformers)
+
+
+def _latent_in_sglang(config: Mapping[str, Any], refusal: str | None) -> Serving:
+    if refusal:
+        return Serving("SGLang", False, "read", refusal)
+    return Serving("SGLang", True, "read") if _has_kernels(config) else Serving("SGLang", None, "not checked")
+
+
+def _latent_in_llama_cpp(config: Mapping[str, Any], refusal: str | None) -> Serving:
+    if config.get("q_lora_rank") is None:
+        return Serving("llama.cpp", False, "read", "it wants q_lora_rank of most models with a latent")
+    if refusal:
+        return Serving("llama.cpp", False, "read", "it has neither biases nor other RoPEs for a latent")
+    return Serving("llama.cpp", True, "read")
+
+
+def _has_kernels(config: Mapping[str, Any]) -> bool:
+    return latent_kernels(Latent(*(int(config[size.name]) for size in fields(Latent)))) is None
 
 
 def _grouped_decoder_in_vllm(config: Mapping[str, Any] | None) -> Serving:

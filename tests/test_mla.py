@@ -630,18 +630,36 @@ def test_sizes_with_fast_kernels(mla: Mla, shape: tuple[int], reason: str | None
     assert (found is None) if reason is None else (found is not None and reason in found)
 
 
-def test_engines_depend_on_biases_and_rope() -> None:
-    plain = {"attention_bias": False, "rope_parameters": {"rope_type": "default"}, "rope_interleave": True}
-    for config, vllm, sglang in (
-        (plain, "", True),
-        (plain | {"attention_bias": True}, "--model-impl transformers", False),
-        (plain | {"rope_parameters": {"rope_type": "longrope"}}, "--model-impl transformers", False),
-        (plain | {"rope_interleave": False}, "--model-impl transformers", False),
-    ):
-        engines = {engine.engine: engine for engine in serving("deepseek_v3", config)}
-        assert engines["vLLM"].works
-        assert vllm in engines["vLLM"].how
-        assert engines["SGLang"].works is sglang
+LARGE = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+PLAIN = LARGE | {"attention_bias": False, "rope_parameters": {"rope_type": "default"}, "rope_interleave": True}
+SMALL, LOW_RANK = PLAIN | {"kv_lora_rank": 96}, PLAIN | {"q_lora_rank": 1536}
+ALL_HEADS = "only with VLLM_MLA_DISABLE=1, which caches all heads' keys and values"
+
+
+@pytest.mark.parametrize(
+    ("config", "vllm", "sglang", "llama_cpp"),
+    [
+        (PLAIN, ("read", ""), True, False),
+        (PLAIN | {"attention_bias": True}, ("run", "with --model-impl transformers"), False, False),
+        (PLAIN | {"rope_parameters": {"rope_type": "longrope"}}, ("run", "with --model-impl"), False, False),
+        (PLAIN | {"rope_interleave": False}, ("run", "with --model-impl transformers"), False, False),
+        (SMALL, ("read", ALL_HEADS), None, False),
+        (PLAIN | {"v_head_dim": 64}, ("read", ALL_HEADS), None, False),
+        (SMALL | {"attention_bias": True}, ("read", ALL_HEADS), False, False),
+        (LOW_RANK, ("read", ""), True, True),
+        (LOW_RANK | {"attention_bias": True}, ("run", "with --model-impl transformers"), False, False),
+    ],
+)
+def test_engines_depend_on_sizes_biases_and_rope(
+    config: dict[str, Any], vllm: tuple[str, str], sglang: bool | None, llama_cpp: bool
+) -> None:
+    engines = {engine.engine: engine for engine in serving("deepseek_v3", config)}
+    found, (evidence, how) = engines["vLLM"], vllm
+    assert (found.works, found.evidence) == (True, evidence)
+    assert found.how.startswith(how) if how else not found.how
+    assert ("--model-impl transformers" in found.how) is (sglang is False)
+    assert engines["SGLang"].works is sglang
+    assert engines["llama.cpp"].works is llama_cpp
 
 
 def test_the_command_end_to_end(
@@ -666,7 +684,8 @@ def test_the_command_end_to_end(
     assert provenance["calibration"]["latent_norm"] == "calibrated"
     card = (result / "README.md").read_text()
     assert "a latent of 20 numbers and a rotary key of 4" in card
-    assert "vLLM" in card
+    assert f"vLLM (read: {ALL_HEADS}: no kernel for these sizes)." in card
+    assert "SGLang" not in card
 
     inspected = json.loads(kvconvert("inspect", result, "--json").stdout)
     assert (inspected["attention"], inspected["cache_bytes_per_token"]) == ("MLA", 96)
