@@ -16,7 +16,7 @@ from conftest import TOKENS, VOCAB_SIZE, CheckpointFactory, Command, build_model
 from kvconvert.convert import execute, find_architecture, open_checkpoint
 from kvconvert.convert.architecture import AttentionShape
 from kvconvert.convert.calibration import CalibrationText, LayerwiseModel
-from kvconvert.convert.compress import CompressSettings, compress_checkpoint
+from kvconvert.convert.compress import _WEIGHTINGS, CompressSettings, compress_checkpoint
 from kvconvert.convert.errors import UnsupportedError
 from kvconvert.convert.inspection import inspect_checkpoint
 from kvconvert.convert.latent import (
@@ -234,6 +234,78 @@ def test_frequencies_of_the_rotary_key_are_those_of_the_source(
     assert len(found) == 6
     assert (distances.argmin(1).bincount(minlength=4) <= 4).all()
     assert (found[1:] < found[:-1] * 1.001).all()
+
+
+def test_first_tokens_of_sequences_count_half_in_the_fit_to_the_norm(
+    make_checkpoint: CheckpointFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_checkpoint()
+    samples: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def recorded(layer: LatentAttention, *sample: torch.Tensor) -> LatentAttention:
+        samples.append((sample[0], sample[1]))
+        return layer
+
+    monkeypatch.setattr("kvconvert.convert.compress.normalised", recorded)
+    monkeypatch.setattr("kvconvert.convert.calibration._TOKENS_PER_PASS", 64)  # two sequences in each of three batches
+    convert(source, tmp_path / "mla", Mla(24, 8))
+    decoder = load(source).model
+    with torch.inference_mode():
+        states = decoder.layers[0].input_layernorm(decoder.embed_tokens(TOKENS))
+    inputs, weights = samples[0]
+    torch.testing.assert_close(inputs[:, :-1], torch.cat([states[:, 0], states.flatten(0, 1)]))
+    assert torch.equal(inputs[:, -1], torch.ones(6 + 6 * 32))
+    torch.testing.assert_close(weights, torch.tensor([0.5 / 6] * 6 + [0.5 / 192] * 192))
+
+
+def attention_error(source: Path, converted: Path) -> float:
+    """The mean squared difference of what the first layer's attention gives, on TOKENS."""
+    outputs = []
+    for directory in (source, converted):
+        model = load(directory)
+        seen: list[torch.Tensor] = []
+        model.model.layers[0].self_attn.o_proj.register_forward_hook(
+            lambda _, inputs, output, seen=seen: seen.append(output)
+        )
+        logits(model)
+        outputs.append(seen[0])
+    return float((outputs[0] - outputs[1]).square().mean())
+
+
+@pytest.mark.parametrize(("sizes", "best"), [((40, 8), 0), ((14, 4), 1), ((3, 8), 3)], ids=str)
+def test_the_weighting_whose_attention_is_nearest_to_the_original_is_taken(
+    make_checkpoint: CheckpointFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sizes: tuple[int, int],
+    best: int,
+) -> None:
+    """Each weighting alone, measured in its checkpoint; the constant channel keeps the norm out of it."""
+    source = make_checkpoint(num_hidden_layers=1)
+    mla = Mla(*sizes, "exact")
+    convert(source, tmp_path / "chosen", mla)
+    errors = []
+    for index, weighting in enumerate(_WEIGHTINGS):
+        monkeypatch.setattr("kvconvert.convert.compress._WEIGHTINGS", (weighting,))
+        convert(source, tmp_path / str(index), mla)
+        errors.append(attention_error(source, tmp_path / str(index)))
+    assert errors.index(min(errors)) == best
+    assert error_of(tmp_path / str(best), tmp_path / "chosen") == 0
+
+
+def test_gain_takes_a_frequency_as_often_as_it_has_different_keys(
+    make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    """Eight keys that have nothing in common, all of the fastest frequency."""
+    source = make_checkpoint()
+    keys = torch.randn(8, 2, 4, 64, generator=torch.Generator().manual_seed(4)) / 4
+    keys[:, :, 1:] = 0
+    set_keys_and_values(source, "k_proj", keys.flatten(0, 2))
+    convert(source, tmp_path / "mla", Mla(65, 16, "exact", "gain"))
+    parameters = json.loads((tmp_path / "mla/config.json").read_text())["rope_parameters"]
+    assert parameters["rope_type"] == "longrope"
+    assert load(tmp_path / "mla").model.rotary_emb.inv_freq.tolist() == pytest.approx([1.0] * 8)
+    assert error_of(source, tmp_path / "mla") < EXACT
 
 
 @pytest.mark.parametrize("refit", [True, False])
@@ -679,6 +751,7 @@ def test_the_command_end_to_end(
     assert summary["cache_bytes_per_token"] == {"source": 2 * 64 * 2, "result": 2 * 24 * 2}
     assert summary["fast_kernels"] is False
     assert "no engine has a fast kernel" in outcome.stderr
+    assert "the cache gets larger" not in outcome.stderr
     provenance = json.loads((result / "kvconvert.json").read_text())
     assert provenance["latent"]["kv_lora_rank"] == 20
     assert provenance["calibration"]["latent_norm"] == "calibrated"
@@ -717,6 +790,7 @@ def test_the_command_without_text_and_its_errors(
     dry = kvconvert("mha2mla", source, *sizes, "--dry-run", "--output", tmp_path / "mla")
     assert dry.returncode == 0, dry.stderr
     assert "a latent of 9 and a rotary key of 8" in dry.stdout
+    assert "the cache gets larger: ask for smaller sizes" in dry.stderr
     assert not (tmp_path / "mla").exists()
     assert kvconvert("mha2mla", source, *sizes, "--output", tmp_path / "mla").returncode == 0
     assert error_of(source, tmp_path / "mla") < EXACT
