@@ -16,12 +16,13 @@ from conftest import TOKENS, VOCAB_SIZE, CheckpointFactory, Command, build_model
 from kvconvert.convert import execute, find_architecture, open_checkpoint
 from kvconvert.convert.architecture import AttentionShape
 from kvconvert.convert.calibration import CalibrationText, LayerwiseModel
-from kvconvert.convert.compress import _WEIGHTINGS, CompressSettings, compress_checkpoint
+from kvconvert.convert.compress import _WEIGHTINGS, CompressSettings, _Student, compress_checkpoint
 from kvconvert.convert.errors import UnsupportedError
 from kvconvert.convert.inspection import inspect_checkpoint
 from kvconvert.convert.latent import (
     LatentAttention,
     Weighting,
+    _constant_norm,
     _top_rows,
     compress,
     normalised,
@@ -333,6 +334,107 @@ def test_one_candidate_is_held_beside_the_best_and_head_outputs_only_for_the_ref
     convert(make_checkpoint(), tmp_path / "mla", Mla(24, 8, rope_selection="gain"), refit=refit)
     assert before == ([0, 1, 1, 1] * 2 if refit else [0, 0])
     assert any(collected) is refit
+
+
+def test_a_layer_is_refitted_to_what_the_refitted_layers_before_it_give(
+    make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    """With hardly a ridge the error of the second layer's output has nothing in common with what o_proj reads there."""
+    source = make_checkpoint()
+    convert(source, tmp_path / "mla", Mla(24, 8, "exact"), refit_ridge=1e-6)
+    read, given = [], []
+    for directory in (source, tmp_path / "mla"):
+        model = load(directory)
+        seen: list[torch.Tensor] = []
+        o_proj = model.model.layers[1].self_attn.o_proj
+        o_proj.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].flatten(0, 1).double()))
+        logits(model)
+        read.append(seen[0])
+        given.append(seen[0] @ o_proj.weight.detach().double().T)
+    moment, scale = (part.T @ read[1] for part in (given[0] - given[1], given[0]))
+    assert moment.abs().max() < 1e-3 * scale.abs().max()
+
+
+def test_without_text_the_gain_before_the_attention_is_as_good_as_one_in_its_weights(
+    make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    source = make_checkpoint()
+    model = load(source)
+    for layer in model.model.layers:
+        layer.input_layernorm.weight.data.mul_(torch.linspace(0.3, 3, 64))
+    model.save_pretrained(source)
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            projection.weight.data.mul_(layer.input_layernorm.weight.data)
+        layer.input_layernorm.weight.data.fill_(1)
+    model.save_pretrained(tmp_path / "folded")
+    for directory in (source, tmp_path / "folded"):
+        convert(directory, tmp_path / f"{directory.name}-mla", Mla(24, 8, "exact"), text=None)
+    assert error_of(tmp_path / "model-mla", tmp_path / "folded-mla") < EXACT
+
+
+def test_candidates_are_compared_without_the_norm_of_their_latents(
+    make_checkpoint: CheckpointFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Channels of other sizes, which the norm would mix otherwise, are the same layer."""
+    source, mla = make_checkpoint(num_hidden_layers=1), Mla(24, 8)
+    errors: dict[str, list[float]] = {"as-it-is": [], "resized": []}
+    error = _Student.error
+
+    def resized(*arguments: Any, **named: Any) -> LatentAttention:
+        layer, sizes = compress(*arguments, **named), torch.logspace(0, 1, 24, dtype=torch.float64)
+        return replace(
+            layer, latent=sizes[:, None] * layer.latent, key_up=layer.key_up / sizes, value_up=layer.value_up / sizes
+        )
+
+    for name, found in errors.items():
+
+        def recorded(*arguments: Any, found: list[float] = found) -> float:
+            found.append(error(*arguments))
+            return found[-1]
+
+        monkeypatch.setattr(_Student, "error", recorded)
+        convert(source, tmp_path / name, mla)
+        monkeypatch.setattr("kvconvert.convert.compress.compress", resized)
+    assert len(set(errors["as-it-is"])) == 4
+    assert errors["resized"] == pytest.approx(errors["as-it-is"], rel=1e-4)
+
+
+def test_gains_are_those_of_all_layers(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    """One key of the fastest frequency in the first layer, eight of the next one in the second."""
+    source = make_checkpoint()
+    model = load(source)
+    generator = torch.Generator().manual_seed(13)
+    keys = torch.zeros(2, 8, 2, 4, 64)
+    keys[0, :, :, 0] = torch.randn(2, 64, generator=generator)
+    keys[1, :, :, 1] = torch.randn(8, 2, 64, generator=generator)
+    for layer, rows in zip(model.model.layers, keys, strict=True):
+        layer.self_attn.k_proj.weight.data.copy_(rows.flatten(0, 2))
+    model.save_pretrained(source)
+    convert(source, tmp_path / "mla", Mla(24, 4, rope_selection="gain"))
+    assert load(tmp_path / "mla").model.rotary_emb.inv_freq.tolist() == pytest.approx([1.0, 0.1])
+
+
+def test_the_config_says_what_the_source_s_says_beside_the_attention(
+    make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    settings = {
+        "bos_token_id": 5,
+        "eos_token_id": 6,
+        "pad_token_id": 7,
+        "hidden_act": "gelu",
+        "attention_dropout": 0.25,
+        "initializer_range": 0.5,
+        "rms_norm_eps": 0.125,
+        "max_position_embeddings": 96,
+    }
+    source = make_checkpoint(**settings)
+    plan = convert(source, tmp_path / "mla", Mla(24, 12, rope_selection="gain"))
+    config = json.loads((tmp_path / "mla/config.json").read_text())
+    assert {name: config[name] for name in settings} == settings
+    assert config["first_k_dense_replace"] == 2
+    assert config["rope_scaling"] | {"rope_theta": config["rope_theta"]} == config["rope_parameters"]
+    assert plan.bytes_in == sum(tensor.nbytes for tensor in load_file(source / "model.safetensors").values())
 
 
 def test_values_padded_for_a_kernel_change_nothing(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
@@ -684,6 +786,53 @@ def test_a_normalised_latent_gives_nearly_the_keys_and_values_that_it_gave_befor
     before = inputs @ (layer.value_up[0] @ layer.latent).T
     after = (tokens / spread[:, None]) @ shaped.value_up[0].T
     assert (after - before).square().mean() < 1e-4 * before.square().mean()
+
+
+def test_what_all_keys_have_in_common_needs_neither_latent_nor_rotary_key() -> None:
+    """It adds the same to all scores of a query. The last dims do not turn, and so the rotary key is the same."""
+    projections, inputs = random_layer(10)
+    gram = inputs.T @ inputs / 500
+    rows = torch.zeros(2, 6, dtype=torch.float64)
+    rows[:, 4:] = 50
+    common = replace(projections, k=projections.k.clone())
+    common.k[:, -1] += rows.flatten()
+    latents = [
+        compress(part, SHAPE, ROTARY, gram, slots=[(0, 0)], kv_lora_rank=5, constant=False).latent
+        for part in (projections, common)
+    ]
+    torch.testing.assert_close(*latents)
+    turned = replace(projections, k=projections.k.clone())
+    turned.k[:, -1] += 50
+    torch.testing.assert_close(*(slot_gains(part, SHAPE, ROTARY, gram) for part in (projections, turned)))
+
+
+def test_what_reads_a_normalised_latent_is_a_weighted_least_squares() -> None:
+    """Its error has nothing in common with the latent, as the weights count tokens."""
+    projections, inputs = random_layer(11)
+    projections = without_constant(projections, inputs.T @ inputs / 500)
+    layer = compress(
+        projections, SHAPE, ROTARY, inputs.T @ inputs / 500, slots=[(0, 0)], kv_lora_rank=6, constant=False
+    )
+    weights = torch.cat([torch.full((50,), 0.9 / 50), torch.full((450,), 0.1 / 450)])
+    shaped = normalised(layer, inputs, weights)
+    tokens = inputs @ shaped.latent.T
+    tokens = tokens / tokens.square().mean(1, keepdim=True).sqrt()
+    before, after = inputs @ (layer.value_up[0] @ layer.latent).T, tokens @ shaped.value_up[0].T
+    moment, scale = (part.T @ (weights.double()[:, None] * tokens) for part in (after - before, before))
+    assert (after - before).square().mean() > 1e-3 * before.square().mean()
+    assert moment.abs().max() < 1e-6 * scale.abs().max()
+
+
+def test_a_fit_to_the_norm_ends_where_tokens_that_are_left_out_do_not_gain() -> None:
+    """Of few tokens in many channels the norm is learnt by heart."""
+    tokens = torch.randn(64, 16, generator=torch.Generator().manual_seed(12), dtype=torch.float64)
+    start = torch.eye(16, dtype=torch.float64)
+
+    def spread(fitted: torch.Tensor) -> float:
+        return float((tokens[::8] @ fitted).square().mean(1).log().square().mean())
+
+    found = _constant_norm(tokens, torch.full((64,), 1 / 64, dtype=torch.float64), start)
+    assert spread(found) <= spread(start)
 
 
 @pytest.mark.parametrize(
