@@ -14,7 +14,7 @@ from .runtime import register
 
 # what older versions saved among the weights and newer ones compute
 OLD_BUFFERS = re.compile(
-    r"(attn|attention)\.(bias|masked_bias|causal_mask)$|rotary_emb\.inv_freq$|(^|\.)(decoder|embed_positions)\.(version|_float_tensor)$"
+    r"(?<!c_)(attn|attention)\.(bias|masked_bias|causal_mask)$|rotary_emb\.inv_freq$|(^|\.)(decoder|embed_positions)\.(version|_float_tensor)$"
 )
 
 __all__ = [
@@ -42,14 +42,15 @@ def check_opens(directory: Path) -> str:
     return type(model).__name__
 
 
-def load_model(model: str | Path, *, dtype: Any, device: Any) -> Any:
-    """The language model in eval mode, in `dtype` on `device`.
+def load_model(model: str | Path, *, dtype: Any, device: Any, distributed_config: Any = None) -> Any:
+    """The language model in eval mode, in `dtype` on `device`; with a `distributed_config`, where that puts it.
 
     Raises CheckpointError if its weights do not fill its class (transformers only warns about missing keys and fills
     them with random numbers), or if it was saved without the head that predicts tokens; UnsupportedError if it is an
     encoder-decoder.
     """
-    loaded, problem = _open(model, dtype=dtype)
+    sharding = {} if distributed_config is None else {"distributed_config": distributed_config}
+    loaded, problem = _open(model, dtype=dtype, **sharding)
     if problem:
         raise CheckpointError(f"{model}: {type(loaded).__name__} does not accept its weights: {problem}")
     if loaded.config.is_encoder_decoder:
@@ -62,7 +63,7 @@ def load_model(model: str | Path, *, dtype: Any, device: Any) -> Any:
             f"{model}: was saved as {type(loaded).__name__}, without the head that predicts tokens",
             hint="save it with its ForCausalLM class; mha2gqa and mha2mqa take it as it is",
         )
-    return loaded.to(device).eval()
+    return (loaded if sharding else loaded.to(device)).eval()
 
 
 @contextmanager

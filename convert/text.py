@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
+import random
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +25,17 @@ __all__ = [
     "TextSource",
     "adds_bos",
     "check_tokenizers",
+    "encode_batch",
     "encode_documents",
+    "estimate_tokens",
     "has_tokenizer",
     "load_tokenizer",
+    "pin_revision",
     "read_documents",
     "read_files",
+    "read_interleaved",
+    "text_bytes",
+    "tokenizer_hash",
 ]
 
 _TOKENIZER_FILES = (
@@ -38,19 +48,25 @@ _TOKENIZER_FILES = (
     "qwen.tiktoken",
 )
 _ENCODE_BATCH = 64
+_SAMPLE_DOCUMENTS = 256
+_MAX_OPEN_FILES = 16
+# the parts of a fast tokenizer that decide which ids a text becomes; truncation and padding change as it is used
+_FAST_TOKENIZER_PARTS = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model")
 
 
 @dataclass(frozen=True)
 class TextSource:
     """Text files (one document each), JSONL or parquet (one document a row), a directory of them, or a dataset name.
 
-    `text_field` is the column that holds the text; `config` and `split` select a part of a named dataset.
+    `text_field` is the column that holds the text; `config` and `split` select a part of a named dataset, `revision` a
+    branch, tag or commit of it.
     """
 
     location: str
     text_field: str = "text"
     split: str = "train"
     config: str | None = None
+    revision: str | None = None
 
 
 def read_documents(source: TextSource) -> Iterator[str]:
@@ -66,18 +82,65 @@ def read_documents(source: TextSource) -> Iterator[str]:
 
 def read_files(source: TextSource) -> list[Iterator[str]]:
     """The non-empty documents of each file of the source, or of the named dataset. Raises DataError."""
-    path = Path(source.location).expanduser()
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and _reader(file))
-        if not files:
-            raise DataError(f"{path}: no .txt, .jsonl or .parquet file in this directory")
-    elif path.is_file():
-        if not _reader(path):
-            raise DataError(f"{path}: unknown kind of file", hint="give .txt, .jsonl, .jsonl.gz or .parquet")
-        files = [path]
-    else:
+    files = _files(source)
+    if files is None:
         return [_non_empty(_read_dataset(source))]
     return [_non_empty(_read_file(file, source.text_field)) for file in files]
+
+
+def read_interleaved(source: TextSource, *, seed: int) -> Iterator[str]:
+    """The non-empty documents of the source: files in an order drawn by `seed`, one document of each of 16 in turn.
+
+    So the beginning is a fair sample of the whole directory. Raises DataError as `read_documents` does.
+    """
+    files = read_files(source)
+    random.Random(seed).shuffle(files)
+    waiting = iter(files)
+    reading = deque(islice(waiting, _MAX_OPEN_FILES))
+    found = False
+    while reading:
+        file = reading.popleft()
+        document = next(file, None)
+        if document is None:
+            reading.extend(islice(waiting, 1))
+            continue
+        reading.append(file)
+        found = True
+        yield document
+    if not found:
+        raise DataError(f"{source.location}: no text in it", hint="every document is empty")
+
+
+def text_bytes(source: TextSource) -> int | None:
+    """Size of the source's files together, or None for a named dataset. Raises DataError when it has no usable file."""
+    files = _files(source)
+    return None if files is None else sum(file.stat().st_size for file in files)
+
+
+def estimate_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """About how many tokens text files hold, from a sample; None for what is compressed and for a named dataset.
+
+    A JSONL line counts with its keys and escapes, so that the estimate is rather too large. Raises DataError.
+    """
+    files = _files(source)
+    if files is None or any(file.suffix in (".gz", ".parquet") for file in files):
+        return None
+    sample = list(islice(read_interleaved(source, seed=0), _SAMPLE_DOCUMENTS))
+    num_bytes = sum(len(text.encode(errors="surrogatepass")) for text in sample)
+    num_tokens = sum(map(len, encode_batch(sample, tokenizer)))
+    return round(num_tokens / num_bytes * sum(file.stat().st_size for file in files))
+
+
+def pin_revision(source: TextSource) -> TextSource:
+    """The source with the commit that its dataset is at now; unchanged for files and where the hub cannot be asked."""
+    if Path(source.location).expanduser().exists():
+        return source
+    from huggingface_hub import HfApi
+
+    # what cannot be asked may still be in the cache; if it is not, reading it says why
+    with suppress(OSError, ValueError):
+        return replace(source, revision=HfApi().dataset_info(source.location, revision=source.revision).sha)
+    return source
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -109,16 +172,35 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and len(ids) > 0 and ids[0] == tokenizer.bos_token_id
 
 
+def encode_batch(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, bos: bool = False) -> list[list[int]]:
+    """Token ids of each text: BOS if asked for, the text without other special tokens, EOS if there is one."""
+    before = [tokenizer.bos_token_id] if bos else []
+    after = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return [before + ids + after for ids in encoded["input_ids"]]
+
+
 def encode_documents(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, bos: bool = False
 ) -> Iterator[list[int]]:
-    """Token ids of each document: BOS if asked for, the text without other special tokens, EOS if there is one."""
-    before = [tokenizer.bos_token_id] if bos else []
-    after = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    """Token ids of each document, as `encode_batch` gives them."""
     iterator = iter(documents)
     while batch := list(islice(iterator, _ENCODE_BATCH)):
-        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-            yield before + ids + after
+        yield from encode_batch(batch, tokenizer, bos=bos)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of what decides which ids a text becomes: vocabulary, special tokens, and a fast tokenizer's own parts."""
+    described: dict[str, Any] = {
+        "vocabulary": tokenizer.get_vocab(),
+        "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "special_ids": sorted(tokenizer.all_special_ids),
+        "bos": adds_bos(tokenizer),
+    }
+    if tokenizer.is_fast:
+        serialised = json.loads(tokenizer.backend_tokenizer.to_str())
+        described |= {part: serialised[part] for part in _FAST_TOKENIZER_PARTS}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def check_tokenizers(model: str | Path, original: str | Path | None) -> None:
@@ -139,6 +221,21 @@ def _vocab_size(model: str | Path) -> int:
     from transformers import AutoConfig
 
     return int(AutoConfig.from_pretrained(model, trust_remote_code=remote_code_allowed()).get_text_config().vocab_size)
+
+
+def _files(source: TextSource) -> list[Path] | None:
+    """The source's files in the order of their names, or None if it is a named dataset. Raises DataError."""
+    path = Path(source.location).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and _reader(file))
+        if not files:
+            raise DataError(f"{path}: no .txt, .jsonl or .parquet file in this directory")
+        return files
+    if not path.is_file():
+        return None
+    if not _reader(path):
+        raise DataError(f"{path}: unknown kind of file", hint="give .txt, .jsonl, .jsonl.gz or .parquet")
+    return [path]
 
 
 def _non_empty(documents: Iterable[str]) -> Iterator[str]:
@@ -198,7 +295,9 @@ def _read_dataset(source: TextSource) -> Iterator[str]:
     import datasets
 
     try:
-        dataset: Any = datasets.load_dataset(source.location, source.config, split=source.split, streaming=True)
+        dataset: Any = datasets.load_dataset(
+            source.location, source.config, split=source.split, revision=source.revision, streaming=True
+        )
         for record in dataset:
             yield _text_of(record, source.text_field, source.location)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

@@ -103,7 +103,7 @@ def cut_windows(
     return Windows(input_ids, scored_from, method)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode, whose tensors FSDP cannot use again in training
 def evaluate(
     model: Any,
     windows: Windows,

@@ -3,13 +3,25 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 from conftest import build_tokenizer
 from kvconvert.convert.errors import DataError
-from kvconvert.convert.text import TextSource, adds_bos, encode_documents, load_tokenizer, read_documents
+from kvconvert.convert.text import (
+    TextSource,
+    adds_bos,
+    encode_documents,
+    load_tokenizer,
+    pin_revision,
+    read_documents,
+    read_interleaved,
+    text_bytes,
+    tokenizer_hash,
+)
 from pyarrow import parquet
+from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 
 DOCUMENTS = ["one – ünicode", "two\nlines", "three"]
@@ -103,3 +115,65 @@ def test_whether_a_tokenizer_puts_bos_is_found_out() -> None:
     assert not adds_bos(tokenizer)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     assert adds_bos(tokenizer)
+
+
+def test_the_beginning_of_a_directory_is_a_sample_of_it(tmp_path: Path) -> None:
+    """Forty files of ten documents: sixteen are read in turn, in an order that the seed draws."""
+    for file in range(40):
+        rows = [json.dumps({"text": f"{file} {number}"}) for number in range(10 if file else 3)]
+        (tmp_path / f"{file:02}.jsonl").write_text("\n".join(rows) + "\n")
+    source = TextSource(str(tmp_path))
+    documents = list(read_interleaved(source, seed=0))
+    assert sorted(documents) == sorted(read_documents(source))
+    assert len({text.split()[0] for text in documents[:16]}) == 16
+    assert {text.split()[1] for text in documents[:16]} == {"0"}
+    assert {text.split()[1] for text in documents[16:32]} == {"1"}
+    assert len({text.split()[0] for text in documents[:48]}) == 16
+    assert documents == list(read_interleaved(source, seed=0))
+    assert documents != list(read_interleaved(source, seed=1))
+    assert sorted(documents) == sorted(read_interleaved(source, seed=1))
+    assert text_bytes(source) == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+def test_a_directory_of_empty_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(" ")
+    (tmp_path / "b.txt").write_text("")
+    with pytest.raises(DataError, match="no text in it"):
+        list(read_interleaved(TextSource(str(tmp_path)), seed=0))
+
+
+def test_a_dataset_is_pinned_to_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Api:
+        def dataset_info(self, name: str, *, revision: str | None) -> SimpleNamespace:
+            if name == "unreachable":
+                raise ConnectionError
+            return SimpleNamespace(sha=f"commit of {revision} of {name}")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert pin_revision(TextSource("hub/name", revision="v1")).revision == "commit of v1 of hub/name"
+    assert pin_revision(TextSource("unreachable", revision="v1")).revision == "v1"
+    assert pin_revision(TextSource(str(tmp_path))).revision is None
+    assert text_bytes(TextSource("hub/name")) is None
+
+
+def test_a_dataset_is_read_at_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, revision, **options: [{"text": f"at {revision}"}])
+    assert list(read_documents(TextSource("hub/name", revision="v1"))) == ["at v1"]
+
+
+def test_tokenizers_that_give_other_ids_have_another_hash() -> None:
+    tokenizer = build_tokenizer()
+    plain = tokenizer_hash(tokenizer)
+    tokenizer(["some text", "and more"], padding=True, truncation=True, max_length=4)  # use leaves no trace
+    assert tokenizer_hash(tokenizer) == plain == tokenizer_hash(build_tokenizer())
+    other = build_tokenizer()
+    other.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
+    with_bos = build_tokenizer()
+    with_bos.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    no_eos = build_tokenizer()
+    no_eos.eos_token = "<pad>"
+    word = build_tokenizer()
+    word.add_tokens(["foolishness"])
+    assert len({plain, *map(tokenizer_hash, (other, with_bos, no_eos, word))}) == 5
