@@ -242,7 +242,9 @@ def _evaluate(model: Path, windows: Any, description: str, terminal: Terminal) -
 def _uptrain(variant: _Variant, output: Path, windows: Any, terminal: Terminal) -> list[tuple[int, float]]:
     """Uptrain a converted checkpoint; returns (tokens, held-out perplexity) along the way."""
     from ..measure.perplexity import evaluate
-    from ..uptrain import run
+    from ..uptrain import jobs, run
+    from ..uptrain.data import WeightedSource
+    from ..uptrain.recipe import LossWeights, Recipe
 
     recovery = []
 
@@ -253,17 +255,19 @@ def _uptrain(variant: _Variant, output: Path, windows: Any, terminal: Terminal) 
             terminal.remark(f"{variant.label}: held-out perplexity {perplexity:.1f} after {record['tokens']} tokens")
 
     with open_checkpoint(output / variant.name) as checkpoint:
-        settings = run.UptrainSettings(
+        settings = jobs.UptrainSettings(
             steps=_uptraining_steps(),
             sequence_length=_SEQUENCE_LENGTH,
-            batch_size=_BATCH_SIZE,
+            sequences_per_step=_BATCH_SIZE,
             learning_rate=_LEARNING_RATE,
+            recipe=Recipe.distill,
+            weights=LossWeights(),
             precision=default_precision(),
         )
-        job = run.UptrainJob(
+        job = jobs.UptrainJob(
             checkpoint,
             settings,
-            TextSource(str(_UPTRAIN_TEXT)),
+            (WeightedSource(TextSource(str(_UPTRAIN_TEXT))),),
             output / f"{variant.name}-uptrained",
             teacher=str(_MODEL),
         )

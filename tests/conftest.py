@@ -7,14 +7,22 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings as hypothesis_settings
+from kvconvert.convert import open_checkpoint
 from kvconvert.convert.loading import load_model
+from kvconvert.convert.text import TextSource
+from kvconvert.uptrain import jobs, run
+from kvconvert.uptrain.data import Corpus, PackedBlocks, WeightedSource, build
+from kvconvert.uptrain.recipe import LossWeights, Recipe
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
@@ -23,6 +31,15 @@ HEAD_DIM = 8
 HIDDEN_SIZE = NUM_HEADS * HEAD_DIM
 VOCAB_SIZE = 384
 # settings with which a row's checkpoints have the tensors that matter, or logits of a scale above 1
+LATENT = {
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 6,
+    "q_lora_rank": None,
+    "first_k_dense_replace": 2,
+}  # deepseek_v3 without experts
 OVERRIDES: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 1.0},
     "cohere2": {"logit_scale": 1.0},
@@ -52,7 +69,12 @@ PROSE = (
 hypothesis_settings.register_profile("kvconvert", deadline=None, derandomize=True, max_examples=50)
 hypothesis_settings.load_profile("kvconvert")
 
+SETTINGS = jobs.UptrainSettings(steps=6, sequence_length=32, sequences_per_step=4, learning_rate=1e-2)
+EXECUTION = jobs.Execution(micro_batch=4)
+DISTILL: dict[str, Any] = {"recipe": Recipe.distill, "weights": LossWeights()}
+
 CheckpointFactory = Callable[..., Path]
+Train = Callable[..., Path]
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -255,6 +277,35 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def build_number_tokenizer() -> PreTrainedTokenizerFast:
+    """Words are numbers below 2000, and these are their ids; neither BOS nor EOS."""
+    vocabulary = {str(number): number for number in range(2000)} | {"<unk>": 2000}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def write_numbers(path: Path, documents: Iterable[Sequence[int]]) -> Path:
+    """Documents as JSONL, which `build_number_tokenizer` turns into these very token ids."""
+    path.write_text("".join(json.dumps({"text": " ".join(map(str, document))}) + "\n" for document in documents))
+    return path
+
+
+def pack_numbers(
+    directory: Path, documents: Iterable[Sequence[int]], *, sequence_length: int, num_blocks: int
+) -> PackedBlocks:
+    """Samples of documents of token ids, packed in `directory`."""
+    corpus = Corpus(
+        sources=(WeightedSource(TextSource(str(write_numbers(directory / "numbers.jsonl", documents)))),),
+        sequence_length=sequence_length,
+        num_blocks=num_blocks,
+        tokenizer_hash="numbers",
+        vocab_size=2001,
+    )
+    build(corpus, directory / "packed", build_number_tokenizer())
+    return PackedBlocks(directory / "packed", num_samples=num_blocks)
+
+
 @pytest.fixture
 def prose_file(tmp_path: Path) -> Path:
     """Forty documents of prose as JSONL."""
@@ -283,3 +334,60 @@ def kvconvert(tmp_path: Path) -> Command:
         )
 
     return run
+
+
+@pytest.fixture
+def make_job(make_checkpoint: CheckpointFactory, prose_file: Path, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Jobs that uptrain one tiny checkpoint, each named after its output."""
+    source = make_checkpoint(num_key_value_heads=2, with_tokenizer=True)
+    with ExitStack() as stack:
+
+        def make(
+            name: str = "out",
+            *,
+            settings: jobs.UptrainSettings = SETTINGS,
+            teacher: Path | str | None = None,
+            data: Path = prose_file,
+            model: Path = source,
+            execution: jobs.Execution = EXECUTION,
+            **fields: Any,
+        ) -> jobs.UptrainJob:
+            if teacher is not None and settings.recipe is Recipe.gqa:
+                settings = replace(settings, **DISTILL)
+            return jobs.UptrainJob(
+                checkpoint=stack.enter_context(open_checkpoint(model)),
+                settings=settings,
+                sources=(WeightedSource(TextSource(str(data))),),
+                output=tmp_path / name,
+                teacher=None if teacher is None else str(teacher),
+                execution=execution,
+                **fields,
+            )
+
+        yield make
+
+
+@pytest.fixture
+def train(make_job: Callable[..., Any]) -> Train:
+    """Uptrain one tiny checkpoint; returns where the result is."""
+
+    def train_into(name: str, *, watch: run.Observation | None = None, force: bool = False, **job: Any) -> Path:
+        return run.uptrain(make_job(name, **job), watch or run.Observation(), force=force).output
+
+    return train_into
+
+
+class KilledError(Exception):
+    """Stands for a machine that goes away without a word."""
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    return all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(one).items())
+
+
+def settings_with(**changes: Any) -> jobs.UptrainSettings:
+    return replace(SETTINGS, **changes)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import CheckpointFactory, Command
 from kvconvert.cli.main import app
-from kvconvert.cli.options import parse_percentage, parse_size
+from kvconvert.cli.options import parse_percentage, parse_size, parse_weighted
 from kvconvert.configs import DEMO
 from kvconvert.convert import errors as errors_module
 from kvconvert.convert.errors import KvConvertError
@@ -96,7 +96,7 @@ def test_a_bad_checkpoint_gives_one_line_and_leaves_nothing(
 
 @pytest.mark.parametrize(
     "arguments",
-    ["mha2gqa MODEL --groups 2", "uptrain MODEL --steps 2 --batch-size 2 --data PROSE --sequence-length 32"],
+    ["mha2gqa MODEL --groups 2", "uptrain MODEL --steps 2 --global-batch-tokens 64 --data PROSE --sequence-length 32"],
 )
 def test_a_full_disk(arguments: str, make_checkpoint: CheckpointFactory, prose_file: Path, tmp_path: Path) -> None:
     """`ulimit -f` makes the operating system refuse to write more, as a full disk does."""
@@ -128,7 +128,9 @@ def test_a_full_disk(arguments: str, make_checkpoint: CheckpointFactory, prose_f
         (["uptrain", "MODEL", "--steps", "1", "--data", "EMPTY"], r"empty\.txt: no text in it"),
         (["uptrain", "MODEL", "--steps", "1", "--data", "SHORT"], r"fewer than one block of 128"),
         (["uptrain", "BARE", "--steps", "1", "--data", "SHORT"], r"bare: no tokenizer"),
-        (["uptrain", "MODEL", "--steps", "1", "--data", "SHORT", "--resume"], "no run to resume here"),
+        (["uptrain", "MODEL", "--steps", "1", "--tokens", "1M", "--data", "SHORT"], "--steps and --tokens both say"),
+        (["uptrain", "MODEL", "--data", "SHORT"], "on how many tokens the model was pretrained is not known"),
+        (["uptrain", "MODEL", "--steps", "1", "--data", "SHORT", "--recipe", "light"], "needs the original model"),
     ],
 )
 def test_bad_requests_give_one_line_and_leave_nothing(
@@ -210,7 +212,7 @@ def test_a_dry_run_writes_nothing(
         f"model.layers.{layer}.self_attn.{projection}_proj.weight" for layer in range(2) for projection in "kv"
     }
     train = kvconvert("uptrain", model, "--steps", 10, "--data", prose_file, "--dry-run", "--json")
-    assert json.loads(train.stdout)["tokens"] == 10 * 8 * 128
+    assert json.loads(train.stdout)["tokens"] == 10 * 2**14
     demo = kvconvert("demo", "--dry-run", "--json")
     assert json.loads(demo.stdout)["uptraining_steps"] == 256
     assert snapshot(tmp_path) == before
@@ -245,7 +247,7 @@ def test_uptrain_is_stopped_by_sigterm_and_resumed(
     make_checkpoint: CheckpointFactory, kvconvert: Command, prose_file: Path, tmp_path: Path
 ) -> None:
     model = make_checkpoint(with_tokenizer=True)
-    arguments = ["uptrain", model, "--steps", 400, "--data", prose_file, "--batch-size", 2, "--log-steps", 1]
+    arguments = ["uptrain", model, "--steps", 400, "--data", prose_file, "--global-batch-tokens", 256, "--log-steps", 1]
     program = Path(sys.executable).with_name("kvconvert")
     metrics = tmp_path / "model-uptrained.uptraining" / "metrics.jsonl"
     with subprocess.Popen(
@@ -257,13 +259,13 @@ def test_uptrain_is_stopped_by_sigterm_and_resumed(
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
-    assert re.search(r"error: stopped at step \d+ of 400; saved in ", errors)
+    assert re.search(r"error: stopped at step \d+ of 400 \(received SIGTERM\); saved in ", errors)
     assert not (tmp_path / "model-uptrained").exists()
-    resumed = kvconvert(*arguments, "--resume", "--json")
+    resumed = kvconvert(*arguments, "--json")
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads(resumed.stdout)["tokens"] == 400 * 2 * 128
     lines = (tmp_path / "model-uptrained" / "metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(line)["step"] for line in lines]
+    steps = [record["step"] for record in map(json.loads, lines) if "loss" in record]
     assert steps == list(range(1, 401))
 
 
@@ -349,6 +351,40 @@ def test_percentages() -> None:
     for text in ("five", "5%%", "-5%", "5"):
         with pytest.raises(BadParameter, match="is not a percentage"):
             parse_percentage(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("a.jsonl:0.7", ("a.jsonl", 0.7)),
+        ("hub/name:3", ("hub/name", 3.0)),
+        ("a.jsonl:.5", ("a.jsonl", 0.5)),
+        ("a.jsonl:1e-2", ("a.jsonl", 0.01)),
+        ("run:2/a.jsonl:0.25", ("run:2/a.jsonl", 0.25)),
+        ("a.jsonl", ("a.jsonl", 1.0)),
+        ("C:\\text", ("C:\\text", 1.0)),
+        ("run:2/a.jsonl", ("run:2/a.jsonl", 1.0)),
+        ("name:nan", ("name:nan", 1.0)),
+        ("name:", ("name:", 1.0)),
+    ],
+)
+def test_sources_have_weights(text: str, parsed: tuple[str, float]) -> None:
+    assert parse_weighted(text) == parsed
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.jsonl:0", "has the weight 0; write a positive number"),
+        ("a.jsonl:-1", "has the weight -1; write"),
+        ("a.jsonl:1e999", "has the weight inf; write"),
+        (":0.5", "':0.5' names no text"),
+        (" ", "' ' names no text"),
+    ],
+)
+def test_unusable_weights(text: str, message: str) -> None:
+    with pytest.raises(BadParameter, match=message):
+        parse_weighted(text)
 
 
 def test_the_readme_shows_what_inspect_prints(kvconvert: Command) -> None:

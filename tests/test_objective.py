@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kvconvert.convert.errors import UnsupportedError
 from kvconvert.uptrain import objective
-from kvconvert.uptrain.objective import IGNORED_LABEL, cross_entropy_sum, forward_kl_sum
+from kvconvert.uptrain.objective import IGNORED_LABEL, prediction_loss_sum
+from kvconvert.uptrain.recipe import LossWeights
 from torch.nn import functional as F
 
 VOCAB = 11
+CROSS_ENTROPY = LossWeights(kl=0.0, cross_entropy=1.0)
+MIXED = LossWeights(kl=0.7, cross_entropy=0.4, temperature=2.5)
 
 
 def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -17,54 +25,121 @@ def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return student, teacher, labels
 
 
-def test_cross_entropy_equals_a_float64_loop() -> None:
-    student, _, labels = batch()
-    expected = 0.0
+def reference(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, weights: LossWeights) -> torch.Tensor:
+    """Token by token in float64: T² Σ q (log q − log p) and −log p(label)."""
+    total = torch.zeros((), dtype=torch.float64)
     for row in range(2):
         for place in range(1, 7):
-            if labels[row, place] != IGNORED_LABEL:
-                expected -= student[row, place - 1].double().log_softmax(-1)[labels[row, place]].item()
-    assert cross_entropy_sum(student, labels).item() == pytest.approx(expected, rel=1e-6)
+            if labels[row, place] == IGNORED_LABEL:
+                continue
+            logits = student[row, place - 1]
+            log_p = (logits / weights.temperature).log_softmax(-1)
+            log_q = (teacher[row, place - 1].double() / weights.temperature).log_softmax(-1)
+            total = total + weights.kl * weights.temperature**2 * (log_q.exp() * (log_q - log_p)).sum()
+            total = total - weights.cross_entropy * logits.log_softmax(-1)[labels[row, place]]
+    return total
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 1024])
-def test_forward_kl_and_its_gradient_equal_autograd_in_float64(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("weights", [LossWeights(), CROSS_ENTROPY, MIXED], ids=["kl", "cross-entropy", "both"])
+def test_loss_and_gradient_equal_a_float64_loop(
+    weights: LossWeights, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(objective, "_CHUNK_TOKENS", chunk)
     student, teacher, labels = batch()
-    reference = student.double().requires_grad_()
-    keep = labels[:, 1:] != IGNORED_LABEL
-    log_p, log_q = reference[:, :-1].log_softmax(-1), teacher[:, :-1].double().log_softmax(-1)
-    expected = F.kl_div(log_p[keep], log_q[keep], reduction="sum", log_target=True)
+    exact = student.double().requires_grad_()
+    expected = reference(exact, teacher, labels, weights)
     (3 * expected).backward()
 
-    student.requires_grad_()
-    total = forward_kl_sum(student, teacher, labels)
+    leaf = student.clone().requires_grad_()
+    total = prediction_loss_sum(leaf * 1, labels, weights, teacher_logits=teacher)
     (3 * total).backward()
     assert total.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert student.grad is not None
-    assert reference.grad is not None
-    torch.testing.assert_close(student.grad.double(), reference.grad, rtol=1e-5, atol=1e-6)
+    assert leaf.grad is not None
+    assert exact.grad is not None
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_forward_kl_is_not_the_reverse() -> None:
+def test_the_divergence_is_forward() -> None:
     student, teacher, labels = batch()
-    assert forward_kl_sum(student, teacher, labels).item() != pytest.approx(
-        forward_kl_sum(teacher, student, labels).item(), rel=0.01
+    swapped = prediction_loss_sum(teacher.clone(), labels, LossWeights(), teacher_logits=student).item()
+    assert prediction_loss_sum(student, labels, LossWeights(), teacher_logits=teacher).item() != pytest.approx(
+        swapped, rel=0.01
     )
 
 
-def test_forward_kl_keeps_one_tensor_in_the_students_dtype() -> None:
-    """The memory claim of its docstring: what autograd saves is the gradient, in bfloat16, and nothing else."""
+def test_the_gradient_is_written_over_the_logits() -> None:
+    """The memory claim of its docstring: nothing of the logits' size is held beside them."""
     student, teacher, labels = batch()
-    student = student.bfloat16().requires_grad_()
+    logits = student.bfloat16().requires_grad_() * 1
     saved: list[torch.Tensor] = []
+    gradients: list[torch.Tensor] = []
+    logits.register_hook(gradients.append)
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         saved.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        total = forward_kl_sum(student, teacher.bfloat16(), labels)
-    large = [tensor for tensor in saved if tensor.is_floating_point()]
-    assert [tensor.dtype for tensor in large] == [torch.bfloat16]
+        total = prediction_loss_sum(logits, labels, MIXED, teacher_logits=teacher.bfloat16())
+    total.backward()
+    assert saved == []
     assert total.dtype == torch.float32
+    assert [gradient.data_ptr() for gradient in gradients] == [logits.data_ptr()]
+
+
+def test_without_a_gradient_the_logits_stay() -> None:
+    student, teacher, labels = batch()
+    before = student.clone()
+    prediction_loss_sum(student, labels, MIXED, teacher_logits=teacher)
+    assert torch.equal(student, before)
+
+
+def test_logits_that_their_maker_needs_are_not_overwritten_silently() -> None:
+    """tanh keeps its output for its backward: autograd sees the write and refuses."""
+    student, teacher, labels = batch()
+    logits = torch.tanh(student.requires_grad_())
+    total = prediction_loss_sum(logits, labels, LossWeights(), teacher_logits=teacher)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+def test_a_second_backward_fails() -> None:
+    student, teacher, labels = batch()
+    total = prediction_loss_sum(student.requires_grad_() * 1, labels, LossWeights(), teacher_logits=teacher)
+    total.backward(retain_graph=True)
+    with pytest.raises(AttributeError):
+        total.backward()
+
+
+@given(st.floats(0.1, 10), st.integers(0, 1000))
+def test_a_student_that_is_its_teacher_has_no_divergence(temperature: float, seed: int) -> None:
+    student, _, labels = batch(seed)
+    leaf = student.clone().requires_grad_()
+    weights = LossWeights(temperature=temperature)
+    total = prediction_loss_sum(leaf * 1, labels, weights, teacher_logits=student)
+    total.backward()
+    assert total.item() == pytest.approx(0, abs=1e-5 * temperature**2)
+    assert leaf.grad is not None
+    assert leaf.grad.abs().max().item() < 1e-6 * max(temperature, 1)
+
+
+@given(st.integers(0, 1000))
+def test_cross_entropy_is_that_of_torch(seed: int) -> None:
+    student, _, labels = batch(seed)
+    expected = F.cross_entropy(student[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    assert prediction_loss_sum(student, labels, CROSS_ENTROPY).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"kl": -1.0}, "kl weight is -1.0, expected 0 or more"),
+        ({"cross_entropy": math.nan}, "cross_entropy weight is nan, expected 0 or more"),
+        ({"kl": 0.0}, "the weights of KL and cross-entropy are both 0"),
+        ({"temperature": 0.0}, "temperature is 0.0, expected a positive number"),
+    ],
+)
+def test_unusable_weights(weights: dict[str, float], message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        LossWeights(**weights)

@@ -33,7 +33,7 @@ from kvconvert.convert import (
 from kvconvert.convert.errors import CheckpointError, UnsupportedError
 from kvconvert.convert.loading import load_model
 from kvconvert.convert.text import load_tokenizer
-from kvconvert.uptrain.run import default_sequence_length
+from kvconvert.uptrain.jobs import default_sequence_length
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""What uptraining minimises: cross-entropy, or the divergence from the original model."""
+"""What uptraining minimises: cross-entropy, the divergence from the original, the error of each layer's attention."""
 
 from __future__ import annotations
 
@@ -6,57 +6,84 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-__all__ = ["IGNORED_LABEL", "cross_entropy_sum", "forward_kl_sum"]
+from .recipe import LossWeights
+
+__all__ = ["IGNORED_LABEL", "prediction_loss_sum"]
 
 IGNORED_LABEL = -100
 _CHUNK_TOKENS = 1024
 
 
-def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over predicted tokens of −log p(label), in float32.
+def prediction_loss_sum(
+    student_logits: Tensor, labels: Tensor, weights: LossWeights, *, teacher_logits: Tensor | None = None
+) -> Tensor:
+    """Weighted sum over predicted tokens of KL(teacher ‖ student) and −log p(label), in nats, float32.
 
-    logits: (B, T, vocab_size), any float dtype; labels: (B, T) int64, not shifted, IGNORED_LABEL where not predicted.
+    student_logits, teacher_logits: (B, T, vocab_size), any float dtype, the teacher's needed where weights.kl > 0;
+    labels: (B, T) int64, not shifted, IGNORED_LABEL where not predicted. No gradient flows into the teacher. Beside the
+    two tensors of logits only one chunk of 1024 tokens is held, in float32: the gradient is written over the student's
+    logits, which the caller must not read afterwards.
     """
-    predicted, targets = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    return F.cross_entropy(predicted.float(), targets, ignore_index=IGNORED_LABEL, reduction="sum")
-
-
-def forward_kl_sum(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over predicted tokens of KL(teacher ‖ student) at temperature 1, in nats, float32.
-
-    Shapes as in cross_entropy_sum; labels only say which positions count. No gradient flows into the teacher.
-    """
-    keep = labels[:, 1:].flatten() != IGNORED_LABEL
-    student = student_logits[:, :-1].flatten(0, 1)[keep]
-    teacher = teacher_logits[:, :-1].flatten(0, 1)[keep]
-    total: Tensor = _ForwardKl.apply(student, teacher)
+    targets = torch.full_like(labels, IGNORED_LABEL)
+    targets[:, :-1] = labels[:, 1:]
+    total: Tensor = _PredictionLoss.apply(student_logits.contiguous(), teacher_logits, targets, weights)
     return total
 
 
-class _ForwardKl(torch.autograd.Function):
-    """Σ KL(teacher ‖ student), by chunks, with the gradient softmax(student) − softmax(teacher) taken in the forward.
+class _PredictionLoss(torch.autograd.Function):
+    """The sum by chunks, with its gradient taken in the forward.
 
-    Looping over chunks alone saves nothing, since autograd keeps every chunk's float32 softmax; this keeps one tensor
-    in the student's own dtype.
+    Looping over chunks alone would save nothing, since autograd keeps every chunk's float32 softmax. If what made the
+    logits needs them in its own backward, autograd refuses there, loudly: it counts writes.
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        gradient = torch.empty_like(student)
+    def forward(ctx: Any, student: Tensor, teacher: Tensor | None, targets: Tensor, weights: LossWeights) -> Tensor:
+        rows = student.view(-1, student.shape[-1])
+        teacher_rows = None if teacher is None else teacher.reshape(-1, teacher.shape[-1])
         total = torch.zeros((), dtype=torch.float32, device=student.device)
-        for begin in range(0, len(student), _CHUNK_TOKENS):
+        for begin in range(0, len(rows), _CHUNK_TOKENS):
             chunk = slice(begin, begin + _CHUNK_TOKENS)
-            log_p = student[chunk].float().log_softmax(-1)
-            log_q = teacher[chunk].float().log_softmax(-1)
-            q = log_q.exp()
-            total += (q * (log_q - log_p)).sum()
-            gradient[chunk] = log_p.exp_().sub_(q)
-        ctx.save_for_backward(gradient)
+            goal = None if teacher_rows is None else teacher_rows[chunk]
+            loss, gradient = _chunk_loss(rows[chunk], goal, targets.view(-1)[chunk], weights)
+            total += loss
+            if ctx.needs_input_grad[0]:
+                rows[chunk] = gradient.to(rows.dtype)
+        ctx.gradient = student.detach()
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0].to(gradient.dtype), None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        gradient, ctx.gradient = ctx.gradient, None  # a second backward would scale it twice: it fails instead
+        return gradient.mul_(grad_outputs[0]), None, None, None
+
+
+def _chunk_loss(
+    student: Tensor, teacher: Tensor | None, targets: Tensor, weights: LossWeights
+) -> tuple[Tensor, Tensor]:
+    """Loss and its gradient by the student's logits: student, teacher (N, vocab_size), targets (N,), all float32 out.
+
+    With q, p the teacher's and the student's distributions at temperature T: T² Σ q (log q − log p) has the gradient
+    T (p − q) by the logits.
+    """
+    predicted = targets != IGNORED_LABEL
+    logits = student.float()
+    loss = torch.zeros_like(targets, dtype=torch.float32)
+    gradient = torch.zeros_like(logits) if weights.kl and weights.cross_entropy else None
+    if weights.kl and teacher is not None:
+        log_p = (logits / weights.temperature).log_softmax(-1)
+        log_q = (teacher.float() / weights.temperature).log_softmax(-1)
+        q = log_q.exp()
+        loss += weights.kl * weights.temperature**2 * (q * (log_q - log_p)).sum(-1)
+        from_kl = log_p.exp_().sub_(q).mul_(weights.kl * weights.temperature)
+        gradient = from_kl if gradient is None else gradient.add_(from_kl)
+    if weights.cross_entropy:
+        log_p = logits.log_softmax(-1)
+        place = targets.where(predicted, 0)[:, None]
+        loss -= weights.cross_entropy * log_p.gather(-1, place)[:, 0]
+        from_labels = log_p.exp_().scatter_add_(-1, place, torch.full_like(place, -1, dtype=torch.float32))
+        from_labels.mul_(weights.cross_entropy)
+        gradient = from_labels if gradient is None else gradient.add_(from_labels)
+    assert gradient is not None
+    return loss.where(predicted, 0).sum(), gradient.mul_(predicted[:, None])

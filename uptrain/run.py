@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import (
-    GenerationConfig,
     PrinterCallback,
     TrainerCallback,
     TrainingArguments,
@@ -23,93 +25,66 @@ from transformers import (
 )
 
 from ..convert.architectures import find_architecture
-from ..convert.card import write_card
-from ..convert.checkpoint import CONFIG_NAME, Checkpoint, torch_dtype
-from ..convert.companions import copy_companions, copy_runtime_code
-from ..convert.errors import InputError, OutputError, PreemptedError, UnsupportedError
-from ..convert.execute import DEFAULT_MAX_SHARD_BYTES
-from ..convert.loading import check_opens, load_model, quiet_transformers
+from ..convert.checkpoint import CONFIG_NAME, open_checkpoint
+from ..convert.errors import DivergedError, PreemptedError, UnsupportedError
+from ..convert.loading import quiet_transformers
 from ..convert.output import (
     PROVENANCE_NAME,
     check_free_space,
-    check_output,
     disk_errors,
     staged_directory,
     write_text,
 )
-from ..convert.text import (
-    TextSource,
-    adds_bos,
-    check_tokenizers,
-    encode_documents,
-    load_tokenizer,
-    read_documents,
+from ..convert.text import load_tokenizer, tokenizer_hash
+from .attention_regression import AttentionRegression
+from .callbacks import Checkpoints, MetricsLog, PackAhead, PeriodicEvaluation, StepProgress, StopRequests, Throughput
+from .checkpoints import last_complete, remove_torn, step_of
+from .cost import warn_of_passes
+from .data import Corpus, CorpusPacker, PackedBlocks, build, validation_blocks
+from .fitting import largest_micro_batch
+from .jobs import (
+    REPLACES_NAME,
+    SETTINGS_NAME,
+    UptrainJob,
+    UptrainSettings,
+    batch_of,
+    check_job,
+    describe,
+    finished_before,
+    replaces_output,
+    sweep_directory,
 )
-from .data import INDEX_NAME, PackedBlocks, pack_documents
-from .trainer import MetricsLog, PeriodicEvaluation, StepProgress, StopOnSignal, UptrainTrainer
+from .models import (
+    compile_in_place,
+    freeze_except,
+    full_state,
+    load_for_training,
+    load_whole_models,
+    require_separation,
+    share_equal_parameters,
+)
+from .objective import IGNORED_LABEL, prediction_loss_sum
+from .publish import METRICS_NAME, publish, write_weights
+from .recipe import LossWeights, Objective, Recipe, Stage, attention_names, trained_names
+from .status import RunStatus, status_of_error, write_status
+from .teacher import as_teacher, write_teacher
+from .trainer import Loss, PredictionLoss, UptrainTrainer
 
-__all__ = [
-    "METRICS_NAME",
-    "Observation",
-    "UptrainJob",
-    "UptrainResult",
-    "UptrainSettings",
-    "check_job",
-    "count_processes",
-    "default_learning_rate",
-    "default_sequence_length",
-    "uptrain",
-    "work_directory",
-]
+__all__ = ["Observation", "UptrainResult", "uptrain"]
 
-METRICS_NAME = "metrics.jsonl"
-SETTINGS_NAME = "settings.json"
-_MAX_DEFAULT_SEQUENCE_LENGTH = 2048
-_OPTIMIZER = "adamw_torch"
-
-
-@dataclass(frozen=True)
-class UptrainSettings:
-    """What decides the trajectory of a run; a resumed run must have the same.
-
-    `batch_size` counts sequences per process and micro-batch; `warmup_fraction` is of all steps; `precision` is "bf16"
-    (autocast over float32 weights) or "fp32".
-    """
-
-    steps: int
-    sequence_length: int
-    learning_rate: float
-    batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    lr_scheduler: str = "cosine"
-    warmup_fraction: float = 0.03
-    weight_decay: float = 0.1
-    max_grad_norm: float = 1.0
-    precision: str = "fp32"
-    seed: int = 0
-    num_processes: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise UnsupportedError(f"{name.replace('_', ' ')} is {getattr(self, name)}, expected at least 1")
-        if self.sequence_length < 2:
-            raise UnsupportedError(f"sequence length is {self.sequence_length}, expected at least 2")
-        if not 0 < self.learning_rate < math.inf:
-            raise UnsupportedError(f"learning rate is {self.learning_rate}, expected a positive number")
-
-    @property
-    def sequences_per_step(self) -> int:
-        return self.batch_size * self.gradient_accumulation_steps * self.num_processes
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.sequences_per_step * self.sequence_length
+_SCALES_NAME = "attention_scales.json"
+_MICRO_BATCH_NAME = "micro_batch.{stage}.json"
+_OPTIMIZER = "adamw_torch_fused"
+_NUM_SCALE_SAMPLES = 8
+_MAX_VALIDATION_BLOCKS = 64
 
 
 @dataclass(frozen=True)
 class UptrainResult:
-    """`passes` is how often the text was seen. Time and rate are those since the start or the last resume."""
+    """`passes` is how often the text was seen, `held_out` the last score in nats per token, if any was taken.
+
+    Time and rate are those since the start or the last resume.
+    """
 
     output: Path
     passes: float
@@ -119,46 +94,7 @@ class UptrainResult:
     settings: UptrainSettings
     seconds: float
     tokens_per_second: float
-
-
-def default_sequence_length(checkpoint: Checkpoint) -> int:
-    """The longest the model takes, at most 2048."""
-    return min(_longest_sequence(checkpoint), _MAX_DEFAULT_SEQUENCE_LENGTH)
-
-
-def default_learning_rate(checkpoint: Checkpoint) -> float:
-    """Near the peak that models of this size are pretrained with: 1e-3 below 100M parameters, 3e-4 below 3B, 1e-4."""
-    size = checkpoint.num_parameters
-    return 1e-3 if size < 1e8 else 3e-4 if size < 3e9 else 1e-4
-
-
-def count_processes() -> int:
-    """How many processes `accelerate launch` or `torchrun` started for this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def work_directory(output: Path) -> Path:
-    """Where a run keeps its blocks, checkpoints and metrics until `output` is whole."""
-    return output.with_name(f"{output.name}.uptraining")
-
-
-@dataclass(frozen=True)
-class UptrainJob:
-    """What is trained, on what, towards what, and where the result goes."""
-
-    checkpoint: Checkpoint
-    settings: UptrainSettings
-    source: TextSource
-    output: Path
-    teacher: str | None = None
-
-    @property
-    def work(self) -> Path:
-        return work_directory(self.output)
-
-    @property
-    def objective(self) -> str:
-        return "cross-entropy" if self.teacher is None else "forward KL"
+    held_out: float | None
 
 
 @dataclass(frozen=True)
@@ -166,237 +102,491 @@ class Observation:
     """What is watched during a run; none of it changes the result.
 
     `score(model)` gives held-out nats per token every `eval_steps`. `show` receives each metrics record, `progress`
-    the number of steps done since it was last called.
+    the number of steps done since it was last called, `remark` what a person should know. `deadline` is on
+    time.monotonic()'s clock. `flops_per_token`, by a stage's name, and `peak_flops` of one device are there where they
+    are known. `command` is what a person types to go on. Without `keep` no result is written.
     """
 
     save_steps: int = 500
     log_steps: int = 10
     eval_steps: int = 100
+    deadline: float | None = None
     score: Callable[[Any], float] | None = None
     progress: Callable[[int], object] = lambda num_steps: None
     show: Callable[[dict[str, Any]], object] = lambda record: None
+    remark: Callable[[str], object] = lambda text: None
+    flops_per_token: dict[str, float] = field(default_factory=dict)
+    peak_flops: float | None = None
+    command: str = ""
+    keep: bool = True
 
 
-def uptrain(job: UptrainJob, watch: Observation, *, resume: bool = False, force: bool = False) -> UptrainResult:
+def uptrain(job: UptrainJob, watch: Observation, *, force: bool = False) -> UptrainResult:
     """Train a converted checkpoint and write the result, in the source's dtypes, to `job.output`.
 
-    The objective is cross-entropy, or forward KL to the teacher if there is one. The student is loaded in float32: in
-    bfloat16 most updates at usual learning rates are lost in rounding. Until the end everything is in `job.work`;
-    with `resume` a run goes on from its last checkpoint, bit-exactly.
+    The student is loaded in float32: in bfloat16 most updates at usual learning rates are lost in rounding. Until the
+    end everything is in `job.work`, from where a run that was stopped goes on by itself, bit-exactly if it is carried
+    out in the same way; `force` starts over. A run that is finished is not run again.
     Raises InputError for unusable input, DivergedError on a non-finite loss or gradient (before the optimizer step),
-    PreemptedError after SIGTERM or SIGINT, once a checkpoint is saved.
+    PreemptedError after SIGTERM, SIGINT or SIGUSR1 and before `watch.deadline`, once a checkpoint is saved.
     """
-    with disk_errors(job.work):
-        return _uptrain(job, watch, resume=resume, force=force)
-
-
-def _uptrain(job: UptrainJob, watch: Observation, *, resume: bool, force: bool) -> UptrainResult:
     # without cpu=True accelerate takes the processes of a launcher on a CPU for one each
     state = PartialState(cpu=not torch.accelerator.is_available())
-    settings = job.settings
-    num_samples = settings.steps * settings.sequences_per_step
-    torch.manual_seed(settings.seed)
-    # 1. Refuse what can be refused; load the models before anything is written.
-    with state.main_process_first():
-        check_job(job, resume=resume or not state.is_main_process, force=force)
-        student = load_model(job.checkpoint.directory, dtype=torch.float32, device=state.device)
-        teacher = None
-        if job.teacher is not None:
-            teacher = load_model(job.teacher, dtype="auto", device=state.device).requires_grad_(False)
-        if state.is_main_process:
-            _prepare(job, num_samples, resume=resume)
-    # 2. Train.
-    dataset = PackedBlocks(job.work / "data", num_samples=num_samples, seed=settings.seed)
-    signals = StopOnSignal()
-    trainer = UptrainTrainer(
-        model=student,
-        teacher=teacher,
-        args=_training_arguments(job, watch, state.device),
-        train_dataset=dataset,
-        data_collator=default_data_collator,
-        callbacks=[*_reports(job, watch), signals],
-    )
-    trainer.remove_callback(PrinterCallback)
-    last = _last_checkpoint(job.work)
-    num_steps_before = int(last.name.rpartition("-")[2]) if last else 0
-    start = time.monotonic()
-    with signals, quiet_transformers():
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-    if trainer.state.global_step < settings.steps:
-        raise PreemptedError(
-            f"stopped at step {trainer.state.global_step} of {settings.steps}; saved in {job.work}",
-            hint="run the same command with --resume to go on",
+    with disk_errors(job.work), StopRequests(deadline=watch.deadline) as stop:
+        check_job(job, force=force)  # in every process, to the same end
+        finished = finished_before(job) and not force
+        state.wait_for_everyone()
+        if finished:
+            if state.is_main_process:  # what a kill after the last rename has left
+                _remove_work(job)
+            return _result(job, json.loads((job.output / PROVENANCE_NAME).read_text())["uptraining"]["passes"])
+        run = _Run(job, watch, state, stop)
+        try:
+            return run.train(force=force)
+        except BaseException as error:
+            run.record(error)
+            raise
+
+
+class _Run:
+    """A run that is under way: its stages, its status, and where it stands."""
+
+    def __init__(self, job: UptrainJob, watch: Observation, state: Any, stop: StopRequests) -> None:
+        self._job, self._watch, self._state, self._stop = job, watch, state, stop
+        self._packer: CorpusPacker | None = None
+        self._architecture = find_architecture(job.checkpoint)
+        self._started = time.monotonic()
+        self._steps_before = 0
+        self._held_out: float | None = None
+        self._status = RunStatus(
+            state="running",
+            exit_code=None,
+            step=0,
+            steps=job.settings.steps,
+            tokens=0,
+            reason=None,
+            last_checkpoint=None,
+            resume_command=watch.command,
+            process_id=os.getpid(),
         )
-    seconds = time.monotonic() - start
-    # 3. Write the result.
-    if state.is_main_process:
-        _publish(job, student, num_tokens=settings.steps * settings.tokens_per_step, force=force)
-    state.wait_for_everyone()
+
+    def train(self, *, force: bool) -> UptrainResult:
+        """Packing, then all stages, from where the run stands; then the result is written."""
+        job = self._job
+        with self._state.main_process_first():
+            if self._state.is_main_process:
+                self._packer = _prepare(job, self._stop, begin=lambda: self._note(*_last_saved(job)), force=force)
+        self._blocks = PackedBlocks(_data_folder(job), num_samples=job.num_samples)
+        self._score = _under_autocast(self._watch.score or _validation_score(job), job.settings.precision)
+        plan = job.settings.stages
+        warning = warn_of_passes(max(self._blocks.passes))
+        if warning is not None:
+            self._watch.remark(warning)
+        done = [stage for stage in plan if _stage_folder(job, stage).joinpath(CONFIG_NAME).exists()]
+        source = _stage_folder(job, done[-1]) if done else job.checkpoint.directory
+        for number, stage in enumerate(plan[len(done) :], start=len(done)):
+            first = number == len(done)
+            model, weights = self._train_stage(stage, source, resume=first)
+            if stage is not plan[-1]:
+                source = _stage_folder(job, stage)
+                if self._state.is_main_process:
+                    with staged_directory(source, force=True) as staging:
+                        write_weights(model, weights, staging)
+                    shutil.rmtree(_checkpoints_folder(job, stage), ignore_errors=True)
+                self._note(stage.last_step, source)
+                self._state.wait_for_everyone()
+                del model, weights  # with the teacher, before those of the next stage come
+                gc.collect()
+        seconds = time.monotonic() - self._started
+        passes = max(self._blocks.passes)
+        if self._state.is_main_process:
+            if self._watch.keep:
+                finished = replace(self._status, state="finished", exit_code=0, last_checkpoint=None)
+                publish(job, model, weights, passes=passes, status=finished, force=replaces_output(job))
+            _remove_work(job)
+        self._state.wait_for_everyone()
+        return _result(
+            job,
+            passes,
+            seconds=seconds,
+            steps_done=job.settings.steps - self._steps_before,
+            held_out=self._held_out,
+        )
+
+    def record(self, error: BaseException) -> None:
+        """Write how the run ended."""
+        if self._state.is_main_process and self._job.work.exists():
+            with suppress(OSError):  # a full disk must not hide the error
+                write_status(self._job.work, status_of_error(self._status, error))
+
+    def _note(self, step: int, checkpoint: Path | None = None) -> None:
+        """Write how far the run is."""
+        last = self._status.last_checkpoint if checkpoint is None else str(checkpoint)
+        tokens = step * self._job.settings.tokens_per_step
+        self._status = replace(self._status, step=step, tokens=tokens, last_checkpoint=last)
+        if self._state.is_main_process:
+            write_status(self._job.work, self._status)
+
+    def _train_stage(self, stage: Stage, source: Path, *, resume: bool) -> tuple[Any, dict[str, torch.Tensor]]:
+        """Train one stage; returns the model and its weights, which the main process holds whole."""
+        job, settings = self._job, self._job.settings
+        torch.manual_seed(settings.seed)
+        folder = _checkpoints_folder(job, stage)
+        if self._state.is_main_process:
+            remove_torn(folder)
+        self._state.wait_for_everyone()
+        last = last_complete(folder)
+        if resume:
+            self._steps_before = stage.first_step + (step_of(last) if last else 0)
+        self._note(stage.first_step + (step_of(last) if last else 0), last)
+        student, teacher = self._load(stage, source)
+        loss = self._loss(stage, student, teacher)
+        micro_batch = self._micro_batch(stage, student, loss)
+        if job.execution.compile and stage.objective is Objective.prediction:
+            compile_in_place(student, teacher)
+        trainer = UptrainTrainer(
+            model=student,
+            loss=loss,
+            bf16=settings.precision == "bf16",
+            in_attention=attention_names(
+                [name for name, _ in student.named_parameters()], self._architecture
+            ).__contains__,
+            body_lr_multiplier=settings.body_lr_multiplier,
+            args=_training_arguments(job, self._watch, stage, self._state.device, micro_batch=micro_batch),
+            train_dataset=self._samples(stage),
+            data_collator=default_data_collator,
+            callbacks=self._callbacks(stage, folder),
+        )
+        plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+        if plugin is not None and plugin.zero_stage == 3 and stage.objective is Objective.attention_regression:
+            raise UnsupportedError(
+                "ZeRO-3 gathers a layer's weights for its whole pass only, not for its attention alone",
+                hint="use --fsdp or ZeRO-2, or leave the layer-wise stage out with --layerwise-fraction 0",
+            )
+        trainer.remove_callback(PrinterCallback)
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, PeriodicEvaluation):
+                callback.report = trainer.log
+        with quiet_transformers():
+            try:
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
+            except DivergedError as error:
+                _, good = _last_saved(job)
+                note = f"; the last good checkpoint is {good}" if good else "; no checkpoint was saved before it"
+                raise DivergedError(f"{error}{note}", hint=error.hint) from error
+        step = stage.first_step + trainer.state.global_step
+        self._note(step, last_complete(folder))
+        if trainer.state.global_step < stage.steps:
+            raise PreemptedError(
+                f"stopped at step {step} of {settings.steps} ({self._stop.reason}); saved in {job.work}",
+                hint="run the same command again to go on",
+            )
+        weights = full_state(student, trainer.accelerator, trainer.model_wrapped)
+        load_whole_models()
+        trainer.accelerator.free_memory()
+        return student, weights
+
+    def _samples(self, stage: Stage) -> PackedBlocks:
+        per_step = self._job.settings.sequences_per_step
+        return PackedBlocks(
+            _data_folder(self._job), num_samples=stage.steps * per_step, first_sample=stage.first_step * per_step
+        )
+
+    def _load(self, stage: Stage, source: Path) -> tuple[Any, Any]:
+        """Student and teacher, checked and partly frozen; the teacher is None where the stage has none."""
+        job, settings = self._job, self._job.settings
+        bf16 = settings.precision == "bf16"
+        num_shards = job.execution.num_processes if job.execution.fsdp else 1
+        device = self._state.device
+        student = load_for_training(
+            source, self._architecture, dtype=torch.float32, device=device, num_shards=num_shards
+        )
+        freeze_except(
+            student,
+            trained_names([name for name, _ in student.named_parameters()], self._architecture, stage.trained),
+        )
+        require_separation(student, name=job.checkpoint.name, bf16=bf16)
+        if job.teacher is None or (stage.objective is Objective.prediction and settings.weights.kl == 0):
+            return student, None
+        # what is shared has one dtype, and without autocast that has to be the student's
+        dtype = torch.float32 if settings.recipe is Recipe.light and not bf16 else "auto"
+        directory = _teacher_folder(job)
+        with open_checkpoint(directory) as opened:
+            architecture = find_architecture(opened)
+        teacher = load_for_training(
+            directory, architecture, dtype=dtype, device=device, num_shards=num_shards
+        ).requires_grad_(False)
+        require_separation(teacher, name=job.teacher, bf16=bf16)
+        if settings.recipe is Recipe.light and num_shards == 1:
+            share_equal_parameters(student, teacher)
+        return student, teacher
+
+    def _loss(self, stage: Stage, student: Any, teacher: Any) -> Loss:
+        settings = self._job.settings
+        if stage.objective is Objective.prediction:
+            return PredictionLoss(teacher, settings.weights)
+        with open_checkpoint(_teacher_folder(self._job)) as opened:
+            architecture = find_architecture(opened)
+        path = self._job.work / _SCALES_NAME
+        scales = json.loads(path.read_text()) if path.exists() else ()
+        self._state.wait_for_everyone()  # all have looked before one writes
+        loss = AttentionRegression(student, teacher, self._architecture, architecture, scales=scales)
+        if not scales:
+            samples = range(min(_NUM_SCALE_SAMPLES, len(self._blocks)))
+            feeds = (default_data_collator([self._blocks[index]]) for index in samples)
+            device = self._state.device
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                scales = loss.measure_scales(
+                    {name: tensor.to(device) for name, tensor in feed.items() if name != "labels"} for feed in feeds
+                )
+            if self._state.is_main_process:
+                write_text(path, json.dumps(scales) + "\n")
+            self._state.wait_for_everyone()
+        return loss
+
+    def _micro_batch(self, stage: Stage, student: Any, loss: Loss) -> int:
+        """The micro-batch that was asked for; or what fits, which a resumed stage does not measure again."""
+        job = self._job
+        if job.execution.micro_batch is not None:
+            return job.execution.micro_batch
+        path = job.work / _MICRO_BATCH_NAME.format(stage=stage.name)
+        if path.exists():
+            return int(json.loads(path.read_text()))
+        device, length = self._state.device, job.settings.sequence_length
+
+        def step(num_sequences: int) -> torch.Tensor:
+            ids = torch.arange(num_sequences * length, device=device).view(num_sequences, length)
+            ids = ids % student.config.get_text_config().vocab_size
+            positions = torch.arange(length, device=device).expand_as(ids)
+            with torch.autocast(device.type, torch.bfloat16, enabled=job.settings.precision == "bf16"):
+                return loss(student, {"input_ids": ids, "position_ids": positions}, ids)
+
+        student.train()
+        if _checkpoints_activations(job, stage):
+            student.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        own = largest_micro_batch(
+            student,
+            step,
+            sequences_per_process=batch_of(job, 1).gradient_accumulation_steps,
+            device=device,
+            num_local=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        )
+        fitting = min(gather_object([own])) if job.execution.num_processes > 1 else own
+        if self._state.is_main_process:
+            write_text(path, f"{fitting}\n")
+        self._state.wait_for_everyone()
+        return fitting
+
+    def _callbacks(self, stage: Stage, folder: Path) -> list[TrainerCallback]:
+        job, watch = self._job, self._watch
+        throughput = Throughput(
+            tokens_per_step=job.settings.tokens_per_step,
+            last_step=stage.steps,
+            flops_per_token=watch.flops_per_token.get(stage.name),
+            peak_flops=None if watch.peak_flops is None else watch.peak_flops * job.execution.num_processes,
+        )
+        log = MetricsLog(
+            job.work / METRICS_NAME,
+            stage,
+            tokens_per_step=job.settings.tokens_per_step,
+            throughput=throughput,
+            show=self._show,
+        )
+        callbacks: list[TrainerCallback] = [log, StepProgress(watch.progress)]
+        if self._score is not None:
+            callbacks.append(
+                PeriodicEvaluation(self._held_out_score, stage, every=watch.eval_steps, throughput=throughput)
+            )
+        if self._packer is not None and job.stream:
+            callbacks.append(PackAhead(self._packer, stage, job.settings.sequences_per_step))
+        saved = lambda step: self._note(stage.first_step + step, folder / f"checkpoint-{step}")  # noqa: E731
+        return [*callbacks, Checkpoints(watch.save_steps, on_save=saved), self._stop]
+
+    def _held_out_score(self, model: Any) -> float:
+        """In every process: all of them compare trials of learning rates by it."""
+        assert self._score is not None
+        self._held_out = self._score(model)
+        return self._held_out
+
+    def _show(self, record: dict[str, Any]) -> None:
+        if "loss" in record:
+            self._note(record["step"])
+        self._watch.show(record)
+
+
+def _result(
+    job: UptrainJob, passes: float, *, seconds: float = 0.0, steps_done: int = 0, held_out: float | None = None
+) -> UptrainResult:
+    settings = job.settings
     return UptrainResult(
         output=job.output,
-        passes=num_samples / dataset.index.num_blocks,
+        passes=passes,
         steps=settings.steps,
         tokens=settings.steps * settings.tokens_per_step,
         objective=job.objective,
         settings=settings,
         seconds=seconds,
-        tokens_per_second=(settings.steps - num_steps_before) * settings.tokens_per_step / max(seconds, 1e-9),
+        tokens_per_second=steps_done * settings.tokens_per_step / max(seconds, 1e-9),
+        held_out=held_out,
     )
 
 
-def check_job(job: UptrainJob, *, resume: bool = False, force: bool = False) -> None:
-    """Raise InputError for whatever can be refused before training; touches nothing."""
-    inputs = [job.checkpoint.directory, Path(job.source.location)]
-    inputs += [Path(job.teacher)] if job.teacher is not None else []
-    check_output(job.output, force=force, inputs=inputs)
-    architecture = find_architecture(job.checkpoint)
-    if architecture.cross_attention is not None:
-        raise UnsupportedError(
-            f"{job.checkpoint.name}: uptrain takes decoders only, not the encoder-decoder {architecture.model_type}",
-            hint="train it with transformers' Seq2SeqTrainer, which takes it as any other model",
-        )
-    if not architecture.separates_documents:
-        raise UnsupportedError(
-            f"{job.checkpoint.name}: in transformers' {architecture.model_type} documents that share a sequence see "
-            "each other, so that uptrain, which packs them, would teach it nonsense"
-        )
-    longest, length = _longest_sequence(job.checkpoint), job.settings.sequence_length
-    if length > longest:
-        raise UnsupportedError(
-            f"sequence length {length} does not fit {job.checkpoint.name} (it takes {longest} tokens)",
-            hint=f"use --sequence-length {longest} or less",
-        )
-    check_tokenizers(job.checkpoint.directory, job.teacher)
-    if resume:
-        _check_same_run(job.work, _describe(job))
-    elif job.work.exists() and not (job.work / SETTINGS_NAME).exists():
-        raise OutputError(f"{job.work} is in the way and not a run's", hint="remove it, or choose another --output")
-    elif job.work.exists() and not force:
-        raise OutputError(
-            f"{job.work} holds an unfinished run", hint="pass --resume to go on with it, or --force to start over"
-        )
+def _prepare(job: UptrainJob, stop: StopRequests, *, begin: Callable[[], object], force: bool) -> CorpusPacker:
+    """Pack the training text into the work directory, or go on with it; leaves nothing behind when it cannot begin.
 
-
-def _prepare(job: UptrainJob, num_samples: int, *, resume: bool) -> None:
-    """Pack the training text into the work directory; leaves nothing behind when it cannot."""
-    if resume and (job.work / "data" / INDEX_NAME).exists():
-        return
+    `begin` is called once that directory is there.
+    """
     tokenizer = load_tokenizer(job.checkpoint.directory)
-    shutil.rmtree(job.work, ignore_errors=True)
-    try:
-        # a checkpoint is float32 weights and two AdamW moments; two are kept while a third is written
-        check_free_space(job.output, 3 * 12 * job.checkpoint.num_parameters)
-        job.work.mkdir(parents=True)
-        write_text(job.work / SETTINGS_NAME, json.dumps(_describe(job), indent=2) + "\n")
-        pack_documents(
-            encode_documents(read_documents(job.source), tokenizer, bos=adds_bos(tokenizer)),
-            job.work / "data",
-            source=job.source.location,
-            vocab_size=len(tokenizer),
-            sequence_length=job.settings.sequence_length,
-            max_blocks=num_samples,
-        )
-    except BaseException:
+    if force:
         shutil.rmtree(job.work, ignore_errors=True)
+    begun = job.work.exists()
+    try:
+        if not begun:
+            # a checkpoint is float32 weights and two AdamW moments; two are kept while a third is written
+            check_free_space(job.output, 3 * 12 * job.checkpoint.num_parameters)
+            with staged_directory(job.work) as staging:
+                settings = describe(job) | {REPLACES_NAME: force}
+                write_text(staging / SETTINGS_NAME, json.dumps(settings, indent=2) + "\n")
+        begin()
+        corpus = Corpus(
+            sources=job.sources,
+            sequence_length=job.settings.sequence_length,
+            num_blocks=job.num_samples,
+            tokenizer_hash=tokenizer_hash(tokenizer),
+            vocab_size=1 + max(tokenizer.get_vocab().values()),
+            seed=job.settings.seed,
+            validation_fraction=job.validation_fraction,
+            max_validation_blocks=_MAX_VALIDATION_BLOCKS,
+            stream=job.stream,
+        )
+        _prepare_teacher(job)
+        done = _last_saved(job)[0] * job.settings.sequences_per_step
+        return build(corpus, _data_folder(job), tokenizer, first_sample=done, should_stop=lambda: stop.requested)
+    except PreemptedError:
+        raise
+    except BaseException:
+        if not begun:
+            shutil.rmtree(job.work, ignore_errors=True)
         raise
 
 
-def _describe(job: UptrainJob) -> dict[str, Any]:
-    return {
-        "model": job.checkpoint.name,
-        "objective": job.objective,
-        "teacher": job.teacher,
-        "data": asdict(job.source),
-        **asdict(job.settings),
-    }
+def _prepare_teacher(job: UptrainJob) -> None:
+    """Write a teacher of a class that is not trained in one that is, unless that is done."""
+    if job.teacher is None or _translated_teacher(job).exists():
+        return
+    with open_checkpoint(job.teacher) as opened:
+        if as_teacher(opened) is not opened:
+            write_teacher(opened, _translated_teacher(job))
 
 
-def _check_same_run(work: Path, description: dict[str, Any]) -> None:
-    path = work / SETTINGS_NAME
-    if not path.exists():
-        raise InputError(f"{work}: no run to resume here", hint="leave --resume out to start one")
-    saved = json.loads(path.read_text())
-    changed = [
-        f"{key} was {saved.get(key)!r}, now {value!r}" for key, value in description.items() if saved.get(key) != value
-    ]
-    if changed:
-        raise InputError(
-            f"{work}: the run to resume had other settings: {'; '.join(changed)}",
-            hint="resume with the same settings, or start over with --force in place of --resume",
-        )
+def _teacher_folder(job: UptrainJob) -> Path:
+    """Where the teacher is read from."""
+    assert job.teacher is not None
+    translated = _translated_teacher(job)
+    return translated if translated.exists() else Path(job.teacher)
 
 
-def _last_checkpoint(work: Path) -> Path | None:
-    """The newest complete checkpoint: the Trainer writes trainer_state.json last."""
-    found = [path for path in (work / "checkpoints").glob("checkpoint-*") if (path / "trainer_state.json").exists()]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+def _translated_teacher(job: UptrainJob) -> Path:
+    return job.work / "teacher"
 
 
-def _reports(job: UptrainJob, watch: Observation) -> list[TrainerCallback]:
-    tokens_per_step = job.settings.tokens_per_step
-    log = MetricsLog(job.work / METRICS_NAME, tokens_per_step=tokens_per_step, show=watch.show)
-    reports: list[TrainerCallback] = [log, StepProgress(watch.progress)]
-    if watch.score is not None:
-        reports.append(PeriodicEvaluation(watch.score, log, every=watch.eval_steps, tokens_per_step=tokens_per_step))
-    return reports
+def _last_saved(job: UptrainJob) -> tuple[int, Path | None]:
+    """The step up to which weights are saved, and where they are."""
+    for stage in reversed(job.settings.stages):
+        if _stage_folder(job, stage).joinpath(CONFIG_NAME).exists():
+            return stage.last_step, _stage_folder(job, stage)
+        last = last_complete(_checkpoints_folder(job, stage))
+        if last is not None:
+            return stage.first_step + step_of(last), last
+    return 0, None
 
 
-def _training_arguments(job: UptrainJob, watch: Observation, device: torch.device) -> TrainingArguments:
-    settings = job.settings
+def _remove_work(job: UptrainJob) -> None:
+    shutil.rmtree(job.work, ignore_errors=True)
+    if job.output.exists():
+        shutil.rmtree(sweep_directory(job.output), ignore_errors=True)
+
+
+def _data_folder(job: UptrainJob) -> Path:
+    return job.work / "data"
+
+
+def _checkpoints_folder(job: UptrainJob, stage: Stage) -> Path:
+    return job.work / "checkpoints" / stage.name
+
+
+def _stage_folder(job: UptrainJob, stage: Stage) -> Path:
+    """Where the weights that a stage ended with are, once it is finished."""
+    return job.work / "stages" / stage.name
+
+
+def _training_arguments(
+    job: UptrainJob, watch: Observation, stage: Stage, device: torch.device, *, micro_batch: int
+) -> TrainingArguments:
+    settings, execution = job.settings, job.execution
     arguments = TrainingArguments(
-        output_dir=str(job.work / "checkpoints"),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        learning_rate=settings.learning_rate,
+        output_dir=str(_checkpoints_folder(job, stage)),
+        max_steps=stage.steps,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=batch_of(job, micro_batch).gradient_accumulation_steps,
+        learning_rate=stage.learning_rate,
         lr_scheduler_type=settings.lr_scheduler,
-        warmup_steps=math.ceil(settings.warmup_fraction * settings.steps),
+        warmup_steps=math.ceil(settings.warmup_fraction * stage.steps),
         optim=_OPTIMIZER,
         weight_decay=settings.weight_decay,
         adam_beta2=0.95,
         max_grad_norm=settings.max_grad_norm,
-        bf16=settings.precision == "bf16",
         use_cpu=device.type == "cpu",
         seed=settings.seed,
         logging_steps=watch.log_steps,
         logging_nan_inf_filter=False,  # it would hide a NaN and go on
-        save_strategy="steps",
-        save_steps=watch.save_steps,
-        save_total_limit=2,
+        save_strategy="no",  # the Checkpoints callback asks for them
         train_sampling_strategy="sequential",  # the blocks are in their drawn order already
         remove_unused_columns=False,
         disable_tqdm=True,
-        report_to="none",
+        report_to=list(execution.report_to) or "none",
+        run_name=job.output.name,
+        activation_checkpointing=_checkpoints_activations(job, stage),
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        ddp_find_unused_parameters=False,
     )
+    arguments.mixed_precision = "no"  # the trainer opens autocast itself, whatever a launcher says
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs need a launcher; the Trainer would wrap in DataParallel
     return arguments
 
 
-def _publish(job: UptrainJob, student: Any, *, num_tokens: int, force: bool) -> None:
-    """Write weights in the source's dtypes, config and companions of the source, metrics; then drop the work."""
-    source = job.checkpoint
-    provenance_path = source.directory / PROVENANCE_NAME
-    provenance = json.loads(provenance_path.read_text()) if provenance_path.exists() else {}
-    provenance["uptraining"] = _describe(job) | {"model": Path(source.name).name, "tokens": num_tokens}
-    with torch.no_grad():
-        for name, parameter in student.named_parameters():
-            dtype = source.tensors[name].dtype if name in source.tensors else source.dtype
-            parameter.data = parameter.data.to(torch_dtype(dtype))
-    with staged_directory(job.output, force=force) as staging:
-        student.generation_config = GenerationConfig()  # the source's own is copied below, valid or not
-        with quiet_transformers():
-            student.save_pretrained(staging, max_shard_size=DEFAULT_MAX_SHARD_BYTES)
-        (staging / "generation_config.json").unlink(missing_ok=True)
-        copy_companions(source.directory, staging)
-        copy_runtime_code(str(source.config.get("model_type")), staging)
-        shutil.copyfile(source.directory / CONFIG_NAME, staging / CONFIG_NAME)
-        shutil.copyfile(job.work / METRICS_NAME, staging / METRICS_NAME)
-        write_text(staging / PROVENANCE_NAME, json.dumps(provenance, indent=2) + "\n")
-        write_card(source.directory, staging, provenance)
-        check_opens(staging)
-    shutil.rmtree(job.work)
+def _checkpoints_activations(job: UptrainJob, stage: Stage) -> bool:
+    """Attention regression keeps no feed-forward activations anyway, and its hooks are not there in a second pass."""
+    return job.execution.activation_checkpointing and stage.objective is Objective.prediction
 
 
-def _longest_sequence(checkpoint: Checkpoint) -> int:
-    name = find_architecture(checkpoint).config_name("max_position_embeddings")
-    return checkpoint.config_int(name, default=_MAX_DEFAULT_SEQUENCE_LENGTH)
+def _validation_score(job: UptrainJob) -> Callable[[Any], float] | None:
+    """Nats per token on the validation slice, where there is one."""
+    blocks = validation_blocks(_data_folder(job))
+    if blocks is None:
+        return None
+    weights = LossWeights(kl=0.0, cross_entropy=1.0)
+
+    @torch.no_grad()
+    def score(model: Any) -> float:
+        device = next(model.parameters()).device
+        total = 0.0
+        for index in range(len(blocks["labels"])):
+            feed = {name: tensor[index : index + 1].to(device) for name, tensor in blocks.items()}
+            labels = feed.pop("labels")
+            total += prediction_loss_sum(model(**feed, use_cache=False).logits, labels, weights).item()
+        return total / int((blocks["labels"][:, 1:] != IGNORED_LABEL).sum())
+
+    return score
+
+
+def _under_autocast(score: Callable[[Any], float] | None, precision: str) -> Callable[[Any], float] | None:
+    """Score as a model is trained: frozen weights may be in bfloat16."""
+    if score is None or precision != "bf16":
+        return score
+
+    def scored(model: Any) -> float:
+        with torch.autocast(next(model.parameters()).device.type, torch.bfloat16):
+            return score(model)
+
+    return scored

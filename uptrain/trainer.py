@@ -1,42 +1,80 @@
-"""transformers.Trainer with kvconvert's objective, its stop before a bad step, its log and its answer to signals."""
+"""transformers.Trainer with kvconvert's losses, its stop before a bad step, and checkpoints that are whole or not."""
 
 from __future__ import annotations
 
-import json
 import math
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME
 
 from ..convert.errors import DivergedError
-from ..convert.output import write_text
-from .objective import IGNORED_LABEL, cross_entropy_sum, forward_kl_sum
+from .checkpoints import finish_checkpoint
+from .objective import IGNORED_LABEL, prediction_loss_sum
+from .recipe import LossWeights
 
-__all__ = ["MetricsLog", "PeriodicEvaluation", "StepProgress", "StopOnSignal", "UptrainTrainer"]
+__all__ = ["Loss", "PredictionLoss", "UptrainTrainer"]
+
+_SHARDS_NAME = "shards"
+
+
+class Loss(Protocol):
+    """The sum of a loss over the tokens of a micro-batch: `feed` holds what the model takes, `labels` (B, T)."""
+
+    def __call__(self, model: Any, feed: dict[str, Tensor], labels: Tensor) -> Tensor: ...
+
+
+class PredictionLoss:
+    """Divergence from `teacher`, cross-entropy, or both.
+
+    Neither an attention mask nor a cache is used: either would let packed documents attend to each other.
+    """
+
+    def __init__(self, teacher: Any | None, weights: LossWeights) -> None:
+        self._teacher = teacher
+        self._weights = weights
+
+    def __call__(self, model: Any, feed: dict[str, Tensor], labels: Tensor) -> Tensor:
+        logits = model(**feed, use_cache=False).logits
+        if self._teacher is None:
+            return prediction_loss_sum(logits, labels, self._weights)
+        with torch.no_grad():
+            teacher_logits = self._teacher(**feed, use_cache=False).logits
+        return prediction_loss_sum(logits, labels, self._weights, teacher_logits=teacher_logits)
 
 
 class UptrainTrainer(Trainer):
-    """Minimises cross-entropy, or the forward KL to `teacher` if there is one.
+    """Minimises `loss` per token.
 
     The loss is a sum over tokens divided by the tokens of the whole accumulated batch, so that gradient accumulation
-    changes nothing; `loss_is_scaled_for_ga` tells the Trainer not to scale it again. No attention mask is passed and
-    no cache is used: either would let packed documents attend to each other.
-    Raises DivergedError before the optimizer step when loss or gradient is not finite.
+    changes nothing; `loss_is_scaled_for_ga` tells the Trainer not to scale it again. With `bf16` models compute under
+    autocast that is opened here, because accelerate's own would turn their logits into float32. Parameters that
+    `in_attention` does not name learn at `body_lr_multiplier` times the rate of the others.
+    Raises DivergedError before the optimizer step when loss or gradient is not finite, in all processes alike.
     """
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, teacher: Any | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        loss: Loss,
+        bf16: bool,
+        in_attention: Callable[[str], bool] = lambda name: True,
+        body_lr_multiplier: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.teacher = teacher
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the tokens of the accumulated batch
+        self._loss = loss
+        self._bf16 = bf16
+        self._in_attention = in_attention
+        self._body_lr_multiplier = body_lr_multiplier
+        self._step_loss: Tensor | float = 0.0
 
     def compute_loss(
         self,
@@ -47,29 +85,60 @@ class UptrainTrainer(Trainer):
     ) -> Any:
         labels = inputs["labels"]
         feed = {name: value for name, value in inputs.items() if name != "labels"}
-        outputs = model(**feed, use_cache=False)
-        if self.teacher is None:
-            total = cross_entropy_sum(outputs.logits, labels)
-        else:
-            with torch.no_grad():
-                teacher_logits = self.teacher(**feed, use_cache=False).logits
-            total = forward_kl_sum(outputs.logits, teacher_logits, labels)
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self._bf16):
+            total = self._loss(model, feed, labels)
         if num_items_in_batch is None:
             num_items_in_batch = (labels[:, 1:] != IGNORED_LABEL).sum()
         elif self.args.average_tokens_across_devices:
             total = total * self.accelerator.num_processes  # the Trainer's gradient is a mean over processes
         loss = total / num_items_in_batch
-        return (loss, outputs) if return_outputs else loss
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss: Tensor = super().training_step(*args, **kwargs)
-        self._require_finite(loss.item(), "loss")
+        self._step_loss = self._step_loss + loss.detach()
+        if self.is_deepspeed_enabled:  # which steps as soon as the last gradient is there
+            self._require_finite(self._worst(loss.detach()), "loss")
         return loss
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        """AdamW, or what the arguments name, with a learning rate of its own for what is not attention."""
+        if self.optimizer is not None:
+            return self.optimizer
+        model = self.model if model is None else model
+        decayed = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[bool, bool], list[Any]] = {(a, d): [] for a in (True, False) for d in (True, False)}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups[self._in_attention(name), name in decayed].append(parameter)
+        rate = self.args.learning_rate
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        self.optimizer = optimizer_class(
+            [
+                {
+                    "params": parameters,
+                    "lr": rate if attention else rate * self._body_lr_multiplier,
+                    "weight_decay": self.args.weight_decay if decays else 0.0,
+                }
+                for (attention, decays), parameters in groups.items()
+                if parameters
+            ],
+            **options,
+        )
+        return self.optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Hand records to callbacks; no history is kept, which every checkpoint would write again."""
+        pending = self.control.should_log and "loss" not in logs  # an evaluation does not take the loss's turn
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+        self.control.should_log = pending
+
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        # before every optimizer step; loss and norm of all processes, so that all of them stop or none
         norm = super()._get_grad_norm(*args, **kwargs)
-        if norm is not None:
-            self._require_finite(float(norm), "gradient norm")
+        if norm is None:
+            return None
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
+        # a loss may be infinite while its gradient is not: where the teacher rules a token out, say
+        loss, self._step_loss = torch.as_tensor(self._step_loss, device=self.args.device), 0.0
+        self._require_finite(self._worst(loss), "loss")
+        self._require_finite(norm.item(), "gradient norm")
         return norm
 
     def _require_finite(self, value: float, quantity: str) -> None:
@@ -79,119 +148,60 @@ class UptrainTrainer(Trainer):
                 hint="use a smaller --lr, and --force to start over",
             )
 
+    def _worst(self, loss: Tensor) -> float:
+        """The loss, or one that is not finite if any process has such a one."""
+        values = self.accelerator.gather(loss.reshape(1))
+        return next((value for value in values.tolist() if not math.isfinite(value)), loss.item())
 
-class MetricsLog(TrainerCallback):
-    """Appends what the Trainer logs to a JSONL file, and hands it to `show`.
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            finish_checkpoint(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
+        self.accelerator.wait_for_everyone()
 
-    A resumed run first drops the records after the checkpoint that it starts from.
-    """
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_distributed_loading_by_transformers:  # else the shards hold the weights
+            super().save_model(output_dir, _internal_call)
 
-    def __init__(self, path: Path, *, tokens_per_step: int, show: Callable[[dict[str, Any]], object]) -> None:
-        self._path = path
-        self._tokens_per_step = tokens_per_step
-        self._show = show
-        self._start = time.monotonic()
-
-    def write(self, record: dict[str, Any]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        self._show(record)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if not state.is_world_process_zero:
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_distributed_loading_by_transformers:
+            super()._save_optimizer_and_scheduler(output_dir)
             return
-        text = self._path.read_text() if self._path.exists() and state.global_step > 0 else ""
-        whole_lines = text[: text.rfind("\n") + 1].splitlines()  # a killed run may have torn the last one
-        kept = [line for line in whole_lines if json.loads(line)["step"] <= state.global_step]
-        write_text(self._path, "".join(line + "\n" for line in kept))
+        from torch.distributed.checkpoint.state_dict_saver import save
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step == state.max_steps:
-            control.should_log = True
+        save(self._sharded_state(), checkpoint_id=str(Path(output_dir) / _SHARDS_NAME))
+        if self.args.should_save:
+            torch.save(self._scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs and "loss" in logs and state.is_world_process_zero:
-            names = ("loss", "grad_norm", "learning_rate")
-            record: dict[str, Any] = {"step": state.global_step, "tokens": state.global_step * self._tokens_per_step}
-            record |= {name: logs[name] for name in names if name in logs}
-            self.write(record | {"seconds": round(time.monotonic() - self._start, 1)})
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.is_distributed_loading_by_transformers:  # else weights come with the optimizer's state
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-
-class StepProgress(TrainerCallback):
-    """Tells `progress` how many more steps are done, those before a resume included."""
-
-    def __init__(self, progress: Callable[[int], object]) -> None:
-        self._progress = progress
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._progress(state.global_step)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._progress(1)
-
-
-class PeriodicEvaluation(TrainerCallback):
-    """Scores held-out text every `every` steps, before the first and after the last, into the metrics log."""
-
-    def __init__(self, score: Callable[[Any], float], log: MetricsLog, *, every: int, tokens_per_step: int) -> None:
-        self._score = score
-        self._log = log
-        self._every = every
-        self._tokens_per_step = tokens_per_step
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.global_step == 0:
-            self._run(state, kwargs["model"])
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self._every == 0 or state.global_step == state.max_steps:
-            self._run(state, kwargs["model"])
-
-    def _run(self, state: TrainerState, model: Any) -> None:
-        if not state.is_world_process_zero:
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_distributed_loading_by_transformers:
+            super()._load_optimizer_and_scheduler(checkpoint)
             return
-        model.eval()
-        nats = self._score(model)
-        model.train()
-        step = state.global_step
-        self._log.write({"step": step, "tokens": step * self._tokens_per_step, "eval_nats_per_token": nats})
+        from torch.distributed.checkpoint.state_dict import set_state_dict
+        from torch.distributed.checkpoint.state_dict_loader import load
 
+        state = self._sharded_state()
+        load(state, checkpoint_id=str(Path(checkpoint) / _SHARDS_NAME))
+        set_state_dict(*self._sharded, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        self._scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
-class StopOnSignal(TrainerCallback):
-    """On the first SIGTERM or SIGINT, finish the step, save a checkpoint and stop; a second one ends at once."""
+    def _sharded_state(self) -> dict[str, Any]:
+        from torch.distributed.checkpoint.state_dict import get_state_dict
 
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._previous: dict[int, Any] = {}
+        model_state, optimizer_state = get_state_dict(*self._sharded)
+        return {"model": model_state, "optimizer": optimizer_state}
 
-    def __enter__(self) -> StopOnSignal:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
+    @property
+    def _sharded(self) -> tuple[Any, Any]:
+        """The model and its optimizer without what accelerate puts around it."""
+        optimizer: Any = self.optimizer
+        return self.model, optimizer.optimizer
 
-    def __exit__(self, *exc_info: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = number
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.received is not None and state.global_step < state.max_steps:
-            control.should_save = True
-            control.should_training_stop = True
+    @property
+    def _scheduler(self) -> Any:
+        return self.lr_scheduler

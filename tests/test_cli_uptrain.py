@@ -1,0 +1,179 @@
+"""kvconvert uptrain: its options, what it refuses, what it prints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CheckpointFactory
+from kvconvert.cli.main import app
+from typer.testing import CliRunner
+
+Invoke = Callable[..., Any]
+
+
+@pytest.fixture
+def uptrain(make_checkpoint: CheckpointFactory, prose_file: Path, monkeypatch: pytest.MonkeyPatch) -> Invoke:
+    """Invoke the command in this process on a tiny model; `data` None leaves --data to the arguments."""
+    model = make_checkpoint(num_key_value_heads=2, with_tokenizer=True)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def invoke(*arguments: object, data: Path | None = prose_file) -> Any:
+        given = [] if data is None else ["--data", str(data)]
+        return CliRunner().invoke(app, ["uptrain", str(model), *given, *map(str, arguments)])
+
+    return invoke
+
+
+def dry_run(uptrain: Invoke, *arguments: object, **options: Any) -> Any:
+    outcome = uptrain(*arguments, "--dry-run", "--json", "--quiet", **options)
+    assert outcome.exit_code == 0, outcome.output
+    return json.loads(outcome.stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps", "fraction"),
+    [
+        (["--steps", 7], 7, None),
+        (["--tokens", "4k"], 8, None),
+        (["--fraction", "10%", "--pretraining-tokens", "100k"], 20, 0.1),
+        (["--fraction", "0.01", "--pretraining-tokens", "100k"], 2, 0.01),
+        (["--pretraining-tokens", "102400"], 10, 0.05),
+    ],
+)
+def test_budgets(arguments: list[object], steps: int, fraction: float | None, uptrain: Invoke) -> None:
+    plan = dry_run(uptrain, *arguments, "--global-batch-tokens", 512)
+    assert plan["budget"]["steps"] == steps
+    assert plan["budget"]["fraction"] == fraction
+    assert plan["tokens"] == steps * 512
+
+
+def test_pretraining_tokens_beside_the_model_give_the_default(uptrain: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "model" / "pretraining.json").write_text('{"pretraining_tokens": 102400}')
+    budget = dry_run(uptrain, "--global-batch-tokens", 512)["budget"]
+    assert (budget["steps"], budget["fraction"], budget["explicit"]) == (10, 0.05, False)
+    assert budget["source"].startswith("pretraining.json beside ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "on how many tokens the model was pretrained is not known, so that 0.05 of them is no number"),
+        (["--steps", 1, "--tokens", "1M"], "--steps and --tokens both say how long the run is"),
+        (["--steps", 1, "--fraction", "5%"], "--steps and --fraction both say how long the run is"),
+        (["--steps", 1, "--micro-batch", 3], "8 sequences of 128 tokens per step cannot be split evenly"),
+        (["--steps", 1, "--recipe", "distill"], "recipe distill needs the original model"),
+        (["--steps", 1, "--recipe", "gqa", "--kl-weight", 1], "recipe gqa has no KL"),
+        (["--steps", 1, "--ce-weight", 0], "the weights of KL and cross-entropy are both 0"),
+        (["--steps", 1, "--layerwise-fraction", 0.2], "recipe gqa has one stage only"),
+        (["--steps", 1, "--temperature", 0], "temperature is 0.0, expected a positive number"),
+        (["--steps", 1, "--lr", "inf"], "learning rate is inf, expected a positive number"),
+        (["--steps", 1, "--sequence-length", 4096], "sequence length 4096 does not fit"),
+    ],
+)
+def test_refusals(arguments: list[object], message: str, uptrain: Invoke, tmp_path: Path) -> None:
+    outcome = uptrain(*arguments, "--global-batch-tokens", 1024)
+    assert outcome.exit_code == 2
+    assert outcome.stdout == ""
+    assert outcome.stderr.splitlines()[-1].startswith(("error: ", "hint: "))
+    assert message in outcome.stderr
+    assert not list(tmp_path.glob("model-uptrained*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--micro-batch", "many"], "'many' is not a number of sequences, nor auto"),
+        (["--micro-batch", "0"], "'0' is not a number of sequences, nor auto"),
+        (["--max-time", "5"], "'5' is not a duration; write for example 5h45m, 30m or 90s"),
+        (["--max-time", "0s"], "'0s' is not a duration"),
+        (["--tokens", "some"], "'some' is not a count; write for example 300M, 1B"),
+        (["--fraction", "5"], "'5' is not a percentage; write for example 5% or 0.05"),
+        (["--recipe", "best"], "'best' is not one of"),
+        (["--report-to", "nowhere"], "'nowhere' is not one of"),
+        (["--data", "a.jsonl:0"], "'a.jsonl:0' has the weight 0; write a positive number"),
+    ],
+)
+def test_options_that_cannot_be_read(arguments: list[str], message: str, uptrain: Invoke) -> None:
+    length = [] if arguments[0] in ("--tokens", "--fraction") else ["--steps", "1"]
+    outcome = uptrain(*arguments, *length)
+    assert outcome.exit_code == 2
+    assert message in " ".join(outcome.stderr.replace("│", " ").split())
+
+
+def test_weights_in_data(uptrain: Invoke, prose_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(prose_file.read_bytes())
+    outcome = uptrain(
+        "--data", f"{prose_file}:0.75", "--data", f"{other}:0.25", "--steps", 2, "--global-batch-tokens", 512,
+        "--sequence-length", 32, "--quiet", "--validation-fraction", 0, data=None,
+    )  # fmt: skip
+    assert outcome.exit_code == 0, outcome.output
+    record = json.loads((tmp_path / "model-uptrained" / "kvconvert.json").read_text())["uptraining"]
+    assert [(Path(row["text"]["location"]).name, row["weight"]) for row in record["data"]] == [
+        ("prose.jsonl", 0.75),
+        ("other.jsonl", 0.25),
+    ]
+
+
+def test_what_a_dry_run_says(uptrain: Invoke, make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    teacher = make_checkpoint(name="teacher", with_tokenizer=True)
+    before = sorted(tmp_path.rglob("*"))
+    arguments = ["--steps", 10, "--teacher", teacher, "--layerwise-fraction", "0.25", "--global-batch-tokens", 1024]
+    plan = dry_run(uptrain, *arguments, "--micro-batch", "auto", "--lr", "1e-4")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert plan["dry_run"] is True
+    assert (plan["objective"], plan["tokens"]) == ("attention regression, then forward KL", 10 * 1024)
+    assert [(stage["name"], stage["steps"], stage["trained"]) for stage in plan["stages"]] == [
+        ("layerwise", 3, "attention"),
+        ("main", 7, "all"),
+    ]
+    assert plan["execution"]["micro_batch"] is None
+    assert plan["settings"]["learning_rate"] == 1e-4
+    assert plan["teacher"] == str(teacher)
+    assert plan["output"] == str(tmp_path / "model-uptrained")
+    assert min(plan["cost"][name] for name in ("flops", "memory_bytes", "disk_bytes", "h100_hours")) > 0
+    shown = uptrain(*arguments, "--dry-run").stdout
+    for words in ("10 steps", "stage        layerwise: 3 steps", "compute", "memory", "disk", "would write"):
+        assert words in shown
+
+
+def test_a_long_run_is_not_started_without_yes(uptrain: Invoke, tmp_path: Path) -> None:
+    outcome = uptrain("--tokens", "500000T")
+    assert outcome.exit_code == 2
+    assert "--yes" in outcome.stderr
+    assert not list(tmp_path.glob("model-uptrained*"))
+    dry_run(uptrain, "--tokens", "500000T")  # saying what it costs needs no consent
+
+
+def test_a_finished_run_exits_with_0_and_does_nothing(uptrain: Invoke, tmp_path: Path) -> None:
+    arguments = ["--steps", 2, "--global-batch-tokens", 128, "--sequence-length", 32, "--json", "--quiet"]
+    first = uptrain(*arguments)
+    assert first.exit_code == 0, first.output
+    output = tmp_path / "model-uptrained"
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in output.iterdir()}
+    again = uptrain(*arguments)
+    assert again.exit_code == 0, again.output
+    assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in output.iterdir()} == before
+    left_out = ("seconds",)
+    results = [{k: v for k, v in json.loads(o.stdout).items() if k not in left_out} for o in (first, again)]
+    assert results[0] == results[1]
+
+
+def test_a_sweep_and_its_rerun(uptrain: Invoke, tmp_path: Path) -> None:
+    arguments = ["--steps", 2, "--global-batch-tokens", 128, "--sequence-length", 32, "--lr-sweep", 2]
+    arguments += ["--validation-fraction", 0.3, "--json"]
+    first = uptrain(*arguments)
+    assert first.exit_code == 0, first.output
+    assert first.stderr.count("nats/token after 2 steps") == 2
+    table = json.loads((tmp_path / "model-uptrained" / "lr_sweep.json").read_text())
+    best = min(table["trials"], key=lambda row: row["nats_per_token"])["learning_rate"]
+    assert json.loads(first.stdout)["settings"]["learning_rate"] == best
+    again = uptrain(*arguments)
+    assert again.exit_code == 0, again.output
+    assert "nats/token after 2 steps" not in again.stderr
+    assert json.loads(again.stdout)["settings"]["learning_rate"] == best
+    assert not (tmp_path / "model-uptrained.lr-sweep").exists()

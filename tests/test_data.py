@@ -1,0 +1,617 @@
+from __future__ import annotations
+
+import json
+import pickle
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROSE, build_number_tokenizer, build_tokenizer, pack_numbers, write_numbers
+from hypothesis import given
+from hypothesis import strategies as st
+from kvconvert.convert.errors import DataError, InputError, PreemptedError
+from kvconvert.convert.text import TextSource, encode_batch
+from kvconvert.uptrain import data, packing
+from kvconvert.uptrain.data import Corpus, PackedBlocks, WeightedSource, build, validation_blocks
+from kvconvert.uptrain.mixture import WINDOW, Mixture, shuffled, splitmix64
+from torch.utils.data import DataLoader
+
+LENGTH = 4
+TOKENIZER = build_number_tokenizer()
+
+
+class KilledError(Exception):
+    """Stands for a machine that goes away without a word."""
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five blocks a shard, three documents a batch."""
+    monkeypatch.setattr(packing, "SHARD_TOKENS", 5 * LENGTH)
+    monkeypatch.setattr(packing, "_ENCODE_BATCH", 3)
+
+
+def corpus_of(*paths: Path, num_blocks: int, weights: Sequence[float] = (1.0, 1.0), **options: Any) -> Corpus:
+    sources = tuple(WeightedSource(TextSource(str(path)), weight) for path, weight in zip(paths, weights, strict=False))
+    return Corpus(
+        sources=sources,
+        num_blocks=num_blocks,
+        **{"sequence_length": LENGTH, "tokenizer_hash": "numbers", "vocab_size": 2001, **options},
+    )
+
+
+def consecutive(num_tokens: int, *, first: int = 0, length: int = 7) -> list[list[int]]:
+    """Documents of lengths 1 to `length` in turn, whose tokens count up, so that each token shows its place."""
+    documents: list[list[int]] = []
+    begin = first
+    while begin < first + num_tokens:
+        size = min(1 + len(documents) % length, first + num_tokens - begin)
+        documents.append(list(range(begin, begin + size)))
+        begin += size
+    return documents
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def ids(blocks: PackedBlocks) -> list[list[int]]:
+    return [blocks[sample]["input_ids"].tolist() for sample in range(len(blocks))]
+
+
+def test_splitmix64_gives_its_published_numbers() -> None:
+    """From the state 1234567, as rosettacode.org and the reference in C print them."""
+    assert splitmix64(1234567, 3).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+@given(count=st.integers(0, 300), key=st.tuples(st.integers(-3, 3), st.text(max_size=3)))
+def test_an_order_holds_each_number_once_and_depends_on_its_key(count: int, key: tuple[int | str, ...]) -> None:
+    assert sorted(shuffled(count, *key).tolist()) == list(range(count))
+    if count > 20:
+        assert shuffled(count, *key).tolist() != shuffled(count, *key, "other").tolist()
+
+
+WEIGHTS = st.lists(st.integers(1, 60), min_size=1, max_size=8).map(lambda weights: [float(w) for w in weights])
+
+
+@given(weights=WEIGHTS, seed=st.integers(), first_window=st.integers(0, 10**6))
+def test_every_window_is_mixed_exactly(weights: list[float], seed: int, first_window: int) -> None:
+    mixture = Mixture.of(weights, seed=seed)
+    for window in range(first_window, first_window + 3):
+        counts = mixture.counts(window * WINDOW)
+        assert sum(counts) == window * WINDOW
+        for count, weight in zip(counts, weights, strict=True):
+            # shares are rounded to 2**-40, which is a thousandth of a sample after 10**9
+            assert abs(count - weight / sum(weights) * window * WINDOW) < 1.001
+    drawn = np.random.default_rng(0).choice(len(weights), size=10**6, p=np.array(weights) / sum(weights))
+    if len(weights) > 1:  # the control: independent draws are not exact
+        assert (
+            np.abs(np.bincount(drawn, minlength=len(weights)) - 10**6 * np.array(weights) / sum(weights)).max() > 1.001
+        )
+
+
+@given(weights=WEIGHTS, seed=st.integers(), begin=st.integers(0, 5000))
+def test_any_sample_is_found_as_a_loop_from_the_first_finds_it(weights: list[float], seed: int, begin: int) -> None:
+    mixture = Mixture.of(weights, seed=seed)
+    seen: Counter[int] = Counter()
+    for sample in range(begin + 3):
+        source, number = mixture.locate(sample)
+        if sample >= begin:
+            assert mixture.counts(sample) == tuple(seen[source] for source in range(len(weights)))
+        assert number == seen[source]
+        seen[source] += 1
+
+
+def test_a_weight_below_one_sample_in_a_window_is_refused(tmp_path: Path) -> None:
+    Mixture.of([1023, 1], seed=0)
+    with pytest.raises(InputError, match=r"source 2 has 0\.00093 of the weight, less than one sample in 1024"):
+        Mixture.of([1080, 1], seed=0)
+
+
+def test_blocks_hold_the_documents_one_after_the_other(tmp_path: Path) -> None:
+    documents = [[10, 11, 12], [20, 21], [30, 31, 32, 33, 34, 35, 36], [40]]
+    blocks = pack_numbers(tmp_path, documents, sequence_length=4, num_blocks=3)
+    by_first_token = {sample["input_ids"][0].item(): sample for sample in (blocks[i] for i in range(3))}
+    assert {key: sample["input_ids"].tolist() for key, sample in by_first_token.items()} == {
+        10: [10, 11, 12, 20],
+        21: [21, 30, 31, 32],
+        33: [33, 34, 35, 36],
+    }
+    assert by_first_token[10]["position_ids"].tolist() == [0, 1, 2, 0]
+    assert by_first_token[10]["labels"].tolist() == [-100, 11, 12, -100]
+    assert by_first_token[21]["position_ids"].tolist() == [0, 0, 1, 2]
+    assert by_first_token[21]["labels"].tolist() == [21, -100, 31, 32]
+    assert by_first_token[33]["position_ids"].tolist() == [0, 1, 2, 3]
+    assert by_first_token[33]["labels"].tolist() == [33, 34, 35, 36]
+    assert {tensor.dtype for tensor in by_first_token[10].values()} == {torch.int64}
+    with pytest.raises(IndexError, match="sample 3 of 3"):
+        blocks[3]
+
+
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40))
+def test_samples_equal_a_loop_over_the_tokens(lengths: list[int], tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Positions and labels across blocks and shards, from documents of any length."""
+    tokens = [(token, place) for length in lengths for place, token in enumerate(range(100, 100 + length))]
+    tokens = [(100 + n, place) for n, (_, place) in enumerate(tokens)]
+    num_blocks = len(tokens) // LENGTH
+    if num_blocks == 0:
+        return
+    documents, begin = [], 100
+    for length in lengths:
+        documents.append(list(range(begin, begin + length)))
+        begin += length
+    expected = []
+    for first in range(0, num_blocks * LENGTH, LENGTH):
+        block = tokens[first : first + LENGTH]
+        positions: list[int] = []
+        for _, place in block:
+            positions.append(0 if place == 0 or not positions else positions[-1] + 1)
+        expected.append(
+            ([token for token, _ in block], positions, [-100 if place == 0 else token for token, place in block])
+        )
+    blocks = pack_numbers(tmp_path_factory.mktemp("samples"), documents, sequence_length=LENGTH, num_blocks=num_blocks)
+    found = [
+        tuple(blocks[n][name].tolist() for name in ("input_ids", "position_ids", "labels")) for n in range(num_blocks)
+    ]
+    assert sorted(found) == expected
+
+
+def test_each_pass_sees_every_block_once_in_another_order(tmp_path: Path) -> None:
+    path = write_numbers(tmp_path / "a.jsonl", consecutive(80))
+    orders = []
+    for seed in (0, 1):
+        build(corpus_of(path, num_blocks=60, seed=seed), tmp_path / f"seed-{seed}", TOKENIZER)
+        orders.append(ids(PackedBlocks(tmp_path / f"seed-{seed}", num_samples=60)))
+    passes = [[block[0] for block in orders[0][begin : begin + 20]] for begin in (0, 20, 40)]
+    assert all(sorted(order) == list(range(0, 80, 4)) for order in passes)
+    assert passes[0] != passes[1] != passes[2]
+    assert orders[0][:20] != orders[1][:20]
+
+
+def test_sources_are_mixed_by_weight_and_each_goes_round_by_itself(tmp_path: Path) -> None:
+    one = write_numbers(tmp_path / "one.jsonl", consecutive(400))
+    other = write_numbers(tmp_path / "other.jsonl", consecutive(82, first=1000))
+    corpus = corpus_of(one, other, num_blocks=2 * WINDOW, weights=[3, 1])
+    assert corpus.shares == (0.75, 0.25)
+    build(corpus, tmp_path / "packed", TOKENIZER)
+    blocks = PackedBlocks(tmp_path / "packed", num_samples=2 * WINDOW)
+    seen = ids(blocks)
+    for window in (seen[:WINDOW], seen[WINDOW:]):
+        assert sum(block[0] < 1000 for block in window) == 768
+    for values, num_blocks in ((range(0, 400, 4), 100), (range(1000, 1080, 4), 20)):
+        firsts = [block[0] for block in seen if block[0] in values]
+        for begin in range(0, len(firsts) - num_blocks, num_blocks):
+            assert sorted(firsts[begin : begin + num_blocks]) == list(values)
+    assert blocks.passes == (1536 / 100, 512 / 20)
+
+
+def test_a_second_stage_continues_where_the_first_ended(tmp_path: Path) -> None:
+    path = write_numbers(tmp_path / "a.jsonl", consecutive(80))
+    build(corpus_of(path, num_blocks=30), tmp_path / "packed", TOKENIZER)
+    whole = ids(PackedBlocks(tmp_path / "packed", num_samples=30))
+    first = PackedBlocks(tmp_path / "packed", num_samples=13)
+    second = PackedBlocks(tmp_path / "packed", num_samples=17, first_sample=13)
+    assert ids(first) + ids(second) == whole
+    assert (first.passes, second.passes) == ((13 / 20,), (30 / 20,))
+    with pytest.raises(InputError, match="packed for 30 samples, not for 31"):
+        PackedBlocks(tmp_path / "packed", num_samples=18, first_sample=13)
+
+
+def test_no_more_than_the_blocks_needed_are_packed(tmp_path: Path) -> None:
+    pack_numbers(tmp_path, [list(range(10))] * 1000, sequence_length=4, num_blocks=7)
+    files = sorted((tmp_path / "packed").rglob("tokens-*"))
+    assert [path.stat().st_size for path in files] == [5 * 4 * 2, 2 * 4 * 2]
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
+    path = write_numbers(tmp_path / "a.jsonl", consecutive(80))
+    for vocab_size, width in ((2**16, 2), (2**16 + 1, 4)):
+        folder = tmp_path / str(vocab_size)
+        build(corpus_of(path, num_blocks=5, vocab_size=vocab_size), folder, TOKENIZER)
+        assert (folder / "source-0" / "tokens-00000.bin").stat().st_size == 5 * LENGTH * width
+        assert sorted(chain.from_iterable(ids(PackedBlocks(folder, num_samples=5)))) == list(range(20))
+
+
+def test_text_shorter_than_a_block(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"numbers\.jsonl: 3 tokens, fewer than one block of 4"):
+        pack_numbers(tmp_path, [[1, 2], [3]], sequence_length=4, num_blocks=1)
+
+
+def test_documents_get_bos_where_the_tokenizer_puts_one(tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    (tmp_path / "a.jsonl").write_text((json.dumps({"text": PROSE[:60]}) + "\n") * 3)
+    for name in ("plain", "bos"):
+        tokenizer = build_tokenizer()
+        if name == "bos":
+            template = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+            tokenizer.backend_tokenizer.post_processor = template
+        build(corpus_of(tmp_path / "a.jsonl", num_blocks=100, vocab_size=384), tmp_path / name, tokenizer)
+        source = packing.SourceIndex.read(tmp_path / name / "source-0")
+        blocks = PackedBlocks(tmp_path / name, num_samples=source.num_blocks)
+        assert list(chain.from_iterable(ids(blocks))).count(1) == (3 if name == "bos" else 0)
+
+
+def test_worker_processes_give_the_same_samples(tmp_path: Path) -> None:
+    path = write_numbers(tmp_path / "a.jsonl", consecutive(80))
+    build(corpus_of(path, num_blocks=60), tmp_path / "packed", TOKENIZER)
+    blocks = PackedBlocks(tmp_path / "packed", num_samples=60)
+    expected = ids(blocks)  # this process has its files open now
+    assert ids(pickle.loads(pickle.dumps(blocks))) == expected
+    assert len(pickle.dumps(blocks)) < 20_000
+    loader = DataLoader(blocks, batch_size=7, num_workers=2)
+    assert torch.cat([batch["input_ids"] for batch in loader]).tolist() == expected
+
+
+@pytest.fixture(scope="module")
+def whole_build(tmp_path_factory: pytest.TempPathFactory) -> tuple[Corpus, dict[str, bytes]]:
+    """A corpus of two sources with a validation slice, and the files of its build without interruption."""
+    directory = tmp_path_factory.mktemp("whole")
+    one = write_numbers(directory / "one.jsonl", consecutive(400, length=30))
+    other = write_numbers(directory / "other.jsonl", consecutive(150, first=1000))
+    corpus = corpus_of(one, other, num_blocks=100, weights=[2, 1], validation_fraction=0.3, max_validation_blocks=9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "SHARD_TOKENS", 5 * LENGTH)
+        patch.setattr(packing, "_ENCODE_BATCH", 3)
+        build(corpus, directory / "packed", TOKENIZER)
+    return corpus, contents(directory / "packed")
+
+
+def stops_after(num_polls: int, *, kill: bool) -> Callable[[], bool]:
+    polls = iter(range(num_polls))
+
+    def should_stop() -> bool:
+        if next(polls, None) is not None:
+            return False
+        if kill:
+            raise KilledError
+        return True
+
+    return should_stop
+
+
+@given(
+    interruptions=st.lists(
+        st.tuples(st.integers(0, 25), st.booleans(), st.sampled_from(["", "cut", "longer"])), max_size=6
+    )
+)
+def test_interrupted_anywhere_the_files_are_the_same(
+    interruptions: list[tuple[int, bool, str]],
+    whole_build: tuple[Corpus, dict[str, bytes]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Stopped with a word or killed without one, and with the file that was being written torn or longer than known."""
+    corpus, expected = whole_build
+    folder = tmp_path_factory.mktemp("interrupted") / "packed"
+    for num_polls, kill, damage in interruptions:
+        try:
+            build(corpus, folder, TOKENIZER, should_stop=stops_after(num_polls, kill=kill))
+        except (PreemptedError, KilledError):
+            for path in folder.rglob("*.partial"):
+                content = path.read_bytes()
+                path.write_bytes(
+                    {"": content, "cut": content[: len(content) // 2], "longer": content + b"\1\2\3"}[damage]
+                )
+    build(corpus, folder, TOKENIZER)
+    assert contents(folder) == expected
+
+
+def test_the_whole_build_of_these_tests_has_several_shards_and_validation(
+    whole_build: tuple[Corpus, dict[str, bytes]],
+) -> None:
+    names = set(whole_build[1])
+    assert {"source-0/tokens-00002.bin", "source-1/tokens-00001.bin", "validation/source-1/tokens-00000.bin"} <= names
+
+
+def test_resuming_tokenises_only_what_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_numbers(tmp_path / "a.jsonl", consecutive(400))
+    corpus = corpus_of(path, num_blocks=100)
+    encoded: list[str] = []
+
+    def spy(texts: Sequence[str], *args: Any, **kwargs: Any) -> list[list[int]]:
+        encoded.extend(texts)
+        return encode_batch(texts, *args, **kwargs)
+
+    monkeypatch.setattr(data, "encode_batch", spy)
+    with pytest.raises(PreemptedError, match=r"a\.jsonl: stopped while packing; what is done is in .*source-0"):
+        build(corpus, tmp_path / "packed", TOKENIZER, should_stop=stops_after(20, kill=False))
+    before = len(encoded)
+    assert before == 21 * 3
+    build(corpus, tmp_path / "packed", TOKENIZER)
+    assert len(encoded) == len(consecutive(400))  # none twice
+    build(corpus, tmp_path / "packed", TOKENIZER)
+    assert len(encoded) == len(consecutive(400))
+
+
+def test_progress_counts_the_training_blocks(whole_build: tuple[Corpus, dict[str, bytes]], tmp_path: Path) -> None:
+    counted: list[int] = []
+    corpus, expected = whole_build
+    build(corpus, tmp_path / "packed", TOKENIZER, progress=counted.append)
+    files = {name: content for name, content in expected.items() if "/tokens-" in name and "validation" not in name}
+    assert sum(counted) == sum(map(len, files.values())) // (LENGTH * 2)
+
+
+@pytest.mark.parametrize("name", ["tokens-00001.bin", "starts-00001.bin"])
+@pytest.mark.parametrize("damage", ["flipped bit", "shorter", "missing"])
+def test_a_damaged_shard_is_found_and_a_missing_one_packed_again(name: str, damage: str, tmp_path: Path) -> None:
+    text = write_numbers(tmp_path / "a.jsonl", consecutive(400))
+    corpus, folder = corpus_of(text, num_blocks=100), tmp_path / "packed"
+    build(corpus, folder, TOKENIZER)
+    expected = contents(folder)
+    path = folder / "source-0" / name
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    else:
+        content[5] ^= 4
+        path.write_bytes(content if damage == "flipped bit" else content[:-2])
+        message = "damaged, its checksum" if damage == "flipped bit" else f"{len(content) - 2} bytes, index.json says"
+        with pytest.raises(DataError, match=f"{name}: {message}"):
+            build(corpus, folder, TOKENIZER)
+        if damage == "shorter":
+            with pytest.raises(DataError, match=f"{name}: {len(content) - 2} bytes"):
+                ids(PackedBlocks(folder, num_samples=100))
+        path.unlink()
+    build(corpus, folder, TOKENIZER)
+    assert contents(folder) == expected
+
+
+def test_text_that_changed_while_it_was_packed_is_noticed(tmp_path: Path) -> None:
+    text = write_numbers(tmp_path / "a.jsonl", consecutive(400))
+    corpus, folder = corpus_of(text, num_blocks=100), tmp_path / "packed"
+    build(corpus, folder, TOKENIZER)
+    (folder / "source-0" / "tokens-00001.bin").unlink()
+    text.write_text(text.read_text().replace("30", "31"))
+    with pytest.raises(DataError, match=r"a\.jsonl: shard 1 came out otherwise than the first time"):
+        build(corpus, folder, TOKENIZER)
+    size = text.stat().st_size
+    text.write_text(text.read_text() + "\n")
+    with pytest.raises(DataError, match=f"{size + 1} bytes of text, it had {size} when packing began"):
+        build(corpus, folder, TOKENIZER)
+
+
+def test_another_corpus_in_the_folder_is_refused(tmp_path: Path) -> None:
+    text = write_numbers(tmp_path / "a.jsonl", consecutive(400))
+    build(corpus_of(text, num_blocks=10), tmp_path / "packed", TOKENIZER)
+    with pytest.raises(InputError, match=r"the packed text is another: num_blocks was 10, now 11; seed was 0, now 1$"):
+        build(corpus_of(text, num_blocks=11, seed=1), tmp_path / "packed", TOKENIZER)
+    with pytest.raises(InputError, match=r"sources was .*'weight': 1\.0.*, now .*'weight': 2\.0"):
+        build(corpus_of(text, num_blocks=10, weights=[2.0]), tmp_path / "packed", TOKENIZER)
+    with pytest.raises(InputError, match="tokenizer_hash was 'numbers', now 'others'"):
+        build(corpus_of(text, num_blocks=10, tokenizer_hash="others"), tmp_path / "packed", TOKENIZER)
+
+
+def test_what_is_no_index_is_refused(tmp_path: Path) -> None:
+    text = write_numbers(tmp_path / "a.jsonl", consecutive(400))
+    corpus, folder = corpus_of(text, num_blocks=10), tmp_path / "packed"
+    with pytest.raises(DataError, match="packed: no packed text in it"):
+        PackedBlocks(folder, num_samples=1)
+    with pytest.raises(PreemptedError):
+        build(corpus, folder, TOKENIZER, should_stop=lambda: True)
+    with pytest.raises(DataError, match="source-0: packing has not come to its end"):
+        PackedBlocks(folder, num_samples=1)
+    for path in (folder / "source-0" / "index.json", folder / "index.json"):
+        for content in ("{", '{"num_blocks": 3}', "[]"):
+            path.write_text(content)
+            with pytest.raises(DataError, match=r"index\.json: not an index of packed blocks"):
+                build(corpus, folder, TOKENIZER)
+    (folder / "index.json").unlink()  # without it, nothing is known of the rest
+    build(corpus, folder, TOKENIZER)
+    assert len(ids(PackedBlocks(folder, num_samples=10))) == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": [0.0]}, r"a\.jsonl: weight is 0, expected a positive number"),
+        ({"weights": [float("nan")]}, "weight is nan, expected"),
+        ({"num_blocks": 0}, "num_blocks is 0, expected at least 1"),
+        ({"sequence_length": 0}, "sequence_length is 0, expected at least 1"),
+        ({"validation_fraction": 1.0}, "validation fraction is 1, expected 0 or more and less than 1"),
+        ({"max_validation_blocks": -1}, "max_validation_blocks is -1, expected 0 or more"),
+    ],
+)
+def test_unusable_corpora(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        corpus_of(Path("a.jsonl"), **{"num_blocks": 1, **options})
+    with pytest.raises(InputError, match="there is no text to train on"):
+        corpus_of(num_blocks=1)
+
+
+def documents_in(blocks: Any) -> set[int]:
+    return {int(token) for token in torch.as_tensor(blocks).flatten()}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_validation_documents_are_never_trained_on(stream: bool, tmp_path: Path) -> None:
+    """One-token documents, each twice in each of two sources: every document is on one side, whole and always."""
+    documents = [[number] for number in range(100, 600)] * 2
+    one, other = (write_numbers(tmp_path / f"{name}.jsonl", documents) for name in "ab")
+    options: dict[str, Any] = {"num_blocks": 900, "validation_fraction": 0.2, "max_validation_blocks": 400}
+    corpus = corpus_of(one, other, stream=stream, **options)
+    packer = build(corpus, tmp_path / "packed", TOKENIZER)
+    for sample in range(0, 900, 5):
+        packer.ensure(sample)
+    held_out = validation_blocks(tmp_path / "packed")
+    assert held_out is not None
+    trained = documents_in(ids(PackedBlocks(tmp_path / "packed", num_samples=900)))
+    validated = documents_in(held_out["input_ids"])
+    assert trained & validated == set()
+    assert trained | validated == set(range(100, 600))
+    assert 70 < len(validated) < 130  # 100 expected, standard deviation 9
+    expected = {number for number in range(100, 600) if corpus.is_validation(str(number))}
+    assert validated == expected
+    # the same documents in the same sources under another seed: another slice
+    assert {n for n in range(100, 600) if corpus_of(one, seed=1, **options).is_validation(str(n))} != expected
+
+
+def test_validation_blocks_have_the_form_of_samples(tmp_path: Path) -> None:
+    path = write_numbers(tmp_path / "a.jsonl", consecutive(600))
+    corpus = corpus_of(path, num_blocks=10, validation_fraction=0.5, max_validation_blocks=12)
+    build(corpus, tmp_path / "packed", TOKENIZER)
+    held_out = validation_blocks(tmp_path / "packed")
+    assert held_out is not None
+    stream = [document for document in consecutive(600) if corpus.is_validation(" ".join(map(str, document)))]
+    tokens = [(token, place) for document in stream for place, token in enumerate(document)][: 12 * LENGTH]
+    assert held_out["input_ids"].flatten().tolist() == [token for token, _ in tokens]
+    assert held_out["labels"].flatten().tolist() == [-100 if place == 0 else token for token, place in tokens]
+    assert held_out["position_ids"].shape == (12, LENGTH)
+    assert (held_out["position_ids"][:, 0] == 0).all()
+    assert {tensor.dtype for tensor in held_out.values()} == {torch.int64}
+
+
+def test_validation_beyond_its_cap_is_not_trained_on_either(tmp_path: Path) -> None:
+    path = write_numbers(tmp_path / "a.jsonl", [[number] for number in range(100, 1100)])
+    corpus = corpus_of(path, num_blocks=1000, validation_fraction=0.2, max_validation_blocks=3)
+    build(corpus, tmp_path / "packed", TOKENIZER)
+    num_trained = packing.SourceIndex.read(tmp_path / "packed" / "source-0").num_blocks
+    trained = documents_in(ids(PackedBlocks(tmp_path / "packed", num_samples=num_trained)))
+    held_out = validation_blocks(tmp_path / "packed")
+    assert held_out is not None
+    assert len(held_out["input_ids"]) == 3
+    assert not any(corpus.is_validation(str(number)) for number in trained)
+    assert len(trained) < 900
+
+
+def test_validation_is_taken_from_the_sources_by_weight(tmp_path: Path) -> None:
+    one, other = (write_numbers(tmp_path / f"{first}.jsonl", consecutive(900, first=first)) for first in (0, 1000))
+    corpus = corpus_of(one, other, num_blocks=10, weights=[3, 1], validation_fraction=0.5, max_validation_blocks=20)
+    build(corpus, tmp_path / "packed", TOKENIZER)
+    held_out = validation_blocks(tmp_path / "packed")
+    assert held_out is not None
+    assert (held_out["input_ids"] < 1000).all(dim=1).tolist() == [True] * 15 + [False] * 5
+
+
+def test_no_validation(tmp_path: Path) -> None:
+    path = write_numbers(tmp_path / "a.jsonl", consecutive(80))
+    for name, fraction in {"off": 0.0, "tiny": 1e-6}.items():
+        build(corpus_of(path, num_blocks=10, validation_fraction=fraction), tmp_path / name, TOKENIZER)
+        assert validation_blocks(tmp_path / name) is None
+
+
+@pytest.fixture
+def streamed(tmp_path: Path) -> tuple[Corpus, list[list[int]]]:
+    """Two sources, seen several times over, and the samples of the run when nothing is deleted."""
+    one = write_numbers(tmp_path / "one.jsonl", consecutive(202))
+    other = write_numbers(tmp_path / "other.jsonl", consecutive(123, first=1000))
+    corpus = corpus_of(one, other, num_blocks=200, weights=[3, 2], stream=True)
+    packer = build(corpus, tmp_path / "kept", TOKENIZER)
+    for sample in range(200):
+        packer.ensure(sample)
+    return corpus, ids(PackedBlocks(tmp_path / "kept", num_samples=200))
+
+
+def shards(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("tokens-*.bin"))
+
+
+def test_a_streamed_corpus_goes_round_its_text(streamed: tuple[Corpus, list[list[int]]], tmp_path: Path) -> None:
+    corpus, samples = streamed
+    for number, (length, first) in enumerate([(202, 0), (123, 1000)]):
+        blocks = [block for block in samples if (block[0] >= 1000) == (number == 1)]
+        assert len(blocks) == corpus.mixture.counts(200)[number]
+        # shard by shard, the blocks in their own order are the text again and again
+        tokens: list[int] = []
+        for begin in range(0, len(blocks), 5):
+            shard = blocks[begin : begin + 5]
+            at = len(tokens)
+            wanted = [first + (at + i) % length for i in range(len(shard) * LENGTH)]
+            assert sorted(shard) == sorted(wanted[i : i + LENGTH] for i in range(0, len(wanted), LENGTH))
+            tokens += wanted
+    assert PackedBlocks(tmp_path / "kept", num_samples=200).passes == (2.0, 2.0)
+
+
+def test_a_rolling_window_gives_the_same_samples(streamed: tuple[Corpus, list[list[int]]], tmp_path: Path) -> None:
+    corpus, samples = streamed
+    folder = tmp_path / "rolling"
+    packer = build(corpus, folder, TOKENIZER)
+    assert shards(folder) == [f"source-{source}/tokens-0000{shard}.bin" for source in (0, 1) for shard in (0, 1)]
+    blocks = PackedBlocks(folder, num_samples=200, wait_seconds=0)
+    for sample in range(200):
+        packer.ensure(sample)
+        assert blocks[sample]["input_ids"].tolist() == samples[sample]
+        if sample % 20 == 19:
+            packer.release(sample + 1)
+            assert len(shards(folder)) <= 2 * 2
+    everything = {**contents(folder), **contents(tmp_path / "kept")}
+    assert {name: everything[name] for name in contents(folder)} == contents(folder)
+    assert len(shards(tmp_path / "kept")) == sum(-(-count // 5) for count in corpus.mixture.counts(200))
+
+
+@pytest.mark.parametrize("new_process", [False, True])
+def test_a_run_that_falls_back_finds_its_samples_again(
+    new_process: bool, streamed: tuple[Corpus, list[list[int]]], tmp_path: Path
+) -> None:
+    corpus, samples = streamed
+    folder = tmp_path / "rolling"
+    packer = build(corpus, folder, TOKENIZER)
+    for sample in range(150):
+        packer.ensure(sample)
+    packer.release(150)
+    gone = PackedBlocks(folder, num_samples=200, wait_seconds=0)
+    with pytest.raises(DataError, match=r"tokens-0000\d\.bin: not there after 0 s"):
+        gone[60]
+    if new_process:
+        packer = build(corpus, folder, TOKENIZER, first_sample=60)
+    blocks = PackedBlocks(folder, num_samples=140, first_sample=60, wait_seconds=0)
+    for sample in range(60, 200):
+        packer.ensure(sample)
+        assert blocks[sample - 60]["input_ids"].tolist() == samples[sample]
+
+
+def test_interrupted_streams_go_on(streamed: tuple[Corpus, list[list[int]]], tmp_path: Path) -> None:
+    corpus, samples = streamed
+    folder, done, stopped = tmp_path / "rolling", 0, 0
+    while done < 200:
+        try:
+            packer = build(
+                corpus,
+                folder,
+                TOKENIZER,
+                first_sample=done,
+                should_stop=stops_after(9 + stopped, kill=stopped % 2 == 1),
+            )
+            blocks = PackedBlocks(folder, num_samples=200, wait_seconds=0)
+            while done < 200:
+                packer.ensure(done)
+                assert blocks[done]["input_ids"].tolist() == samples[done]
+                done += 1
+                packer.release(done)
+        except (PreemptedError, KilledError):
+            stopped += 1
+    assert stopped > 3
+
+
+def test_a_process_waits_for_the_one_that_packs(streamed: tuple[Corpus, list[list[int]]], tmp_path: Path) -> None:
+    corpus, samples = streamed
+    packer = build(corpus, tmp_path / "rolling", TOKENIZER)
+    blocks = PackedBlocks(tmp_path / "rolling", num_samples=200, wait_seconds=60)
+    found: list[list[int]] = []
+    waiting = threading.Thread(target=lambda: found.append(blocks[100]["input_ids"].tolist()))
+    waiting.start()
+    packer.ensure(100)
+    waiting.join()
+    assert found == [samples[100]]
+
+
+def test_nothing_is_released_of_a_corpus_that_is_not_streamed(tmp_path: Path) -> None:
+    path = write_numbers(tmp_path / "a.jsonl", consecutive(400))
+    packer = build(corpus_of(path, num_blocks=100), tmp_path / "packed", TOKENIZER)
+    before = contents(tmp_path / "packed")
+    packer.release(50)
+    packer.ensure(60)
+    assert contents(tmp_path / "packed") == before
+
+
+def test_a_stream_without_a_training_document_ends(tmp_path: Path) -> None:
+    path = write_numbers(tmp_path / "a.jsonl", [[1, 2, 3]])
+    corpus = corpus_of(path, num_blocks=10, stream=True, validation_fraction=0.999)
+    assert corpus.is_validation("1 2 3")
+    with pytest.raises(DataError, match=r"a\.jsonl: no token in it to train on"):
+        build(corpus, tmp_path / "packed", TOKENIZER)

@@ -1,0 +1,285 @@
+"""Runs that end early and go on: the same weights, or a refusal."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import (
+    SETTINGS,
+    CheckpointFactory,
+    KilledError,
+    Train,
+    same_weights,
+    settings_with,
+    weights,
+)
+from kvconvert.convert.errors import InputError
+from kvconvert.convert.output import write_text
+from kvconvert.uptrain import jobs, packing, run
+from kvconvert.uptrain.data import PackedBlocks
+from kvconvert.uptrain.jobs import UptrainJob
+from kvconvert.uptrain.models import load_for_training
+from kvconvert.uptrain.recipe import LossWeights, Recipe, Trained
+from safetensors.torch import load_file, save_file
+
+TWO_STAGES = settings_with(recipe=Recipe.distill, weights=LossWeights(), layerwise_fraction=0.5)
+
+
+@pytest.fixture
+def teacher(make_checkpoint: CheckpointFactory) -> Path:
+    return make_checkpoint(name="teacher", with_tokenizer=True)
+
+
+def die_after(num_steps: int) -> Callable[[int], None]:
+    """For `progress`: dies when so many steps of the run are done, 0 being before the first."""
+    done = 0
+
+    def progress(more: int) -> None:
+        nonlocal done
+        done += more
+        if done == num_steps:
+            raise KilledError
+
+    return progress
+
+
+def watch(**fields: Any) -> run.Observation:
+    return run.Observation(**{"save_steps": 2, "log_steps": 1, **fields})
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    timed = ("seconds", "tokens_per_second", "eta_seconds", "mfu")
+    return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
+
+
+def test_a_run_of_two_stages_that_is_killed_everywhere(
+    train: Train, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 1 to 3 fit attention, 4 to 6 the whole; checkpoints after 2 and 5."""
+    whole = train("whole", settings=TWO_STAGES, teacher=teacher, watch=watch())
+    work, stage = tmp_path / "parts.uptraining", tmp_path / "parts.uptraining/stages/layerwise"
+    checkpoints = work / "checkpoints"
+
+    def killed(**fields: Any) -> None:
+        with pytest.raises(KilledError):
+            train("parts", settings=TWO_STAGES, teacher=teacher, watch=watch(**fields))
+
+    def killed_in(name: str, *, after: bool) -> None:
+        function = getattr(run, name)
+
+        def dying(*args: Any, **kwargs: Any) -> Any:
+            if after:
+                function(*args, **kwargs)
+            raise KilledError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(run, name, dying)
+            killed()
+
+    killed(progress=die_after(0))
+    killed(progress=die_after(1))  # before the first checkpoint
+    assert not list(checkpoints.glob("*/checkpoint-*"))
+    killed(progress=die_after(3))  # at the end of the first stage
+    assert (checkpoints / "layerwise/checkpoint-2/COMPLETE.json").exists()
+    killed_in("write_weights", after=False)
+    killed_in("write_weights", after=True)  # its weights are written, and have no name yet
+    assert not stage.exists()
+    (work / "stages" / ".layerwise.partial-1").mkdir(parents=True)  # as a machine that goes away leaves it
+    before = shutil.copytree(checkpoints / "layerwise", tmp_path / "before")
+    begun = iter([False, False, True])  # resumed, the third step, the second stage
+    killed(progress=lambda more: die_if(next(begun)))
+    assert stage.exists()
+    assert not (checkpoints / "layerwise").exists()
+    shutil.copytree(before, checkpoints / "layerwise")  # died before these were removed
+    killed(progress=die_after(1))  # the first step of the second stage
+    killed(progress=die_after(2))
+    killed(progress=die_after(3))  # the last step of all
+    assert (checkpoints / "main/checkpoint-2/COMPLETE.json").exists()
+    killed_in("publish", after=False)
+    assert not (tmp_path / "parts").exists()
+    killed_in("_remove_work", after=False)  # the result is there, and so is the work
+    assert work.exists()
+    assert same_weights(whole, tmp_path / "parts")
+    train("parts", settings=TWO_STAGES, teacher=teacher)
+    assert not work.exists()
+    assert records(tmp_path / "parts") == records(whole)
+
+
+def die_if(condition: bool) -> None:
+    if condition:
+        raise KilledError
+
+
+def test_a_finished_run_is_not_run_again(
+    train: Train, make_job: Callable[..., UptrainJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job()
+    first = run.uptrain(job, watch())
+    before = {path.name: path.read_bytes() for path in job.output.iterdir()}
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(run, "load_for_training", refuse)
+    monkeypatch.setattr(run, "_prepare", refuse)
+    again = run.uptrain(make_job(), watch())
+    assert again == replace(first, seconds=0.0, tokens_per_second=0.0)
+    assert {path.name: path.read_bytes() for path in job.output.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"settings": settings_with(sequences_per_step=8)}, "sequences_per_step was 4, now 8"),
+        ({"settings": settings_with(sequence_length=16)}, "sequence_length was 32, now 16"),
+        ({"settings": settings_with(steps=7)}, "steps was 6, now 7"),
+        ({"settings": settings_with(seed=1)}, "seed was 0, now 1"),
+        ({"settings": settings_with(trained=Trained.kv)}, "trained was 'all', now 'kv'"),
+        ({"data": "other"}, r"data was \[.*prose\.jsonl.*\], now \[.*other\.jsonl"),
+        ({"teacher": "teacher"}, "teacher was None, now '.*teacher'"),
+        ({"validation_fraction": 0.5}, r"validation_fraction was 0\.0, now 0\.5"),
+        ({"stream": True}, "stream was False, now True"),
+    ],
+)
+def test_another_run_is_refused_by_name(
+    changes: dict[str, Any],
+    name: str,
+    make_job: Callable[..., UptrainJob],
+    teacher: Path,
+    prose_file: Path,
+    tmp_path: Path,
+) -> None:
+    job = make_job()
+    job.work.mkdir()
+    (job.work / jobs.SETTINGS_NAME).write_text(json.dumps(jobs.describe(job)))
+    jobs.check_job(make_job())  # the control
+    shutil.copy(prose_file, tmp_path / "other.jsonl")
+    places = {"other": tmp_path / "other.jsonl", "teacher": teacher}
+    fields = {key: places[value] if isinstance(value, str) else value for key, value in changes.items()}
+    with pytest.raises(InputError, match=f"holds an unfinished run with other settings: .*{name}"):
+        jobs.check_job(make_job(**fields))
+
+
+def test_another_recipe_is_refused(make_job: Callable[..., UptrainJob], teacher: Path) -> None:
+    job = make_job(settings=TWO_STAGES, teacher=teacher)
+    job.work.mkdir()
+    (job.work / jobs.SETTINGS_NAME).write_text(json.dumps(jobs.describe(job)))
+    light = replace(TWO_STAGES, recipe=Recipe.light)
+    with pytest.raises(InputError, match="recipe was 'distill', now 'light'"):
+        jobs.check_job(make_job(settings=light, teacher=teacher))
+
+
+def test_another_micro_batch_goes_on(train: Train) -> None:
+    whole = weights(train("whole", watch=watch()))
+    with pytest.raises(KilledError):
+        train("parts", watch=watch(progress=die_after(5)))
+    parts = weights(train("parts", watch=watch(), execution=jobs.Execution(micro_batch=1)))
+    for name, tensor in whole.items():
+        # two steps of at most 1e-2: sums in another order, magnified where a gradient is nearly zero
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_streamed_corpus_goes_on_where_it_was(train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Shards of four steps, so that the first one is gone when the run goes on."""
+    monkeypatch.setattr(packing, "SHARD_TOKENS", 4 * 2 * 32)
+    settings = settings_with(steps=16, sequences_per_step=2)
+    options: dict[str, Any] = {"settings": settings, "stream": True, "execution": jobs.Execution(micro_batch=2)}
+    whole = train("whole", watch=watch(), **options)
+    for steps in (7, 13):
+        with pytest.raises(KilledError):
+            train("parts", watch=watch(progress=die_after(steps)), **options)
+    shards = {path.name for path in (tmp_path / "parts.uptraining/data/source-0").glob("tokens-*.bin")}
+    assert "tokens-00000.bin" not in shards
+    parts = train("parts", watch=watch(), **options)
+    assert same_weights(whole, parts)
+    assert records(whole) == records(parts)
+
+
+def test_a_forced_run_that_was_stopped_goes_on_without_force(train: Train) -> None:
+    train("out", settings=settings_with(learning_rate=1e-3))
+    with pytest.raises(KilledError):
+        train("out", watch=watch(progress=die_after(5)), force=True)
+    assert same_weights(train("out", watch=watch()), train("whole"))
+
+
+def test_the_second_stage_does_not_find_the_models_of_the_first(
+    train: Train, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[int] = []
+    models: list[weakref.ref[Any]] = []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        alive.append(sum(model() is not None for model in models))
+        model = load_for_training(*args, **kwargs)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(run, "load_for_training", spy)
+    gc.collect()
+    train("out", settings=TWO_STAGES, teacher=teacher)
+    assert alive == [0, 1, 0, 1]  # student and teacher, twice
+
+
+def test_the_second_stage_reads_on(train: Train, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[int, int]] = []
+
+    class Samples(PackedBlocks):
+        def __init__(self, folder: Path, *, num_samples: int, first_sample: int = 0) -> None:
+            super().__init__(folder, num_samples=num_samples, first_sample=first_sample)
+            read.append((first_sample, num_samples))
+
+    monkeypatch.setattr(run, "PackedBlocks", Samples)
+    train("out", settings=TWO_STAGES, teacher=teacher)
+    assert read == [(0, 24), (0, 12), (12, 12)]  # the run, and each of its stages
+
+
+def test_a_status_names_the_weights_of_a_finished_stage(train: Train, teacher: Path, tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def look(more: int) -> None:
+        status = json.loads((tmp_path / "out.uptraining/run_status.json").read_text())
+        if status["step"] == 3:
+            seen.append(status["last_checkpoint"])
+
+    train("out", settings=TWO_STAGES, teacher=teacher, watch=watch(progress=look))
+    assert seen
+    assert seen[-1] == str(tmp_path / "out.uptraining/stages/layerwise")
+
+
+def test_other_weights_under_the_same_name_are_another_model(make_job: Callable[..., UptrainJob]) -> None:
+    job = make_job()
+    before = jobs.describe(job)
+    path = job.checkpoint.directory / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.self_attn.k_proj.weight"] += 1.0
+    save_file(tensors, path, metadata={"format": "pt"})
+    changed = [key for key, value in jobs.describe(make_job()).items() if value != before[key]]
+    assert changed == ["model_fingerprint"]
+
+
+def test_settings_are_there_as_soon_as_the_work_directory(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A directory without them would be in the way for ever."""
+
+    def dying(path: Path, text: str) -> None:
+        if path.name == jobs.SETTINGS_NAME:
+            assert not (tmp_path / "out.uptraining").exists()
+            raise KilledError
+        write_text(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_text", dying)
+        with pytest.raises(KilledError):
+            train("out")
+    train("out", settings=replace(SETTINGS, steps=1))

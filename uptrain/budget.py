@@ -1,0 +1,177 @@
+"""How long an uptraining run is, and how its batch is split over processes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+from ..convert.errors import InputError, UnsupportedError
+from .pretraining import PretrainingTokens
+
+__all__ = [
+    "DEFAULT_FRACTION",
+    "Batch",
+    "Budget",
+    "default_global_batch_tokens",
+    "derive_batch",
+    "plan_budget",
+]
+
+DEFAULT_FRACTION = 0.05
+"""α of the GQA paper: mean-pooled MQA needs it, and 10 % gain little more (Ainslie et al. 2023)."""
+
+_MAX_DEFAULT_MICRO_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`steps` optimizer steps of `tokens_per_step` tokens.
+
+    `fraction` is what was asked for (None where steps or tokens were), of `pretraining_tokens`, whose origin `source`
+    tells; where they are not known it says why. `explicit` is False where nobody chose a length.
+    """
+
+    steps: int
+    tokens_per_step: int
+    pretraining_tokens: int | None
+    source: str
+    fraction: float | None = None
+    explicit: bool = True
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.tokens_per_step
+
+    @property
+    def fraction_of_pretraining(self) -> float | None:
+        """What the steps come to, rounded up as they are; None if the pretraining tokens are not known."""
+        return None if self.pretraining_tokens is None else self.tokens / self.pretraining_tokens
+
+
+def plan_budget(
+    *,
+    steps: int | None,
+    tokens: int | None,
+    fraction: float | None,
+    pretraining_tokens: int | None,
+    lookup: PretrainingTokens,
+    tokens_per_step: int,
+) -> Budget:
+    """The budget that one of `steps`, `tokens` and `fraction` sets; without any, DEFAULT_FRACTION.
+
+    `pretraining_tokens` is what the user says, `lookup` what is known otherwise. Steps are rounded up.
+    Raises UnsupportedError for two lengths or one that is not positive, InputError for a fraction of an unknown number.
+    """
+    given = {"--steps": steps, "--tokens": tokens, "--fraction": fraction}
+    chosen = [name for name, value in given.items() if value is not None]
+    if len(chosen) > 1:
+        raise UnsupportedError(
+            f"{' and '.join(chosen)} both say how long the run is", hint=f"pass only one of {', '.join(given)}"
+        )
+    for name, value in {**given, "--pretraining-tokens": pretraining_tokens}.items():
+        if value is not None and not 0 < value < math.inf:
+            raise UnsupportedError(f"{name} is {value}, expected a positive number")
+    known, source = lookup.tokens, lookup.source
+    if pretraining_tokens is not None:
+        known, source = pretraining_tokens, "--pretraining-tokens"
+    if steps is None and tokens is None:
+        fraction = DEFAULT_FRACTION if fraction is None else fraction
+        if known is None:
+            raise InputError(
+                f"on how many tokens the model was pretrained is not known, so that {fraction:.4g} of them is no "
+                f"number: {source}",
+                hint="pass --pretraining-tokens, --tokens or --steps",
+            )
+        # exact: 0.05 · 2e12 in floats may come out a little above a whole number of steps
+        steps = math.ceil(Fraction(str(fraction)) * known / tokens_per_step)
+    elif tokens is not None:
+        steps = -(-tokens // tokens_per_step)
+    assert steps is not None
+    return Budget(
+        steps=steps,
+        tokens_per_step=tokens_per_step,
+        pretraining_tokens=known,
+        source=source,
+        fraction=fraction,
+        explicit=bool(chosen),
+    )
+
+
+def default_global_batch_tokens(num_parameters: int) -> int:
+    """Tokens per optimizer step: 16 384 below 1e8 parameters, 131 072 below 1e9, 524 288 above.
+
+    The largest is what MHA2MLA (SmolLM) and TransMLA (128 × 4096) uptrain with. Smaller models are given smaller
+    budgets, which should still be thousands of steps: 1B tokens are 1908 steps of the largest batch.
+    """
+    return 2**14 if num_parameters < 1e8 else 2**17 if num_parameters < 1e9 else 2**19
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The sequences of one optimizer step, and how `num_processes` take them: `micro_batch` at a time, accumulated.
+
+    Raises UnsupportedError, with what would work, unless the sequences divide evenly.
+    """
+
+    sequences_per_step: int
+    sequence_length: int
+    num_processes: int
+    micro_batch: int
+
+    def __post_init__(self) -> None:
+        for name in ("sequences_per_step", "sequence_length", "num_processes", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise UnsupportedError(f"{name.replace('_', ' ')} is {getattr(self, name)}, expected at least 1")
+        _check_divides(self.sequences_per_step, self.sequence_length, self.num_processes, self.micro_batch)
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        return self.sequences_per_step // (self.num_processes * self.micro_batch)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequences_per_step * self.sequence_length
+
+
+def derive_batch(
+    *, global_batch_tokens: int, sequence_length: int, num_processes: int, micro_batch: int | None = None
+) -> Batch:
+    """The batch nearest to `global_batch_tokens`: accumulation follows, so that it does not depend on the processes.
+
+    Without `micro_batch`, the largest up to 8 that divides a process's share. Raises UnsupportedError, with the nearest
+    batch and the largest micro-batch that work, where the sequences cannot be shared out evenly.
+    """
+    for name, value in {
+        "--global-batch-tokens": global_batch_tokens,
+        "--sequence-length": sequence_length,
+        "the number of processes": num_processes,
+        "the micro-batch": 1 if micro_batch is None else micro_batch,
+    }.items():
+        if value < 1:
+            raise UnsupportedError(f"{name} is {value}, expected at least 1")
+    sequences = max(1, round(Fraction(global_batch_tokens, sequence_length)))
+    if micro_batch is None:
+        _check_divides(sequences, sequence_length, num_processes, 1)
+        micro_batch = _largest_divisor(sequences // num_processes, _MAX_DEFAULT_MICRO_BATCH)
+    return Batch(sequences, sequence_length, num_processes, micro_batch)
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return next(divisor for divisor in range(min(number, limit), 0, -1) if number % divisor == 0)
+
+
+def _check_divides(sequences: int, sequence_length: int, num_processes: int, micro_batch: int) -> None:
+    unit = num_processes * micro_batch
+    if sequences % unit == 0:
+        return
+    nearest = max(unit, round(Fraction(sequences, unit)) * unit)
+    hint = f"pass --global-batch-tokens {nearest * sequence_length} ({nearest} sequences)"
+    per_process, rest = divmod(sequences, num_processes)
+    if rest == 0:
+        hint += f", or a micro-batch of {_largest_divisor(per_process, micro_batch)}"
+    raise UnsupportedError(
+        f"{sequences} sequences of {sequence_length} tokens per step cannot be split evenly over {num_processes} "
+        f"processes that take {micro_batch} at a time",
+        hint=hint,
+    )

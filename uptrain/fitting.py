@@ -1,0 +1,90 @@
+"""The largest micro-batch that fits into a device's memory, from one measured step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from ..convert.errors import UnsupportedError
+
+__all__ = ["largest_micro_batch"]
+
+_USABLE = 0.9  # of the free memory: allocators leave gaps, and other processes grow
+_MAX_MICRO_BATCH = 64  # more gains no speed
+_MOMENT_BYTES = 8  # of AdamW's two moments, which a first step does not have yet
+
+
+def largest_micro_batch(
+    model: Any, loss: Callable[[int], Tensor], *, sequences_per_process: int, device: torch.device, num_local: int
+) -> int:
+    """The largest divisor of `sequences_per_process`, at most 64, whose step fits beside gradients and AdamW's moments.
+
+    `loss(n)` is that of n sequences. One and, where it fits, two sequences are run forward and backward, with the
+    gradients there already: what a further one needs is their difference. `num_local` processes share the memory of a
+    CPU. Raises UnsupportedError where one sequence does not fit.
+    """
+    divisors = [n for n in range(1, min(sequences_per_process, _MAX_MICRO_BATCH) + 1) if sequences_per_process % n == 0]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    states = sum(_local(parameter).numel() * (parameter.element_size() + _MOMENT_BYTES) for parameter in trained)
+    free = _free_bytes(device, num_local)
+    usable = (free - states) * _USABLE
+    # gradients that come while activations go would hide how a peak grows with the number of sequences
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    first = _step_bytes(model, loss, 1, device)
+    if first > usable:
+        model.zero_grad(set_to_none=True)
+        raise UnsupportedError(
+            f"one sequence needs {(first + states) / 1e9:.1f} GB beside the weights, and {free / 1e9:.1f} GB are free",
+            hint="use a smaller --sequence-length, --activation-checkpointing, --recipe light or --fsdp on more GPUs",
+        )
+    slope = first
+    if len(divisors) > 1 and 2 * first <= usable:
+        slope = max(_step_bytes(model, loss, 2, device) - first, 1)
+    model.zero_grad(set_to_none=True)
+    return max(n for n in divisors if first + (n - 1) * slope <= usable)
+
+
+def _step_bytes(model: Any, loss: Callable[[int], Tensor], num_sequences: int, device: torch.device) -> int:
+    """Memory that a forward and backward pass take beside what was there."""
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        before = module.memory_allocated(device)
+        module.reset_peak_memory_stats(device)
+        loss(num_sequences).backward()
+        return int(module.max_memory_allocated(device) - before)
+    with _saved_bytes() as saved:
+        loss(num_sequences).backward()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in map(_local, model.parameters())}
+    return sum(num_bytes for place, num_bytes in saved.items() if place not in weights)
+
+
+@contextmanager
+def _saved_bytes() -> Iterator[dict[int, int]]:
+    """Bytes, by storage, that autograd keeps: a CPU has no record of its peak."""
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield saved
+
+
+def _free_bytes(device: torch.device, num_local: int) -> int:
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available) // num_local
+    free, _ = torch.get_device_module(device).mem_get_info(device)
+    return int(free)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter

@@ -1,0 +1,308 @@
+"""What an uptraining run is: its settings, how it is carried out, and whether it can be."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..convert.architectures import find_architecture
+from ..convert.checkpoint import Checkpoint, open_checkpoint
+from ..convert.errors import InputError, OutputError, UnsupportedError
+from ..convert.output import PROVENANCE_NAME, check_output
+from ..convert.text import check_tokenizers
+from .budget import Batch
+from .data import WeightedSource
+from .recipe import LossWeights, Objective, Recipe, Stage, Trained, stages
+from .teacher import as_teacher
+
+__all__ = [
+    "REPLACES_NAME",
+    "SETTINGS_NAME",
+    "SWEEP_NAME",
+    "Execution",
+    "UptrainJob",
+    "UptrainSettings",
+    "batch_of",
+    "check_job",
+    "count_processes",
+    "default_learning_rate",
+    "default_sequence_length",
+    "describe",
+    "finished_before",
+    "replaces_output",
+    "sweep_directory",
+    "take_over_fsdp",
+    "work_directory",
+]
+
+SWEEP_NAME = "lr_sweep.json"
+SETTINGS_NAME = "settings.json"
+REPLACES_NAME = "force"
+_FINGERPRINT_BYTES = 64
+_MAX_DEFAULT_SEQUENCE_LENGTH = 2048
+
+
+@dataclass(frozen=True)
+class UptrainSettings:
+    """What decides the trajectory of a run; a resumed run must have the same.
+
+    `warmup_fraction` is of a stage's steps; `precision` is "bf16" (autocast over float32 weights) or "fp32".
+    """
+
+    steps: int
+    sequence_length: int
+    sequences_per_step: int
+    learning_rate: float
+    recipe: Recipe = Recipe.gqa
+    weights: LossWeights = field(default_factory=lambda: LossWeights(kl=0.0, cross_entropy=1.0))
+    trained: Trained = Trained.all
+    layerwise_fraction: float = 0.0
+    layerwise_learning_rate: float | None = None
+    body_lr_multiplier: float = 1.0
+    lr_scheduler: str = "cosine"
+    warmup_fraction: float = 0.03
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    precision: str = "fp32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "sequences_per_step"):
+            if getattr(self, name) < 1:
+                raise UnsupportedError(f"{name.replace('_', ' ')} is {getattr(self, name)}, expected at least 1")
+        if self.sequence_length < 2:
+            raise UnsupportedError(f"sequence length is {self.sequence_length}, expected at least 2")
+        for rate in (self.learning_rate, self.layerwise_learning_rate):
+            if rate is not None and not 0 < rate < math.inf:
+                raise UnsupportedError(f"learning rate is {rate}, expected a positive number")
+        for name in ("body_lr_multiplier", "weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UnsupportedError(f"{name.replace('_', ' ')} is {getattr(self, name)}, expected 0 or more")
+        if not 0 <= self.warmup_fraction <= 1:
+            raise UnsupportedError(f"warmup fraction is {self.warmup_fraction}, expected a number from 0 to 1")
+        if self.precision not in ("bf16", "fp32"):
+            raise UnsupportedError(f"precision is {self.precision!r}, expected 'bf16' or 'fp32'")
+        _ = self.stages
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequences_per_step * self.sequence_length
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return stages(
+            self.recipe,
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            layerwise_fraction=self.layerwise_fraction,
+            layerwise_learning_rate=self.layerwise_learning_rate or self.learning_rate,
+            trained=self.trained,
+        )
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a run is carried out. Another number of processes or micro-batch changes its result by rounding only.
+
+    `micro_batch` counts the sequences that a process takes at once; None stands for as many as fit. `fsdp` shards
+    weights, gradients and optimizer over the processes (FSDP2). `report_to` names trackers of transformers.
+    """
+
+    micro_batch: int | None = 8
+    num_processes: int = 1
+    fsdp: bool = False
+    compile: bool = False
+    activation_checkpointing: bool = False
+    report_to: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class UptrainJob:
+    """What is trained, on what, towards what, and where the result goes.
+
+    `validation_fraction` of the documents are kept out of training and scored during it. With `stream` text is packed
+    while it is needed, and what was read is deleted.
+    """
+
+    checkpoint: Checkpoint
+    settings: UptrainSettings
+    sources: tuple[WeightedSource, ...]
+    output: Path
+    teacher: str | None = None
+    execution: Execution = field(default_factory=Execution)
+    validation_fraction: float = 0.0
+    stream: bool = False
+
+    @property
+    def work(self) -> Path:
+        return work_directory(self.output)
+
+    @property
+    def num_samples(self) -> int:
+        """Sequences that the whole run reads."""
+        return self.settings.steps * self.settings.sequences_per_step
+
+    @property
+    def objective(self) -> str:
+        """In words, for people and for the record."""
+        settings = self.settings
+        parts = []
+        if settings.stages[0].objective is Objective.attention_regression:
+            parts.append("attention regression")
+        if settings.stages[-1].objective is Objective.prediction:
+            names = {"forward KL": settings.weights.kl, "cross-entropy": settings.weights.cross_entropy}
+            parts.append(" + ".join(name for name, weight in names.items() if weight))
+        return ", then ".join(parts)
+
+
+def default_sequence_length(checkpoint: Checkpoint) -> int:
+    """The longest the model takes, at most 2048."""
+    return min(_longest_sequence(checkpoint), _MAX_DEFAULT_SEQUENCE_LENGTH)
+
+
+def default_learning_rate(checkpoint: Checkpoint) -> float:
+    """Near the peak that models of this size are pretrained with: 1e-3 below 100M parameters, 3e-4 below 3B, 1e-4."""
+    size = checkpoint.num_parameters
+    return 1e-3 if size < 1e8 else 3e-4 if size < 3e9 else 1e-4
+
+
+def count_processes() -> int:
+    """How many processes `accelerate launch` or `torchrun` started for this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def take_over_fsdp() -> bool:
+    """Whether accelerate's configuration asks for FSDP. kvconvert shards models while it loads them, by itself."""
+    return os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def work_directory(output: Path) -> Path:
+    """Where a run keeps its blocks, checkpoints, metrics and status until `output` is whole."""
+    return output.with_name(f"{output.name}.uptraining")
+
+
+def sweep_directory(output: Path) -> Path:
+    """Where trials of learning rates are kept until the run that they are for is finished."""
+    return output.with_name(f"{output.name}.lr-sweep")
+
+
+def check_job(job: UptrainJob, *, force: bool = False) -> None:
+    """Raise InputError for whatever can be refused before training; touches nothing."""
+    inputs = [job.checkpoint.directory, *(Path(source.text.location) for source in job.sources)]
+    inputs += [Path(job.teacher)] if job.teacher is not None else []
+    if not finished_before(job):
+        check_output(job.output, force=force or replaces_output(job), inputs=inputs)
+    architecture = find_architecture(job.checkpoint)
+    settings = job.settings
+    if architecture.cross_attention is not None:
+        raise UnsupportedError(
+            f"{job.checkpoint.name}: uptrain takes decoders only, not the encoder-decoder {architecture.model_type}",
+            hint="train it with transformers' Seq2SeqTrainer, which takes it as any other model",
+        )
+    if not architecture.separates_documents:
+        raise UnsupportedError(
+            f"{job.checkpoint.name}: in transformers' {architecture.model_type} documents that share a sequence see "
+            "each other, so that uptrain, which packs them, would teach it nonsense"
+        )
+    longest, length = _longest_sequence(job.checkpoint), settings.sequence_length
+    if length > longest:
+        raise UnsupportedError(
+            f"sequence length {length} does not fit {job.checkpoint.name} (it takes {longest} tokens)",
+            hint=f"use --sequence-length {longest} or less",
+        )
+    _check_needs(job)
+    batch_of(job, job.execution.micro_batch or 1)
+    check_tokenizers(job.checkpoint.directory, job.teacher)
+    if job.teacher is not None:
+        with open_checkpoint(job.teacher) as opened:
+            as_teacher(opened)
+    if force:
+        if job.work.exists() and not (job.work / SETTINGS_NAME).exists():
+            raise OutputError(f"{job.work} is in the way and not a run's", hint="remove it, or choose another --output")
+    elif job.work.exists():
+        _check_same_run(job.work, describe(job))
+
+
+def _check_needs(job: UptrainJob) -> None:
+    """Raise InputError where the recipe's teacher or a tracker is missing."""
+    settings = job.settings
+    regresses = any(stage.objective is Objective.attention_regression for stage in settings.stages)
+    if (regresses or settings.weights.kl > 0) and job.teacher is None:
+        raise InputError(
+            f"recipe {settings.recipe} needs the original model", hint="pass it as --teacher, or use --recipe gqa"
+        )
+    for tracker in job.execution.report_to:
+        if find_spec(tracker) is None:
+            raise InputError(f"--report-to {tracker}: {tracker} is not installed", hint=f"pip install {tracker}")
+
+
+def finished_before(job: UptrainJob) -> bool:
+    """Whether the output holds the result of this very run."""
+    path = job.output / PROVENANCE_NAME
+    if not path.exists():
+        return False
+    record = json.loads(path.read_text()).get("uptraining", {})
+    return all(record.get(key) == value for key, value in describe(job).items())
+
+
+def describe(job: UptrainJob) -> dict[str, Any]:
+    """All that decides the result, as JSON has it; what differs is another run."""
+    description = {
+        "model": Path(job.checkpoint.name).name,
+        "model_fingerprint": _fingerprint(job.checkpoint),
+        "objective": job.objective,
+        "teacher": job.teacher,
+        "data": [asdict(source) for source in job.sources],
+        "validation_fraction": job.validation_fraction,
+        "stream": job.stream,
+        **asdict(job.settings),
+    }
+    return dict(json.loads(json.dumps(description)))
+
+
+def _fingerprint(checkpoint: Checkpoint) -> str:
+    """Another one for other weights: a digest of the config and of some bytes of every tensor."""
+    digest = sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
+    for name, info in sorted(checkpoint.tensors.items()):
+        with (checkpoint.directory / info.file).open("rb") as file:
+            file.seek((info.begin + info.end) // 2)
+            digest.update(f"{name} {info.dtype} {info.shape} ".encode() + file.read(_FINGERPRINT_BYTES))
+    return digest.hexdigest()
+
+
+def _check_same_run(work: Path, description: dict[str, Any]) -> None:
+    path = work / SETTINGS_NAME
+    if not path.exists():
+        raise OutputError(f"{work} is in the way and not a run's", hint="remove it, or choose another --output")
+    saved = json.loads(path.read_text())
+    changed = [
+        f"{key} was {saved.get(key)!r}, now {value!r}" for key, value in description.items() if saved.get(key) != value
+    ]
+    if changed:
+        raise InputError(
+            f"{work} holds an unfinished run with other settings: {'; '.join(changed)}",
+            hint="go on with the same settings, start over with --force, or choose another --output",
+        )
+
+
+def batch_of(job: UptrainJob, micro_batch: int) -> Batch:
+    """How the sequences of a step are shared out. Raises UnsupportedError where they cannot be."""
+    settings = job.settings
+    return Batch(settings.sequences_per_step, settings.sequence_length, job.execution.num_processes, micro_batch)
+
+
+def replaces_output(job: UptrainJob) -> bool:
+    """Whether the run that is under way began with force, so that it may replace an output."""
+    path = job.work / SETTINGS_NAME
+    return path.exists() and bool(json.loads(path.read_text()).get(REPLACES_NAME))
+
+
+def _longest_sequence(checkpoint: Checkpoint) -> int:
+    name = find_architecture(checkpoint).config_name("max_position_embeddings")
+    return checkpoint.config_int(name, default=_MAX_DEFAULT_SEQUENCE_LENGTH)

@@ -1,0 +1,78 @@
+"""The result of an uptraining run: a whole checkpoint in the source's dtypes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+)
+
+from ..convert.card import write_card
+from ..convert.checkpoint import CONFIG_NAME, torch_dtype
+from ..convert.companions import copy_companions, copy_runtime_code
+from ..convert.execute import DEFAULT_MAX_SHARD_BYTES
+from ..convert.loading import check_opens, quiet_transformers
+from ..convert.output import (
+    PROVENANCE_NAME,
+    staged_directory,
+    write_text,
+)
+from .jobs import SWEEP_NAME, UptrainJob, describe, sweep_directory
+from .status import RunStatus, write_status
+
+__all__ = ["METRICS_NAME", "publish", "write_weights"]
+
+METRICS_NAME = "metrics.jsonl"
+
+
+def write_weights(
+    model: Any, weights: dict[str, torch.Tensor], folder: Path, dtypes: dict[str, torch.dtype] | None = None
+) -> None:
+    """Save a model's config and weights, each in the dtype that `dtypes` has for its name, if any."""
+    for tied, original in model.all_tied_weights_keys.items():  # which are two tensors where they were gathered
+        if original in weights:
+            weights.pop(tied, None)
+    for name in weights:
+        weights[name] = weights[name].to((dtypes or {}).get(name, weights[name].dtype))
+    model.generation_config = GenerationConfig()  # the source's own may be invalid; it is copied where it is wanted
+    model.config.distributed_config = None  # the weights are whole
+    with quiet_transformers():
+        model.save_pretrained(folder, state_dict=weights, max_shard_size=DEFAULT_MAX_SHARD_BYTES)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+def publish(
+    job: UptrainJob,
+    model: Any,
+    weights: dict[str, torch.Tensor],
+    *,
+    passes: float,
+    status: RunStatus,
+    force: bool,
+) -> None:
+    """Write weights in the source's dtypes, config and companions of the source, metrics and status."""
+    source = job.checkpoint
+    provenance_path = source.directory / PROVENANCE_NAME
+    provenance = json.loads(provenance_path.read_text()) if provenance_path.exists() else {}
+    tokens = job.settings.steps * job.settings.tokens_per_step
+    provenance["uptraining"] = describe(job) | {"tokens": tokens, "passes": passes}
+    default = torch_dtype(source.dtype)
+    dtypes = {name: torch_dtype(source.tensors[name].dtype) if name in source.tensors else default for name in weights}
+    with staged_directory(job.output, force=force) as staging:
+        write_weights(model, weights, staging, dtypes)
+        copy_companions(source.directory, staging)
+        copy_runtime_code(str(source.config.get("model_type")), staging)
+        shutil.copyfile(source.directory / CONFIG_NAME, staging / CONFIG_NAME)
+        shutil.copyfile(job.work / METRICS_NAME, staging / METRICS_NAME)
+        write_text(staging / PROVENANCE_NAME, json.dumps(provenance, indent=2) + "\n")
+        write_status(staging, status)
+        trials = sweep_directory(job.output) / SWEEP_NAME
+        if trials.exists():
+            shutil.copyfile(trials, staging / SWEEP_NAME)
+        write_card(source.directory, staging, provenance)
+        check_opens(staging)

@@ -1,0 +1,42 @@
+"""The original as uptraining can read it: in a class that it knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..convert.architecture import read_attention
+from ..convert.architectures import find_architecture, known_architecture
+from ..convert.checkpoint import Checkpoint
+from ..convert.errors import UnsupportedError
+from ..convert.execute import execute
+from ..convert.gqa import Gqa
+from ..convert.translations import targets
+
+__all__ = ["as_teacher", "write_teacher"]
+
+
+def as_teacher(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint itself, or the class without grouped attention that it has as one that computes the same.
+
+    That one tells packed documents apart, which classes such as OPT do not. Raises UnsupportedError if there is none.
+    """
+    if known_architecture(checkpoint.config.get("model_type")) is not None:
+        return checkpoint
+    refusal = None
+    for view in targets(checkpoint):
+        if isinstance(view, UnsupportedError):
+            refusal = refusal or view
+            continue
+        architecture = find_architecture(view)
+        num_heads = read_attention(view, architecture).num_key_value_heads
+        if architecture.separates_documents and architecture.refuse_heads(view.config, num_heads) is None:
+            return view
+    raise refusal or UnsupportedError(f"{checkpoint.name}: no class that uptrain knows holds it")
+
+
+def write_teacher(checkpoint: Checkpoint, output: Path) -> None:
+    """Write the checkpoint, all of its heads, in the class of `as_teacher`, to `output`, whole or not at all."""
+    view = as_teacher(checkpoint)
+    architecture = find_architecture(view)
+    same_heads = Gqa(read_attention(view, architecture).num_key_value_heads, allow_same=True)
+    execute(same_heads.plan(view, architecture), view, output)
