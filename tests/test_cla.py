@@ -600,7 +600,18 @@ def test_a_result_is_uptrained_towards_the_original(
     converted, output = tmp_path / "converted", tmp_path / "trained"
     assert kvconvert("mha2cla", source, "--share", 2, "--output", converted).returncode == 0
     outcome = kvconvert(
-        *("uptrain", converted, "--steps", 3, "--batch-size", 2, "--sequence-length", 32, "--data", prose_file),
+        *(
+            "uptrain",
+            converted,
+            "--steps",
+            3,
+            "--global-batch-tokens",
+            64,
+            "--sequence-length",
+            32,
+            "--data",
+            prose_file,
+        ),
         *("--teacher", source, "--output", output, "--json"),
     )
     assert outcome.returncode == 0, outcome.stderr

@@ -278,7 +278,9 @@ def test_a_diverging_run_exits_with_4(
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     outcome = kvconvert("uptrain", model, "--steps", 5, "--data", prose_file, "--quiet")
     assert outcome.returncode == 4
-    assert outcome.stderr.startswith("error: step 1: loss is nan; the weights were not updated\nhint: ")
+    assert outcome.stderr.startswith(
+        "error: step 1: loss is nan; the weights were not updated; no checkpoint was saved before it\nhint: "
+    )
     assert not (tmp_path / "model-uptrained").exists()
 
 

@@ -917,7 +917,7 @@ def test_the_command_end_to_end(
     evaluated = kvconvert("evaluate", result, "--data", prose_file, "--window", 64, "--against", grouped, "--json")
     assert json.loads(evaluated.stdout)["num_tokens"] > 100
     trained = kvconvert(
-        "uptrain", result, "--data", prose_file, "--steps", 2, "--sequence-length", 32, "--batch-size", 2,
+        "uptrain", result, "--data", prose_file, "--steps", 2, "--sequence-length", 32, "--global-batch-tokens", 64,
         "--teacher", grouped, "--output", tmp_path / "trained",
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr

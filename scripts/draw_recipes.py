@@ -1,0 +1,49 @@
+"""Draws what compare_recipes.py printed: excess over tokens, and over compute, for each model.
+
+python scripts/draw_recipes.py rows.jsonl picture.png
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+
+def main() -> None:
+    source, picture = map(Path, sys.argv[1:3])
+    rows: list[dict[str, Any]] = [json.loads(line) for line in source.read_text().splitlines()]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    names = list(dict.fromkeys(_name(row) for row in rows))
+    figure = Figure(figsize=(4 * len(models), 7), layout="constrained")
+    axes = figure.subplots(2, len(models), squeeze=False)
+    for column, model in enumerate(models):
+        for row in (row for row in rows if row["model"] == model):
+            tokens = [point[0] for point in row["curve"]]
+            thousands = [count / 1000 for count in tokens]
+            excess = [point[1] for point in row["curve"]]
+            color = f"C{names.index(_name(row)) % 10}"
+            style = "-" if names.index(_name(row)) < 10 else "--"
+            axes[0][column].plot(thousands, excess, style, color=color, label=_name(row))
+            spent = [count / row["tokens"] * row["compute"] for count in tokens]
+            axes[1][column].plot(spent, excess, style, color=color)
+        axes[0][column].set(title=model, xlabel="tokens (thousands)", ylim=(0, None))
+        axes[1][column].set(xlabel="compute (cross-entropy for all tokens = 1)", ylim=(0, None))
+    for line in axes:
+        line[0].set_ylabel("excess, nats per held-out token")
+    handles: dict[str, Any] = {}
+    for axis in axes[0]:
+        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    figure.savefig(picture, dpi=80)
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['recipe']}, {row['lr']:g}"
+
+
+if __name__ == "__main__":
+    main()
