@@ -256,6 +256,18 @@ def test_a_status_names_the_weights_of_a_finished_stage(train: Train, teacher: P
     assert seen[-1] == str(tmp_path / "out.uptraining/stages/layerwise")
 
 
+def test_a_sharded_checkpoint_is_gone_on_with_sharded(train: Train, tmp_path: Path) -> None:
+    watching = watch(progress=die_after(3))
+    with pytest.raises(KilledError):
+        train("out", watch=watching)
+    checkpoint = tmp_path / "out.uptraining/checkpoints/main/checkpoint-2"
+    (checkpoint / "shards").mkdir()
+    with pytest.raises(InputError, match=r"checkpoint-2 is sharded, and this run is not"):
+        train("out")
+    (checkpoint / "shards").rmdir()
+    train("out")
+
+
 def test_other_weights_under_the_same_name_are_another_model(make_job: Callable[..., UptrainJob]) -> None:
     job = make_job()
     before = jobs.describe(job)

@@ -26,7 +26,7 @@ from transformers import (
 
 from ..convert.architectures import find_architecture
 from ..convert.checkpoint import CONFIG_NAME, open_checkpoint
-from ..convert.errors import DivergedError, PreemptedError, UnsupportedError
+from ..convert.errors import DivergedError, InputError, PreemptedError, UnsupportedError
 from ..convert.loading import quiet_transformers
 from ..convert.output import (
     PROVENANCE_NAME,
@@ -68,7 +68,7 @@ from .publish import METRICS_NAME, publish, write_weights
 from .recipe import LossWeights, Objective, Recipe, Stage, attention_names, trained_names
 from .status import RunStatus, status_of_error, write_status
 from .teacher import as_teacher, write_teacher
-from .trainer import Loss, PredictionLoss, UptrainTrainer
+from .trainer import SHARDS_NAME, Loss, PredictionLoss, UptrainTrainer
 
 __all__ = ["Observation", "UptrainResult", "uptrain"]
 
@@ -239,6 +239,8 @@ class _Run:
         if resume:
             self._steps_before = stage.first_step + (step_of(last) if last else 0)
         self._note(stage.first_step + (step_of(last) if last else 0), last)
+        if last is not None:
+            _check_sharding(job, last)
         student, teacher = self._load(stage, source)
         loss = self._loss(stage, student, teacher)
         micro_batch = self._micro_batch(stage, student, loss)
@@ -412,6 +414,17 @@ class _Run:
         if "loss" in record:
             self._note(record["step"])
         self._watch.show(record)
+
+
+def _check_sharding(job: UptrainJob, checkpoint: Path) -> None:
+    """Raise InputError unless the checkpoint was saved as this run will read it: sharded or whole."""
+    execution = job.execution
+    sharded = (checkpoint / SHARDS_NAME).exists()
+    if sharded != (execution.fsdp and execution.num_processes > 1):
+        raise InputError(
+            f"{checkpoint} is {'sharded' if sharded else 'whole'}, and this run is not",
+            hint="go on with --fsdp and several processes" if sharded else "go on without --fsdp",
+        )
 
 
 def _result(

@@ -17,9 +17,9 @@ from .checkpoints import finish_checkpoint
 from .objective import IGNORED_LABEL, prediction_loss_sum
 from .recipe import LossWeights
 
-__all__ = ["Loss", "PredictionLoss", "UptrainTrainer"]
+__all__ = ["SHARDS_NAME", "Loss", "PredictionLoss", "UptrainTrainer"]
 
-_SHARDS_NAME = "shards"
+SHARDS_NAME = "shards"
 
 
 class Loss(Protocol):
@@ -170,7 +170,7 @@ class UptrainTrainer(Trainer):
             return
         from torch.distributed.checkpoint.state_dict_saver import save
 
-        save(self._sharded_state(), checkpoint_id=str(Path(output_dir) / _SHARDS_NAME))
+        save(self._sharded_state(), checkpoint_id=str(Path(output_dir) / SHARDS_NAME))
         if self.args.should_save:
             torch.save(self._scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
@@ -186,7 +186,7 @@ class UptrainTrainer(Trainer):
         from torch.distributed.checkpoint.state_dict_loader import load
 
         state = self._sharded_state()
-        load(state, checkpoint_id=str(Path(checkpoint) / _SHARDS_NAME))
+        load(state, checkpoint_id=str(Path(checkpoint) / SHARDS_NAME))
         set_state_dict(*self._sharded, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         self._scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
