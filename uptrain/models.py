@@ -17,6 +17,7 @@ __all__ = [
     "freeze_except",
     "full_state",
     "load_for_training",
+    "load_whole_models",
     "require_separation",
     "reshard",
     "share_equal_parameters",

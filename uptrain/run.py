@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ _SCALES_NAME = "attention_scales.json"
 _MICRO_BATCH_NAME = "micro_batch.{stage}.json"
 _OPTIMIZER = "adamw_torch_fused"
 _NUM_SCALE_SAMPLES = 8
+_LONGEST_WAIT = timedelta(days=7)
 _MAX_VALIDATION_BLOCKS = 64
 
 
@@ -154,6 +156,9 @@ class _Run:
     def __init__(self, job: UptrainJob, watch: Observation, state: Any, stop: StopRequests) -> None:
         self._job, self._watch, self._state, self._stop = job, watch, state, stop
         self._packer: CorpusPacker | None = None
+        self._patient = (
+            torch.distributed.new_group(backend="gloo", timeout=_LONGEST_WAIT) if state.num_processes > 1 else None
+        )
         self._architecture = find_architecture(job.checkpoint)
         self._started = time.monotonic()
         self._steps_before = 0
@@ -173,9 +178,9 @@ class _Run:
     def train(self, *, force: bool) -> UptrainResult:
         """Packing, then all stages, from where the run stands; then the result is written."""
         job = self._job
-        with self._state.main_process_first():
-            if self._state.is_main_process:
-                self._packer = _prepare(job, self._stop, begin=lambda: self._note(*_last_saved(job)), force=force)
+        if self._state.is_main_process:
+            self._packer = _prepare(job, self._stop, begin=lambda: self._note(*_last_saved(job)), force=force)
+        self._wait_long()
         self._blocks = PackedBlocks(_data_folder(job), num_samples=job.num_samples)
         self._score = _under_autocast(self._watch.score or _validation_score(job), job.settings.precision)
         plan = job.settings.stages
@@ -194,7 +199,7 @@ class _Run:
                         write_weights(model, weights, staging)
                     shutil.rmtree(_checkpoints_folder(job, stage), ignore_errors=True)
                 self._note(stage.last_step, source)
-                self._state.wait_for_everyone()
+                self._wait_long()
                 del model, weights  # with the teacher, before those of the next stage come
                 gc.collect()
         seconds = time.monotonic() - self._started
@@ -204,7 +209,7 @@ class _Run:
                 finished = replace(self._status, state="finished", exit_code=0, last_checkpoint=None)
                 publish(job, model, weights, passes=passes, status=finished, force=replaces_output(job))
             _remove_work(job)
-        self._state.wait_for_everyone()
+        self._wait_long()
         return _result(
             job,
             passes,
@@ -212,6 +217,14 @@ class _Run:
             steps_done=job.settings.steps - self._steps_before,
             held_out=self._held_out,
         )
+
+    def _wait_long(self) -> None:
+        """Wait for all processes, one of which packs text or writes a model.
+
+        That may take longer than the minutes after which a collective of training is given up as hung.
+        """
+        if self._state.num_processes > 1:
+            torch.distributed.barrier(group=self._patient)
 
     def record(self, error: BaseException) -> None:
         """Write how the run ended."""
