@@ -16,7 +16,7 @@ from rich.console import Console
 from ..convert.checkpoint import Checkpoint, open_checkpoint
 from ..convert.errors import InputError
 from ..convert.text import TextSource, estimate_tokens, load_tokenizer
-from ..uptrain.budget import Budget, default_global_batch_tokens, derive_batch, plan_budget
+from ..uptrain.budget import Batch, Budget, default_global_batch_tokens, derive_batch, plan_budget
 from ..uptrain.cost import (
     RunCost,
     Sharding,
@@ -53,7 +53,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..uptrain.jobs import UptrainJob
+    from ..uptrain.jobs import UptrainJob, UptrainSettings
     from ..uptrain.run import Observation, UptrainResult
 
 __all__ = ["uptrain"]
@@ -265,10 +265,7 @@ class _Plan:
 def _plan(request: Request, checkpoint: Checkpoint, teacher: Checkpoint | None, terminal: Terminal) -> _Plan:
     """What the options come to: the job, how long it is, what it costs."""
     from ..uptrain import jobs
-    from ..uptrain.data import WeightedSource
 
-    num_processes = jobs.count_processes()
-    fsdp = jobs.take_over_fsdp() or request.fsdp
     batch_tokens = default_global_batch_tokens(checkpoint.num_parameters)
     batch = derive_batch(
         global_batch_tokens=batch_tokens
@@ -277,7 +274,7 @@ def _plan(request: Request, checkpoint: Checkpoint, teacher: Checkpoint | None, 
         sequence_length=jobs.default_sequence_length(checkpoint)
         if request.sequence_length is None
         else request.sequence_length,
-        num_processes=num_processes,
+        num_processes=jobs.count_processes(),
         micro_batch=None if request.micro_batch in (None, _AUTO) else _parse_micro_batch(request.micro_batch),
     )
     known = lookup_pretraining_tokens(checkpoint, teacher)
@@ -291,8 +288,36 @@ def _plan(request: Request, checkpoint: Checkpoint, teacher: Checkpoint | None, 
         lookup=known,
         tokens_per_step=batch.tokens_per_step,
     )
-    recipe = request.recipe or (Recipe.gqa if teacher is None else Recipe.distill)
-    settings = jobs.UptrainSettings(
+    settings = _settings(request, checkpoint, batch, budget)
+    job = _job(request, checkpoint, teacher, settings, micro_batch=batch.micro_batch)
+    detected = detect_gpu()
+    student = measure_size(checkpoint)
+    original = None if teacher is None or settings.recipe is Recipe.gqa else measure_size(teacher)
+    sharding: Sharding = "fsdp" if job.execution.fsdp else "none"
+    cost = run_cost(
+        budget,
+        batch,
+        settings.stages,
+        student,
+        original,
+        data_tokens=_data_tokens(job) if request.dry_run else None,
+        gpu_name=request.gpu or detected,
+        sharding=sharding,
+        bf16=settings.precision == "bf16",
+        activation_checkpointing=request.activation_checkpointing,
+    )
+    per_token = {
+        stage.name: flops_per_token(student, original, stage.objective, stage.trained, batch.sequence_length)
+        for stage in settings.stages
+    }
+    return _Plan(job, budget, cost, per_token, None if detected is None else peak_flops(detected))
+
+
+def _settings(request: Request, checkpoint: Checkpoint, batch: Batch, budget: Budget) -> UptrainSettings:
+    from ..uptrain import jobs
+
+    recipe = request.recipe or (Recipe.gqa if request.teacher is None else Recipe.distill)
+    return jobs.UptrainSettings(
         steps=budget.steps,
         sequence_length=batch.sequence_length,
         sequences_per_step=batch.sequences_per_step,
@@ -310,7 +335,20 @@ def _plan(request: Request, checkpoint: Checkpoint, teacher: Checkpoint | None, 
         precision=request.precision.chosen,
         seed=request.seed,
     )
-    job = jobs.UptrainJob(
+
+
+def _job(
+    request: Request,
+    checkpoint: Checkpoint,
+    teacher: Checkpoint | None,
+    settings: UptrainSettings,
+    *,
+    micro_batch: int,
+) -> UptrainJob:
+    from ..uptrain import jobs
+    from ..uptrain.data import WeightedSource
+
+    return jobs.UptrainJob(
         checkpoint=checkpoint,
         settings=settings,
         sources=tuple(
@@ -329,9 +367,9 @@ def _plan(request: Request, checkpoint: Checkpoint, teacher: Checkpoint | None, 
         output=request.output or default_output(checkpoint, "uptrained"),
         teacher=None if teacher is None else str(teacher.directory),
         execution=jobs.Execution(
-            micro_batch=None if request.micro_batch == _AUTO else batch.micro_batch,
-            num_processes=num_processes,
-            fsdp=fsdp,
+            micro_batch=None if request.micro_batch == _AUTO else micro_batch,
+            num_processes=jobs.count_processes(),
+            fsdp=jobs.take_over_fsdp() or request.fsdp,
             compile=request.compile,
             activation_checkpointing=request.activation_checkpointing,
             report_to=tuple(tracker.value for tracker in request.report_to or ()),
@@ -339,28 +377,6 @@ def _plan(request: Request, checkpoint: Checkpoint, teacher: Checkpoint | None, 
         validation_fraction=_validation_fraction(request),
         stream=request.stream,
     )
-    gpu = request.gpu or detect_gpu()
-    student = measure_size(checkpoint)
-    original = None if teacher is None else measure_size(teacher)
-    sharding: Sharding = "fsdp" if fsdp else "none"
-    cost = run_cost(
-        budget,
-        batch,
-        settings.stages,
-        student,
-        original,
-        data_tokens=_data_tokens(job) if request.dry_run else None,
-        gpu_name=gpu,
-        sharding=sharding,
-        bf16=settings.precision == "bf16",
-        activation_checkpointing=request.activation_checkpointing,
-    )
-    per_token = {
-        stage.name: flops_per_token(student, original, stage.objective, stage.trained, batch.sequence_length)
-        for stage in settings.stages
-    }
-    detected = detect_gpu()
-    return _Plan(job, budget, cost, per_token, None if detected is None else peak_flops(detected))
 
 
 def _data_tokens(job: UptrainJob) -> int | None:
