@@ -78,6 +78,11 @@ Train = Callable[..., Path]
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that no worker is left with one when the others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def build_model(model_type: str = "llama", *, seed: int = 0, **overrides: object) -> Any:
     """A tiny float32 model of the real class, its weights large enough that logits have a scale above 1."""
     settings: dict[str, object] = {
