@@ -15,27 +15,32 @@ from kvconvert.uptrain import jobs, run
 from safetensors.torch import load_file
 
 
-@pytest.mark.slow
-def test_sharded_over_two_processes_equals_one(
-    make_checkpoint: CheckpointFactory, prose_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """GQA, CLA and MLA, in both stages; stopped, and gone on with from sharded checkpoints."""
-    monkeypatch.setattr(run, "_OPTIMIZER", "sgd")
-    teacher = make_checkpoint(name="teacher", seed=1, with_tokenizer=True)
-    models = [
-        make_checkpoint(name="gqa", num_key_value_heads=2, tie_word_embeddings=True, with_tokenizer=True),
-        make_checkpoint("cross_layer_decoder", name="cla", kv_source_layers=[0, 0], with_tokenizer=True),
-        make_checkpoint("deepseek_v3", name="mla", with_tokenizer=True, **LATENT),
-    ]
-    torchrun = str(Path(sys.executable).with_name("torchrun"))
+def torchrun(num_processes: int, stop_at: int, *paths: Path) -> None:
+    program = str(Path(sys.executable).with_name("torchrun"))
     outcome = subprocess.run(
-        [torchrun, "--nproc_per_node", "2", launched.__file__, str(teacher), str(prose_file), *map(str, models)],
+        [program, "--nproc_per_node", str(num_processes), launched.__file__, str(stop_at), *map(str, paths)],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(launched.__file__).parent)},
     )
     assert outcome.returncode == 0, outcome.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_sharded_over_processes_equals_one(
+    make_checkpoint: CheckpointFactory, prose_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GQA, CLA and MLA, in both stages; over two processes until one is told to stop, then over four."""
+    monkeypatch.setattr(run, "_training_arguments", launched.smooth_training_arguments)
+    teacher = make_checkpoint(name="teacher", seed=1, with_tokenizer=True)
+    models = [
+        make_checkpoint(name="gqa", num_key_value_heads=2, tie_word_embeddings=True, with_tokenizer=True),
+        make_checkpoint("cross_layer_decoder", name="cla", kv_source_layers=[0, 0], with_tokenizer=True),
+        make_checkpoint("deepseek_v3", name="mla", with_tokenizer=True, **LATENT),
+    ]
+    torchrun(2, 3, teacher, prose_file, *models)
+    torchrun(4, 0, teacher, prose_file, *models)
     for model in models:
         alone = model.with_name(f"{model.name}-alone")
         launched.uptrain(model, teacher, prose_file, alone, jobs.Execution(micro_batch=4))
