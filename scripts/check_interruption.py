@@ -3,13 +3,14 @@
     python scripts/check_interruption.py [--trials 20] [--kills 1] [--jobs 2] [--seed 0]
 
 The demo checkpoint is converted to 2 K/V heads by their mean and uptrained towards the original in both stages, with
-checkpoints every few steps. A trial starts the command, waits for a random part of the time that it takes alone, sends
+checkpoints every few steps. A trial starts the command, waits for a random part of the time that it takes, sends
 SIGKILL or SIGTERM in turn, and gives the same command again, which is interrupted too until there were --kills of them.
 Then model.safetensors has to be equal byte for byte, and every record of metrics.jsonl but for what a clock says.
 
 SIGTERM has to end in exit code 75, or 0 when the run was finished anyhow; before training began and after it was over,
 where nothing has to be saved, 143, 130 and -15 (Python's own, before the command is there) pass too. Prints a row for
-each trial and what was left beside the result. The control, a run with another order of the blocks, must not be equal.
+each trial and what was left beside the result. The time is the lesser of that of the run left alone and of the control,
+which run beside each other as trials do; the control, with another order of the blocks, must not be equal.
 Exits with 1 if anything is not as it should be.
 """
 
@@ -180,15 +181,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         command = _command(arguments, work)
-        reference = work / "alone" / "out"
-        began = time.monotonic()
-        exit_code, error = command.finish(reference)
-        longest = time.monotonic() - began
-        if exit_code:
-            sys.exit(f"the run that is left alone ended with {exit_code}: {error}")
-        print(f"alone: {longest:.1f} s, {len(comparable((reference / _METRICS).read_text()))} records")
+        reference, other = work / "alone" / "out", work / "control" / "out"
         with ThreadPoolExecutor(max_workers=arguments.jobs) as executor:
-            control = executor.submit(command.finish, work / "control" / "out", "--seed", "1")
+            alone = executor.submit(_time, command, reference)
+            control = executor.submit(_time, command, other, "--seed", "1")
+            longest = min(alone.result(), control.result())
+            print(f"undisturbed: {longest:.1f} s, {len(comparable((reference / _METRICS).read_text()))} records")
             planned = plans(trials=arguments.trials, kills=arguments.kills, longest=longest, seed=arguments.seed)
             running = [
                 executor.submit(run_trial, command, work / f"trial-{number}" / "out", reference, plan)
@@ -200,11 +198,20 @@ def main() -> None:
             for number, future in enumerate(running, start=1):
                 trials.append(future.result())
                 _show(number, trials[-1])
-            differs = control.result()[0] == 0 and not is_equal(work / "control" / "out", reference)
+        differs = not is_equal(other, reference)
         idle = _nothing_happens_again(command, reference)
     passed = all(trial.is_as_it_should_be for trial in trials) and differs and idle
     _summarise(trials, differs=differs, idle=idle)
     sys.exit(0 if passed else 1)
+
+
+def _time(command: Command, output: Path, *options: str) -> float:
+    """Seconds that a run which nothing disturbs takes."""
+    began = time.monotonic()
+    exit_code, error = command.finish(output, *options)
+    if exit_code:
+        sys.exit(f"a run that nothing disturbed ended with {exit_code}: {error}")
+    return time.monotonic() - began
 
 
 def _command(arguments: argparse.Namespace, work: Path) -> Command:
