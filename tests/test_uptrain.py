@@ -386,9 +386,11 @@ def test_light_shares_what_it_does_not_train_and_leaves_it(
     with open_checkpoint(original) as checkpoint:
         execute(Gqa(2).plan(checkpoint, find_architecture(checkpoint)), checkpoint, tmp_path / "gqa2")
     models: list[Any] = []
+    loaded: list[set[torch.dtype]] = []
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         models.append(load_for_training(*args, **kwargs))
+        loaded.append({parameter.dtype for parameter in models[-1].parameters()})
         return models[-1]
 
     monkeypatch.setattr(run, "load_for_training", spy)
@@ -400,6 +402,7 @@ def test_light_shares_what_it_does_not_train_and_leaves_it(
     trained = {name for name in student if ".self_attn." in name}
     assert {name for name in student if student[name].data_ptr() == teacher[name].data_ptr()} == set(student) - trained
     kept = torch.float32 if precision == "fp32" else torch.bfloat16
+    assert loaded == [{kept}] * 4  # two models of two stages, and none in float32 first
     assert {student[name].dtype for name in set(student) - trained} == {kept}
     assert {student[name].dtype for name in trained} == {torch.float32}
     before, after = weights(tmp_path / "gqa2"), weights(output)

@@ -21,6 +21,7 @@ __all__ = [
     "require_separation",
     "reshard",
     "share_equal_parameters",
+    "train_in_float32",
 ]
 
 _PROBE_TOKENS = 16
@@ -46,6 +47,13 @@ def freeze_except(model: Any, names: frozenset[str]) -> None:
     """Let gradients reach the named parameters only."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
+
+
+def train_in_float32(model: Any) -> None:
+    """Put what is trained into float32: in bfloat16 most updates at usual learning rates are lost in rounding."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def share_equal_parameters(student: Any, teacher: Any) -> int:

@@ -63,6 +63,7 @@ from .models import (
     load_whole_models,
     require_separation,
     share_equal_parameters,
+    train_in_float32,
 )
 from .objective import IGNORED_LABEL, prediction_loss_sum
 from .publish import METRICS_NAME, publish, write_weights
@@ -126,9 +127,9 @@ class Observation:
 def uptrain(job: UptrainJob, watch: Observation, *, force: bool = False) -> UptrainResult:
     """Train a converted checkpoint and write the result, in the source's dtypes, to `job.output`.
 
-    The student is loaded in float32: in bfloat16 most updates at usual learning rates are lost in rounding. Until the
-    end everything is in `job.work`, from where a run that was stopped goes on by itself, bit-exactly if it is carried
-    out in the same way; `force` starts over. A run that is finished is not run again.
+    What is trained is in float32. Until the end everything is in `job.work`, from where a run that was stopped goes on
+    by itself, bit-exactly if it is carried out in the same way; `force` starts over. A run that is finished is not run
+    again.
     Raises InputError for unusable input, DivergedError on a non-finite loss or gradient (before the optimizer step),
     PreemptedError after SIGTERM, SIGINT or SIGUSR1 and before `watch.deadline`, once a checkpoint is saved.
     """
@@ -313,26 +314,36 @@ class _Run:
         bf16 = settings.precision == "bf16"
         num_shards = job.execution.num_processes if job.execution.fsdp else 1
         device = self._state.device
+        # FSDP2 wants one dtype in a layer; what is shared has one, and without autocast that is what is trained in
+        shares = settings.recipe is Recipe.light and num_shards == 1
+        shared_dtype = "auto" if bf16 else torch.float32
         student = load_for_training(
-            source, self._architecture, dtype=torch.float32, device=device, num_shards=num_shards
+            source,
+            self._architecture,
+            dtype=shared_dtype if shares else torch.float32,
+            device=device,
+            num_shards=num_shards,
         )
         freeze_except(
             student,
             trained_names([name for name, _ in student.named_parameters()], self._architecture, stage.trained),
         )
+        train_in_float32(student)
         require_separation(student, name=job.checkpoint.name, bf16=bf16)
         if job.teacher is None or (stage.objective is Objective.prediction and settings.weights.kl == 0):
             return student, None
-        # what is shared has one dtype, and without autocast that has to be the student's
-        dtype = torch.float32 if settings.recipe is Recipe.light and not bf16 else "auto"
         directory = _teacher_folder(job)
         with open_checkpoint(directory) as opened:
             architecture = find_architecture(opened)
         teacher = load_for_training(
-            directory, architecture, dtype=dtype, device=device, num_shards=num_shards
+            directory,
+            architecture,
+            dtype=shared_dtype if shares else "auto",
+            device=device,
+            num_shards=num_shards,
         ).requires_grad_(False)
         require_separation(teacher, name=job.teacher, bf16=bf16)
-        if settings.recipe is Recipe.light and num_shards == 1:
+        if shares:
             share_equal_parameters(student, teacher)
         return student, teacher
 
