@@ -118,13 +118,16 @@ def test_evaluation_before_the_first_step_of_a_run_only(arguments: TrainingArgum
     assert scored == [(0, 0)]
 
 
-def test_checkpoints_every_few_steps_but_not_after_the_last(arguments: TrainingArguments) -> None:
+@pytest.mark.parametrize(("every", "at_end", "expected"), [(5, False, [5]), (5, True, [5, 10]), (4, True, [4, 8, 10])])
+def test_checkpoints_every_few_steps_and_maybe_after_the_last(
+    every: int, at_end: bool, expected: list[int], arguments: TrainingArguments
+) -> None:
     asked = []
     for step in range(1, 11):
         control = TrainerControl()
-        Checkpoints(5).on_step_end(arguments, at(step), control)
+        Checkpoints(every, at_end=at_end).on_step_end(arguments, at(step), control)
         asked += [step] if control.should_save else []
-    assert asked == [5]
+    assert asked == expected
 
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]

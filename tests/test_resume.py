@@ -65,7 +65,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 def test_a_run_of_two_stages_that_is_killed_everywhere(
     train: Train, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps 1 to 3 fit attention, 4 to 6 the whole; checkpoints after 2 and 5."""
+    """Steps 1 to 3 fit attention, 4 to 6 the whole; checkpoints after 2, 5 and 6."""
     whole = train("whole", settings=TWO_STAGES, teacher=teacher, watch=watch())
     work, stage = tmp_path / "parts.uptraining", tmp_path / "parts.uptraining/stages/layerwise"
     checkpoints = work / "checkpoints"
@@ -74,7 +74,7 @@ def test_a_run_of_two_stages_that_is_killed_everywhere(
         with pytest.raises(KilledError):
             train("parts", settings=TWO_STAGES, teacher=teacher, watch=watch(**fields))
 
-    def killed_in(name: str, *, after: bool) -> None:
+    def killed_in(name: str, *, after: bool, **fields: Any) -> None:
         function = getattr(run, name)
 
         def dying(*args: Any, **kwargs: Any) -> Any:
@@ -84,7 +84,7 @@ def test_a_run_of_two_stages_that_is_killed_everywhere(
 
         with monkeypatch.context() as patch:
             patch.setattr(run, name, dying)
-            killed()
+            killed(**fields)
 
     killed(progress=die_after(0))
     killed(progress=die_after(1))  # before the first checkpoint
@@ -107,7 +107,10 @@ def test_a_run_of_two_stages_that_is_killed_everywhere(
     assert (checkpoints / "main/checkpoint-2/COMPLETE.json").exists()
     killed_in("publish", after=False)
     assert not (tmp_path / "parts").exists()
-    killed_in("_remove_work", after=False)  # the result is there, and so is the work
+    assert (checkpoints / "main/checkpoint-3/COMPLETE.json").exists()
+    done: list[int] = []
+    killed_in("_remove_work", after=False, progress=done.append)  # the result is there, and so is the work
+    assert done == [3]  # no step was done again for it
     assert work.exists()
     assert same_weights(whole, tmp_path / "parts")
     train("parts", settings=TWO_STAGES, teacher=teacher)

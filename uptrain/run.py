@@ -426,7 +426,9 @@ class _Run:
         if self._packer is not None and job.stream:
             callbacks.append(PackAhead(self._packer, stage, job.settings.sequences_per_step))
         saved = lambda step: self._note(stage.first_step + step, folder / f"checkpoint-{step}")  # noqa: E731
-        return [*callbacks, Checkpoints(watch.save_steps, on_save=saved), self._stop]
+        # a result that cannot be written, on a full disk say, must not cost the steps before it
+        at_end = watch.keep and stage == job.settings.stages[-1]
+        return [*callbacks, Checkpoints(watch.save_steps, at_end=at_end, on_save=saved), self._stop]
 
     def _held_out_score(self, model: Any) -> float:
         """In every process: all of them compare trials of learning rates by it."""
