@@ -4,9 +4,10 @@
 
 The same model, packed blocks, batch, optimizer, schedule and precision in each run: `bare` is what a user writes, a
 Trainer that gets labels and position_ids and takes the model's own loss, with use_cache off; `CE` and `KL` are uptrain
-with cross-entropy and with forward KL to a teacher, MODEL itself unless another is named. Every run has a process of
-its own. Rounds run all of them, one after another, forwards and backwards in turn, so that a ratio is of neighbours on
-a machine that others use too. The first --warm-up steps are not counted. Checkpoints and evaluation are left out.
+with cross-entropy and with forward KL to a teacher, MODEL itself unless another is named; `light` is forward KL that
+trains attention alone and shares the rest with the teacher. Every run has a process of its own. Rounds run all of them,
+one after another, forwards and backwards in turn, so that a ratio is of neighbours on a machine that others use too.
+The first --warm-up steps are not counted. Checkpoints and evaluation are left out.
 
 Prints tokens/s of each over the rounds, and its peak memory: the largest resident set of its process, libraries
 included, beside what was resident when its first step began; with CUDA what torch allocated at most, and MFU by the
@@ -128,7 +129,7 @@ def main() -> None:
     if arguments.run is not None:
         _work(arguments)
         return
-    names = ["bare", "CE", "KL"]
+    names = ["bare", "CE", "KL", "light"]
     names += [f"{name}, compiled" for name in names] if arguments.compile else []
     runs: dict[str, list[Run]] = {name: [] for name in names}
     for number in range(arguments.rounds):
@@ -174,14 +175,15 @@ def _settings(arguments: argparse.Namespace, name: str, precision: str) -> Any:
     from kvconvert.uptrain.jobs import UptrainSettings
     from kvconvert.uptrain.recipe import LossWeights, Recipe
 
-    with_teacher: dict[str, Any] = {"recipe": Recipe.distill, "weights": LossWeights()}
+    recipes = {"KL": Recipe.distill, "light": Recipe.light}
+    with_teacher: dict[str, Any] = {"recipe": recipes[name], "weights": LossWeights()} if name in recipes else {}
     return UptrainSettings(
         steps=arguments.steps,
         sequence_length=arguments.sequence_length,
         sequences_per_step=arguments.sequences_per_step,
         learning_rate=_LEARNING_RATE,
         precision=precision,
-        **(with_teacher if name == "KL" else {}),
+        **with_teacher,
     )
 
 
@@ -202,7 +204,7 @@ def _uptrain(arguments: argparse.Namespace, settings: Any, clock: Clock, *, comp
 
     watch = run.Observation(
         save_steps=10**9,
-        log_steps=_LOG_STEPS,
+        log_steps=min(_LOG_STEPS, settings.steps),
         progress=progress,
         show=lambda record: losses.append(record["loss"]),
         keep=False,
@@ -254,7 +256,7 @@ def _bare(arguments: argparse.Namespace, settings: Any, clock: Clock, *, compile
             max_grad_norm=settings.max_grad_norm,
             bf16=settings.precision == "bf16",
             use_cpu=not cuda,
-            logging_steps=_LOG_STEPS,
+            logging_steps=min(_LOG_STEPS, settings.steps),
             save_strategy="no",
             train_sampling_strategy="sequential",
             disable_tqdm=True,
@@ -293,15 +295,16 @@ def _utilisation(arguments: argparse.Namespace, settings: Any, clock: Clock) -> 
     import torch
     from kvconvert.convert import open_checkpoint
     from kvconvert.uptrain.cost import flops_per_token, measure_size, peak_flops
-    from kvconvert.uptrain.recipe import Objective, Trained
+    from kvconvert.uptrain.recipe import Objective, Recipe, Trained
 
     peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     if peak is None:
         return None
     with open_checkpoint(arguments.model) as student, open_checkpoint(arguments.teacher or arguments.model) as teacher:
         original = measure_size(teacher) if settings.recipe.needs_teacher else None
+        trained = Trained.attention if settings.recipe is Recipe.light else Trained.all
         per_token = flops_per_token(
-            measure_size(student), original, Objective.prediction, Trained.all, settings.sequence_length
+            measure_size(student), original, Objective.prediction, trained, settings.sequence_length
         )
     num_tokens: int = settings.tokens_per_step * len(clock.seconds)
     return per_token * num_tokens / sum(clock.seconds) / peak
