@@ -21,7 +21,7 @@ from kvconvert.convert import (
 from kvconvert.convert.architecture import Architecture
 from kvconvert.convert.architectures import ARCHITECTURES
 from kvconvert.convert.errors import UnsupportedError
-from kvconvert.uptrain.attention_regression import AttentionRegression
+from kvconvert.uptrain.attention_regression import AttentionRegression, require_same_size
 from kvconvert.uptrain.models import freeze_except
 from kvconvert.uptrain.recipe import attention_names
 from test_mla import convert as convert_to_mla
@@ -236,6 +236,7 @@ def test_attention_that_adds_nothing_has_no_scale() -> None:
     ],
 )
 def test_a_teacher_of_another_size_is_refused(overrides: dict[str, Any], message: str) -> None:
-    llama = ARCHITECTURES["llama"]
+    teacher = build_model(**overrides).config
     with pytest.raises(UnsupportedError, match=message):
-        AttentionRegression(build_model(), build_model(**overrides), llama, llama)
+        require_same_size(build_model().config, teacher)
+    require_same_size(teacher, teacher)

@@ -22,7 +22,7 @@ from conftest import (
     settings_with,
     weights,
 )
-from kvconvert.convert.errors import InputError
+from kvconvert.convert.errors import InputError, UnsupportedError
 from kvconvert.convert.output import write_text
 from kvconvert.uptrain import jobs, packing, run
 from kvconvert.uptrain.data import PackedBlocks
@@ -180,6 +180,30 @@ def test_another_recipe_is_refused(make_job: Callable[..., UptrainJob], teacher:
     light = replace(TWO_STAGES, recipe=Recipe.light)
     with pytest.raises(InputError, match="recipe was 'distill', now 'light'"):
         jobs.check_job(make_job(settings=light, teacher=teacher))
+
+
+def test_a_torn_checkpoint_costs_steps_and_is_told(train: Train, tmp_path: Path) -> None:
+    whole = train("whole", watch=watch())
+    with pytest.raises(KilledError):
+        train("parts", watch=watch(progress=die_after(5)))
+    newest = tmp_path / "parts.uptraining/checkpoints/main/checkpoint-4"
+    optimizer = (newest / "optimizer.pt").read_bytes()
+    (newest / "optimizer.pt").write_bytes(optimizer[:-1])
+    remarks: list[str] = []
+    begun: list[int] = []
+    parts = train("parts", watch=watch(remark=remarks.append, progress=begun.append))
+    assert remarks == [f"{newest} is not complete and was removed"]
+    assert begun[0] == 2
+    assert same_weights(whole, parts)
+
+
+def test_a_teacher_of_another_size_cannot_be_fitted_to(
+    make_job: Callable[..., UptrainJob], make_checkpoint: CheckpointFactory
+) -> None:
+    other = make_checkpoint(name="other", num_hidden_layers=3, with_tokenizer=True)
+    with pytest.raises(UnsupportedError, match="the student has 2 layers of 64, the teacher 3 of 64"):
+        jobs.check_job(make_job(settings=TWO_STAGES, teacher=other))
+    jobs.check_job(make_job(settings=replace(TWO_STAGES, layerwise_fraction=0.0), teacher=other))
 
 
 def test_another_micro_batch_goes_on(train: Train) -> None:

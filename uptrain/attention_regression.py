@@ -16,7 +16,7 @@ from torch import Tensor
 from ..convert.architecture import Architecture
 from ..convert.errors import UnsupportedError
 
-__all__ = ["AttentionRegression", "decoder_layers"]
+__all__ = ["AttentionRegression", "decoder_layers", "require_same_size"]
 
 _FEED_FORWARDS = ("mlp", "ffn")
 
@@ -26,12 +26,23 @@ def decoder_layers(model: Any, architecture: Architecture) -> list[Any]:
     return list(model.get_submodule(architecture.attention.partition(".{layer}")[0]))
 
 
+def require_same_size(student: Any, teacher: Any) -> None:
+    """Raise UnsupportedError unless the layers of two models correspond, by their configs."""
+    sizes = [(config.num_hidden_layers, config.hidden_size) for config in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise UnsupportedError(
+            "attention can be fitted layer by layer only to a teacher of the same size: the student has "
+            f"{sizes[0][0]} layers of {sizes[0][1]}, the teacher {sizes[1][0]} of {sizes[1][1]}",
+            hint="leave the layer-wise stage out with --layerwise-fraction 0",
+        )
+
+
 class AttentionRegression:
     """Sum over tokens of the mean over layers of ‖student's attention output − teacher's‖² / E‖teacher's‖².
 
     An output is that of o_proj, whatever a class does with it next. E‖teacher's‖² per token comes from a sample that is
     the same throughout a run (`measure_scales`, or `scales` of a run to go on with), so that how a batch is cut into
-    micro-batches changes nothing. Raises UnsupportedError where the layers of the two do not correspond.
+    micro-batches changes nothing. The two have to be of the same size.
     """
 
     def __init__(
@@ -43,13 +54,6 @@ class AttentionRegression:
         *,
         scales: Iterable[float] = (),
     ) -> None:
-        sizes = [(model.config.num_hidden_layers, model.config.hidden_size) for model in (student, teacher)]
-        if sizes[0] != sizes[1]:
-            raise UnsupportedError(
-                "attention can be fitted layer by layer only to a teacher of the same size: the student has "
-                f"{sizes[0][0]} layers of {sizes[0][1]}, the teacher {sizes[1][0]} of {sizes[1][1]}",
-                hint="leave the layer-wise stage out with --layerwise-fraction 0",
-            )
         self._teacher = teacher
         self._active = False
         self._hidden_states: dict[int, Tensor] = {}

@@ -14,8 +14,10 @@ from typing import Any
 from ..convert.architectures import find_architecture
 from ..convert.checkpoint import Checkpoint, open_checkpoint
 from ..convert.errors import InputError, OutputError, UnsupportedError
+from ..convert.loading import class_config
 from ..convert.output import PROVENANCE_NAME, check_output
 from ..convert.text import check_tokenizers
+from .attention_regression import require_same_size
 from .budget import Batch
 from .data import WeightedSource
 from .recipe import LossWeights, Objective, Recipe, Stage, Trained, stages
@@ -221,7 +223,9 @@ def check_job(job: UptrainJob, *, force: bool = False) -> None:
     check_tokenizers(job.checkpoint.directory, job.teacher)
     if job.teacher is not None:
         with open_checkpoint(job.teacher) as opened:
-            as_teacher(opened)
+            teacher = as_teacher(opened).config
+        if _regresses(settings):
+            require_same_size(class_config(job.checkpoint.config), class_config(teacher))
     if force:
         if job.work.exists() and not (job.work / SETTINGS_NAME).exists():
             raise OutputError(f"{job.work} is in the way and not a run's", hint="remove it, or choose another --output")
@@ -232,14 +236,17 @@ def check_job(job: UptrainJob, *, force: bool = False) -> None:
 def _check_needs(job: UptrainJob) -> None:
     """Raise InputError where the recipe's teacher or a tracker is missing."""
     settings = job.settings
-    regresses = any(stage.objective is Objective.attention_regression for stage in settings.stages)
-    if (regresses or settings.weights.kl > 0) and job.teacher is None:
+    if (_regresses(settings) or settings.weights.kl > 0) and job.teacher is None:
         raise InputError(
             f"recipe {settings.recipe} needs the original model", hint="pass it as --teacher, or use --recipe gqa"
         )
     for tracker in job.execution.report_to:
         if find_spec(tracker) is None:
             raise InputError(f"--report-to {tracker}: {tracker} is not installed", hint=f"pip install {tracker}")
+
+
+def _regresses(settings: UptrainSettings) -> bool:
+    return any(stage.objective is Objective.attention_regression for stage in settings.stages)
 
 
 def finished_before(job: UptrainJob) -> bool:

@@ -246,15 +246,7 @@ class _Run:
         job, settings = self._job, self._job.settings
         torch.manual_seed(settings.seed)
         folder = _checkpoints_folder(job, stage)
-        if self._state.is_main_process:
-            remove_torn(folder)
-        self._state.wait_for_everyone()
-        last = last_complete(folder)
-        if resume:
-            self._steps_before = stage.first_step + (step_of(last) if last else 0)
-        self._note(stage.first_step + (step_of(last) if last else 0), last)
-        if last is not None:
-            _check_sharding(job, last)
+        last = self._last_checkpoint(stage, folder, resume=resume)
         student, teacher = self._load(stage, source)
         loss = self._loss(stage, student, teacher)
         micro_batch = self._micro_batch(stage, student, loss)
@@ -301,6 +293,21 @@ class _Run:
         load_whole_models()
         trainer.accelerator.free_memory()
         return student, weights
+
+    def _last_checkpoint(self, stage: Stage, folder: Path, *, resume: bool) -> Path | None:
+        """What the stage goes on from, if anything; torn checkpoints are removed."""
+        if self._state.is_main_process:
+            for torn in remove_torn(folder):
+                self._watch.remark(f"{torn} is not complete and was removed")
+        self._state.wait_for_everyone()
+        last = last_complete(folder)
+        step = stage.first_step + (step_of(last) if last else 0)
+        if resume:
+            self._steps_before = step
+        self._note(step, last)
+        if last is not None:
+            _check_sharding(self._job, last)
+        return last
 
     def _samples(self, stage: Stage) -> PackedBlocks:
         per_step = self._job.settings.sequences_per_step
