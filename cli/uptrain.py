@@ -237,7 +237,7 @@ def uptrain(request: Request) -> None:
         job, swept = plan.job, False
         if request.lr_sweep and not request.force and (trials := sweep.finished_trials(job, request.lr_sweep)):
             job, swept = sweep.with_best_rate(job, trials), True
-        jobs.check_job(job, force=request.force)
+        jobs.check_job(job, held_out=_held_out(request), force=request.force)
         if request.dry_run:
             if plan.cost.warning is not None:
                 terminal.remark(plan.cost.warning)
@@ -418,24 +418,26 @@ def _parse_micro_batch(text: str) -> int:
 def _observation(request: Request, plan: _Plan, terminal: Terminal, deadline: float | None) -> Observation:
     from ..uptrain import run
 
-    score = None
-    if request.eval_data is not None:
-        source = TextSource(
-            request.eval_data, text_field=request.text_field, split=request.split, config=request.data_config
-        )
-        score = _scorer(plan.job, source)
+    held_out = _held_out(request)
     return run.Observation(
         save_steps=request.save_steps,
         log_steps=request.log_steps,
         eval_steps=request.eval_steps,
         deadline=deadline,
-        score=score,
+        score=None if held_out is None else _scorer(plan.job, held_out),
         show=lambda record: terminal.remark(_metrics_line(record)),
         remark=terminal.remark,
         flops_per_token=plan.flops_per_token,
         peak_flops=plan.peak_flops,
         command=shlex.join(["kvconvert", *(word for word in sys.argv[1:] if word != "--force")]),
     )
+
+
+def _held_out(request: Request) -> TextSource | None:
+    """The text that --eval-data names."""
+    if request.eval_data is None:
+        return None
+    return TextSource(request.eval_data, text_field=request.text_field, split=request.split, config=request.data_config)
 
 
 def _scorer(job: UptrainJob, source: TextSource) -> Any:

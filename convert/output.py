@@ -13,6 +13,7 @@ from .errors import KvConvertError, OutputError
 
 __all__ = [
     "PROVENANCE_NAME",
+    "check_apart",
     "check_file",
     "check_free_space",
     "check_output",
@@ -42,10 +43,7 @@ def check_output(output: Path, *, force: bool, inputs: Sequence[Path] = ()) -> N
     It must not exist, or with `force` be an empty directory or one that kvconvert wrote; and it must not be or hold
     any of `inputs`.
     """
-    for path in inputs:
-        if output.resolve() in (path.resolve(), *path.resolve().parents):
-            what = "is" if output.resolve() == path.resolve() else "holds"
-            raise OutputError(f"{output} {what} {path}, which is read", hint=_ELSEWHERE)
+    check_apart(output, inputs)
     if output.is_symlink():
         raise OutputError(f"{output} is a symbolic link", hint=_ELSEWHERE)
     if output.exists() and not output.is_dir():
@@ -60,6 +58,14 @@ def check_output(output: Path, *, force: bool, inputs: Sequence[Path] = ()) -> N
     parent = existing_parent(output)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"{output} cannot be created: {parent} is not a writable directory")
+
+
+def check_apart(place: Path, inputs: Sequence[Path]) -> None:
+    """Raise OutputError if a directory that is written, or removed, is or holds any of `inputs`."""
+    for path in inputs:
+        if place.resolve() in (path.resolve(), *path.resolve().parents):
+            what = "is" if place.resolve() == path.resolve() else "holds"
+            raise OutputError(f"{place} {what} {path}, which is read", hint=_ELSEWHERE)
 
 
 def check_free_space(output: Path, num_bytes: int) -> None:

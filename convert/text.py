@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import random
+import re
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,6 +50,8 @@ _TOKENIZER_FILES = (
 )
 _ENCODE_BATCH = 64
 _SAMPLE_DOCUMENTS = 256
+_DATASET_NAME = re.compile(r"(?!.*\.(txt|md|jsonl|gz|parquet)$)([\w-][\w.-]*/)?[\w-][\w.-]*")
+_KINDS_HINT = "give a text, JSONL or parquet file, a directory of them, or the name of a dataset on the hub"
 _MAX_OPEN_FILES = 16
 # the parts of a fast tokenizer that decide which ids a text becomes; truncation and padding change as it is used
 _FAST_TOKENIZER_PARTS = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model")
@@ -67,6 +70,14 @@ class TextSource:
     split: str = "train"
     config: str | None = None
     revision: str | None = None
+
+    @property
+    def path(self) -> Path:
+        """Where its files are, if it has files."""
+        try:
+            return Path(self.location).expanduser()
+        except RuntimeError:  # there is no such user
+            return Path(self.location)
 
 
 def read_documents(source: TextSource) -> Iterator[str]:
@@ -133,7 +144,7 @@ def estimate_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> i
 
 def pin_revision(source: TextSource) -> TextSource:
     """The source with the commit that its dataset is at now; unchanged for files and where the hub cannot be asked."""
-    if Path(source.location).expanduser().exists():
+    if source.path.exists():
         return source
     from huggingface_hub import HfApi
 
@@ -225,7 +236,9 @@ def _vocab_size(model: str | Path) -> int:
 
 def _files(source: TextSource) -> list[Path] | None:
     """The source's files in the order of their names, or None if it is a named dataset. Raises DataError."""
-    path = Path(source.location).expanduser()
+    path = source.path
+    if not path.exists() and not _DATASET_NAME.fullmatch(source.location):
+        raise DataError(f"{source.location}: no such file", hint=_KINDS_HINT)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and _reader(file))
         if not files:
@@ -304,7 +317,7 @@ def _read_dataset(source: TextSource) -> Iterator[str]:
         reason = str(error).strip().splitlines()[0]
         raise DataError(
             f"{source.location}: no such file here, and not a readable dataset ({reason})",
-            hint="give a text, JSONL or parquet file, a directory of them, or the name of a dataset on the hub",
+            hint=_KINDS_HINT,
         ) from error
 
 

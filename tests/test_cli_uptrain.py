@@ -72,10 +72,20 @@ def test_pretraining_tokens_beside_the_model_give_the_default(uptrain: Invoke, t
         (["--steps", 1, "--temperature", 0], "temperature is 0.0, expected a positive number"),
         (["--steps", 1, "--lr", "inf"], "learning rate is inf, expected a positive number"),
         (["--steps", 1, "--sequence-length", 4096], "sequence length 4096 does not fit"),
+        (["--steps", 1, "--seed", -1], "seed is -1, expected a number from 0 to 2**32 - 1"),
+        (["--steps", 1, "--seed", 2**32], "seed is 4294967296, expected"),
+        (["--steps", 1, "--validation-fraction", 1], "validation fraction is 1, expected 0 or more and less than 1"),
+        (["--steps", 1, "--data", "/no/such.jsonl"], "/no/such.jsonl: no such file"),
+        (["--steps", 1, "--eval-data", "./no-such"], "./no-such: no such file"),
+        (["--steps", 1, "--output", "."], ". is no place for a new directory"),
+        (["--steps", 1, "--output", "/"], "/ is no place for a new directory"),
     ],
 )
-def test_refusals(arguments: list[object], message: str, uptrain: Invoke, tmp_path: Path) -> None:
-    outcome = uptrain(*arguments, "--global-batch-tokens", 1024)
+@pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=["run", "dry-run"])
+def test_refusals(
+    arguments: list[object], message: str, more: tuple[str, ...], uptrain: Invoke, tmp_path: Path
+) -> None:
+    outcome = uptrain(*arguments, "--global-batch-tokens", 1024, *more)
     assert outcome.exit_code == 2
     assert outcome.stdout == ""
     assert outcome.stderr.splitlines()[-1].startswith(("error: ", "hint: "))

@@ -22,11 +22,13 @@ from conftest import (
     settings_with,
     weights,
 )
-from kvconvert.convert.errors import InputError, UnsupportedError
+from kvconvert.convert.errors import InputError, OutputError, UnsupportedError
 from kvconvert.convert.output import write_text
+from kvconvert.convert.text import TextSource
 from kvconvert.uptrain import jobs, packing, run
 from kvconvert.uptrain.data import PackedBlocks
 from kvconvert.uptrain.jobs import UptrainJob
+from kvconvert.uptrain.lock import sole_run_in
 from kvconvert.uptrain.models import load_for_training
 from kvconvert.uptrain.recipe import LossWeights, Recipe, Trained
 from safetensors.torch import load_file, save_file
@@ -149,7 +151,7 @@ def test_a_finished_run_is_not_run_again(
         ({"settings": settings_with(seed=1)}, "seed was 0, now 1"),
         ({"settings": settings_with(trained=Trained.kv)}, "trained was 'all', now 'kv'"),
         ({"data": "other"}, r"data was \[.*prose\.jsonl.*\], now \[.*other\.jsonl"),
-        ({"teacher": "teacher"}, "teacher was None, now '.*teacher'"),
+        ({"teacher": "teacher"}, "teacher was None, now 'teacher'"),
         ({"validation_fraction": 0.5}, r"validation_fraction was 0\.0, now 0\.5"),
         ({"stream": True}, "stream was False, now True"),
     ],
@@ -304,6 +306,41 @@ def test_other_weights_under_the_same_name_are_another_model(make_job: Callable[
     save_file(tensors, path, metadata={"format": "pt"})
     changed = [key for key, value in jobs.describe(make_job()).items() if value != before[key]]
     assert changed == ["model_fingerprint"]
+
+
+def test_other_weights_of_the_teacher_are_another_teacher(make_job: Callable[..., UptrainJob], teacher: Path) -> None:
+    before = jobs.describe(make_job(settings=TWO_STAGES, teacher=teacher))
+    path = teacher / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"] += 1.0
+    save_file(tensors, path, metadata={"format": "pt"})
+    after = jobs.describe(make_job(settings=TWO_STAGES, teacher=teacher))
+    assert [key for key, value in after.items() if value != before[key]] == ["teacher_fingerprint"]
+
+
+def test_one_process_at_a_run(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        train("out", watch=watch(progress=die_after(3)))
+    work = tmp_path / "out.uptraining"
+    before = {path.name: path.read_bytes() for path in work.iterdir() if path.is_file()}
+    with sole_run_in(work):
+        for force in (False, True):
+            with pytest.raises(OutputError, match=r"out\.uptraining: another process is at this run"):
+                train("out", watch=watch(), force=force)
+    assert {path.name: path.read_bytes() for path in work.iterdir() if path.is_file()} == before
+    train("out", watch=watch())
+
+
+@pytest.mark.parametrize("place", ["out", "out.uptraining", "out.lr-sweep"])
+def test_what_is_read_is_not_replaced(
+    place: str, make_job: Callable[..., UptrainJob], prose_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / place).mkdir()
+    (tmp_path / place / "kvconvert.json").write_text("{}")
+    held_out = tmp_path / place / "held_out.jsonl"
+    shutil.copy(prose_file, held_out)
+    with pytest.raises(OutputError, match=rf"{place} holds .*held_out\.jsonl, which is read"):
+        jobs.check_job(make_job(), held_out=TextSource(str(held_out)), force=True)
 
 
 def test_settings_are_there_as_soon_as_the_work_directory(

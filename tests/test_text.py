@@ -94,8 +94,18 @@ def test_unusable_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DataError, match=r"no \.txt, \.jsonl or \.parquet file in this directory"):
         read(tmp_path)
-    with pytest.raises(DataError, match="no such file here, and not a readable dataset"):
-        read(tmp_path / "missing.jsonl")
+    for missing in (
+        tmp_path / "missing.jsonl",
+        Path("missing.txt"),
+        Path("a/b/c"),
+        Path("~missing"),
+        tmp_path / "data",
+    ):
+        with pytest.raises(DataError, match=f"{missing}: no such file$"):
+            read(missing)
+    for name in ("org/data-set.v2", "data_set"):
+        with pytest.raises(DataError, match=f"{name}: no such file here, and not a readable dataset"):
+            list(read_documents(TextSource(name)))
 
 
 def test_a_missing_tokenizer(tmp_path: Path) -> None:

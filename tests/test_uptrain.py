@@ -39,6 +39,7 @@ from kvconvert.uptrain.recipe import LossWeights, Recipe, Trained
 from kvconvert.uptrain.trainer import UptrainTrainer
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
+from transformers import TrainingArguments
 
 
 @pytest.mark.parametrize(
@@ -305,12 +306,21 @@ def test_a_class_of_ours_is_trained_and_keeps_its_code(
     assert not torch.equal(trained[keys], before[keys])
 
 
-def test_one_process_uses_one_gpu(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+def test_one_process_uses_one_gpu(
+    make_checkpoint: CheckpointFactory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Without a launcher the Trainer would wrap several GPUs in DataParallel and eat the data twice as fast."""
+    post_init = TrainingArguments.__post_init__
+
+    def find_four_gpus(arguments: TrainingArguments) -> None:
+        post_init(arguments)
+        arguments._n_gpu = 4
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", find_four_gpus)
     with open_checkpoint(make_checkpoint()) as checkpoint:
         job = jobs.UptrainJob(checkpoint, SETTINGS, (WeightedSource(TextSource("text")),), tmp_path / "out")
         (stage,) = SETTINGS.stages
-        assert run._training_arguments(job, run.Observation(), stage, torch.device("cpu"), micro_batch=4).n_gpu <= 1
+        assert run._training_arguments(job, run.Observation(), stage, torch.device("cpu"), micro_batch=4).n_gpu == 1
 
 
 def test_the_result_keeps_config_and_companions_of_the_source(train: Callable[..., Path], tmp_path: Path) -> None:

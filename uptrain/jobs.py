@@ -15,11 +15,11 @@ from ..convert.architectures import find_architecture
 from ..convert.checkpoint import Checkpoint, open_checkpoint
 from ..convert.errors import InputError, OutputError, UnsupportedError
 from ..convert.loading import class_config
-from ..convert.output import PROVENANCE_NAME, check_output
-from ..convert.text import check_tokenizers
+from ..convert.output import PROVENANCE_NAME, check_apart, check_output
+from ..convert.text import TextSource, check_tokenizers, load_tokenizer, text_bytes, tokenizer_hash
 from .attention_regression import require_same_size
 from .budget import Batch
-from .data import WeightedSource
+from .data import Corpus, WeightedSource
 from .recipe import LossWeights, Objective, Recipe, Stage, Trained, stages
 from .teacher import as_teacher
 
@@ -32,6 +32,7 @@ __all__ = [
     "UptrainSettings",
     "batch_of",
     "check_job",
+    "corpus_of",
     "count_processes",
     "default_learning_rate",
     "default_sequence_length",
@@ -48,6 +49,7 @@ SETTINGS_NAME = "settings.json"
 REPLACES_NAME = "force"
 _FINGERPRINT_BYTES = 64
 _MAX_DEFAULT_SEQUENCE_LENGTH = 2048
+_MAX_VALIDATION_BLOCKS = 64
 
 
 @dataclass(frozen=True)
@@ -75,21 +77,23 @@ class UptrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "sequences_per_step"):
-            if getattr(self, name) < 1:
-                raise UnsupportedError(f"{name.replace('_', ' ')} is {getattr(self, name)}, expected at least 1")
-        if self.sequence_length < 2:
-            raise UnsupportedError(f"sequence length is {self.sequence_length}, expected at least 2")
-        for rate in (self.learning_rate, self.layerwise_learning_rate):
-            if rate is not None and not 0 < rate < math.inf:
-                raise UnsupportedError(f"learning rate is {rate}, expected a positive number")
-        for name in ("body_lr_multiplier", "weight_decay", "max_grad_norm"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UnsupportedError(f"{name.replace('_', ' ')} is {getattr(self, name)}, expected 0 or more")
-        if not 0 <= self.warmup_fraction <= 1:
-            raise UnsupportedError(f"warmup fraction is {self.warmup_fraction}, expected a number from 0 to 1")
-        if self.precision not in ("bf16", "fp32"):
-            raise UnsupportedError(f"precision is {self.precision!r}, expected 'bf16' or 'fp32'")
+        rates = [rate for rate in (self.learning_rate, self.layerwise_learning_rate) if rate is not None]
+        checks = (
+            ("steps", self.steps >= 1, "at least 1"),
+            ("sequences_per_step", self.sequences_per_step >= 1, "at least 1"),
+            ("sequence_length", self.sequence_length >= 2, "at least 2"),
+            ("learning_rate", 0 < rates[0] < math.inf, "a positive number"),
+            ("layerwise_learning_rate", 0 < rates[-1] < math.inf, "a positive number"),
+            ("body_lr_multiplier", 0 <= self.body_lr_multiplier < math.inf, "0 or more"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
+            ("max_grad_norm", 0 <= self.max_grad_norm < math.inf, "0 or more"),
+            ("warmup_fraction", 0 <= self.warmup_fraction <= 1, "a number from 0 to 1"),
+            ("precision", self.precision in ("bf16", "fp32"), "'bf16' or 'fp32'"),
+            ("seed", 0 <= self.seed < 2**32, "a number from 0 to 2**32 - 1"),
+        )
+        for name, holds, expected in checks:
+            if not holds:
+                raise UnsupportedError(f"{name.replace('_', ' ')} is {getattr(self, name)!r}, expected {expected}")
         _ = self.stages
 
     @property
@@ -140,6 +144,10 @@ class UptrainJob:
     execution: Execution = field(default_factory=Execution)
     validation_fraction: float = 0.0
     stream: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.output.name:
+            raise OutputError(f"{self.output} is no place for a new directory", hint="name one with --output")
 
     @property
     def work(self) -> Path:
@@ -194,14 +202,55 @@ def sweep_directory(output: Path) -> Path:
     return output.with_name(f"{output.name}.lr-sweep")
 
 
-def check_job(job: UptrainJob, *, force: bool = False) -> None:
-    """Raise InputError for whatever can be refused before training; touches nothing."""
-    inputs = [job.checkpoint.directory, *(Path(source.text.location) for source in job.sources)]
+def corpus_of(job: UptrainJob) -> Corpus:
+    """What the run reads. Raises InputError for what cannot be."""
+    tokenizer = load_tokenizer(job.checkpoint.directory)
+    return Corpus(
+        sources=job.sources,
+        sequence_length=job.settings.sequence_length,
+        num_blocks=job.num_samples,
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        vocab_size=1 + max(tokenizer.get_vocab().values()),
+        seed=job.settings.seed,
+        validation_fraction=job.validation_fraction,
+        max_validation_blocks=_MAX_VALIDATION_BLOCKS,
+        stream=job.stream,
+    )
+
+
+def check_job(job: UptrainJob, *, held_out: TextSource | None = None, force: bool = False) -> None:
+    """Raise InputError for whatever can be refused before training; touches nothing.
+
+    `held_out` is text that is read beside the job's own.
+    """
+    _check_places(job, held_out, force=force)
+    _check_model(job)
+    _check_needs(job)
+    batch_of(job, job.execution.micro_batch or 1)
+    corpus_of(job)
+    _check_teacher(job)
+    if not force and job.work.exists():
+        _check_same_run(job.work, describe(job))
+
+
+def _check_places(job: UptrainJob, held_out: TextSource | None, *, force: bool) -> None:
+    """Raise InputError unless what is read is there, and nothing of it where something is written or removed."""
+    texts = [source.text for source in job.sources] + ([held_out] if held_out is not None else [])
+    inputs = [job.checkpoint.directory, *(text.path for text in texts)]
     inputs += [Path(job.teacher)] if job.teacher is not None else []
+    for place in (job.work, sweep_directory(job.output)):
+        check_apart(place, inputs)
     if not finished_before(job):
         check_output(job.output, force=force or replaces_output(job), inputs=inputs)
+        for text in texts:
+            text_bytes(text)
+    if force and job.work.exists() and not (job.work / SETTINGS_NAME).exists():
+        raise OutputError(f"{job.work} is in the way and not a run's", hint="remove it, or choose another --output")
+
+
+def _check_model(job: UptrainJob) -> None:
+    """Raise UnsupportedError unless the model can be trained on packed text of this length."""
     architecture = find_architecture(job.checkpoint)
-    settings = job.settings
     if architecture.cross_attention is not None:
         raise UnsupportedError(
             f"{job.checkpoint.name}: uptrain takes decoders only, not the encoder-decoder {architecture.model_type}",
@@ -212,25 +261,23 @@ def check_job(job: UptrainJob, *, force: bool = False) -> None:
             f"{job.checkpoint.name}: in transformers' {architecture.model_type} documents that share a sequence see "
             "each other, so that uptrain, which packs them, would teach it nonsense"
         )
-    longest, length = _longest_sequence(job.checkpoint), settings.sequence_length
+    longest, length = _longest_sequence(job.checkpoint), job.settings.sequence_length
     if length > longest:
         raise UnsupportedError(
             f"sequence length {length} does not fit {job.checkpoint.name} (it takes {longest} tokens)",
             hint=f"use --sequence-length {longest} or less",
         )
-    _check_needs(job)
-    batch_of(job, job.execution.micro_batch or 1)
+
+
+def _check_teacher(job: UptrainJob) -> None:
+    """Raise InputError for a teacher that cannot be one."""
     check_tokenizers(job.checkpoint.directory, job.teacher)
-    if job.teacher is not None:
-        with open_checkpoint(job.teacher) as opened:
-            teacher = as_teacher(opened).config
-        if _regresses(settings):
-            require_same_size(class_config(job.checkpoint.config), class_config(teacher))
-    if force:
-        if job.work.exists() and not (job.work / SETTINGS_NAME).exists():
-            raise OutputError(f"{job.work} is in the way and not a run's", hint="remove it, or choose another --output")
-    elif job.work.exists():
-        _check_same_run(job.work, describe(job))
+    if job.teacher is None:
+        return
+    with open_checkpoint(job.teacher) as opened:
+        config = as_teacher(opened).config
+    if _regresses(job.settings):
+        require_same_size(class_config(job.checkpoint.config), class_config(config))
 
 
 def _check_needs(job: UptrainJob) -> None:
@@ -264,13 +311,21 @@ def describe(job: UptrainJob) -> dict[str, Any]:
         "model": Path(job.checkpoint.name).name,
         "model_fingerprint": _fingerprint(job.checkpoint),
         "objective": job.objective,
-        "teacher": job.teacher,
+        "teacher": None if job.teacher is None else Path(job.teacher).name,
+        "teacher_fingerprint": _teacher_fingerprint(job),
         "data": [asdict(source) for source in job.sources],
         "validation_fraction": job.validation_fraction,
         "stream": job.stream,
         **asdict(job.settings),
     }
     return dict(json.loads(json.dumps(description)))
+
+
+def _teacher_fingerprint(job: UptrainJob) -> str | None:
+    if job.teacher is None:
+        return None
+    with open_checkpoint(job.teacher) as teacher:
+        return _fingerprint(teacher)
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:

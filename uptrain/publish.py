@@ -25,9 +25,10 @@ from ..convert.output import (
 from .jobs import SWEEP_NAME, UptrainJob, describe, sweep_directory
 from .status import RunStatus, write_status
 
-__all__ = ["METRICS_NAME", "publish", "write_weights"]
+__all__ = ["METRICS_NAME", "TRACKS_NAME", "publish", "write_weights"]
 
 METRICS_NAME = "metrics.jsonl"
+TRACKS_NAME = "runs"  # where transformers' users look for tensorboard's files
 
 
 def write_weights(
@@ -69,6 +70,8 @@ def publish(
         copy_runtime_code(str(source.config.get("model_type")), staging)
         shutil.copyfile(source.directory / CONFIG_NAME, staging / CONFIG_NAME)
         shutil.copyfile(job.work / METRICS_NAME, staging / METRICS_NAME)
+        if (job.work / TRACKS_NAME).exists():
+            shutil.copytree(job.work / TRACKS_NAME, staging / TRACKS_NAME)
         write_text(staging / PROVENANCE_NAME, json.dumps(provenance, indent=2) + "\n")
         write_status(staging, status)
         trials = sweep_directory(job.output) / SWEEP_NAME

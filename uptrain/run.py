@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +24,7 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
+from transformers.integrations import TensorBoardCallback
 
 from ..convert.architectures import find_architecture
 from ..convert.checkpoint import CONFIG_NAME, open_checkpoint
@@ -36,12 +37,12 @@ from ..convert.output import (
     staged_directory,
     write_text,
 )
-from ..convert.text import load_tokenizer, tokenizer_hash
+from ..convert.text import load_tokenizer
 from .attention_regression import AttentionRegression
 from .callbacks import Checkpoints, MetricsLog, PackAhead, PeriodicEvaluation, StepProgress, StopRequests, Throughput
 from .checkpoints import last_complete, remove_torn, step_of
 from .cost import warn_of_passes
-from .data import Corpus, CorpusPacker, PackedBlocks, build, validation_blocks
+from .data import CorpusPacker, PackedBlocks, build, validation_blocks
 from .fitting import largest_micro_batch
 from .jobs import (
     REPLACES_NAME,
@@ -50,11 +51,13 @@ from .jobs import (
     UptrainSettings,
     batch_of,
     check_job,
+    corpus_of,
     describe,
     finished_before,
     replaces_output,
     sweep_directory,
 )
+from .lock import sole_run_in
 from .models import (
     compile_in_place,
     freeze_except,
@@ -66,7 +69,7 @@ from .models import (
     train_in_float32,
 )
 from .objective import IGNORED_LABEL, prediction_loss_sum
-from .publish import METRICS_NAME, publish, write_weights
+from .publish import METRICS_NAME, TRACKS_NAME, publish, write_weights
 from .recipe import LossWeights, Objective, Recipe, Stage, attention_names, trained_names
 from .status import RunStatus, status_of_error, write_status
 from .teacher import as_teacher, write_teacher
@@ -79,7 +82,6 @@ _MICRO_BATCH_NAME = "micro_batch.{stage}.json"
 _OPTIMIZER = "adamw_torch_fused"
 _NUM_SCALE_SAMPLES = 8
 _LONGEST_WAIT = timedelta(days=7)
-_MAX_VALIDATION_BLOCKS = 64
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def uptrain(job: UptrainJob, watch: Observation, *, force: bool = False) -> Uptr
     """
     # without cpu=True accelerate takes the processes of a launcher on a CPU for one each
     state = PartialState(cpu=not torch.accelerator.is_available())
-    with disk_errors(job.work), StopRequests(deadline=watch.deadline) as stop:
+    with disk_errors(job.work), StopRequests(deadline=watch.deadline) as stop, ExitStack() as held:
         check_job(job, force=force)  # in every process, to the same end
         finished = finished_before(job) and not force
         state.wait_for_everyone()
@@ -143,7 +145,7 @@ def uptrain(job: UptrainJob, watch: Observation, *, force: bool = False) -> Uptr
             if state.is_main_process:  # what a kill after the last rename has left
                 _remove_work(job)
             return _result(job, json.loads((job.output / PROVENANCE_NAME).read_text())["uptraining"]["passes"])
-        run = _Run(job, watch, state, stop)
+        run = _Run(job, watch, state, stop, held)
         try:
             return run.train(force=force)
         except BaseException as error:
@@ -154,8 +156,9 @@ def uptrain(job: UptrainJob, watch: Observation, *, force: bool = False) -> Uptr
 class _Run:
     """A run that is under way: its stages, its status, and where it stands."""
 
-    def __init__(self, job: UptrainJob, watch: Observation, state: Any, stop: StopRequests) -> None:
-        self._job, self._watch, self._state, self._stop = job, watch, state, stop
+    def __init__(self, job: UptrainJob, watch: Observation, state: Any, stop: StopRequests, held: ExitStack) -> None:
+        self._job, self._watch, self._state, self._stop, self._held = job, watch, state, stop, held
+        self._begun = False
         self._packer: CorpusPacker | None = None
         self._patient = (
             torch.distributed.new_group(backend="gloo", timeout=_LONGEST_WAIT) if state.num_processes > 1 else None
@@ -180,7 +183,7 @@ class _Run:
         """Packing, then all stages, from where the run stands; then the result is written."""
         job = self._job
         if self._state.is_main_process:
-            self._packer = _prepare(job, self._stop, begin=lambda: self._note(*_last_saved(job)), force=force)
+            self._packer = _prepare(job, self._stop, self._held, begin=self._begin, force=force)
         self._wait_long()
         self._blocks = PackedBlocks(_data_folder(job), num_samples=job.num_samples)
         self._score = _under_autocast(self._watch.score or _validation_score(job), job.settings.precision)
@@ -219,6 +222,11 @@ class _Run:
             held_out=self._held_out,
         )
 
+    def _begin(self) -> None:
+        """The work directory is there, and this run's."""
+        self._begun = True
+        self._note(*_last_saved(self._job))
+
     def _wait_long(self) -> None:
         """Wait for all processes, one of which packs text or writes a model.
 
@@ -228,8 +236,8 @@ class _Run:
             torch.distributed.barrier(group=self._patient)
 
     def record(self, error: BaseException) -> None:
-        """Write how the run ended."""
-        if self._state.is_main_process and self._job.work.exists():
+        """Write how the run ended, if it has begun."""
+        if self._begun and self._job.work.exists():
             with suppress(OSError):  # a full disk must not hide the error
                 write_status(self._job.work, status_of_error(self._status, error))
 
@@ -275,6 +283,8 @@ class _Run:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, PeriodicEvaluation):
                 callback.report = trainer.log
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(job.work / TRACKS_NAME / stage.name)
         with quiet_transformers():
             try:
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -477,41 +487,38 @@ def _result(
     )
 
 
-def _prepare(job: UptrainJob, stop: StopRequests, *, begin: Callable[[], object], force: bool) -> CorpusPacker:
+def _prepare(
+    job: UptrainJob, stop: StopRequests, held: ExitStack, *, begin: Callable[[], object], force: bool
+) -> CorpusPacker:
     """Pack the training text into the work directory, or go on with it; leaves nothing behind when it cannot begin.
 
-    `begin` is called once that directory is there.
+    `begin` is called once that directory is there and held, which it is until `held` is closed.
     """
     tokenizer = load_tokenizer(job.checkpoint.directory)
+    if job.work.exists():
+        held.enter_context(sole_run_in(job.work))
     if force:
         shutil.rmtree(job.work, ignore_errors=True)
-    begun = job.work.exists()
+    created = False
     try:
-        if not begun:
+        if not job.work.exists():
             # a checkpoint is float32 weights and two AdamW moments; two are kept while a third is written
             check_free_space(job.output, 3 * 12 * job.checkpoint.num_parameters)
             with staged_directory(job.work) as staging:
                 settings = describe(job) | {REPLACES_NAME: force}
                 write_text(staging / SETTINGS_NAME, json.dumps(settings, indent=2) + "\n")
+            created = True
+            held.enter_context(sole_run_in(job.work))
         begin()
-        corpus = Corpus(
-            sources=job.sources,
-            sequence_length=job.settings.sequence_length,
-            num_blocks=job.num_samples,
-            tokenizer_hash=tokenizer_hash(tokenizer),
-            vocab_size=1 + max(tokenizer.get_vocab().values()),
-            seed=job.settings.seed,
-            validation_fraction=job.validation_fraction,
-            max_validation_blocks=_MAX_VALIDATION_BLOCKS,
-            stream=job.stream,
-        )
         _prepare_teacher(job)
         done = _last_saved(job)[0] * job.settings.sequences_per_step
-        return build(corpus, _data_folder(job), tokenizer, first_sample=done, should_stop=lambda: stop.requested)
+        return build(
+            corpus_of(job), _data_folder(job), tokenizer, first_sample=done, should_stop=lambda: stop.requested
+        )
     except PreemptedError:
         raise
     except BaseException:
-        if not begun:
+        if created:
             shutil.rmtree(job.work, ignore_errors=True)
         raise
 
