@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
+import psutil
 import typer
 from rich.console import Console
 
@@ -429,8 +431,22 @@ def _observation(request: Request, plan: _Plan, terminal: Terminal, deadline: fl
         remark=terminal.remark,
         flops_per_token=plan.flops_per_token,
         peak_flops=plan.peak_flops,
-        command=shlex.join(["kvconvert", *(word for word in sys.argv[1:] if word != "--force")]),
+        command=_resume_command(),
     )
+
+
+def _resume_command() -> str:
+    """What a person types to go on, with the launcher that started this process, if one did."""
+    from ..uptrain import jobs
+
+    arguments = sys.argv[1:]
+    program = ["kvconvert"]
+    if jobs.count_processes() > 1:
+        with suppress(psutil.Error):
+            launched = psutil.Process(os.getppid()).cmdline()
+            if launched[-len(arguments) :] == arguments:
+                program = launched[: -len(arguments)]
+    return shlex.join([*program, *(word for word in arguments if word != "--force")])
 
 
 def _held_out(request: Request) -> TextSource | None:

@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -150,6 +151,26 @@ def test_a_signal_stops_after_the_step(number: signal.Signals, arguments: Traini
     assert [signal.getsignal(each) for each in SIGNALS] == before
 
 
+def test_a_first_checkpoint_is_left_time_for(clock: Clock, arguments: TrainingArguments) -> None:
+    """One second a step; a checkpoint is taken to need 20 until one needed 3."""
+
+    def out_of_time(now: float) -> bool:
+        clock.now = now - 1.0
+        stop.on_step_begin(arguments, at(1), TrainerControl())
+        clock.now = now
+        control = TrainerControl()
+        stop.on_step_end(arguments, at(2), control)
+        return bool(control.should_training_stop)
+
+    stop = StopRequests(deadline=100.0, save_seconds=20.0)
+    assert not out_of_time(50.0)
+    assert out_of_time(58.0)
+    clock.now += 3.0
+    stop.on_save(arguments, at(2), TrainerControl())
+    assert not out_of_time(91.0)
+    assert out_of_time(92.0)
+
+
 def test_a_signal_before_training_is_seen_at_once() -> None:
     with StopRequests() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -233,14 +254,18 @@ def test_a_deadline_ends_a_run_with_a_checkpoint(train: Train, tmp_path: Path, c
 
 
 class Packer:
-    """Stands for a CorpusPacker; `fails` is raised by the next `ensure`."""
+    """Stands for a CorpusPacker; `fails` is raised by the next `ensure`, which waits for `go_on` once it has begun."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
         self.fails: Exception | None = None
+        self.begun, self.go_on = Event(), Event()
+        self.go_on.set()
 
     def ensure(self, sample: int) -> None:
         self.calls.append(("ensure", sample))
+        self.begun.set()
+        self.go_on.wait(10)
         if self.fails is not None:
             raise self.fails
 
@@ -254,6 +279,7 @@ def test_packing_is_ahead_and_keeps_what_a_fallback_needs(arguments: TrainingArg
     ahead = PackAhead(packer, Stage("main", Objective.prediction, Trained.all, 10, 5, 1e-3), 4)
     for step in range(3):
         ahead.on_step_begin(arguments, at(step), TrainerControl())
+        wait_for_packing(ahead)
         ahead.on_save(arguments, at(step + 1), TrainerControl())
     ahead.on_train_end(arguments, at(3), TrainerControl())
     assert packer.calls == [
@@ -266,13 +292,17 @@ def test_packing_is_ahead_and_keeps_what_a_fallback_needs(arguments: TrainingArg
     ]
 
 
+def wait_for_packing(ahead: PackAhead) -> None:
+    assert ahead._pending is not None
+    ahead._pending.exception(10)
+
+
 def test_a_failure_to_pack_ends_training(arguments: TrainingArguments) -> None:
     packer: Any = Packer()
     packer.fails = DataError("another text")
     ahead = PackAhead(packer, STAGE, 4)
     ahead.on_step_begin(arguments, at(0), TrainerControl())
-    assert ahead._pending is not None
-    ahead._pending.exception()  # until it is done
+    wait_for_packing(ahead)
     with pytest.raises(DataError, match="another text"):
         ahead.on_step_begin(arguments, at(1), TrainerControl())
     ahead.on_train_end(arguments, at(1), TrainerControl())
@@ -283,6 +313,22 @@ def test_packing_that_stops_with_training_is_no_failure(arguments: TrainingArgum
     packer.fails = PreemptedError("stopped while packing")
     ahead = PackAhead(packer, STAGE, 4)
     ahead.on_step_begin(arguments, at(0), TrainerControl())
+    wait_for_packing(ahead)
     ahead.on_save(arguments, at(1), TrainerControl())
     ahead.on_train_end(arguments, at(1), TrainerControl())
     assert packer.calls == [("ensure", 0), ("release", 0)]
+
+
+def test_a_checkpoint_does_not_wait_for_packing(arguments: TrainingArguments) -> None:
+    packer: Any = Packer()
+    packer.go_on.clear()
+    ahead = PackAhead(packer, STAGE, 4)
+    ahead.on_step_begin(arguments, at(0), TrainerControl())
+    packer.begun.wait(10)
+    ahead.on_save(arguments, at(1), TrainerControl())
+    assert packer.calls == [("ensure", 0)]
+    packer.go_on.set()
+    wait_for_packing(ahead)
+    ahead.on_save(arguments, at(2), TrainerControl())
+    ahead.on_train_end(arguments, at(2), TrainerControl())
+    assert packer.calls == [("ensure", 0), ("release", 4)]

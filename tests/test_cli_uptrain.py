@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +116,21 @@ def test_options_that_cannot_be_read(arguments: list[str], message: str, uptrain
     outcome = uptrain(*arguments, *length)
     assert outcome.exit_code == 2
     assert message in " ".join(outcome.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(("num_processes", "expected"), [(1, "kvconvert"), (2, "LAUNCHER --nproc 2 program")])
+def test_the_command_to_go_on_has_its_launcher(num_processes: int, expected: str) -> None:
+    worker = "from kvconvert.cli.uptrain import _resume_command; print(_resume_command())"
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}, *sys.argv[4:]], check=True)"
+    told = subprocess.run(
+        [sys.executable, "-c", launcher, "--nproc", "2", "program", "uptrain", "a model", "--force", "--steps", "1"],
+        env=os.environ | {"WORLD_SIZE": str(num_processes)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    expected = expected.replace("LAUNCHER", shlex.join([sys.executable, "-c", launcher]))
+    assert told == f"{expected} uptrain 'a model' --steps 1\n"
 
 
 def test_weights_in_data(uptrain: Invoke, prose_file: Path, tmp_path: Path) -> None:

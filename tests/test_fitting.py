@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import Train, settings_with
 from kvconvert.convert.errors import UnsupportedError
+from kvconvert.convert.output import write_text
 from kvconvert.uptrain import jobs, run
 from kvconvert.uptrain.fitting import largest_micro_batch
 from kvconvert.uptrain.recipe import LossWeights, Recipe
@@ -30,7 +32,7 @@ class Scale(torch.nn.Module):
         self.frozen = torch.nn.Parameter(torch.ones(50 * WIDTH), requires_grad=False)
 
 
-def fit(free: int, sequences: int, monkeypatch: pytest.MonkeyPatch, num_local: int = 1) -> int:
+def fit(free: int, sequences: int, monkeypatch: pytest.MonkeyPatch, *, num_local: int = 1, **options: Any) -> int:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": free}))
     model = Scale()
 
@@ -38,7 +40,9 @@ def fit(free: int, sequences: int, monkeypatch: pytest.MonkeyPatch, num_local: i
         inputs = torch.ones(num_sequences, WIDTH)
         return (model.trained * inputs).sum() + (model.trained.sum() * model.frozen).sum()
 
-    found = largest_micro_batch(model, loss, sequences_per_process=sequences, device=CPU, num_local=num_local)
+    found = largest_micro_batch(
+        model, loss, sequences_per_process=sequences, device=CPU, num_local=num_local, **options
+    )
     assert model.trained.grad is None
     return found
 
@@ -48,6 +52,21 @@ def test_the_largest_divisor_that_fits(num_fitting: int, expected: int, monkeypa
     free = STATES + round(num_fitting * FIRST / 0.9) + 10
     assert fit(free, 12, monkeypatch) == expected
     assert fit(3 * free, 12, monkeypatch, num_local=3) == expected
+
+
+def test_what_does_not_hold_everywhere_is_not_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of a sharded model run their steps together: one that cannot take two must not be alone with one."""
+    asked: list[bool] = []
+
+    def everywhere(holds: bool) -> bool:
+        asked.append(holds)
+        return len(asked) == 1
+
+    free = STATES + round(4 * FIRST / 0.9) + 10
+    assert fit(free, 12, monkeypatch, everywhere=everywhere) == 4
+    assert asked == [True, True]
+    with pytest.raises(UnsupportedError, match="one sequence needs"):
+        fit(free, 12, monkeypatch, everywhere=lambda holds: False)
 
 
 def test_more_than_64_gain_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,11 +123,15 @@ def test_gradients_do_not_hide_what_a_sequence_needs(activation_bytes: int, monk
     assert weight.grad is None
 
 
+def stored(work: Path, stage: str) -> Any:
+    return json.loads((work / f"micro_batch.{stage}.json").read_text())
+
+
 def test_what_fits_is_found_for_each_stage_and_kept(
     train: Train, make_checkpoint: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    """The second stage needs logits and more gradients; a stage that is resumed must not measure again."""
-    answers = iter([4, 2])
+    """The second stage needs logits and more gradients; a resumed stage measures again on another machine only."""
+    answers = iter([4, 2, 1])
     asked: list[int] = []
 
     def answer(model: Any, loss: Any, **options: Any) -> int:
@@ -131,6 +154,9 @@ def test_what_fits_is_found_for_each_stage_and_kept(
         if done == 4:
             raise RuntimeError
 
+    def die_at_once(num_steps: int) -> None:
+        raise RuntimeError
+
     monkeypatch.setattr(run, "largest_micro_batch", answer)
     monkeypatch.setattr(run, "_training_arguments", spy)
     settings = settings_with(recipe=Recipe.distill, weights=LossWeights(), layerwise_fraction=0.5)
@@ -142,7 +168,11 @@ def test_what_fits_is_found_for_each_stage_and_kept(
     with pytest.raises(RuntimeError):
         train("out", watch=run.Observation(progress=die_after_four), **options)
     work = tmp_path / "out.uptraining"
-    assert [json.loads((work / f"micro_batch.{name}.json").read_text()) for name in ("layerwise", "main")] == [4, 2]
-    train("out", **options)
+    assert [stored(work, name)["micro_batch"] for name in ("layerwise", "main")] == [4, 2]
+    with pytest.raises(RuntimeError):
+        train("out", watch=run.Observation(progress=die_at_once), **options)
     assert used == [4, 2, 2]
     assert asked[0] < asked[1]
+    write_text(work / "micro_batch.main.json", json.dumps({"micro_batch": 2, "machine": {"device": "another"}}))
+    train("out", **options)
+    assert used == [4, 2, 2, 1]

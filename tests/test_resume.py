@@ -291,10 +291,38 @@ def test_a_sharded_checkpoint_is_gone_on_with_sharded(train: Train, tmp_path: Pa
         train("out", watch=watching)
     checkpoint = tmp_path / "out.uptraining/checkpoints/main/checkpoint-2"
     (checkpoint / "shards").mkdir()
-    with pytest.raises(InputError, match=r"checkpoint-2 is sharded, and this run is not"):
+    with pytest.raises(InputError, match=r"checkpoint-2 was saved with --fsdp in several processes"):
         train("out")
     (checkpoint / "shards").rmdir()
     train("out")
+
+
+def test_a_checkpoint_of_deepspeed_is_refused_without_it(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        train("out", watch=watch(progress=die_after(3)))
+    (tmp_path / "out.uptraining/checkpoints/main/checkpoint-2/global_step2").mkdir()
+    with pytest.raises(InputError, match=r"checkpoint-2 was saved with DeepSpeed"):
+        train("out")
+
+
+def test_packed_shards_survive_a_failure(train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(packing, "SHARD_TOKENS", 4 * 2 * 32)
+    save = packing.SourcePacker._save
+
+    def fail_after_a_shard(packer: packing.SourcePacker, index: packing.SourceIndex) -> None:
+        save(packer, index)
+        if index.shards:
+            raise ConnectionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing.SourcePacker, "_save", fail_after_a_shard)
+        with pytest.raises(ConnectionError):
+            train("out")
+    packed = next((tmp_path / "out.uptraining/data").rglob("tokens-00000.bin"))
+    before = packed.stat().st_mtime_ns
+    seen: list[int] = []
+    train("out", watch=watch(progress=lambda steps: seen.append(packed.stat().st_mtime_ns)))
+    assert set(seen) == {before}
 
 
 def test_other_weights_under_the_same_name_are_another_model(make_job: Callable[..., UptrainJob]) -> None:

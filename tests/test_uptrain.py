@@ -7,7 +7,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partialmethod
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -40,6 +42,7 @@ from kvconvert.uptrain.trainer import UptrainTrainer
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from transformers import TrainingArguments
+from transformers.integrations import integration_utils
 
 
 @pytest.mark.parametrize(
@@ -321,6 +324,37 @@ def test_one_process_uses_one_gpu(
         job = jobs.UptrainJob(checkpoint, SETTINGS, (WeightedSource(TextSource("text")),), tmp_path / "out")
         (stage,) = SETTINGS.stages
         assert run._training_arguments(job, run.Observation(), stage, torch.device("cpu"), micro_batch=4).n_gpu == 1
+
+
+class SummaryWriter:
+    """tensorboard's writer, which is no dependency: each record is a line."""
+
+    def __init__(self, log_dir: str) -> None:
+        Path(log_dir).mkdir(parents=True)
+        self._path = Path(log_dir) / "records.jsonl"
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps([step, name, value]) + "\n")
+
+    def add_text(self, *args: Any) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def test_what_a_tracker_gets_stays_with_the_result(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("tensorboard")
+    module.__spec__ = ModuleSpec("tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", module)
+    monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
+    stub = ModuleType("torch.utils.tensorboard")
+    stub.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stub)
+    execution = jobs.Execution(micro_batch=4, report_to=("tensorboard",))
+    output = train("out", execution=execution, watch=run.Observation(log_steps=2))
+    lines = [json.loads(line) for line in (output / "runs/main/records.jsonl").read_text().splitlines()]
+    assert [step for step, name, _ in lines if name == "train/tokens_per_second"] == [2, 4, 6]
+    assert [step for step, name, _ in lines if name == "train/loss"] == [2, 4, 6]
 
 
 def test_the_result_keeps_config_and_companions_of_the_source(train: Callable[..., Path], tmp_path: Path) -> None:

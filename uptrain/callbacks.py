@@ -116,8 +116,6 @@ class MetricsLog(TrainerCallback):
     ) -> None:
         if logs is None or not ("loss" in logs or "eval_nats_per_token" in logs):
             return
-        if "loss" in logs:
-            logs |= self._throughput.read(state.global_step)  # trackers, which come later, see it too
         if state.is_world_process_zero:
             step = self._stage.first_step + state.global_step
             record = {"step": step, "tokens": step * self._tokens_per_step, "stage": self._stage.name, **logs}
@@ -220,6 +218,8 @@ class PackAhead(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._saved = [*self._saved[-1:], self._first_step + state.global_step]
+        if self._pending is not None and not self._pending.done():
+            return  # the other processes wait; what can be deleted is still there at the next checkpoint
         if self._pending is not None:
             with suppress(PreemptedError):  # told to stop, as training is
                 self._pending.result()
@@ -238,18 +238,20 @@ class StopRequests(TrainerCallback):
     SIGTERM, SIGINT and SIGUSR1 (which Slurm sends ahead of the end) count; another one, some seconds later, ends at
     once. Sooner ones are the same request: launchers pass on what the terminal has sent to every process. Processes
     agree after every step, so that one signal to one of them stops all at the same step. `deadline` is on
-    time.monotonic()'s clock; how long a checkpoint takes is known from the second on.
+    time.monotonic()'s clock; until a checkpoint was saved, one is taken to need `save_seconds`.
     """
 
     _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self, *, deadline: float | None = None) -> None:
+    def __init__(self, *, deadline: float | None = None, save_seconds: float = 0.0) -> None:
         self.reason: str | None = None
         self._received: int | None = None
         self._received_at = 0.0
         self._deadline = deadline
         self._training = False
-        self._longest_step = self._longest_save = 0.0
+        self._longest_step = 0.0
+        self._save_seconds = save_seconds
+        self._saved = False
         self._step_began = self._step_ended = 0.0
         self._previous: dict[int, Any] = {}
 
@@ -283,7 +285,7 @@ class StopRequests(TrainerCallback):
         if self._deadline is None:
             return False
         # one more step and a checkpoint have to fit
-        needed = 2 * (self._longest_step + self._longest_save)
+        needed = 2 * (self._longest_step + self._save_seconds)
         return time.monotonic() + max(needed, _LEAST_MARGIN_SECONDS) >= self._deadline
 
     def on_train_begin(
@@ -307,7 +309,9 @@ class StopRequests(TrainerCallback):
             control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._longest_save = max(self._longest_save, time.monotonic() - self._step_ended)
+        seconds = time.monotonic() - self._step_ended
+        self._save_seconds = max(self._save_seconds, seconds) if self._saved else seconds
+        self._saved = True
 
 
 def _agreed(own: int, args: TrainingArguments) -> int:

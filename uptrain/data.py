@@ -38,7 +38,16 @@ from .packing import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["INDEX_NAME", "Corpus", "CorpusPacker", "PackedBlocks", "WeightedSource", "build", "validation_blocks"]
+__all__ = [
+    "INDEX_NAME",
+    "Corpus",
+    "CorpusPacker",
+    "PackedBlocks",
+    "WeightedSource",
+    "build",
+    "holds_shards",
+    "validation_blocks",
+]
 
 _IGNORED_LABEL = -100
 _POLL_SECONDS = 0.2
@@ -406,6 +415,11 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
                     hint="the run's first process packs it; see there why it does not",
                 )
             time.sleep(_POLL_SECONDS)
+
+
+def holds_shards(folder: Path) -> bool:
+    """Whether at least one shard of the text is packed in a folder of `build`."""
+    return any(SourceIndex.read(path.parent).shards for path in folder.glob(f"*/{INDEX_NAME}"))
 
 
 def validation_blocks(folder: Path) -> dict[str, Tensor] | None:

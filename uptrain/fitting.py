@@ -20,13 +20,20 @@ _MOMENT_BYTES = 8  # of AdamW's two moments, which a first step does not have ye
 
 
 def largest_micro_batch(
-    model: Any, loss: Callable[[int], Tensor], *, sequences_per_process: int, device: torch.device, num_local: int
+    model: Any,
+    loss: Callable[[int], Tensor],
+    *,
+    sequences_per_process: int,
+    device: torch.device,
+    num_local: int,
+    everywhere: Callable[[bool], bool] = lambda holds: holds,
 ) -> int:
     """The largest divisor of `sequences_per_process`, at most 64, whose step fits beside gradients and AdamW's moments.
 
     `loss(n)` is that of n sequences. One and, where it fits, two sequences are run forward and backward, with the
     gradients there already: what a further one needs is their difference. `num_local` processes share the memory of a
-    CPU. Raises UnsupportedError where one sequence does not fit.
+    CPU. `everywhere` tells whether something holds in all processes, which run the steps of a sharded model together.
+    Raises UnsupportedError where one sequence does not fit.
     """
     divisors = [n for n in range(1, min(sequences_per_process, _MAX_MICRO_BATCH) + 1) if sequences_per_process % n == 0]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -37,14 +44,14 @@ def largest_micro_batch(
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     first = _step_bytes(model, loss, 1, device)
-    if first > usable:
+    if not everywhere(first <= usable):
         model.zero_grad(set_to_none=True)
         raise UnsupportedError(
             f"one sequence needs {(first + states) / 1e9:.1f} GB beside the weights, and {free / 1e9:.1f} GB are free",
             hint="use a smaller --sequence-length, --activation-checkpointing, --recipe light or --fsdp on more GPUs",
         )
     slope = first
-    if len(divisors) > 1 and 2 * first <= usable:
+    if everywhere(len(divisors) > 1 and 2 * first <= usable):
         slope = max(_step_bytes(model, loss, 2, device) - first, 1)
     model.zero_grad(set_to_none=True)
     return max(n for n in divisors if first + (n - 1) * slope <= usable)

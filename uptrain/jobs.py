@@ -41,6 +41,7 @@ __all__ = [
     "replaces_output",
     "sweep_directory",
     "take_over_fsdp",
+    "uses_deepspeed",
     "work_directory",
 ]
 
@@ -192,6 +193,11 @@ def take_over_fsdp() -> bool:
     return os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
+def uses_deepspeed() -> bool:
+    """Whether accelerate's configuration asks for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
 def work_directory(output: Path) -> Path:
     """Where a run keeps its blocks, checkpoints, metrics and status until `output` is whole."""
     return output.with_name(f"{output.name}.uptraining")
@@ -286,6 +292,10 @@ def _check_needs(job: UptrainJob) -> None:
     if (_regresses(settings) or settings.weights.kl > 0) and job.teacher is None:
         raise InputError(
             f"recipe {settings.recipe} needs the original model", hint="pass it as --teacher, or use --recipe gqa"
+        )
+    if job.execution.micro_batch is None and uses_deepspeed():
+        raise UnsupportedError(
+            "what fits is measured before DeepSpeed shards anything", hint="say how many with --micro-batch"
         )
     for tracker in job.execution.report_to:
         if find_spec(tracker) is None:

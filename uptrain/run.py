@@ -24,7 +24,7 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from ..convert.architectures import find_architecture
 from ..convert.checkpoint import CONFIG_NAME, open_checkpoint
@@ -42,7 +42,7 @@ from .attention_regression import AttentionRegression
 from .callbacks import Checkpoints, MetricsLog, PackAhead, PeriodicEvaluation, StepProgress, StopRequests, Throughput
 from .checkpoints import last_complete, remove_torn, step_of
 from .cost import warn_of_passes
-from .data import CorpusPacker, PackedBlocks, build, validation_blocks
+from .data import CorpusPacker, PackedBlocks, build, holds_shards, validation_blocks
 from .fitting import largest_micro_batch
 from .jobs import (
     REPLACES_NAME,
@@ -56,6 +56,7 @@ from .jobs import (
     finished_before,
     replaces_output,
     sweep_directory,
+    uses_deepspeed,
 )
 from .lock import sole_run_in
 from .models import (
@@ -82,6 +83,8 @@ _MICRO_BATCH_NAME = "micro_batch.{stage}.json"
 _OPTIMIZER = "adamw_torch_fused"
 _NUM_SCALE_SAMPLES = 8
 _LONGEST_WAIT = timedelta(days=7)
+_LONGEST_COLLECTIVE = timedelta(hours=2)  # in which the first process may be writing a checkpoint
+_DISK_BYTES_PER_SECOND = 200e6  # a slow one's, before a checkpoint was written
 
 
 @dataclass(frozen=True)
@@ -136,8 +139,9 @@ def uptrain(job: UptrainJob, watch: Observation, *, force: bool = False) -> Uptr
     PreemptedError after SIGTERM, SIGINT or SIGUSR1 and before `watch.deadline`, once a checkpoint is saved.
     """
     # without cpu=True accelerate takes the processes of a launcher on a CPU for one each
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    with disk_errors(job.work), StopRequests(deadline=watch.deadline) as stop, ExitStack() as held:
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_LONGEST_COLLECTIVE)
+    stop = StopRequests(deadline=watch.deadline, save_seconds=_checkpoint_bytes(job) / _DISK_BYTES_PER_SECOND)
+    with disk_errors(job.work), stop, ExitStack() as held:
         check_job(job, force=force)  # in every process, to the same end
         finished = finished_before(job) and not force
         state.wait_for_everyone()
@@ -258,6 +262,7 @@ class _Run:
         student, teacher = self._load(stage, source)
         loss = self._loss(stage, student, teacher)
         micro_batch = self._micro_batch(stage, student, loss)
+        throughput = self._throughput(stage)
         if job.execution.compile and stage.objective is Objective.prediction:
             compile_in_place(student, teacher)
         trainer = UptrainTrainer(
@@ -268,10 +273,11 @@ class _Run:
                 [name for name, _ in student.named_parameters()], self._architecture
             ).__contains__,
             body_lr_multiplier=settings.body_lr_multiplier,
+            measure=throughput.read,
             args=_training_arguments(job, self._watch, stage, self._state.device, micro_batch=micro_batch),
             train_dataset=self._samples(stage),
             data_collator=default_data_collator,
-            callbacks=self._callbacks(stage, folder),
+            callbacks=self._callbacks(stage, folder, throughput),
         )
         plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
         if plugin is not None and plugin.zero_stage == 3 and stage.objective is Objective.attention_regression:
@@ -388,14 +394,20 @@ class _Run:
         return loss
 
     def _micro_batch(self, stage: Stage, student: Any, loss: Loss) -> int:
-        """The micro-batch that was asked for; or what fits, which a resumed stage does not measure again."""
+        """The micro-batch that was asked for; or what fits, which is not measured again on the same machines."""
         job = self._job
         if job.execution.micro_batch is not None:
             return job.execution.micro_batch
-        path = job.work / _MICRO_BATCH_NAME.format(stage=stage.name)
-        if path.exists():
-            return int(json.loads(path.read_text()))
         device, length = self._state.device, job.settings.sequence_length
+        machine = {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "num_processes": job.execution.num_processes,
+            "fsdp": job.execution.fsdp,
+        }
+        path = job.work / _MICRO_BATCH_NAME.format(stage=stage.name)
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if self._everywhere(known.get("machine") == machine):
+            return int(known["micro_batch"])
 
         def step(num_sequences: int) -> torch.Tensor:
             ids = torch.arange(num_sequences * length, device=device).view(num_sequences, length)
@@ -413,21 +425,28 @@ class _Run:
             sequences_per_process=batch_of(job, 1).gradient_accumulation_steps,
             device=device,
             num_local=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            everywhere=self._everywhere,
         )
         fitting = min(gather_object([own])) if job.execution.num_processes > 1 else own
         if self._state.is_main_process:
-            write_text(path, f"{fitting}\n")
+            write_text(path, json.dumps({"micro_batch": fitting, "machine": machine}) + "\n")
         self._state.wait_for_everyone()
         return fitting
 
-    def _callbacks(self, stage: Stage, folder: Path) -> list[TrainerCallback]:
+    def _everywhere(self, holds: bool) -> bool:
+        return all(gather_object([holds])) if self._state.num_processes > 1 else holds
+
+    def _throughput(self, stage: Stage) -> Throughput:
         job, watch = self._job, self._watch
-        throughput = Throughput(
+        return Throughput(
             tokens_per_step=job.settings.tokens_per_step,
             last_step=stage.steps,
             flops_per_token=watch.flops_per_token.get(stage.name),
             peak_flops=None if watch.peak_flops is None else watch.peak_flops * job.execution.num_processes,
         )
+
+    def _callbacks(self, stage: Stage, folder: Path, throughput: Throughput) -> list[TrainerCallback]:
+        job, watch = self._job, self._watch
         log = MetricsLog(
             job.work / METRICS_NAME,
             stage,
@@ -460,14 +479,21 @@ class _Run:
 
 
 def _check_sharding(job: UptrainJob, checkpoint: Path) -> None:
-    """Raise InputError unless the checkpoint was saved as this run will read it: sharded or whole."""
-    execution = job.execution
-    sharded = (checkpoint / SHARDS_NAME).exists()
-    if sharded != (execution.fsdp and execution.num_processes > 1):
-        raise InputError(
-            f"{checkpoint} is {'sharded' if sharded else 'whole'}, and this run is not",
-            hint="go on with --fsdp and several processes" if sharded else "go on without --fsdp",
-        )
+    """Raise InputError unless the checkpoint was saved as this run will read it.
+
+    The Trainer would take weights from one of another kind, and begin optimizer and schedule anew without a word.
+    """
+    kinds = {"fsdp": "with --fsdp in several processes", "deepspeed": "with DeepSpeed", "whole": "without sharding"}
+    saved = "whole"
+    if (checkpoint / SHARDS_NAME).exists():
+        saved = "fsdp"
+    elif any(checkpoint.glob("global_step*")):
+        saved = "deepspeed"
+    own = "fsdp" if job.execution.fsdp and job.execution.num_processes > 1 else "whole"
+    if uses_deepspeed():
+        own = "deepspeed"
+    if saved != own:
+        raise InputError(f"{checkpoint} was saved {kinds[saved]}", hint=f"go on {kinds[saved]}, not {kinds[own]}")
 
 
 def _result(
@@ -490,7 +516,7 @@ def _result(
 def _prepare(
     job: UptrainJob, stop: StopRequests, held: ExitStack, *, begin: Callable[[], object], force: bool
 ) -> CorpusPacker:
-    """Pack the training text into the work directory, or go on with it; leaves nothing behind when it cannot begin.
+    """Pack the training text into the work directory, or go on with it; an error before the first shard leaves nothing.
 
     `begin` is called once that directory is there and held, which it is until `held` is closed.
     """
@@ -518,9 +544,15 @@ def _prepare(
     except PreemptedError:
         raise
     except BaseException:
-        if created:
+        if created and not holds_shards(_data_folder(job)):
             shutil.rmtree(job.work, ignore_errors=True)
         raise
+
+
+def _checkpoint_bytes(job: UptrainJob) -> float:
+    """What one process writes for a checkpoint: float32 weights and two moments."""
+    num_shards = job.execution.num_processes if job.execution.fsdp else 1
+    return 12 * job.checkpoint.num_parameters / num_shards
 
 
 def _prepare_teacher(job: UptrainJob) -> None:

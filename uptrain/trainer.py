@@ -53,7 +53,8 @@ class UptrainTrainer(Trainer):
     The loss is a sum over tokens divided by the tokens of the whole accumulated batch, so that gradient accumulation
     changes nothing; `loss_is_scaled_for_ga` tells the Trainer not to scale it again. With `bf16` models compute under
     autocast that is opened here, because accelerate's own would turn their logits into float32. Parameters that
-    `in_attention` does not name learn at `body_lr_multiplier` times the rate of the others.
+    `in_attention` does not name learn at `body_lr_multiplier` times the rate of the others. `measure(step)` is added to
+    every record of a loss.
     Raises DivergedError before the optimizer step when loss or gradient is not finite, in all processes alike.
     """
 
@@ -66,6 +67,7 @@ class UptrainTrainer(Trainer):
         bf16: bool,
         in_attention: Callable[[str], bool] = lambda name: True,
         body_lr_multiplier: float = 1.0,
+        measure: Callable[[int], dict[str, float | None]] = lambda step: {},
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -74,6 +76,7 @@ class UptrainTrainer(Trainer):
         self._bf16 = bf16
         self._in_attention = in_attention
         self._body_lr_multiplier = body_lr_multiplier
+        self._measure = measure
         self._step_loss: Tensor | float = 0.0
 
     def compute_loss(
@@ -123,8 +126,10 @@ class UptrainTrainer(Trainer):
         )
         return self.optimizer
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Hand records to callbacks; no history is kept, which every checkpoint would write again."""
+        if "loss" in logs:
+            logs |= self._measure(self.state.global_step)
         pending = self.control.should_log and "loss" not in logs  # an evaluation does not take the loss's turn
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
         self.control.should_log = pending
