@@ -234,12 +234,17 @@ def uptrain(request: Request) -> None:
         teacher = None if request.teacher is None else stack.enter_context(open_checkpoint(request.teacher))
         plan = _plan(request, checkpoint, teacher, terminal)
 
-        from ..uptrain import jobs, run, sweep
+        from ..uptrain import jobs, run, sweep, trials
 
-        job, swept = plan.job, False
-        if request.lr_sweep and not request.force and (trials := sweep.finished_trials(job, request.lr_sweep)):
-            job, swept = sweep.with_best_rate(job, trials), True
-        jobs.check_job(job, held_out=_held_out(request), force=request.force)
+        job, force = plan.job, request.force
+        begun = trials.find_sweep(job, request.lr_sweep, force=force) if request.lr_sweep else None
+        if begun is not None:
+            force = force or trials.goes_on_to_replace(begun, job)
+            job = trials.with_best_rate(job, begun.trials) if begun.is_done else job
+        sweeps = bool(request.lr_sweep) and (begun is None or not begun.is_done)
+        jobs.check_job(job, held_out=_held_out(request), force=force)
+        if sweeps:
+            sweep.check_sweep(job, scored=request.eval_data is not None, force=force)
         if request.dry_run:
             if plan.cost.warning is not None:
                 terminal.remark(plan.cost.warning)
@@ -247,10 +252,10 @@ def uptrain(request: Request) -> None:
             return
         require_consent(plan.cost, plan.budget.explicit, request.yes)
         watch = _observation(request, plan, terminal, deadline)
-        if request.lr_sweep and not swept:
-            job = _swept(request, job, watch, terminal)
+        if sweeps:
+            job = _swept(job, watch, terminal, num_rates=request.lr_sweep, force=force)
         with terminal.progress("uptraining", job.settings.steps) as advance:
-            result = run.uptrain(job, replace(watch, progress=advance), force=request.force)
+            result = run.uptrain(job, replace(watch, progress=advance), force=force)
     outcome = {"passes": result.passes, "seconds": round(result.seconds, 1), "dry_run": False}
     terminal.result(_summary(replace(plan, job=job)) | outcome, lambda console: _show(result, console))
 
@@ -467,11 +472,12 @@ def _scorer(job: UptrainJob, source: TextSource) -> Any:
     return lambda model: evaluate(model, windows, batch_size=job.execution.micro_batch or 1).nats_per_token
 
 
-def _swept(request: Request, job: UptrainJob, watch: Observation, terminal: Terminal) -> UptrainJob:
+def _swept(job: UptrainJob, watch: Observation, terminal: Terminal, *, num_rates: int, force: bool) -> UptrainJob:
     """The job at the learning rate that short runs choose, and their table."""
-    from ..uptrain.sweep import sweep_learning_rates, with_best_rate
+    from ..uptrain.sweep import sweep_learning_rates
+    from ..uptrain.trials import with_best_rate
 
-    trials = sweep_learning_rates(job, watch, num_rates=request.lr_sweep, force=request.force)
+    trials = sweep_learning_rates(job, watch, num_rates=num_rates, force=force)
     for trial in trials:
         score = "diverged" if trial.nats_per_token is None else f"held-out {trial.nats_per_token:.4f} nats/token"
         terminal.remark(f"lr {trial.learning_rate:.2e}: {score} after {trial.steps} steps")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 from conftest import CheckpointFactory
 from kvconvert.cli.main import app
+from kvconvert.convert.errors import PreemptedError
+from kvconvert.uptrain import sweep
 from typer.testing import CliRunner
 
 Invoke = Callable[..., Any]
@@ -206,3 +209,92 @@ def test_a_sweep_and_its_rerun(uptrain: Invoke, tmp_path: Path) -> None:
     assert "nats/token after 2 steps" not in again.stderr
     assert json.loads(again.stdout)["settings"]["learning_rate"] == best
     assert not (tmp_path / "model-uptrained.lr-sweep").exists()
+
+
+SWEPT = ["--global-batch-tokens", 128, "--sequence-length", 32, "--validation-fraction", 0.3, "--lr-sweep", 2]
+
+
+@pytest.fixture
+def trials_begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of trials that are begun."""
+    names: list[str] = []
+    real = sweep.uptrain
+
+    def spy(job: Any, *args: Any, **kwargs: Any) -> Any:
+        names.append(job.output.name)
+        return real(job, *args, **kwargs)
+
+    monkeypatch.setattr(sweep, "uptrain", spy)
+    return names
+
+
+@pytest.mark.parametrize("again", [[], ["--force"]])
+def test_a_forced_sweep_that_was_stopped_goes_on_and_replaces_the_output(
+    again: list[str], uptrain: Invoke, tmp_path: Path, trials_begun: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "model-uptrained"
+    assert uptrain("--steps", 1, *SWEPT[:6]).exit_code == 0
+    real = sweep.uptrain
+
+    def stopped(job: Any, *args: Any, **kwargs: Any) -> Any:
+        if job.output.name == "trial-1":
+            raise PreemptedError("stopped")
+        return real(job, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "uptrain", stopped)
+        outcome = uptrain("--steps", 2, *SWEPT, "--force")
+    assert outcome.exit_code == 75, outcome.output
+    assert f"their status is in {output}.lr-sweep/run_status.json" in " ".join(outcome.stderr.split())
+    assert trials_begun == ["trial-0"]
+    assert json.loads((output / "kvconvert.json").read_text())["uptraining"]["steps"] == 1
+    outcome = uptrain("--steps", 2, *SWEPT, *again)
+    assert outcome.exit_code == 0, outcome.output
+    assert trials_begun == ["trial-0", "trial-1"]
+    assert json.loads((output / "kvconvert.json").read_text())["uptraining"]["steps"] == 2
+    assert (output / "lr_sweep.json").exists()
+    assert {path.name for path in tmp_path.glob("*model-uptrained*")} == {"model-uptrained"}
+    before = (output / "model.safetensors").stat().st_mtime_ns
+    outcome = uptrain("--steps", 2, *SWEPT)  # which replaces nothing, since it is finished
+    assert outcome.exit_code == 0, outcome.output
+    assert trials_begun == ["trial-0", "trial-1"]
+    assert (output / "model.safetensors").stat().st_mtime_ns == before
+    assert uptrain("--steps", 3, *SWEPT).exit_code == 2
+
+
+@pytest.mark.parametrize("how", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (["--validation-fraction", 0], "--lr-sweep compares held-out loss, and there is no held-out text"),
+        (["--output", "done"], "done already exists"),
+        (["--output", "stopped"], "holds an unfinished run that began without --lr-sweep"),
+        (["--output", "strange"], "strange.lr-sweep is in the way and not a sweep's"),
+    ],
+)
+def test_sweeps_that_are_refused_before_they_begin(
+    run: list[object], message: str, how: list[str], uptrain: Invoke, tmp_path: Path, trials_begun: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "strange.lr-sweep").mkdir()
+    arguments = ["--steps", 2, *SWEPT[:6]]
+    if run[-1] in ("done", "stopped"):
+        assert uptrain(*arguments, *run).exit_code == 0
+    if run[-1] == "stopped":
+        begin_again(tmp_path / "stopped")
+    before = sorted(tmp_path.rglob("*"))
+    outcome = uptrain(*arguments, "--lr-sweep", 2, *run, *how)
+    assert outcome.exit_code == 2, outcome.output
+    assert message in outcome.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+    assert trials_begun == []
+
+
+def begin_again(output: Path) -> None:
+    """Leave a finished run as one that has just begun."""
+    work = output.with_name(f"{output.name}.uptraining")
+    work.mkdir()
+    record = json.loads((output / "kvconvert.json").read_text())["uptraining"]
+    (work / "settings.json").write_text(json.dumps(record))
+    shutil.rmtree(output)

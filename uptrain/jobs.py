@@ -26,11 +26,11 @@ from .teacher import as_teacher
 __all__ = [
     "REPLACES_NAME",
     "SETTINGS_NAME",
-    "SWEEP_NAME",
     "Execution",
     "UptrainJob",
     "UptrainSettings",
     "batch_of",
+    "begun_before",
     "check_job",
     "corpus_of",
     "count_processes",
@@ -45,7 +45,6 @@ __all__ = [
     "work_directory",
 ]
 
-SWEEP_NAME = "lr_sweep.json"
 SETTINGS_NAME = "settings.json"
 REPLACES_NAME = "force"
 _FINGERPRINT_BYTES = 64
@@ -315,6 +314,11 @@ def finished_before(job: UptrainJob) -> bool:
     return all(record.get(key) == value for key, value in describe(job).items())
 
 
+def begun_before(job: UptrainJob) -> bool:
+    """Whether the work directory holds this very run, not finished."""
+    return (job.work / SETTINGS_NAME).exists() and not _changes(job.work, describe(job))
+
+
 def describe(job: UptrainJob) -> dict[str, Any]:
     """All that decides the result, as JSON has it; what differs is another run."""
     description = {
@@ -349,18 +353,22 @@ def _fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def _check_same_run(work: Path, description: dict[str, Any]) -> None:
-    path = work / SETTINGS_NAME
-    if not path.exists():
+    if not (work / SETTINGS_NAME).exists():
         raise OutputError(f"{work} is in the way and not a run's", hint="remove it, or choose another --output")
-    saved = json.loads(path.read_text())
-    changed = [
-        f"{key} was {saved.get(key)!r}, now {value!r}" for key, value in description.items() if saved.get(key) != value
-    ]
+    changed = _changes(work, description)
     if changed:
         raise InputError(
             f"{work} holds an unfinished run with other settings: {'; '.join(changed)}",
             hint="go on with the same settings, start over with --force, or choose another --output",
         )
+
+
+def _changes(work: Path, description: dict[str, Any]) -> list[str]:
+    """What a run's work directory has otherwise."""
+    saved = json.loads((work / SETTINGS_NAME).read_text())
+    return [
+        f"{key} was {saved.get(key)!r}, now {value!r}" for key, value in description.items() if saved.get(key) != value
+    ]
 
 
 def batch_of(job: UptrainJob, micro_batch: int) -> Batch:

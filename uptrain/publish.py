@@ -22,8 +22,9 @@ from ..convert.output import (
     staged_directory,
     write_text,
 )
-from .jobs import SWEEP_NAME, UptrainJob, describe, sweep_directory
+from .jobs import UptrainJob, describe
 from .status import RunStatus, write_status
+from .trials import SWEEP_NAME, sweep_that_chose
 
 __all__ = ["METRICS_NAME", "TRACKS_NAME", "publish", "write_weights"]
 
@@ -74,8 +75,8 @@ def publish(
             shutil.copytree(job.work / TRACKS_NAME, staging / TRACKS_NAME)
         write_text(staging / PROVENANCE_NAME, json.dumps(provenance, indent=2) + "\n")
         write_status(staging, status)
-        trials = sweep_directory(job.output) / SWEEP_NAME
-        if trials.exists():
-            shutil.copyfile(trials, staging / SWEEP_NAME)
+        sweep = sweep_that_chose(job)
+        if sweep is not None:
+            shutil.copyfile(sweep / SWEEP_NAME, staging / SWEEP_NAME)
         write_card(source.directory, staging, provenance)
         check_opens(staging)

@@ -55,7 +55,6 @@ from .jobs import (
     describe,
     finished_before,
     replaces_output,
-    sweep_directory,
     uses_deepspeed,
 )
 from .lock import sole_run_in
@@ -75,8 +74,9 @@ from .recipe import LossWeights, Objective, Recipe, Stage, attention_names, trai
 from .status import RunStatus, status_of_error, write_status
 from .teacher import as_teacher, write_teacher
 from .trainer import SHARDS_NAME, Loss, PredictionLoss, UptrainTrainer
+from .trials import remove_sweep, sweep_that_chose
 
-__all__ = ["Observation", "UptrainResult", "uptrain"]
+__all__ = ["Observation", "UptrainResult", "no_held_out_text", "process_state", "uptrain"]
 
 _SCALES_NAME = "attention_scales.json"
 _MICRO_BATCH_NAME = "micro_batch.{stage}.json"
@@ -110,9 +110,10 @@ class Observation:
     """What is watched during a run; none of it changes the result.
 
     `score(model)` gives held-out nats per token every `eval_steps`. `show` receives each metrics record, `progress`
-    the number of steps done since it was last called, `remark` what a person should know. `deadline` is on
-    time.monotonic()'s clock. `flops_per_token`, by a stage's name, and `peak_flops` of one device are there where they
-    are known. `command` is what a person types to go on. Without `keep` no result is written.
+    the number of steps done since it was last called, `note` each status, in the first process, `remark` what a person
+    should know. `deadline` is on time.monotonic()'s clock. `flops_per_token`, by a stage's name, and `peak_flops` of
+    one device are there where they are known. `command` is what a person types to go on. Without `keep` no result is
+    written: the run is there for its last score, and raises InputError before training where there is no held-out text.
     """
 
     save_steps: int = 500
@@ -122,6 +123,7 @@ class Observation:
     score: Callable[[Any], float] | None = None
     progress: Callable[[int], object] = lambda num_steps: None
     show: Callable[[dict[str, Any]], object] = lambda record: None
+    note: Callable[[RunStatus], object] = lambda status: None
     remark: Callable[[str], object] = lambda text: None
     flops_per_token: dict[str, float] = field(default_factory=dict)
     peak_flops: float | None = None
@@ -138,8 +140,7 @@ def uptrain(job: UptrainJob, watch: Observation, *, force: bool = False) -> Uptr
     Raises InputError for unusable input, DivergedError on a non-finite loss or gradient (before the optimizer step),
     PreemptedError after SIGTERM, SIGINT or SIGUSR1 and before `watch.deadline`, once a checkpoint is saved.
     """
-    # without cpu=True accelerate takes the processes of a launcher on a CPU for one each
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_LONGEST_COLLECTIVE)
+    state = process_state()
     stop = StopRequests(deadline=watch.deadline, save_seconds=_checkpoint_bytes(job) / _DISK_BYTES_PER_SECOND)
     with disk_errors(job.work), stop, ExitStack() as held:
         check_job(job, force=force)  # in every process, to the same end
@@ -155,6 +156,12 @@ def uptrain(job: UptrainJob, watch: Observation, *, force: bool = False) -> Uptr
         except BaseException as error:
             run.record(error)
             raise
+
+
+def process_state() -> PartialState:
+    """The processes of this run; accelerate takes the settings of the first call."""
+    # without cpu=True accelerate takes the processes of a launcher on a CPU for one each
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=_LONGEST_COLLECTIVE)
 
 
 class _Run:
@@ -187,7 +194,14 @@ class _Run:
         """Packing, then all stages, from where the run stands; then the result is written."""
         job = self._job
         if self._state.is_main_process:
-            self._packer = _prepare(job, self._stop, self._held, begin=self._begin, force=force)
+            self._packer = _prepare(
+                job,
+                self._stop,
+                self._held,
+                begin=self._begin,
+                force=force,
+                held_out=not self._watch.keep and self._watch.score is None,
+            )
         self._wait_long()
         self._blocks = PackedBlocks(_data_folder(job), num_samples=job.num_samples)
         self._score = _under_autocast(self._watch.score or _validation_score(job), job.settings.precision)
@@ -252,6 +266,7 @@ class _Run:
         self._status = replace(self._status, step=step, tokens=tokens, last_checkpoint=last)
         if self._state.is_main_process:
             write_status(self._job.work, self._status)
+            self._watch.note(self._status)
 
     def _train_stage(self, stage: Stage, source: Path, *, resume: bool) -> tuple[Any, dict[str, torch.Tensor]]:
         """Train one stage; returns the model and its weights, which the main process holds whole."""
@@ -513,12 +528,27 @@ def _result(
     )
 
 
+def no_held_out_text() -> InputError:
+    """What trials that cannot be compared end with."""
+    return InputError(
+        "--lr-sweep compares held-out loss, and there is no held-out text",
+        hint="pass --eval-data, or a --validation-fraction that holds out at least one block",
+    )
+
+
 def _prepare(
-    job: UptrainJob, stop: StopRequests, held: ExitStack, *, begin: Callable[[], object], force: bool
+    job: UptrainJob,
+    stop: StopRequests,
+    held: ExitStack,
+    *,
+    begin: Callable[[], object],
+    force: bool,
+    held_out: bool,
 ) -> CorpusPacker:
     """Pack the training text into the work directory, or go on with it; an error before the first shard leaves nothing.
 
-    `begin` is called once that directory is there and held, which it is until `held` is closed.
+    `begin` is called once that directory is there and held, which it is until `held` is closed. Raises InputError where
+    a validation slice has to be `held_out` and is empty.
     """
     tokenizer = load_tokenizer(job.checkpoint.directory)
     if job.work.exists():
@@ -538,9 +568,13 @@ def _prepare(
         begin()
         _prepare_teacher(job)
         done = _last_saved(job)[0] * job.settings.sequences_per_step
-        return build(
+        packer = build(
             corpus_of(job), _data_folder(job), tokenizer, first_sample=done, should_stop=lambda: stop.requested
         )
+        if held_out and validation_blocks(_data_folder(job)) is None:
+            shutil.rmtree(job.work, ignore_errors=True)  # nobody goes on with it
+            raise no_held_out_text()
+        return packer
     except PreemptedError:
         raise
     except BaseException:
@@ -587,9 +621,15 @@ def _last_saved(job: UptrainJob) -> tuple[int, Path | None]:
 
 
 def _remove_work(job: UptrainJob) -> None:
+    """Remove what the output does not need any more.
+
+    Trials go first: without the work directory, ones that began with force would pass for trials of a run to come.
+    """
+    sweep = sweep_that_chose(job)
+    if sweep is not None and job.output.exists():
+        with suppress(OSError):
+            remove_sweep(sweep)
     shutil.rmtree(job.work, ignore_errors=True)
-    if job.output.exists():
-        shutil.rmtree(sweep_directory(job.output), ignore_errors=True)
 
 
 def _data_folder(job: UptrainJob) -> Path:
