@@ -263,6 +263,7 @@ def uptrain(request: Request) -> None:
 @dataclass(frozen=True)
 class _Plan:
     job: UptrainJob
+    trials: tuple[UptrainSettings, ...]
     budget: Budget
     cost: RunCost
     flops_per_token: dict[str, float]
@@ -272,6 +273,7 @@ class _Plan:
 def _plan(request: Request, checkpoint: Checkpoint, teacher: Checkpoint | None, terminal: Terminal) -> _Plan:
     """What the options come to: the job, how long it is, what it costs."""
     from ..uptrain import jobs
+    from ..uptrain.trials import trial_settings
 
     batch_tokens = default_global_batch_tokens(checkpoint.num_parameters)
     batch = derive_batch(
@@ -297,6 +299,7 @@ def _plan(request: Request, checkpoint: Checkpoint, teacher: Checkpoint | None, 
     )
     settings = _settings(request, checkpoint, batch, budget)
     job = _job(request, checkpoint, teacher, settings, micro_batch=batch.micro_batch)
+    trials = trial_settings(settings, request.lr_sweep)
     detected = detect_gpu()
     student = measure_size(checkpoint)
     original = None if teacher is None or settings.recipe is Recipe.gqa else measure_size(teacher)
@@ -304,7 +307,7 @@ def _plan(request: Request, checkpoint: Checkpoint, teacher: Checkpoint | None, 
     cost = run_cost(
         budget,
         batch,
-        settings.stages,
+        [stage for part in (*trials, settings) for stage in part.stages],
         student,
         original,
         data_tokens=_data_tokens(job) if request.dry_run else None,
@@ -317,7 +320,7 @@ def _plan(request: Request, checkpoint: Checkpoint, teacher: Checkpoint | None, 
         stage.name: flops_per_token(student, original, stage.objective, stage.trained, batch.sequence_length)
         for stage in settings.stages
     }
-    return _Plan(job, budget, cost, per_token, None if detected is None else peak_flops(detected))
+    return _Plan(job, trials, budget, cost, per_token, None if detected is None else peak_flops(detected))
 
 
 def _settings(request: Request, checkpoint: Checkpoint, batch: Batch, budget: Budget) -> UptrainSettings:
@@ -510,6 +513,7 @@ def _summary(plan: _Plan) -> dict[str, Any]:
         "budget": asdict(budget) | {"fraction_of_pretraining": budget.fraction_of_pretraining},
         "stages": [asdict(stage) for stage in job.settings.stages],
         "settings": asdict(job.settings),
+        "trials": [{"learning_rate": trial.learning_rate, "steps": trial.steps} for trial in plan.trials],
         "execution": asdict(job.execution),
         "cost": asdict(plan.cost),
     }
@@ -528,6 +532,9 @@ def _show_plan(plan: _Plan, console: Console) -> None:
             f"  stage        {stage.name}: {stage.steps} steps, {stage.trained} parameters, "
             f"{settings.lr_scheduler}, peak {stage.learning_rate:g}, {settings.precision}"
         )
+    if plan.trials:
+        rates = ", ".join(f"{trial.learning_rate:g}" for trial in plan.trials)
+        console.print(f"  trials       {plan.trials[0].steps} steps at each learning rate of {rates}")
     at_once = "what fits" if execution.micro_batch is None else str(execution.micro_batch)
     console.print(
         f"  batch        {human_count(settings.tokens_per_step)} tokens in blocks of {settings.sequence_length}: "
@@ -535,7 +542,8 @@ def _show_plan(plan: _Plan, console: Console) -> None:
     )
     if cost.passes is not None:
         console.print(f"  data         about {cost.passes:.2g} passes over the text")
-    console.print(f"  compute      {cost.flops:.2e} FLOPs, {_hours(cost)}")
+    with_trials = ", trials included" if plan.trials else ""
+    console.print(f"  compute      {cost.flops:.2e} FLOPs, {_hours(cost)}{with_trials}")
     console.print(f"  memory       about {human_bytes(cost.memory_bytes)} per process")
     console.print(f"  disk         at most {human_bytes(cost.disk_bytes)}")
     console.print(f"  would write  {job.output}")

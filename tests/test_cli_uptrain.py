@@ -17,6 +17,7 @@ from conftest import CheckpointFactory
 from kvconvert.cli.main import app
 from kvconvert.convert.errors import PreemptedError
 from kvconvert.uptrain import sweep
+from kvconvert.uptrain.run import uptrain as uptrain_job
 from typer.testing import CliRunner
 
 Invoke = Callable[..., Any]
@@ -218,11 +219,10 @@ SWEPT = ["--global-batch-tokens", 128, "--sequence-length", 32, "--validation-fr
 def trials_begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of trials that are begun."""
     names: list[str] = []
-    real = sweep.uptrain
 
     def spy(job: Any, *args: Any, **kwargs: Any) -> Any:
         names.append(job.output.name)
-        return real(job, *args, **kwargs)
+        return uptrain_job(job, *args, **kwargs)
 
     monkeypatch.setattr(sweep, "uptrain", spy)
     return names
@@ -234,32 +234,51 @@ def test_a_forced_sweep_that_was_stopped_goes_on_and_replaces_the_output(
 ) -> None:
     output = tmp_path / "model-uptrained"
     assert uptrain("--steps", 1, *SWEPT[:6]).exit_code == 0
-    real = sweep.uptrain
 
     def stopped(job: Any, *args: Any, **kwargs: Any) -> Any:
         if job.output.name == "trial-1":
             raise PreemptedError("stopped")
-        return real(job, *args, **kwargs)
+        return uptrain_job(job, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "uptrain", stopped)
         outcome = uptrain("--steps", 2, *SWEPT, "--force")
     assert outcome.exit_code == 75, outcome.output
     assert f"their status is in {output}.lr-sweep/run_status.json" in " ".join(outcome.stderr.split())
-    assert trials_begun == ["trial-0"]
     assert json.loads((output / "kvconvert.json").read_text())["uptraining"]["steps"] == 1
     outcome = uptrain("--steps", 2, *SWEPT, *again)
     assert outcome.exit_code == 0, outcome.output
-    assert trials_begun == ["trial-0", "trial-1"]
+    assert trials_begun == ["trial-1"]
     assert json.loads((output / "kvconvert.json").read_text())["uptraining"]["steps"] == 2
     assert (output / "lr_sweep.json").exists()
     assert {path.name for path in tmp_path.glob("*model-uptrained*")} == {"model-uptrained"}
     before = (output / "model.safetensors").stat().st_mtime_ns
     outcome = uptrain("--steps", 2, *SWEPT)  # which replaces nothing, since it is finished
     assert outcome.exit_code == 0, outcome.output
-    assert trials_begun == ["trial-0", "trial-1"]
+    assert trials_begun == ["trial-1"]
     assert (output / "model.safetensors").stat().st_mtime_ns == before
     assert uptrain("--steps", 3, *SWEPT).exit_code == 2
+
+
+def test_what_a_sweep_costs(uptrain: Invoke, trials_begun: list[str]) -> None:
+    arguments = ["--global-batch-tokens", 1024, "--steps"]
+    alone, with_trials = dry_run(uptrain, *arguments, 100), dry_run(uptrain, *arguments, 100, "--lr-sweep", 3)
+    assert alone["trials"] == []
+    assert with_trials["trials"] == [{"learning_rate": rate, "steps": 20} for rate in (5e-4, 1e-3, 2e-3)]
+    for name in ("flops", "h100_hours"):
+        assert with_trials["cost"][name] == pytest.approx(1.6 * alone["cost"][name], rel=1e-12)
+    for name in ("steps", "tokens", "memory_bytes", "disk_bytes"):
+        assert with_trials["cost"][name] == alone["cost"][name]
+    shown = uptrain(*arguments, 100, "--lr-sweep", 3, "--dry-run").stdout
+    assert "trials       20 steps at each learning rate of 0.0005, 0.001, 0.002" in shown
+    assert "trials included" in shown
+
+    long = round(100 * 900 / alone["cost"]["h100_hours"])  # 900 hours, and 15 % in trials
+    assert dry_run(uptrain, *arguments, long)["cost"]["h100_hours"] < 1000
+    outcome = uptrain(*arguments, long, "--lr-sweep", 5)
+    assert outcome.exit_code == 2
+    assert "hint: pass --yes if you mean it" in outcome.stderr
+    assert trials_begun == []
 
 
 @pytest.mark.parametrize("how", [[], ["--dry-run"]])
