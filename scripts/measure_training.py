@@ -207,7 +207,6 @@ def _uptrain(arguments: argparse.Namespace, settings: Any, clock: Clock, *, comp
         log_steps=min(_LOG_STEPS, settings.steps),
         progress=progress,
         show=lambda record: losses.append(record["loss"]),
-        keep=False,
     )
     teacher = (arguments.teacher or arguments.model) if settings.recipe.needs_teacher else None
     execution = jobs.Execution(arguments.micro_batch, compile=compiled)
