@@ -52,6 +52,7 @@ _ENCODE_BATCH = 64
 _SAMPLE_DOCUMENTS = 256
 _DATASET_NAME = re.compile(r"(?!.*\.(txt|md|jsonl|gz|parquet)$)([\w-][\w.-]*/)?[\w-][\w.-]*")
 _KINDS_HINT = "give a text, JSONL or parquet file, a directory of them, or the name of a dataset on the hub"
+_SAMPLE_CHARACTERS = 2**14  # of a document, which may be a book
 _MAX_OPEN_FILES = 16
 # the parts of a fast tokenizer that decide which ids a text becomes; truncation and padding change as it is used
 _FAST_TOKENIZER_PARTS = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model")
@@ -136,7 +137,8 @@ def estimate_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> i
     files = _files(source)
     if files is None or any(file.suffix in (".gz", ".parquet") for file in files):
         return None
-    sample = list(islice(read_interleaved(source, seed=0), _SAMPLE_DOCUMENTS))
+    documents = islice(read_interleaved(source, seed=0), _SAMPLE_DOCUMENTS)
+    sample = [document[:_SAMPLE_CHARACTERS] for document in documents]
     num_bytes = sum(len(text.encode(errors="surrogatepass")) for text in sample)
     num_tokens = sum(map(len, encode_batch(sample, tokenizer)))
     return round(num_tokens / num_bytes * sum(file.stat().st_size for file in files))

@@ -4,6 +4,7 @@ import gzip
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -13,6 +14,7 @@ from kvconvert.convert.text import (
     TextSource,
     adds_bos,
     encode_documents,
+    estimate_tokens,
     load_tokenizer,
     pin_revision,
     read_documents,
@@ -187,3 +189,24 @@ def test_tokenizers_that_give_other_ids_have_another_hash() -> None:
     word = build_tokenizer()
     word.add_tokens(["foolishness"])
     assert len({plain, *map(tokenizer_hash, (other, with_bos, no_eos, word))}) == 5
+
+
+class BytesTokenizer:
+    """A token a character; it notes the lengths that it is given."""
+
+    eos_token_id = None
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+    def __call__(self, texts: list[str], **options: object) -> dict[str, list[list[int]]]:
+        self.lengths += map(len, texts)
+        return {"input_ids": [list(range(len(text))) for text in texts]}
+
+
+def test_tokens_are_estimated_from_the_beginning_of_a_book(tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("".join(map(str, range(40_000))))
+    tokenizer: Any = BytesTokenizer()
+    assert estimate_tokens(TextSource(str(book)), tokenizer) == book.stat().st_size
+    assert tokenizer.lengths == [2**14]
