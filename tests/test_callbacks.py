@@ -297,6 +297,15 @@ def wait_for_packing(ahead: PackAhead) -> None:
     ahead._pending.exception(10)
 
 
+def test_what_comes_before_the_checkpoint_that_was_resumed_can_go(arguments: TrainingArguments) -> None:
+    packer: Any = Packer()
+    ahead = PackAhead(packer, Stage("main", Objective.prediction, Trained.all, 10, 5, 1e-3), 4)
+    ahead.on_train_begin(arguments, at(3), TrainerControl())
+    ahead.on_save(arguments, at(4), TrainerControl())
+    ahead.on_train_end(arguments, at(4), TrainerControl())
+    assert packer.calls == [("release", (5 + 3) * 4)]
+
+
 def test_a_failure_to_pack_ends_training(arguments: TrainingArguments) -> None:
     packer: Any = Packer()
     packer.fails = DataError("another text")

@@ -206,6 +206,11 @@ class PackAhead(TrainerCallback):
         self._pending: Future[None] | None = None
         self._saved = [stage.first_step]
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._saved = [self._first_step + state.global_step]
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
