@@ -17,7 +17,7 @@ from rich.console import Console
 
 from ..convert.checkpoint import Checkpoint, open_checkpoint
 from ..convert.errors import InputError
-from ..convert.text import TextSource, estimate_tokens, load_tokenizer
+from ..convert.text import TextSource, load_tokenizer
 from ..uptrain.budget import Batch, Budget, default_global_batch_tokens, derive_batch, plan_budget
 from ..uptrain.cost import (
     RunCost,
@@ -27,6 +27,7 @@ from ..uptrain.cost import (
     measure_size,
     peak_flops,
     require_consent,
+    require_known_gpu,
     run_cost,
 )
 from ..uptrain.pretraining import lookup_pretraining_tokens
@@ -273,8 +274,12 @@ class _Plan:
 def _plan(request: Request, checkpoint: Checkpoint, teacher: Checkpoint | None, terminal: Terminal) -> _Plan:
     """What the options come to: the job, how long it is, what it costs."""
     from ..uptrain import jobs
+    from ..uptrain.data import measure_sources
+    from ..uptrain.teacher import copied_bytes
     from ..uptrain.trials import trial_settings
 
+    if request.gpu is not None:
+        require_known_gpu(request.gpu)
     batch_tokens = default_global_batch_tokens(checkpoint.num_parameters)
     batch = derive_batch(
         global_batch_tokens=batch_tokens
@@ -298,11 +303,15 @@ def _plan(request: Request, checkpoint: Checkpoint, teacher: Checkpoint | None, 
         tokens_per_step=batch.tokens_per_step,
     )
     settings = _settings(request, checkpoint, batch, budget)
+    if not settings.uses_teacher:
+        teacher = None
     job = _job(request, checkpoint, teacher, settings, micro_batch=batch.micro_batch)
+    if request.teacher is not None and teacher is None:
+        terminal.remark(f"--teacher {request.teacher} is not used: {job.objective} compares with no teacher")
     trials = trial_settings(settings, request.lr_sweep)
     detected = detect_gpu()
     student = measure_size(checkpoint)
-    original = None if teacher is None or settings.recipe is Recipe.gqa else measure_size(teacher)
+    original = None if teacher is None else measure_size(teacher)
     sharding: Sharding = "fsdp" if job.execution.fsdp else "none"
     cost = run_cost(
         budget,
@@ -310,14 +319,24 @@ def _plan(request: Request, checkpoint: Checkpoint, teacher: Checkpoint | None, 
         [stage for part in (*trials, settings) for stage in part.stages],
         student,
         original,
-        data_tokens=_data_tokens(job) if request.dry_run else None,
+        weights=settings.weights,
+        sources=measure_sources(job.sources, load_tokenizer(checkpoint.directory) if request.dry_run else None),
+        window_tokens=job.window_tokens(request.save_steps),
+        teacher_copy_bytes=0 if teacher is None else copied_bytes(teacher),
+        shares=job.shares_frozen,
         gpu_name=request.gpu or detected,
         sharding=sharding,
         bf16=settings.precision == "bf16",
         activation_checkpointing=request.activation_checkpointing,
     )
     per_token = {
-        stage.name: flops_per_token(student, original, stage.objective, stage.trained, batch.sequence_length)
+        stage.name: flops_per_token(
+            student,
+            original if stage.uses_teacher(settings.weights) else None,
+            stage.objective,
+            stage.trained,
+            batch.sequence_length,
+        )
         for stage in settings.stages
     }
     return _Plan(job, trials, budget, cost, per_token, None if detected is None else peak_flops(detected))
@@ -387,19 +406,6 @@ def _job(
         validation_fraction=_validation_fraction(request),
         stream=request.stream,
     )
-
-
-def _data_tokens(job: UptrainJob) -> int | None:
-    """About how many tokens the run can read before it reads one again, or None."""
-    tokenizer = load_tokenizer(job.checkpoint.directory)
-    total = sum(source.weight for source in job.sources)
-    whole = []
-    for source in job.sources:
-        tokens = estimate_tokens(source.text, tokenizer)
-        if tokens is None:
-            return None
-        whole.append(tokens * total / source.weight)
-    return round(min(whole))
 
 
 def _validation_fraction(request: Request) -> float:
@@ -541,7 +547,7 @@ def _show_plan(plan: _Plan, console: Console) -> None:
         f"{at_once} at a time on each of {execution.num_processes}"
     )
     if cost.passes is not None:
-        console.print(f"  data         about {cost.passes:.2g} passes over the text")
+        console.print(f"  data         {_passes(cost.passes)}")
     with_trials = ", trials included" if plan.trials else ""
     console.print(f"  compute      {cost.flops:.2e} FLOPs, {_hours(cost)}{with_trials}")
     console.print(f"  memory       about {human_bytes(cost.memory_bytes)} per process")
@@ -556,9 +562,11 @@ def _hours(cost: RunCost) -> str:
     return f"about {cost.h100_hours:.3g} hours of one H100"
 
 
+def _passes(passes: float | None) -> str:
+    return "at most one pass over the text" if passes is None else f"about {passes:.2g} passes over the text"
+
+
 def _show(result: UptrainResult, console: Console) -> None:
     console.print(f"uptrained for {result.steps} steps, {human_count(result.tokens)} tokens, {result.objective}")
-    console.print(
-        f"  {result.seconds:.0f} s, {result.tokens_per_second:.0f} tokens/s, {result.passes:.2f} passes over the text"
-    )
+    console.print(f"  {result.seconds:.0f} s, {result.tokens_per_second:.0f} tokens/s, {_passes(result.passes)}")
     console.print(f"  wrote {result.output}")

@@ -306,6 +306,20 @@ def test_what_comes_before_the_checkpoint_that_was_resumed_can_go(arguments: Tra
     assert packer.calls == [("release", (5 + 3) * 4)]
 
 
+def test_what_is_packed_is_told_of_in_the_trainings_thread(arguments: TrainingArguments) -> None:
+    told: list[int] = []
+    packer: Any = Packer()
+    ahead = PackAhead(packer, STAGE, 4, on_packed=lambda: told.append(len(packer.calls)))
+    ahead.on_step_begin(arguments, at(0), TrainerControl())
+    assert ahead._pending is not None
+    ahead._pending.result()
+    assert told == []
+    ahead.on_step_begin(arguments, at(1), TrainerControl())
+    assert told == [1]
+    ahead.on_train_end(arguments, at(2), TrainerControl())
+    assert told == [1, 2]
+
+
 def test_a_failure_to_pack_ends_training(arguments: TrainingArguments) -> None:
     packer: Any = Packer()
     packer.fails = DataError("another text")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shlex
@@ -15,8 +16,8 @@ from typing import Any
 import pytest
 from conftest import CheckpointFactory
 from kvconvert.cli.main import app
-from kvconvert.convert.errors import PreemptedError
-from kvconvert.uptrain import sweep
+from kvconvert.convert.errors import OutputError, PreemptedError
+from kvconvert.uptrain import run, sweep
 from kvconvert.uptrain.run import uptrain as uptrain_job
 from typer.testing import CliRunner
 
@@ -87,6 +88,7 @@ def test_pretraining_tokens_beside_the_model_give_the_default(uptrain: Invoke, t
         (["--steps", 1, "--eval-data", "./no-such"], "./no-such: no such file"),
         (["--steps", 1, "--output", "."], ". is no place for a new directory"),
         (["--steps", 1, "--output", "/"], "/ is no place for a new directory"),
+        (["--steps", 1, "--gpu", "A6000"], "--gpu A6000: the peak of this GPU is not known"),
     ],
 )
 @pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=["run", "dry-run"])
@@ -172,6 +174,95 @@ def test_what_a_dry_run_says(uptrain: Invoke, make_checkpoint: CheckpointFactory
     shown = uptrain(*arguments, "--dry-run").stdout
     for words in ("10 steps", "stage        layerwise: 3 steps", "compute", "memory", "disk", "would write"):
         assert words in shown
+
+
+def test_an_unknown_gpu_is_answered_with_those_that_are_known(uptrain: Invoke) -> None:
+    stderr = uptrain("--steps", 1, "--gpu", "A6000", "--dry-run").stderr
+    assert "hint: known are H100 PCIE, H100, H200, B200, A100, A10, A40, L4, L40S, RTX 4090, MI300X" in stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--recipe", "gqa"], ["--kl-weight", 0, "--ce-weight", 1], ["--recipe", "light", "--kl-weight", 0]]
+)
+def test_a_teacher_that_no_loss_compares_with_is_not_counted(
+    arguments: list[object], uptrain: Invoke, make_checkpoint: CheckpointFactory
+) -> None:
+    teacher = make_checkpoint(name="teacher", with_tokenizer=True)
+    length = ["--steps", 1, "--global-batch-tokens", 512]
+    arguments = [*arguments, "--ce-weight", 1]
+    plan = dry_run(uptrain, *length, *arguments, "--teacher", teacher)
+    recipe = arguments if "--recipe" in arguments else ["--recipe", "gqa", *arguments]
+    assert plan["cost"] == dry_run(uptrain, *length, *recipe)["cost"]
+    assert (plan["objective"], plan["teacher"]) == ("cross-entropy", None)
+    shown = uptrain(*length, *arguments, "--teacher", teacher, "--dry-run")
+    assert "objective    cross-entropy\n" in shown.stdout
+    assert f"--teacher {teacher} is not used: cross-entropy compares with no teacher" in shown.stderr
+    used = dry_run(uptrain, *length, "--teacher", teacher)
+    assert used["teacher"] == str(teacher)
+    assert used["cost"]["flops"] > plan["cost"]["flops"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--stream", "--save-steps", 1],
+        ["--train-only", "attention", "--with-teacher"],
+        ["--layerwise-fraction", 0.5, "--with-teacher"],
+        ["--recipe", "light", "--with-teacher", "--precision", "bf16"],
+        ["--recipe", "light", "--with-teacher", "--precision", "fp32"],
+    ],
+)
+def test_a_run_asks_for_the_disk_that_its_dry_run_says(
+    arguments: list[object], uptrain: Invoke, make_checkpoint: CheckpointFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = make_checkpoint(name="teacher", with_tokenizer=True)
+    given = [["--teacher", teacher] if word == "--with-teacher" else [word] for word in arguments]
+    words = [word for words in given for word in words]
+    asked: list[int] = []
+
+    def refuse(output: Path, num_bytes: int) -> None:
+        asked.append(num_bytes)
+        raise OutputError("the disk is full")
+
+    monkeypatch.setattr(run, "check_free_space", refuse)
+    length = ["--steps", 10**4, "--global-batch-tokens", 4096]  # more than the text holds
+    outcome = uptrain(*length, *words)
+    assert "the disk is full" in outcome.stderr
+    assert asked == [dry_run(uptrain, *length, *words)["cost"]["disk_bytes"]]
+
+
+def test_a_mixture_is_packed_until_each_source_has_its_share(uptrain: Invoke, tmp_path: Path, prose_file: Path) -> None:
+    """A short source that ends first leaves the other to go on."""
+    short = tmp_path / "short.jsonl"
+    short.write_text(prose_file.read_text().partition("\n")[0])
+    arguments = ["--steps", 4, "--global-batch-tokens", 1024]
+    mixed = ["--data", f"{prose_file}:0.5", "--data", f"{short}:0.5"]
+    costs = [dry_run(uptrain, *arguments, data=path)["cost"] for path in (prose_file, short)]
+    mixture = dry_run(uptrain, *arguments, *mixed, data=None)["cost"]
+    assert mixture["passes"] == costs[1]["passes"] / 2 > 1
+    num_short = round(4096 / costs[1]["passes"])
+    # 2048 tokens of the long one and all of the short one; alone, 4096 of the long one
+    assert costs[0]["disk_bytes"] - mixture["disk_bytes"] == 2 * (2048 - num_short)
+
+
+def test_passes_are_those_over_the_text(uptrain: Invoke, tmp_path: Path, prose_file: Path) -> None:
+    """Of which 256 tokens are read and packed: the run says what its dry run says, not that it has seen all of it."""
+    arguments = ["--steps", 2, "--global-batch-tokens", 128, "--sequence-length", 32]
+    planned = dry_run(uptrain, *arguments)["cost"]["passes"]
+    assert 0 < planned < 0.1
+    shown = uptrain(*arguments)
+    assert shown.exit_code == 0, shown.output
+    assert f"about {planned:.2g} passes over the text" in shown.stdout
+    record = json.loads((tmp_path / "model-uptrained" / "kvconvert.json").read_text())["uptraining"]
+    assert record["passes"] == planned
+    compressed = tmp_path / "prose.jsonl.gz"
+    compressed.write_bytes(gzip.compress(prose_file.read_bytes()))
+    arguments += ["--output", tmp_path / "compressed"]
+    unknown = uptrain(*arguments, data=compressed)
+    assert "at most one pass over the text" in unknown.stdout
+    again = uptrain(*arguments, "--json", data=compressed)
+    assert json.loads(again.stdout)["passes"] is None
 
 
 def test_a_long_run_is_not_started_without_yes(uptrain: Invoke, tmp_path: Path) -> None:

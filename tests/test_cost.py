@@ -10,28 +10,38 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LATENT, OVERRIDES, VOCAB_SIZE, build_model
+from conftest import LATENT, OVERRIDES, VOCAB_SIZE, CheckpointFactory, build_model, settings_with
+from kvconvert.convert import Gqa, execute
 from kvconvert.convert.architectures import ARCHITECTURES, find_architecture
 from kvconvert.convert.checkpoint import Checkpoint, open_checkpoint
 from kvconvert.convert.errors import InputError, UnsupportedError
 from kvconvert.convert.runtime import register
+from kvconvert.uptrain import run, trainer
 from kvconvert.uptrain.budget import Batch, Budget
 from kvconvert.uptrain.cost import (
     H100_PEAK_FLOPS,
     ModelSize,
     RunCost,
     Sharding,
+    SourceSize,
     detect_gpu,
     disk_bytes,
     flops_per_token,
     gpu_hours,
     measure_size,
     memory_bytes,
+    packed_tokens,
+    passes_over,
     peak_flops,
     require_consent,
+    require_known_gpu,
     run_cost,
+    weight_bytes,
 )
-from kvconvert.uptrain.recipe import Objective, Recipe, Trained, stages, trained_names
+from kvconvert.uptrain.jobs import UptrainJob
+from kvconvert.uptrain.models import load_for_training
+from kvconvert.uptrain.packing import SHARD_TOKENS
+from kvconvert.uptrain.recipe import LossWeights, Objective, Recipe, Trained, stages, trained_names
 from torch.utils.flop_counter import FlopCounterMode
 
 register()
@@ -370,12 +380,112 @@ def test_states_of_weights(sharding: Sharding, kept: float) -> None:
     assert found - stateless == pytest.approx(kept * size.num_parameters, abs=2)
 
 
-def test_frozen_weights_stay_as_they_are_stored() -> None:
+def test_frozen_weights_have_neither_gradient_nor_moments() -> None:
     size = llama_2_7b()
-    trained = size.num_attention_parameters
     saved = memory() - memory(trained=Trained.attention)
-    # 16 bytes and the copy that autocast makes, against 2 bytes
-    assert saved == (16 + 2 - 2) * (size.num_parameters - trained)
+    assert saved == 12 * (size.num_parameters - size.num_attention_parameters)
+
+
+def test_frozen_weights_that_are_the_teachers() -> None:
+    """Against weights of its own it saves 4 bytes, and the copy that autocast makes of float32."""
+    size = llama_2_7b()
+    frozen = size.num_parameters - size.num_attention_parameters
+    apart, shared = (memory(teacher=size, trained=Trained.attention, shares=shares) for shares in (False, True))
+    assert apart - shared == (4 + 2) * frozen
+    larger = replace(size, hidden_size=8192)  # in which no weight is equal
+    apart, shared = (memory(teacher=larger, trained=Trained.attention, shares=shares) for shares in (False, True))
+    assert apart - shared == (4 - 2 + 2) * frozen
+
+
+def test_weights_of_a_light_run_in_float32() -> None:
+    """All that is loaded is float32, and what is frozen counts once, as the teacher's."""
+    size = llama_2_7b()
+    found = weight_bytes(size, size, trained=Trained.attention, shares=True, bf16=False)
+    assert found == 4 * (size.num_parameters + size.num_attention_parameters)
+
+
+@pytest.mark.parametrize("frozen_in_half", [False, True])
+def test_autocast_keeps_copies_of_frozen_float32_weights_too(frozen_in_half: bool, open_model: Open) -> None:
+    """Gradients pass through the feed-forward and the head down to the attention below."""
+    model, _ = open_model("llama")
+    shapes = {"mlp": {(64, 48), (48, 64)}, "head": {(64, VOCAB_SIZE), (VOCAB_SIZE, 64)}}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".self_attn." in name)
+        if frozen_in_half and not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    copies: dict[int, torch.Size] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            copies[tensor.untyped_storage().data_ptr()] = tensor.shape
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        model.train()(input_ids=TOKENS, use_cache=False)
+    found = {part: sum(tuple(shape) in wanted for shape in copies.values()) for part, wanted in shapes.items()}
+    assert found == ({"mlp": 0, "head": 0} if frozen_in_half else {"mlp": 2 * 3, "head": 1})
+
+
+HELD: dict[str, dict[str, Any]] = {
+    "all": {},
+    "attention": {"trained": Trained.attention},
+    "cross-entropy": {"trained": Trained.kv, "weights": LossWeights(kl=0.0, cross_entropy=1.0)},
+    "layerwise": {"recipe": Recipe.layerwise},
+    "light": {"recipe": Recipe.light},
+    "light-kv": {"recipe": Recipe.light, "trained": Trained.kv},
+    "light-fp32": {"recipe": Recipe.light, "precision": "fp32"},
+    "light-cross-entropy": {"recipe": Recipe.light, "weights": LossWeights(kl=0.0, cross_entropy=1.0)},
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_weights_and_checkpoints_are_those_of_a_run(
+    name: str,
+    make_job: Callable[..., UptrainJob],
+    make_checkpoint: CheckpointFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Of a bfloat16 original and its pooled copy: every byte that the models' parameters take, shared ones once."""
+    original = make_checkpoint(name="original", dtype=torch.bfloat16, with_tokenizer=True)
+    with open_checkpoint(original) as checkpoint:
+        teacher = measure_size(checkpoint)
+        execute(Gqa(2).plan(checkpoint, find_architecture(checkpoint)), checkpoint, tmp_path / "gqa2")
+    models: list[Any] = []
+    saved: list[int] = []
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        models.append(load_for_training(*args, **kwargs))
+        return models[-1]
+
+    def finish(folder: Path) -> None:
+        saved.append(sum((folder / file).stat().st_size for file in ("model.safetensors", "optimizer.pt")))
+
+    monkeypatch.setattr(run, "load_for_training", load)
+    monkeypatch.setattr(trainer, "finish_checkpoint", finish)
+    changes: dict[str, Any] = {"steps": 1, "precision": "bf16", "recipe": Recipe.distill, "weights": LossWeights()}
+    settings = settings_with(**{**changes, **HELD[name]})
+    job = make_job(model=tmp_path / "gqa2", teacher=original, settings=settings)
+    run.uptrain(job, run.Observation())
+    held = {parameter.data_ptr(): parameter for model in models for parameter in model.parameters()}
+    stage, bf16 = settings.stages[0], settings.precision == "bf16"
+    student, used = measure_size(job.checkpoint), teacher if settings.uses_teacher else None
+    sizes: dict[str, Any] = {"trained": stage.trained, "shares": job.shares_frozen, "bf16": bf16}
+    assert len(models) == (1 if used is None else 2)
+    assert weight_bytes(student, used, **sizes) == sum(held[at].numel() * held[at].element_size() for at in held)
+    # beside tensors, files hold a kilobyte for each; frozen weights in another dtype would be 100 kB more or less
+    assert 0 < saved[0] - disk_bytes(student, num_packed_tokens=0, **sizes) / 3 < 30_000
+
+
+def test_attention_regression_has_no_logits() -> None:
+    size = llama_2_7b()
+    prediction, regression = (
+        memory(teacher=size, trained=Trained.attention, objective=objective) for objective in (PREDICTION, REGRESSION)
+    )
+    logits = (3 * 2 * 4096 + 4 * 1024) * 32000
+    frozen = size.num_parameters - size.num_attention_parameters
+    assert prediction - regression == logits + 2 * frozen  # and the copies that autocast makes of the rest
 
 
 def test_logits_of_a_micro_batch() -> None:
@@ -462,16 +572,49 @@ def test_checkpointing_keeps_one_layer_and_the_inputs_of_all() -> None:
 def test_disk() -> None:
     size = llama_2_7b()
     trained, frozen = size.num_attention_parameters, size.num_parameters - size.num_attention_parameters
-    assert disk_bytes(size, trained=ALL, tokens=10**9) == 2 * 10**9 + (36 + 2) * size.num_parameters
-    assert disk_bytes(size, trained=ALL, tokens=10**9, data_tokens=10**6) == 2 * 10**6 + 38 * size.num_parameters
-    assert (
-        disk_bytes(size, trained=Trained.attention, tokens=10**9)
-        == 2 * 10**9 + 36 * trained + 12 * frozen + 2 * size.num_parameters
-    )
+    assert disk_bytes(size, trained=ALL, num_packed_tokens=10**9) == 2 * 10**9 + 36 * size.num_parameters
+    some: dict[str, Any] = {"trained": Trained.attention, "num_packed_tokens": 0}
+    assert disk_bytes(size, **some) == 36 * trained + 12 * frozen
+    assert disk_bytes(size, **some, shares=True) == 36 * trained + 6 * frozen
+    assert disk_bytes(size, **some, shares=True, bf16=False) == 36 * trained + 12 * frozen
+    assert disk_bytes(size, **some, after_stage=True) == 40 * trained + 16 * frozen
+    assert disk_bytes(size, **some, teacher_copy_bytes=7) == 36 * trained + 12 * frozen + 7
     large = replace(size, vocab_size=2**16 + 1)
-    assert disk_bytes(large, trained=ALL, tokens=10**9) - disk_bytes(size, trained=ALL, tokens=0) == 4 * 10**9
+    packed, none = (disk_bytes(large, trained=ALL, num_packed_tokens=tokens) for tokens in (10**9, 0))
+    assert packed - none == 4 * 10**9
 
 
+def test_packed_text_is_each_sources_share_or_all_of_it() -> None:
+    sources = [SourceSize(0.75, 10**6), SourceSize(0.25, 10**12)]
+    assert packed_tokens(10**9, sources) == 10**6 + 25 * 10**7
+    assert packed_tokens(1000, sources) == 1000
+    assert packed_tokens(10**9, [SourceSize(0.75, None), SourceSize(0.25, 5)]) == 75 * 10**7 + 5
+
+
+def test_packed_text_of_a_stream() -> None:
+    """However small its text is: passes follow each other in the shards."""
+    sources = [SourceSize(0.75, 10), SourceSize(0.25, None)]
+    assert packed_tokens(10**12, sources, window_tokens=4 * 10**9) == 4 * 10**9 + 2 * 3 * SHARD_TOKENS
+    assert packed_tokens(10**6, sources, window_tokens=4 * 10**9) == 10**6
+
+
+def test_passes_are_those_over_the_source_that_is_read_most() -> None:
+    assert passes_over(1000, [SourceSize(0.75, 1000), SourceSize(0.25, 50)]) == 5
+    assert passes_over(1000, [SourceSize(0.75, None), SourceSize(0.25, 50)]) is None
+    assert passes_over(1000, []) is None
+
+
+def test_a_gpu_that_is_not_known_is_refused() -> None:
+    require_known_gpu("NVIDIA H100 80GB HBM3")
+    with pytest.raises(InputError, match="--gpu A6000: the peak of this GPU is not known") as caught:
+        require_known_gpu("A6000")
+    assert caught.value.hint is not None
+    names = caught.value.hint.removeprefix("known are ").split(", ")
+    assert len(names) == 11
+    assert None not in map(peak_flops, names)
+
+
+UNKNOWN = [SourceSize(1.0, None)]
 BUDGET = Budget(steps=1908, tokens_per_step=2**19, pretraining_tokens=None, source="unknown")
 SPLIT = Batch(sequences_per_step=128, sequence_length=4096, num_processes=8, micro_batch=4)
 
@@ -479,7 +622,15 @@ SPLIT = Batch(sequences_per_step=128, sequence_length=4096, num_processes=8, mic
 def test_a_run() -> None:
     size = llama_2_7b()
     cost = run_cost(
-        BUDGET, SPLIT, STAGES, size, size, data_tokens=10**9, gpu_name="NVIDIA A100-SXM4-80GB", sharding="fsdp"
+        BUDGET,
+        SPLIT,
+        STAGES,
+        size,
+        size,
+        weights=LossWeights(),
+        sources=[SourceSize(1.0, 10**9)],
+        gpu_name="NVIDIA A100-SXM4-80GB",
+        sharding="fsdp",
     )
     tokens = 1908 * 2**19
     flops = tokens * flops_per_token(size, size, PREDICTION, ALL, 4096)
@@ -492,7 +643,7 @@ def test_a_run() -> None:
         gpu_hours=gpu_hours(flops, 312e12),
         h100_hours=gpu_hours(flops, 989e12),
         memory_bytes=memory(teacher=size, micro_batch=4, num_processes=8, sharding="fsdp"),
-        disk_bytes=disk_bytes(size, trained=ALL, tokens=tokens, data_tokens=10**9),
+        disk_bytes=disk_bytes(size, trained=ALL, num_packed_tokens=10**9),
     )
     assert cost.warning is None
 
@@ -500,21 +651,52 @@ def test_a_run() -> None:
 def test_a_run_with_a_layerwise_stage() -> None:
     size = llama_2_7b()
     first = replace(STAGES[0], objective=REGRESSION, trained=Trained.attention, steps=477)
-    cost = run_cost(BUDGET, SPLIT, (first, replace(STAGES[0], steps=1431, first_step=477)), size, size)
+    plan = (first, replace(STAGES[0], steps=1431, first_step=477))
+    cost = run_cost(BUDGET, SPLIT, plan, size, size, weights=LossWeights(), sources=UNKNOWN)
     per_token = [
         flops_per_token(size, size, REGRESSION, Trained.attention, 4096),
         flops_per_token(size, size, PREDICTION, ALL, 4096),
     ]
     assert cost.flops == pytest.approx(BUDGET.tokens * (0.25 * per_token[0] + 0.75 * per_token[1]), rel=1e-12)
     assert (cost.passes, cost.gpu_hours) == (None, None)
+    assert cost.disk_bytes == disk_bytes(size, trained=ALL, num_packed_tokens=BUDGET.tokens, after_stage=True)
+    assert cost.memory_bytes == memory(teacher=size, micro_batch=4)
+
+
+def test_trials_before_a_run_leave_nothing_on_the_disk() -> None:
+    size = llama_2_7b()
+    alone, tried = (
+        run_cost(BUDGET, SPLIT, STAGES * times, size, weights=LossWeights(), sources=UNKNOWN) for times in (1, 3)
+    )
+    assert tried.flops == pytest.approx(3 * alone.flops, rel=1e-12)
+    assert tried.disk_bytes == alone.disk_bytes
+
+
+def test_a_teacher_counts_in_the_stages_that_use_it() -> None:
+    """Attention is fitted to it, then cross-entropy compares with none."""
+    size, teacher = llama_2_7b(), replace(llama_2_7b(), num_parameters=10**12, num_bytes=2 * 10**12)
+    cross_entropy = LossWeights(kl=0.0, cross_entropy=1.0)
+    alone = run_cost(BUDGET, SPLIT, STAGES, size, weights=cross_entropy, sources=UNKNOWN)
+    assert run_cost(BUDGET, SPLIT, STAGES, size, teacher, weights=cross_entropy, sources=UNKNOWN) == alone
+    first = replace(STAGES[0], objective=REGRESSION, trained=Trained.attention, steps=477)
+    plan = (first, replace(STAGES[0], steps=1431, first_step=477))
+    cost = run_cost(BUDGET, SPLIT, plan, size, teacher, weights=cross_entropy, sources=UNKNOWN)
+    per_token = flops_per_token(size, teacher, REGRESSION, Trained.attention, 4096)
+    assert cost.flops == pytest.approx(0.25 * BUDGET.tokens * per_token + 0.75 * alone.flops, rel=1e-12)
+    regression: dict[str, Any] = {"trained": Trained.attention, "objective": REGRESSION, "micro_batch": 4}
+    assert cost.memory_bytes == memory(teacher=teacher, **regression) > alone.memory_bytes
 
 
 def test_text_that_is_read_often() -> None:
     size = llama_2_7b()
     tokens = BUDGET.tokens
-    assert run_cost(BUDGET, SPLIT, STAGES, size, data_tokens=tokens // 4).warning is None
-    warning = run_cost(BUDGET, SPLIT, STAGES, size, data_tokens=tokens // 5).warning
-    assert warning == "the run reads the text 5.0 times; beyond 4 it learns it by heart: use more text"
+
+    def warning(num_tokens: int) -> str | None:
+        sources = [SourceSize(1.0, num_tokens)]
+        return run_cost(BUDGET, SPLIT, STAGES, size, weights=LossWeights(), sources=sources).warning
+
+    assert warning(tokens // 4) is None
+    assert warning(tokens // 5) == "the run reads the text 5.0 times; beyond 4 it learns it by heart: use more text"
 
 
 COST = RunCost(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import pickle
 import threading
@@ -16,9 +17,9 @@ from conftest import PROSE, build_number_tokenizer, build_tokenizer, pack_number
 from hypothesis import given
 from hypothesis import strategies as st
 from kvconvert.convert.errors import DataError, InputError, PreemptedError
-from kvconvert.convert.text import TextSource, encode_batch
+from kvconvert.convert.text import TextSource, encode_batch, estimate_tokens
 from kvconvert.uptrain import data, packing
-from kvconvert.uptrain.data import Corpus, PackedBlocks, WeightedSource, build, validation_blocks
+from kvconvert.uptrain.data import Corpus, PackedBlocks, WeightedSource, build, most_passes, validation_blocks
 from kvconvert.uptrain.mixture import WINDOW, Mixture, shuffled, splitmix64
 from torch.utils.data import DataLoader
 
@@ -201,6 +202,68 @@ def test_a_second_stage_continues_where_the_first_ended(tmp_path: Path) -> None:
     assert (first.passes, second.passes) == ((13 / 20,), (30 / 20,))
     with pytest.raises(InputError, match="packed for 30 samples, not for 31"):
         PackedBlocks(tmp_path / "packed", num_samples=18, first_sample=13)
+
+
+def write_compressed(path: Path, documents: list[list[int]]) -> Path:
+    """Text whose size in tokens is not known before it is read."""
+    plain = write_numbers(path.with_suffix(".plain"), documents)
+    path.write_bytes(gzip.compress(plain.read_bytes()))
+    return path
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_part_of_a_text_is_a_part_of_a_pass(stream: bool, tmp_path: Path) -> None:
+    """One block of a hundred, where only the blocks that are needed are packed: by the estimate of a dry run."""
+    path = write_numbers(tmp_path / "a.jsonl", consecutive(1600))
+    packer = build(corpus_of(path, num_blocks=40, stream=stream), tmp_path / "packed", TOKENIZER)
+    estimate = estimate_tokens(TextSource(str(path)), TOKENIZER)
+    assert estimate is not None
+    assert PackedBlocks(tmp_path / "packed", num_samples=4).passes == (4 * LENGTH / estimate,)
+    assert packer.passes == (40 * LENGTH / estimate,)
+    assert 0.02 < 40 * LENGTH / estimate <= 0.1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_part_of_a_text_of_unknown_size(stream: bool, tmp_path: Path) -> None:
+    path = write_compressed(tmp_path / "a.jsonl.gz", consecutive(1600))
+    build(corpus_of(path, num_blocks=10, stream=stream), tmp_path / "packed", TOKENIZER)
+    assert PackedBlocks(tmp_path / "packed", num_samples=10).passes == (None,)
+
+
+def test_text_of_unknown_size_that_has_ended(tmp_path: Path) -> None:
+    """A streamed one is known from then on, for the whole run."""
+    path = write_compressed(tmp_path / "a.jsonl.gz", consecutive(80))
+    build(corpus_of(path, num_blocks=50), tmp_path / "packed", TOKENIZER)
+    assert PackedBlocks(tmp_path / "packed", num_samples=50).passes == (50 / 20,)
+    packer = build(corpus_of(path, num_blocks=50, stream=True), tmp_path / "rolling", TOKENIZER)
+    known = []
+    for sample in range(0, 50, 5):
+        packer.ensure(sample)
+        known.append(packer.passes)
+    assert known[:3] == [(None,)] * 3  # of 20 blocks, 10, 15 and 20 are packed, and what follows has not been asked for
+    assert known[3:] == [(50 / 25,)] * 4 + [(50 / 22.5,)] * 3
+
+
+def test_text_that_has_not_ended_is_seen_once_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "estimate_tokens", lambda source, tokenizer: 10)
+    path = write_numbers(tmp_path / "a.jsonl", consecutive(1600))
+    build(corpus_of(path, num_blocks=40), tmp_path / "packed", TOKENIZER)
+    assert PackedBlocks(tmp_path / "packed", num_samples=40).passes == (1.0,)
+
+
+@pytest.mark.parametrize(
+    ("passes", "most"),
+    [
+        ((0.5,), 0.5),
+        ((0.5, 2.5), 2.5),
+        ((None,), None),
+        ((0.5, None), None),
+        ((2.5, None), 2.5),
+        ((None, 1.0), 1.0),
+    ],
+)
+def test_passes_over_the_source_that_is_seen_most(passes: tuple[float | None, ...], most: float | None) -> None:
+    assert most_passes(passes) == most
 
 
 def test_no_more_than_the_blocks_needed_are_packed(tmp_path: Path) -> None:
@@ -524,7 +587,8 @@ def test_a_streamed_corpus_goes_round_its_text(streamed: tuple[Corpus, list[list
             wanted = [first + (at + i) % length for i in range(len(shard) * LENGTH)]
             assert sorted(shard) == sorted(wanted[i : i + LENGTH] for i in range(0, len(wanted), LENGTH))
             tokens += wanted
-    assert PackedBlocks(tmp_path / "kept", num_samples=200).passes == (2.0, 2.0)
+    # 116 and 84 blocks; the second pass has ended in the shard that ends with token 420, and with 260
+    assert PackedBlocks(tmp_path / "kept", num_samples=200).passes == (116 * 4 * 2 / 420, 84 * 4 * 2 / 260)
 
 
 def test_a_rolling_window_gives_the_same_samples(streamed: tuple[Corpus, list[list[int]]], tmp_path: Path) -> None:

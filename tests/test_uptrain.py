@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -34,7 +35,7 @@ from kvconvert.convert.device import default_precision
 from kvconvert.convert.errors import DataError, DivergedError, InputError, OutputError, PreemptedError, UnsupportedError
 from kvconvert.convert.text import TextSource
 from kvconvert.measure.held_out import evaluate_checkpoint, load_windows
-from kvconvert.uptrain import jobs, objective, run, trainer
+from kvconvert.uptrain import jobs, objective, packing, run, trainer
 from kvconvert.uptrain.data import PackedBlocks, WeightedSource, validation_blocks
 from kvconvert.uptrain.models import load_for_training
 from kvconvert.uptrain.recipe import LossWeights, Recipe, Trained
@@ -607,3 +608,18 @@ def test_the_demo_model_recovers(with_teacher: bool, tmp_path: Path) -> None:
     assert after.against.excess_nats_per_token < 0.4 * before.against.excess_nats_per_token
     assert after.nats_per_token + 10 * after.standard_error < before.nats_per_token
     assert after.against.kl_nats_per_token < 0.4 * before.against.kl_nats_per_token
+
+
+def test_a_stream_that_is_read_often_is_told_of_once_it_has_ended(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a text whose size nobody knows, which is longer than what is packed before the first step."""
+    monkeypatch.setattr(packing, "SHARD_TOKENS", 256)
+    text = tmp_path / "a.jsonl.gz"
+    text.write_bytes(gzip.compress((json.dumps({"text": "A sentence. " * 65}) + "\n").encode()))
+    told: list[str] = []
+    watch = run.Observation(remark=told.append, progress=lambda steps: told.append("step"))
+    train("out", data=text, stream=True, settings=settings_with(steps=30), watch=watch)
+    warnings = [number for number, line in enumerate(told) if "times; beyond 4 it learns it by heart" in line]
+    assert len(warnings) == 1
+    assert warnings[0] > 0

@@ -195,11 +195,20 @@ class Checkpoints(TrainerCallback):
 class PackAhead(TrainerCallback):
     """Packs a streamed corpus ahead of training, beside it, and deletes what no checkpoint can ask for again.
 
-    Runs in the process that packs. A failure to pack ends training in the step after it.
+    Runs in the process that packs. A failure to pack ends training in the step after it. `on_packed` is called when
+    packing has come as far as it should for now.
     """
 
-    def __init__(self, packer: CorpusPacker, stage: Stage, sequences_per_step: int) -> None:
+    def __init__(
+        self,
+        packer: CorpusPacker,
+        stage: Stage,
+        sequences_per_step: int,
+        *,
+        on_packed: Callable[[], object] = lambda: None,
+    ) -> None:
         self._packer = packer
+        self._on_packed = on_packed
         self._first_step = stage.first_step
         self._per_step = sequences_per_step
         self._executor = ThreadPoolExecutor(max_workers=1)
@@ -217,6 +226,7 @@ class PackAhead(TrainerCallback):
         if self._pending is not None and self._pending.done():
             self._pending.result()
             self._pending = None
+            self._on_packed()
         if self._pending is None:
             sample = (self._first_step + state.global_step) * self._per_step
             self._pending = self._executor.submit(self._packer.ensure, sample)
@@ -235,6 +245,7 @@ class PackAhead(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._executor.shutdown()
+        self._on_packed()
 
 
 class StopRequests(TrainerCallback):

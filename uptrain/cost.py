@@ -1,4 +1,4 @@
-"""What an uptraining run costs, from headers and configs alone: FLOPs, GPU hours, memory, disk.
+"""What an uptraining run costs, from headers, configs and a sample of the text: FLOPs, GPU hours, memory, disk.
 
 N counts parameters that multiply every token: matrices with the output head, without the lookup of embeddings, and of
 experts as many as a token is sent to. S is the sequence length.
@@ -6,6 +6,7 @@ experts as many as a token is sent to. S is the sequence length.
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from ..convert.errors import InputError, UnsupportedError
 from ..convert.loading import OLD_BUFFERS
 from ..convert.translations import targets
 from .budget import Batch, Budget
-from .recipe import Objective, Stage, Trained, trained_names
+from .recipe import LossWeights, Objective, Stage, Trained, trained_names
 
 __all__ = [
     "H100_PEAK_FLOPS",
@@ -28,16 +29,21 @@ __all__ = [
     "ModelSize",
     "RunCost",
     "Sharding",
+    "SourceSize",
     "detect_gpu",
     "disk_bytes",
     "flops_per_token",
     "gpu_hours",
     "measure_size",
     "memory_bytes",
+    "packed_tokens",
+    "passes_over",
     "peak_flops",
     "require_consent",
+    "require_known_gpu",
     "run_cost",
     "warn_of_passes",
+    "weight_bytes",
 ]
 
 Sharding = Literal["none", "zero2", "zero3", "fsdp"]
@@ -58,7 +64,7 @@ _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "ffn_con
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "ffn_config.moe_top_k")
 
 _CHUNK_TOKENS = 1024  # of which objectives hold float32 probabilities at a time
-_CHECKPOINTS = 3  # two are kept while a third is written
+_CHECKPOINTS = 3  # two are kept while a third is written, or the result, which is no larger
 
 
 @dataclass(frozen=True)
@@ -283,6 +289,13 @@ def peak_flops(gpu_name: str) -> float | None:
     return None
 
 
+def require_known_gpu(gpu_name: str) -> None:
+    """Raise InputError for a GPU whose peak is not known."""
+    if peak_flops(gpu_name) is None:
+        known = ", ".join(model for model, _, _ in _PEAKS)
+        raise InputError(f"--gpu {gpu_name}: the peak of this GPU is not known", hint=f"known are {known}")
+
+
 def detect_gpu() -> str | None:
     """The name of this machine's first NVIDIA GPU, which torch reports too; None if there is none."""
     command = shutil.which("nvidia-smi")
@@ -306,11 +319,42 @@ def gpu_hours(flops: float, peak: float, mfu: float = _MFU) -> float:
     return flops / (peak * mfu * 3600)
 
 
+def weight_bytes(
+    student: ModelSize, teacher: ModelSize | None, *, trained: Trained, shares: bool = False, bf16: bool = True
+) -> int:
+    """The weights of both models as a run loads them: the student in float32, the teacher in the dtype it is stored in.
+
+    `shares`: what is frozen is the teacher's own, if that is of the same size, and counts once; it is as it is stored
+    under `bf16`, else float32, as the whole teacher then is.
+    """
+    frozen = _frozen_bytes(student, trained, as_stored=shares and bf16)
+    if teacher is None:
+        return 4 * student.num_trained(trained) + frozen
+    if shares and _has_size_of(student, teacher):
+        frozen = 0
+    whole_teacher = 4 * teacher.num_parameters if shares and not bf16 else teacher.num_bytes
+    return 4 * student.num_trained(trained) + frozen + whole_teacher
+
+
+def _frozen_bytes(student: ModelSize, trained: Trained, *, as_stored: bool) -> int:
+    num_frozen = student.num_parameters - student.num_trained(trained)
+    return student.num_bytes * num_frozen // student.num_parameters if as_stored else 4 * num_frozen
+
+
+def _has_size_of(student: ModelSize, teacher: ModelSize) -> bool:
+    """Whether weights outside attention can be equal; their number may differ, as classes differ in biases."""
+    return all(
+        getattr(student, name) == getattr(teacher, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")
+    )
+
+
 def memory_bytes(
     student: ModelSize,
     teacher: ModelSize | None,
     *,
     trained: Trained,
+    objective: Objective = Objective.prediction,
+    shares: bool = False,
     micro_batch: int,
     sequence_length: int,
     num_processes: int = 1,
@@ -320,19 +364,18 @@ def memory_bytes(
 ) -> int:
     """An estimate of the memory that one process needs on its GPU at most.
 
-    - States: of trained parameters float32 weight and gradient and two AdamW moments, 16 bytes; frozen parameters and
-      the teacher in the dtype of their checkpoints. "fsdp" and "zero3" divide all by the processes, "zero2" gradients
-      and moments.
+    - States: the weights of `weight_bytes`; of trained parameters gradient and two AdamW moments in float32, 12 bytes.
+      "fsdp" and "zero3" divide all by the processes, "zero2" gradients and moments.
     - Logits: the student's with their gradient and the teacher's, in the autocast dtype, and in float32 those of one
-      chunk of 1024 tokens.
-    - Activations: what is kept for the backward, see `_activation_bytes`.
+      chunk of 1024 tokens. Attention regression has none.
+    - Activations: what is kept for the backward, see `_activation_bytes`; less of it by attention regression.
+    - Autocast's copies of the student's float32 weights, trained or not: gradients pass through both.
 
     Fragmentation, communication buffers and the CUDA context (about 1 GB) come on top.
     """
     num_trained = student.num_trained(trained)
-    frozen_bytes = student.num_bytes * (student.num_parameters - num_trained) // student.num_parameters
-    held = frozen_bytes + (teacher.num_bytes if teacher is not None else 0)
-    weights, optimizer = 4 * num_trained + held, 12 * num_trained
+    weights = weight_bytes(student, teacher, trained=trained, shares=shares, bf16=bf16)
+    optimizer = 12 * num_trained
     if sharding in ("fsdp", "zero3"):
         weights = -(-weights // num_processes)
     if sharding != "none":
@@ -340,11 +383,15 @@ def memory_bytes(
     value_bytes = 2 if bf16 else 4
     tokens = micro_batch * sequence_length
     logits = (2 + (teacher is not None)) * tokens * student.vocab_size * value_bytes
-    chunk = min(tokens, _CHUNK_TOKENS) * student.vocab_size * 4
+    logits += min(tokens, _CHUNK_TOKENS) * student.vocab_size * 4
+    in_float32 = not shares or student.num_bytes == 4 * student.num_parameters
+    num_float32 = student.num_parameters if in_float32 else num_trained
+    if objective is Objective.attention_regression:  # which runs attention alone
+        logits, num_float32 = 0, min(num_float32, student.num_attention_parameters)
     activations = tokens * _activation_bytes(student, value_bytes, checkpointing=activation_checkpointing)
-    # autocast's copies of trained float32 matrices stay until the backward, unless layers are run again then
-    copies = 2 * num_trained if bf16 and not activation_checkpointing else 0
-    return weights + optimizer + logits + chunk + activations + copies
+    # the copies stay until the backward, unless layers are run again then
+    copies = 2 * num_float32 if bf16 and not activation_checkpointing else 0
+    return weights + optimizer + logits + activations + copies
 
 
 def _activation_bytes(size: ModelSize, value_bytes: int, *, checkpointing: bool) -> int:
@@ -360,24 +407,65 @@ def _activation_bytes(size: ModelSize, value_bytes: int, *, checkpointing: bool)
     return whole // layers + 4 * size.hidden_size * layers if checkpointing else whole
 
 
-def disk_bytes(student: ModelSize, *, trained: Trained, tokens: int, data_tokens: int | None = None) -> int:
-    """Disk that a run takes at most.
+@dataclass(frozen=True)
+class SourceSize:
+    """A source of text in numbers: its part of the samples, and about how many tokens it holds, None if not known."""
 
-    Packed text in 2 bytes per token (4 if the vocabulary has more than 65 536), no more than the text holds; three
-    checkpoints with float32 weights and two moments of trained parameters, 12 bytes, and float32 weights of frozen
-    ones; the result.
+    share: float
+    num_tokens: int | None
+
+
+def passes_over(tokens: int, sources: Sequence[SourceSize]) -> float | None:
+    """How often the source that is read most often is read in a run of so many tokens; None if a size is not known."""
+    passes = [tokens * source.share / source.num_tokens for source in sources if source.num_tokens]
+    return max(passes) if passes and len(passes) == len(sources) else None
+
+
+def packed_tokens(tokens: int, sources: Sequence[SourceSize], *, window_tokens: int | None = None) -> int:
+    """Tokens of text that a run of `tokens` has on its disk at most: of each source its share, or all that it holds.
+
+    Of a streamed text, `window_tokens` are kept to fall back to: of each source its share, and what three shards hold.
     """
-    blocks = min(tokens, data_tokens or tokens) * (2 if student.vocab_size <= 2**16 else 4)
-    num_trained = student.num_trained(trained)
-    checkpoint = 12 * num_trained + 4 * (student.num_parameters - num_trained)
-    return blocks + _CHECKPOINTS * checkpoint + student.num_bytes
+    needed = [math.ceil(tokens * source.share) for source in sources]
+    if window_tokens is None:
+        return sum(
+            min(count, count if source.num_tokens is None else source.num_tokens)
+            for count, source in zip(needed, sources, strict=True)
+        )
+    from .packing import SHARD_TOKENS
+
+    windows = [math.ceil(window_tokens * source.share) + 3 * SHARD_TOKENS for source in sources]
+    return sum(map(min, needed, windows))
+
+
+def disk_bytes(
+    student: ModelSize,
+    *,
+    trained: Trained,
+    num_packed_tokens: int,
+    shares: bool = False,
+    bf16: bool = True,
+    after_stage: bool = False,
+    teacher_copy_bytes: int = 0,
+) -> int:
+    """Disk that a run takes at most, beside its model, teacher and text.
+
+    Packed text in 2 bytes per token (4 if the vocabulary has more than 65 536); the teacher where it is copied into
+    another class; weights, as they are held, of the stage before the last; three checkpoints, with weights and the two
+    moments of what is trained.
+    """
+    blocks = num_packed_tokens * (2 if student.vocab_size <= 2**16 else 4)
+    weights = weight_bytes(student, None, trained=trained, shares=shares, bf16=bf16)
+    checkpoint = weights + 8 * student.num_trained(trained)
+    of_stages = weights if after_stage else 0
+    return blocks + teacher_copy_bytes + of_stages + _CHECKPOINTS * checkpoint
 
 
 @dataclass(frozen=True)
 class RunCost:
     """What a dry run prints. `flops` are those of all GPUs; hours are at 40 % of a GPU's dense bf16 peak.
 
-    `passes` over the data is None where nobody counted its tokens, `gpu_hours` where the GPU's peak is not known.
+    `passes` over the text is None where its size is not known, `gpu_hours` where the GPU's peak is not known.
     `memory_bytes` is an estimate per process.
     """
 
@@ -411,43 +499,61 @@ def run_cost(
     student: ModelSize,
     teacher: ModelSize | None = None,
     *,
-    data_tokens: int | None = None,
+    weights: LossWeights,
+    sources: Sequence[SourceSize],
+    window_tokens: int | None = None,
+    teacher_copy_bytes: int = 0,
+    shares: bool = False,
     gpu_name: str | None = None,
     sharding: Sharding = "none",
     bf16: bool = True,
     activation_checkpointing: bool = False,
 ) -> RunCost:
-    """The cost of a run in these stages, towards the teacher, or on cross-entropy without one.
+    """The cost of a run in these stages, towards the teacher where a stage uses one.
 
-    `data_tokens` is how many the text holds, where that is known. Memory and disk are those of the last stage, which
-    trains the most.
+    `sources` and `window_tokens` are as in `packed_tokens`, `shares` as in `weight_bytes`. Memory is that of the stage
+    that needs the most.
     """
-    length, trained = batch.sequence_length, stages[-1].trained
+    length = batch.sequence_length
+    teachers = [teacher if stage.uses_teacher(weights) else None for stage in stages]
     flops = sum(
-        stage.steps * batch.tokens_per_step * flops_per_token(student, teacher, stage.objective, stage.trained, length)
-        for stage in stages
+        stage.steps * batch.tokens_per_step * flops_per_token(student, used, stage.objective, stage.trained, length)
+        for stage, used in zip(stages, teachers, strict=True)
     )
     peak = None if gpu_name is None else peak_flops(gpu_name)
     return RunCost(
         tokens=budget.tokens,
         steps=budget.steps,
-        passes=None if data_tokens is None else budget.tokens / data_tokens,
+        passes=passes_over(budget.tokens, sources),
         flops=flops,
         gpu_name=gpu_name,
         gpu_hours=None if peak is None else gpu_hours(flops, peak),
         h100_hours=gpu_hours(flops, H100_PEAK_FLOPS),
-        memory_bytes=memory_bytes(
-            student,
-            teacher,
-            trained=trained,
-            micro_batch=batch.micro_batch,
-            sequence_length=length,
-            num_processes=batch.num_processes,
-            sharding=sharding,
-            bf16=bf16,
-            activation_checkpointing=activation_checkpointing,
+        memory_bytes=max(
+            memory_bytes(
+                student,
+                used,
+                trained=stage.trained,
+                objective=stage.objective,
+                shares=shares,
+                micro_batch=batch.micro_batch,
+                sequence_length=length,
+                num_processes=batch.num_processes,
+                sharding=sharding,
+                bf16=bf16,
+                activation_checkpointing=activation_checkpointing,
+            )
+            for stage, used in zip(stages, teachers, strict=True)
         ),
-        disk_bytes=disk_bytes(student, trained=trained, tokens=budget.tokens, data_tokens=data_tokens),
+        disk_bytes=disk_bytes(
+            student,
+            trained=stages[-1].trained,
+            num_packed_tokens=packed_tokens(budget.tokens, sources, window_tokens=window_tokens),
+            shares=shares,
+            bf16=bf16,
+            after_stage=stages[-1].first_step > 0,
+            teacher_copy_bytes=teacher_copy_bytes,
+        ),
     )
 
 

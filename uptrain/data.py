@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -19,9 +19,18 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..convert.errors import DataError, InputError
-from ..convert.output import check_free_space, write_text
-from ..convert.text import TextSource, adds_bos, encode_batch, pin_revision, read_interleaved, text_bytes
+from ..convert.output import write_text
+from ..convert.text import (
+    TextSource,
+    adds_bos,
+    encode_batch,
+    estimate_tokens,
+    pin_revision,
+    read_interleaved,
+    text_bytes,
+)
 from . import packing
+from .cost import SourceSize
 from .mixture import Mixture, drawn_seed, shuffled
 from .packing import (
     INDEX_NAME,
@@ -46,6 +55,8 @@ __all__ = [
     "WeightedSource",
     "build",
     "holds_shards",
+    "measure_sources",
+    "most_passes",
     "validation_blocks",
 ]
 
@@ -59,6 +70,25 @@ class WeightedSource:
 
     text: TextSource
     weight: float = 1.0
+
+
+def measure_sources(
+    sources: Sequence[WeightedSource], tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[SourceSize, ...]:
+    """The part of the samples that comes from each source, and about how many tokens it holds.
+
+    Without a tokenizer no text is read and none of these are known. Raises DataError for what is no text.
+    """
+    return tuple(
+        SourceSize(share, None if tokenizer is None else estimate_tokens(source.text, tokenizer))
+        for share, source in zip(_shares(sources), sources, strict=True)
+    )
+
+
+def _shares(sources: Sequence[WeightedSource]) -> tuple[float, ...]:
+    """The weights, with sum 1."""
+    total = math.fsum(source.weight for source in sources)
+    return tuple(source.weight / total for source in sources)
 
 
 @dataclass(frozen=True)
@@ -98,8 +128,7 @@ class Corpus:
     @property
     def shares(self) -> tuple[float, ...]:
         """The weights, with sum 1."""
-        total = math.fsum(source.weight for source in self.sources)
-        return tuple(source.weight / total for source in self.sources)
+        return _shares(self.sources)
 
     @property
     def mixture(self) -> Mixture:
@@ -127,10 +156,11 @@ class Corpus:
 
 @dataclass(frozen=True)
 class _Origin:
-    """What a source was when packing began: the commit of a dataset, the size of files."""
+    """What a source was when packing began: the commit of a dataset, the size of files, about how many tokens."""
 
     revision: str | None
     text_bytes: int | None
+    num_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +190,36 @@ class _CorpusIndex:
     def layouts(self) -> list[Layout]:
         """Of each source's training blocks."""
         return [self.layout(count) for count in self.corpus.mixture.counts(self.corpus.num_blocks)]
+
+    def passes(self, packed: Sequence[SourceIndex], num_samples: int) -> tuple[float | None, ...]:
+        """How often each source, of which so much is packed, is seen in the first `num_samples` samples.
+
+        At least so often if it is streamed. Until a text was packed to its end, by the estimate of its tokens; None
+        without one. If no more of it is needed than is packed, that is at most once.
+        """
+        counts = self.corpus.mixture.counts(num_samples)
+        return tuple(map(self._passes_over, packed, self.origins, counts))
+
+    def _passes_over(self, packed: SourceIndex, origin: _Origin, num_blocks: int) -> float | None:
+        whole = packed.blocks_of_a_pass
+        if whole is not None:
+            return num_blocks / max(whole, 1)
+        if num_blocks == 0:
+            return 0.0
+        if origin.num_tokens is None:
+            return None
+        passes = num_blocks * self.corpus.sequence_length / max(origin.num_tokens, 1)
+        return min(passes, 1.0) if num_blocks <= packed.num_blocks else passes
+
+
+def most_passes(passes: Sequence[float | None]) -> float | None:
+    """Of the source that is seen most often; None where it may be one of which that is not known.
+
+    At the end of a run it then was seen at most once.
+    """
+    known = [value for value in passes if value is not None]
+    most = max(known, default=0.0)
+    return most if most >= 1 or len(known) == len(passes) else None
 
 
 def build(
@@ -230,6 +290,11 @@ class CorpusPacker:
         for packer in self._training + self._validation:
             packer.verify()
 
+    @property
+    def passes(self) -> tuple[float | None, ...]:
+        """How often the whole run sees each source, as far as is known by now; see PackedBlocks."""
+        return self._index.passes([packer.index for packer in self._training], self.corpus.num_blocks)
+
     def pack_validation(self) -> None:
         for packer in self._validation:
             packer.require_all()
@@ -280,20 +345,14 @@ class CorpusPacker:
         for rest in [*self._folder.glob("source-*"), self._folder / "validation"]:
             shutil.rmtree(rest, ignore_errors=True)
         sources = [source.text for source in self.corpus.sources]
-        origins = tuple(_Origin(pin_revision(source).revision, text_bytes(source)) for source in sources)
+        origins = tuple(
+            _Origin(pin_revision(source).revision, text_bytes(source), estimate_tokens(source, self._tokenizer))
+            for source in sources
+        )
         index = _CorpusIndex(self.corpus, max(packing.SHARD_TOKENS // self.corpus.sequence_length, 1), origins)
-        check_free_space(self._folder, sum(map(self._bytes_needed, index.layouts, origins)))
         self._folder.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(asdict(index), indent=2) + "\n")
         return index
-
-    def _bytes_needed(self, layout: Layout, origin: _Origin) -> int:
-        """At most so much of the source is on the disk at a time; a token takes at least a byte of text."""
-        num_blocks = min(layout.num_blocks, 2 * layout.blocks_per_shard) if self.corpus.stream else layout.num_blocks
-        num_tokens = num_blocks * layout.sequence_length
-        if origin.text_bytes is not None and not self.corpus.stream:
-            num_tokens = min(num_tokens, origin.text_bytes)
-        return num_tokens * np.dtype(layout.dtype).itemsize
 
     def _stream(self, number: int, *, validation: bool) -> DocumentStream:
         corpus, source, origin = self.corpus, self.corpus.sources[number].text, self._index.origins[number]
@@ -340,6 +399,7 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
                 f"{folder}: packed for {self.corpus.num_blocks} samples, not for {first_sample + num_samples}"
             )
         self._folder = folder
+        self._index = index
         self._layouts = index.layouts
         self._mixture = self.corpus.mixture
         self._num_samples = num_samples
@@ -354,16 +414,15 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
         self._shards: dict[tuple[int, int], tuple[NDArray[Any], NDArray[np.int64]]] = {}
 
     @property
-    def passes(self) -> tuple[float, ...]:
-        """How often each source is seen from the run's first sample to this dataset's last.
+    def passes(self) -> tuple[float | None, ...]:
+        """How often each source is seen from the run's first sample to this dataset's last, as far as is known by now.
 
-        Of a streamed corpus, whole passes over the text, as far as it is packed; otherwise passes over what is packed.
+        Over what is packed, if its text has ended; at least so often if it is streamed. Else by an estimate of the
+        text's tokens, or None where that cannot be made, of a named dataset say.
         """
-        if self.corpus.stream:
-            indices = [SourceIndex.read(_source_folder(self._folder, n)) for n in range(len(self._layouts))]
-            return tuple(float(index.shards[-1].end.passes) if index.shards else 0.0 for index in indices)
-        counts = self._mixture.counts(self._first_sample + self._num_samples)
-        return tuple(count / max(source.num_blocks, 1) for count, source in zip(counts, self._sources, strict=True))
+        folders = [_source_folder(self._folder, number) for number in range(len(self._layouts))]
+        packed = [SourceIndex.read(folder) for folder in folders] if self.corpus.stream else self._sources
+        return self._index.passes(packed, self._first_sample + self._num_samples)
 
     def __len__(self) -> int:
         return self._num_samples

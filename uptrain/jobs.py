@@ -111,6 +111,11 @@ class UptrainSettings:
             trained=self.trained,
         )
 
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether any stage compares with a teacher."""
+        return any(stage.uses_teacher(self.weights) for stage in self.stages)
+
 
 @dataclass(frozen=True)
 class Execution:
@@ -154,9 +159,25 @@ class UptrainJob:
         return work_directory(self.output)
 
     @property
+    def shares_frozen(self) -> bool:
+        """Whether what is frozen is the teacher's own; FSDP2, which wants one dtype in a layer, shards each by itself.
+
+        What is shared has one dtype, and without autocast that is the one that is trained in.
+        """
+        sharded = self.execution.fsdp and self.execution.num_processes > 1
+        return self.settings.recipe is Recipe.light and not sharded
+
+    @property
     def num_samples(self) -> int:
         """Sequences that the whole run reads."""
         return self.settings.steps * self.settings.sequences_per_step
+
+    def window_tokens(self, save_steps: int) -> int | None:
+        """Of a streamed text, the tokens that a run keeps to fall back to; None if all of it is kept.
+
+        Those since the older of two checkpoints, to the next one, or the one after if text is packed while it is saved.
+        """
+        return 3 * save_steps * self.settings.tokens_per_step if self.stream else None
 
     @property
     def objective(self) -> str:

@@ -8,7 +8,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,18 @@ class SourceIndex:
     @property
     def num_blocks(self) -> int:
         return sum(shard.num_blocks for shard in self.shards)
+
+    @property
+    def blocks_of_a_pass(self) -> float | None:
+        """The blocks that the text fills, once it was packed to its end; None before.
+
+        Where it was packed several times over, a little more than these: an end is known to lie within a shard.
+        """
+        if self.leftover_tokens is not None:
+            return self.num_blocks
+        packed = accumulate(shard.num_blocks for shard in self.shards)
+        turns = [count / shard.end.passes for count, shard in zip(packed, self.shards, strict=True) if shard.end.passes]
+        return min(turns, default=None)
 
     def is_whole(self, layout: Layout) -> bool:
         return self.leftover_tokens is not None or len(self.shards) == layout.num_shards

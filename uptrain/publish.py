@@ -53,7 +53,7 @@ def publish(
     model: Any,
     weights: dict[str, torch.Tensor],
     *,
-    passes: float,
+    passes: float | None,
     status: RunStatus,
     force: bool,
 ) -> None:

@@ -86,6 +86,10 @@ class Stage:
     def last_step(self) -> int:
         return self.first_step + self.steps
 
+    def uses_teacher(self, weights: LossWeights) -> bool:
+        """Whether what is minimised compares with a teacher; otherwise none is loaded."""
+        return self.objective is Objective.attention_regression or weights.kl > 0
+
 
 def stages(
     recipe: Recipe,

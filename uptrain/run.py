@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -41,8 +41,8 @@ from ..convert.text import load_tokenizer
 from .attention_regression import AttentionRegression
 from .callbacks import Checkpoints, MetricsLog, PackAhead, PeriodicEvaluation, StepProgress, StopRequests, Throughput
 from .checkpoints import last_complete, remove_torn, step_of
-from .cost import warn_of_passes
-from .data import CorpusPacker, PackedBlocks, build, holds_shards, validation_blocks
+from .cost import disk_bytes, measure_size, packed_tokens, warn_of_passes
+from .data import CorpusPacker, PackedBlocks, build, holds_shards, measure_sources, most_passes, validation_blocks
 from .fitting import largest_micro_batch
 from .jobs import (
     REPLACES_NAME,
@@ -70,9 +70,9 @@ from .models import (
 )
 from .objective import IGNORED_LABEL, prediction_loss_sum
 from .publish import METRICS_NAME, TRACKS_NAME, publish, write_weights
-from .recipe import LossWeights, Objective, Recipe, Stage, attention_names, trained_names
+from .recipe import LossWeights, Objective, Stage, attention_names, trained_names
 from .status import RunStatus, status_of_error, write_status
-from .teacher import as_teacher, write_teacher
+from .teacher import as_teacher, copied_bytes, write_teacher
 from .trainer import SHARDS_NAME, Loss, PredictionLoss, UptrainTrainer
 from .trials import remove_sweep, sweep_that_chose
 
@@ -91,11 +91,12 @@ _DISK_BYTES_PER_SECOND = 200e6  # a slow one's, before a checkpoint was written
 class UptrainResult:
     """`passes` is how often the text was seen, `held_out` the last score in nats per token, if any was taken.
 
+    Of several sources it is the one that was seen most often. None: at most once, of text whose size is not known.
     Time and rate are those since the start or the last resume.
     """
 
     output: Path
-    passes: float
+    passes: float | None
     steps: int
     tokens: int
     objective: str
@@ -177,6 +178,7 @@ class _Run:
         self._architecture = find_architecture(job.checkpoint)
         self._started = time.monotonic()
         self._steps_before = 0
+        self._warned_of_passes = False
         self._held_out: float | None = None
         self._status = RunStatus(
             state="running",
@@ -196,6 +198,7 @@ class _Run:
         if self._state.is_main_process:
             self._packer = _prepare(
                 job,
+                self._watch,
                 self._stop,
                 self._held,
                 begin=self._begin,
@@ -206,9 +209,7 @@ class _Run:
         self._blocks = PackedBlocks(_data_folder(job), num_samples=job.num_samples)
         self._score = _under_autocast(self._watch.score or _validation_score(job), job.settings.precision)
         plan = job.settings.stages
-        warning = warn_of_passes(max(self._blocks.passes))
-        if warning is not None:
-            self._watch.remark(warning)
+        self._warn_of_passes(self._blocks.passes)
         done = [stage for stage in plan if _stage_folder(job, stage).joinpath(CONFIG_NAME).exists()]
         source = _stage_folder(job, done[-1]) if done else job.checkpoint.directory
         for number, stage in enumerate(plan[len(done) :], start=len(done)):
@@ -225,7 +226,7 @@ class _Run:
                 del model, weights  # with the teacher, before those of the next stage come
                 gc.collect()
         seconds = time.monotonic() - self._started
-        passes = max(self._blocks.passes)
+        passes = most_passes(self._blocks.passes)
         if self._state.is_main_process:
             if self._watch.keep:
                 finished = replace(self._status, state="finished", exit_code=0, last_checkpoint=None)
@@ -244,6 +245,14 @@ class _Run:
         """The work directory is there, and this run's."""
         self._begun = True
         self._note(*_last_saved(self._job))
+
+    def _warn_of_passes(self, passes: Sequence[float | None]) -> None:
+        """Once, as soon as it is known: of a streamed text that may be when it has ended for the first time."""
+        most = most_passes(passes)
+        warning = None if most is None or self._warned_of_passes else warn_of_passes(most)
+        if warning is not None:
+            self._warned_of_passes = True
+            self._watch.remark(warning)
 
     def _wait_long(self) -> None:
         """Wait for all processes, one of which packs text or writes a model.
@@ -352,8 +361,7 @@ class _Run:
         bf16 = settings.precision == "bf16"
         num_shards = job.execution.num_processes if job.execution.fsdp else 1
         device = self._state.device
-        # FSDP2 wants one dtype in a layer; what is shared has one, and without autocast that is what is trained in
-        shares = settings.recipe is Recipe.light and num_shards == 1
+        shares = job.shares_frozen
         shared_dtype = "auto" if bf16 else torch.float32
         student = load_for_training(
             source,
@@ -368,7 +376,7 @@ class _Run:
         )
         train_in_float32(student)
         require_separation(student, name=job.checkpoint.name, bf16=bf16)
-        if job.teacher is None or (stage.objective is Objective.prediction and settings.weights.kl == 0):
+        if job.teacher is None or not stage.uses_teacher(settings.weights):
             return student, None
         directory = _teacher_folder(job)
         with open_checkpoint(directory) as opened:
@@ -474,8 +482,10 @@ class _Run:
             callbacks.append(
                 PeriodicEvaluation(self._held_out_score, stage, every=watch.eval_steps, throughput=throughput)
             )
-        if self._packer is not None and job.stream:
-            callbacks.append(PackAhead(self._packer, stage, job.settings.sequences_per_step))
+        packer = self._packer
+        if packer is not None and job.stream:
+            look = lambda: self._warn_of_passes(packer.passes)  # noqa: E731
+            callbacks.append(PackAhead(packer, stage, job.settings.sequences_per_step, on_packed=look))
         saved = lambda step: self._note(stage.first_step + step, folder / f"checkpoint-{step}")  # noqa: E731
         # a result that cannot be written, on a full disk say, must not cost the steps before it
         at_end = watch.keep and stage == job.settings.stages[-1]
@@ -512,7 +522,7 @@ def _check_sharding(job: UptrainJob, checkpoint: Path) -> None:
 
 
 def _result(
-    job: UptrainJob, passes: float, *, seconds: float = 0.0, steps_done: int = 0, held_out: float | None = None
+    job: UptrainJob, passes: float | None, *, seconds: float = 0.0, steps_done: int = 0, held_out: float | None = None
 ) -> UptrainResult:
     settings = job.settings
     return UptrainResult(
@@ -538,6 +548,7 @@ def no_held_out_text() -> InputError:
 
 def _prepare(
     job: UptrainJob,
+    watch: Observation,
     stop: StopRequests,
     held: ExitStack,
     *,
@@ -558,8 +569,7 @@ def _prepare(
     created = False
     try:
         if not job.work.exists():
-            # a checkpoint is float32 weights and two AdamW moments; two are kept while a third is written
-            check_free_space(job.output, 3 * 12 * job.checkpoint.num_parameters)
+            check_free_space(job.output, _disk_bytes(job, tokenizer, save_steps=watch.save_steps))
             with staged_directory(job.work) as staging:
                 settings = describe(job) | {REPLACES_NAME: force}
                 write_text(staging / SETTINGS_NAME, json.dumps(settings, indent=2) + "\n")
@@ -587,6 +597,25 @@ def _checkpoint_bytes(job: UptrainJob) -> float:
     """What one process writes for a checkpoint: float32 weights and two moments."""
     num_shards = job.execution.num_processes if job.execution.fsdp else 1
     return 12 * job.checkpoint.num_parameters / num_shards
+
+
+def _disk_bytes(job: UptrainJob, tokenizer: Any, *, save_steps: int) -> int:
+    """What the run takes at most, as a dry run says it."""
+    settings, teacher_copy_bytes = job.settings, 0
+    if job.teacher is not None:
+        with open_checkpoint(job.teacher) as opened:
+            teacher_copy_bytes = copied_bytes(opened)
+    tokens = settings.steps * settings.tokens_per_step
+    sources = measure_sources(job.sources, tokenizer)
+    return disk_bytes(
+        measure_size(job.checkpoint),
+        trained=settings.stages[-1].trained,
+        num_packed_tokens=packed_tokens(tokens, sources, window_tokens=job.window_tokens(save_steps)),
+        shares=job.shares_frozen,
+        bf16=settings.precision == "bf16",
+        after_stage=len(settings.stages) > 1,
+        teacher_copy_bytes=teacher_copy_bytes,
+    )
 
 
 def _prepare_teacher(job: UptrainJob) -> None:

@@ -11,8 +11,9 @@ from ..convert.errors import UnsupportedError
 from ..convert.execute import execute
 from ..convert.gqa import Gqa
 from ..convert.translations import targets
+from .cost import measure_size
 
-__all__ = ["as_teacher", "write_teacher"]
+__all__ = ["as_teacher", "copied_bytes", "write_teacher"]
 
 
 def as_teacher(checkpoint: Checkpoint) -> Checkpoint:
@@ -32,6 +33,11 @@ def as_teacher(checkpoint: Checkpoint) -> Checkpoint:
         if architecture.separates_documents and architecture.refuse_heads(view.config, num_heads) is None:
             return view
     raise refusal or UnsupportedError(f"{checkpoint.name}: no class that uptrain knows holds it")
+
+
+def copied_bytes(checkpoint: Checkpoint) -> int:
+    """What `write_teacher` writes of a teacher that has to be in another class, 0 of any other."""
+    return 0 if as_teacher(checkpoint) is checkpoint else measure_size(checkpoint).num_bytes
 
 
 def write_teacher(checkpoint: Checkpoint, output: Path) -> None:
