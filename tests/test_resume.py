@@ -111,7 +111,7 @@ def test_a_run_of_two_stages_that_is_killed_everywhere(
     assert not (tmp_path / "parts").exists()
     assert (checkpoints / "main/checkpoint-3/COMPLETE.json").exists()
     done: list[int] = []
-    killed_in("_remove_work", after=False, progress=done.append)  # the result is there, and so is the work
+    killed_in("remove_work", after=False, progress=done.append)  # the result is there, and so is the work
     assert done == [3]  # no step was done again for it
     assert work.exists()
     assert same_weights(whole, tmp_path / "parts")
@@ -136,7 +136,7 @@ def test_a_finished_run_is_not_run_again(
         raise AssertionError
 
     monkeypatch.setattr(run, "load_for_training", refuse)
-    monkeypatch.setattr(run, "_prepare", refuse)
+    monkeypatch.setattr(run, "prepare", refuse)
     again = run.uptrain(make_job(), watch())
     assert again == replace(first, seconds=0.0, tokens_per_second=0.0)
     assert {path.name: path.read_bytes() for path in job.output.iterdir()} == before
@@ -383,7 +383,7 @@ def test_settings_are_there_as_soon_as_the_work_directory(
         write_text(path, text)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "write_text", dying)
+        patch.setattr("kvconvert.uptrain.work.write_text", dying)
         with pytest.raises(KilledError):
             train("out")
     train("out", settings=replace(SETTINGS, steps=1))

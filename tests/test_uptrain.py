@@ -35,7 +35,7 @@ from kvconvert.convert.device import default_precision
 from kvconvert.convert.errors import DataError, DivergedError, InputError, OutputError, PreemptedError, UnsupportedError
 from kvconvert.convert.text import TextSource
 from kvconvert.measure.held_out import evaluate_checkpoint, load_windows
-from kvconvert.uptrain import jobs, objective, packing, run, trainer
+from kvconvert.uptrain import jobs, objective, packing, run, scoring, trainer
 from kvconvert.uptrain.data import PackedBlocks, WeightedSource, validation_blocks
 from kvconvert.uptrain.models import load_for_training
 from kvconvert.uptrain.recipe import LossWeights, Recipe, Trained
@@ -518,14 +518,14 @@ def test_weights_and_temperature_reach_the_loss(
 
 def test_the_validation_slice_is_scored(train: Train, tmp_path: Path) -> None:
     held_out: list[Any] = []
-    score = run._validation_score
+    score = scoring.validation_score
 
     def spy(job: Any) -> Any:
         held_out.append(validation_blocks(job.work / "data"))
         return score(job)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_validation_score", spy)
+        patch.setattr(run, "validation_score", spy)
         output = train("out", validation_fraction=0.5, watch=run.Observation(log_steps=1, eval_steps=4))
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     scores = {row["step"]: row["eval_nats_per_token"] for row in records if "eval_nats_per_token" in row}

@@ -32,32 +32,25 @@ from ..convert.errors import DivergedError, InputError, PreemptedError, Unsuppor
 from ..convert.loading import quiet_transformers
 from ..convert.output import (
     PROVENANCE_NAME,
-    check_free_space,
     disk_errors,
     staged_directory,
     write_text,
 )
-from ..convert.text import load_tokenizer
 from .attention_regression import AttentionRegression
 from .callbacks import Checkpoints, MetricsLog, PackAhead, PeriodicEvaluation, StepProgress, StopRequests, Throughput
 from .checkpoints import last_complete, remove_torn, step_of
-from .cost import disk_bytes, measure_size, packed_tokens, warn_of_passes
-from .data import CorpusPacker, PackedBlocks, build, holds_shards, measure_sources, most_passes, validation_blocks
+from .cost import warn_of_passes
+from .data import CorpusPacker, PackedBlocks, most_passes
 from .fitting import largest_micro_batch
 from .jobs import (
-    REPLACES_NAME,
-    SETTINGS_NAME,
     UptrainJob,
     UptrainSettings,
     batch_of,
     check_job,
-    corpus_of,
-    describe,
     finished_before,
     replaces_output,
     uses_deepspeed,
 )
-from .lock import sole_run_in
 from .models import (
     compile_in_place,
     freeze_except,
@@ -68,15 +61,22 @@ from .models import (
     share_equal_parameters,
     train_in_float32,
 )
-from .objective import IGNORED_LABEL, prediction_loss_sum
 from .publish import METRICS_NAME, TRACKS_NAME, publish, write_weights
-from .recipe import LossWeights, Objective, Stage, attention_names, trained_names
+from .recipe import Objective, Stage, attention_names, trained_names
+from .scoring import under_autocast, validation_score
 from .status import RunStatus, status_of_error, write_status
-from .teacher import as_teacher, copied_bytes, write_teacher
 from .trainer import SHARDS_NAME, Loss, PredictionLoss, UptrainTrainer
-from .trials import remove_sweep, sweep_that_chose
+from .work import (
+    checkpoints_folder,
+    data_folder,
+    last_saved,
+    prepare,
+    remove_work,
+    stage_folder,
+    teacher_folder,
+)
 
-__all__ = ["Observation", "UptrainResult", "no_held_out_text", "process_state", "uptrain"]
+__all__ = ["Observation", "UptrainResult", "process_state", "uptrain"]
 
 _SCALES_NAME = "attention_scales.json"
 _MICRO_BATCH_NAME = "micro_batch.{stage}.json"
@@ -149,7 +149,7 @@ def uptrain(job: UptrainJob, watch: Observation, *, force: bool = False) -> Uptr
         state.wait_for_everyone()
         if finished:
             if state.is_main_process:  # what a kill after the last rename has left
-                _remove_work(job)
+                remove_work(job)
             return _result(job, json.loads((job.output / PROVENANCE_NAME).read_text())["uptraining"]["passes"])
         run = _Run(job, watch, state, stop, held)
         try:
@@ -196,31 +196,31 @@ class _Run:
         """Packing, then all stages, from where the run stands; then the result is written."""
         job = self._job
         if self._state.is_main_process:
-            self._packer = _prepare(
+            self._packer = prepare(
                 job,
-                self._watch,
                 self._stop,
                 self._held,
                 begin=self._begin,
+                save_steps=self._watch.save_steps,
                 force=force,
                 held_out=not self._watch.keep and self._watch.score is None,
             )
         self._wait_long()
-        self._blocks = PackedBlocks(_data_folder(job), num_samples=job.num_samples)
-        self._score = _under_autocast(self._watch.score or _validation_score(job), job.settings.precision)
+        self._blocks = PackedBlocks(data_folder(job), num_samples=job.num_samples)
+        self._score = under_autocast(self._watch.score or validation_score(job), job.settings.precision)
         plan = job.settings.stages
         self._warn_of_passes(self._blocks.passes)
-        done = [stage for stage in plan if _stage_folder(job, stage).joinpath(CONFIG_NAME).exists()]
-        source = _stage_folder(job, done[-1]) if done else job.checkpoint.directory
+        done = [stage for stage in plan if stage_folder(job, stage).joinpath(CONFIG_NAME).exists()]
+        source = stage_folder(job, done[-1]) if done else job.checkpoint.directory
         for number, stage in enumerate(plan[len(done) :], start=len(done)):
             first = number == len(done)
             model, weights = self._train_stage(stage, source, resume=first)
             if stage is not plan[-1]:
-                source = _stage_folder(job, stage)
+                source = stage_folder(job, stage)
                 if self._state.is_main_process:
                     with staged_directory(source, force=True) as staging:
                         write_weights(model, weights, staging)
-                    shutil.rmtree(_checkpoints_folder(job, stage), ignore_errors=True)
+                    shutil.rmtree(checkpoints_folder(job, stage), ignore_errors=True)
                 self._note(stage.last_step, source)
                 self._wait_long()
                 del model, weights  # with the teacher, before those of the next stage come
@@ -231,7 +231,7 @@ class _Run:
             if self._watch.keep:
                 finished = replace(self._status, state="finished", exit_code=0, last_checkpoint=None)
                 publish(job, model, weights, passes=passes, status=finished, force=replaces_output(job))
-            _remove_work(job)
+            remove_work(job)
         self._wait_long()
         return _result(
             job,
@@ -244,7 +244,7 @@ class _Run:
     def _begin(self) -> None:
         """The work directory is there, and this run's."""
         self._begun = True
-        self._note(*_last_saved(self._job))
+        self._note(*last_saved(self._job))
 
     def _warn_of_passes(self, passes: Sequence[float | None]) -> None:
         """Once, as soon as it is known: of a streamed text that may be when it has ended for the first time."""
@@ -281,7 +281,7 @@ class _Run:
         """Train one stage; returns the model and its weights, which the main process holds whole."""
         job, settings = self._job, self._job.settings
         torch.manual_seed(settings.seed)
-        folder = _checkpoints_folder(job, stage)
+        folder = checkpoints_folder(job, stage)
         last = self._last_checkpoint(stage, folder, resume=resume)
         student, teacher = self._load(stage, source)
         loss = self._loss(stage, student, teacher)
@@ -319,7 +319,7 @@ class _Run:
             try:
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
             except DivergedError as error:
-                _, good = _last_saved(job)
+                _, good = last_saved(job)
                 note = f"; the last good checkpoint is {good}" if good else "; no checkpoint was saved before it"
                 raise DivergedError(f"{error}{note}", hint=error.hint) from error
         step = stage.first_step + trainer.state.global_step
@@ -352,7 +352,7 @@ class _Run:
     def _samples(self, stage: Stage) -> PackedBlocks:
         per_step = self._job.settings.sequences_per_step
         return PackedBlocks(
-            _data_folder(self._job), num_samples=stage.steps * per_step, first_sample=stage.first_step * per_step
+            data_folder(self._job), num_samples=stage.steps * per_step, first_sample=stage.first_step * per_step
         )
 
     def _load(self, stage: Stage, source: Path) -> tuple[Any, Any]:
@@ -378,7 +378,7 @@ class _Run:
         require_separation(student, name=job.checkpoint.name, bf16=bf16)
         if job.teacher is None or not stage.uses_teacher(settings.weights):
             return student, None
-        directory = _teacher_folder(job)
+        directory = teacher_folder(job)
         with open_checkpoint(directory) as opened:
             architecture = find_architecture(opened)
         teacher = load_for_training(
@@ -397,7 +397,7 @@ class _Run:
         settings = self._job.settings
         if stage.objective is Objective.prediction:
             return PredictionLoss(teacher, settings.weights)
-        with open_checkpoint(_teacher_folder(self._job)) as opened:
+        with open_checkpoint(teacher_folder(self._job)) as opened:
             architecture = find_architecture(opened)
         path = self._job.work / _SCALES_NAME
         scales = json.loads(path.read_text()) if path.exists() else ()
@@ -538,140 +538,10 @@ def _result(
     )
 
 
-def no_held_out_text() -> InputError:
-    """What trials that cannot be compared end with."""
-    return InputError(
-        "--lr-sweep compares held-out loss, and there is no held-out text",
-        hint="pass --eval-data, or a --validation-fraction that holds out at least one block",
-    )
-
-
-def _prepare(
-    job: UptrainJob,
-    watch: Observation,
-    stop: StopRequests,
-    held: ExitStack,
-    *,
-    begin: Callable[[], object],
-    force: bool,
-    held_out: bool,
-) -> CorpusPacker:
-    """Pack the training text into the work directory, or go on with it; an error before the first shard leaves nothing.
-
-    `begin` is called once that directory is there and held, which it is until `held` is closed. Raises InputError where
-    a validation slice has to be `held_out` and is empty.
-    """
-    tokenizer = load_tokenizer(job.checkpoint.directory)
-    if job.work.exists():
-        held.enter_context(sole_run_in(job.work))
-    if force:
-        shutil.rmtree(job.work, ignore_errors=True)
-    created = False
-    try:
-        if not job.work.exists():
-            check_free_space(job.output, _disk_bytes(job, tokenizer, save_steps=watch.save_steps))
-            with staged_directory(job.work) as staging:
-                settings = describe(job) | {REPLACES_NAME: force}
-                write_text(staging / SETTINGS_NAME, json.dumps(settings, indent=2) + "\n")
-            created = True
-            held.enter_context(sole_run_in(job.work))
-        begin()
-        _prepare_teacher(job)
-        done = _last_saved(job)[0] * job.settings.sequences_per_step
-        packer = build(
-            corpus_of(job), _data_folder(job), tokenizer, first_sample=done, should_stop=lambda: stop.requested
-        )
-        if held_out and validation_blocks(_data_folder(job)) is None:
-            shutil.rmtree(job.work, ignore_errors=True)  # nobody goes on with it
-            raise no_held_out_text()
-        return packer
-    except PreemptedError:
-        raise
-    except BaseException:
-        if created and not holds_shards(_data_folder(job)):
-            shutil.rmtree(job.work, ignore_errors=True)
-        raise
-
-
 def _checkpoint_bytes(job: UptrainJob) -> float:
     """What one process writes for a checkpoint: float32 weights and two moments."""
     num_shards = job.execution.num_processes if job.execution.fsdp else 1
     return 12 * job.checkpoint.num_parameters / num_shards
-
-
-def _disk_bytes(job: UptrainJob, tokenizer: Any, *, save_steps: int) -> int:
-    """What the run takes at most, as a dry run says it."""
-    settings, teacher_copy_bytes = job.settings, 0
-    if job.teacher is not None:
-        with open_checkpoint(job.teacher) as opened:
-            teacher_copy_bytes = copied_bytes(opened)
-    tokens = settings.steps * settings.tokens_per_step
-    sources = measure_sources(job.sources, tokenizer)
-    return disk_bytes(
-        measure_size(job.checkpoint),
-        trained=settings.stages[-1].trained,
-        num_packed_tokens=packed_tokens(tokens, sources, window_tokens=job.window_tokens(save_steps)),
-        shares=job.shares_frozen,
-        bf16=settings.precision == "bf16",
-        after_stage=len(settings.stages) > 1,
-        teacher_copy_bytes=teacher_copy_bytes,
-    )
-
-
-def _prepare_teacher(job: UptrainJob) -> None:
-    """Write a teacher of a class that is not trained in one that is, unless that is done."""
-    if job.teacher is None or _translated_teacher(job).exists():
-        return
-    with open_checkpoint(job.teacher) as opened:
-        if as_teacher(opened) is not opened:
-            write_teacher(opened, _translated_teacher(job))
-
-
-def _teacher_folder(job: UptrainJob) -> Path:
-    """Where the teacher is read from."""
-    assert job.teacher is not None
-    translated = _translated_teacher(job)
-    return translated if translated.exists() else Path(job.teacher)
-
-
-def _translated_teacher(job: UptrainJob) -> Path:
-    return job.work / "teacher"
-
-
-def _last_saved(job: UptrainJob) -> tuple[int, Path | None]:
-    """The step up to which weights are saved, and where they are."""
-    for stage in reversed(job.settings.stages):
-        if _stage_folder(job, stage).joinpath(CONFIG_NAME).exists():
-            return stage.last_step, _stage_folder(job, stage)
-        last = last_complete(_checkpoints_folder(job, stage))
-        if last is not None:
-            return stage.first_step + step_of(last), last
-    return 0, None
-
-
-def _remove_work(job: UptrainJob) -> None:
-    """Remove what the output does not need any more.
-
-    Trials go first: without the work directory, ones that began with force would pass for trials of a run to come.
-    """
-    sweep = sweep_that_chose(job)
-    if sweep is not None and job.output.exists():
-        with suppress(OSError):
-            remove_sweep(sweep)
-    shutil.rmtree(job.work, ignore_errors=True)
-
-
-def _data_folder(job: UptrainJob) -> Path:
-    return job.work / "data"
-
-
-def _checkpoints_folder(job: UptrainJob, stage: Stage) -> Path:
-    return job.work / "checkpoints" / stage.name
-
-
-def _stage_folder(job: UptrainJob, stage: Stage) -> Path:
-    """Where the weights that a stage ended with are, once it is finished."""
-    return job.work / "stages" / stage.name
 
 
 def _training_arguments(
@@ -679,7 +549,7 @@ def _training_arguments(
 ) -> TrainingArguments:
     settings, execution = job.settings, job.execution
     arguments = TrainingArguments(
-        output_dir=str(_checkpoints_folder(job, stage)),
+        output_dir=str(checkpoints_folder(job, stage)),
         max_steps=stage.steps,
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=batch_of(job, micro_batch).gradient_accumulation_steps,
@@ -712,35 +582,3 @@ def _training_arguments(
 def _checkpoints_activations(job: UptrainJob, stage: Stage) -> bool:
     """Attention regression keeps no feed-forward activations anyway, and its hooks are not there in a second pass."""
     return job.execution.activation_checkpointing and stage.objective is Objective.prediction
-
-
-def _validation_score(job: UptrainJob) -> Callable[[Any], float] | None:
-    """Nats per token on the validation slice, where there is one."""
-    blocks = validation_blocks(_data_folder(job))
-    if blocks is None:
-        return None
-    weights = LossWeights(kl=0.0, cross_entropy=1.0)
-
-    @torch.no_grad()
-    def score(model: Any) -> float:
-        device = next(model.parameters()).device
-        total = 0.0
-        for index in range(len(blocks["labels"])):
-            feed = {name: tensor[index : index + 1].to(device) for name, tensor in blocks.items()}
-            labels = feed.pop("labels")
-            total += prediction_loss_sum(model(**feed, use_cache=False).logits, labels, weights).item()
-        return total / int((blocks["labels"][:, 1:] != IGNORED_LABEL).sum())
-
-    return score
-
-
-def _under_autocast(score: Callable[[Any], float] | None, precision: str) -> Callable[[Any], float] | None:
-    """Score as a model is trained: frozen weights may be in bfloat16."""
-    if score is None or precision != "bf16":
-        return score
-
-    def scored(model: Any) -> float:
-        with torch.autocast(next(model.parameters()).device.type, torch.bfloat16):
-            return score(model)
-
-    return scored

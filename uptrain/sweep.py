@@ -14,7 +14,7 @@ from ..convert.errors import DivergedError, InputError, PreemptedError, Unsuppor
 from ..convert.output import check_output, disk_errors, staged_directory
 from .jobs import UptrainJob, begun_before, check_job, sweep_directory
 from .lock import sole_run_in
-from .run import Observation, no_held_out_text, process_state, uptrain
+from .run import Observation, process_state, uptrain
 from .status import STATUS_NAME, RunStatus, status_of_error, write_status
 from .trials import (
     Sweep,
@@ -26,6 +26,7 @@ from .trials import (
     with_best_rate,
     write_sweep,
 )
+from .work import no_held_out_text
 
 __all__ = ["check_sweep", "sweep_learning_rates"]
 
