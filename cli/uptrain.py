@@ -350,7 +350,7 @@ def _settings(request: Request, checkpoint: Checkpoint, batch: Batch, budget: Bu
         steps=budget.steps,
         sequence_length=batch.sequence_length,
         sequences_per_step=batch.sequences_per_step,
-        learning_rate=jobs.default_learning_rate(checkpoint) if request.lr is None else request.lr,
+        learning_rate=jobs.default_learning_rate(checkpoint, recipe) if request.lr is None else request.lr,
         recipe=recipe,
         weights=_weights(request, recipe),
         trained=request.train_only,

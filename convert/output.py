@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from .errors import KvConvertError, OutputError
 
@@ -19,6 +21,7 @@ __all__ = [
     "check_output",
     "disk_errors",
     "existing_parent",
+    "read_provenance",
     "staged_directory",
     "write_text",
 ]
@@ -35,6 +38,12 @@ _DISK_FULL_TEXTS = (
     "File too large",
     "PytorchStreamWriter failed",
 )
+
+
+def read_provenance(directory: Path) -> dict[str, Any]:
+    """What kvconvert wrote down of how a checkpoint was made; nothing of one that it did not make."""
+    path = directory / PROVENANCE_NAME
+    return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 def check_output(output: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:

@@ -60,6 +60,26 @@ def test_budgets(arguments: list[object], steps: int, fraction: float | None, up
     assert plan["tokens"] == steps * 512
 
 
+@pytest.mark.parametrize(
+    ("method", "arguments", "rate"),
+    [
+        ("svd", [], 2.5e-4),
+        ("mean", [], 1e-3),
+        (None, [], 1e-3),
+        ("svd", ["--recipe", "distill"], 1e-3),
+        ("svd", ["--lr", 0.5], 0.5),
+    ],
+)
+def test_the_default_learning_rate(
+    method: str | None, arguments: list[object], rate: float, uptrain: Invoke, tmp_path: Path
+) -> None:
+    if method is not None:
+        (tmp_path / "model" / "kvconvert.json").write_text(json.dumps({"method": method}))
+    teacher = ["--teacher", tmp_path / "model"] if "distill" in arguments else []
+    plan = dry_run(uptrain, "--steps", 1, "--global-batch-tokens", 512, *arguments, *teacher)
+    assert plan["settings"]["learning_rate"] == rate
+
+
 def test_pretraining_tokens_beside_the_model_give_the_default(uptrain: Invoke, tmp_path: Path) -> None:
     (tmp_path / "model" / "pretraining.json").write_text('{"pretraining_tokens": 102400}')
     budget = dry_run(uptrain, "--global-batch-tokens", 512)["budget"]

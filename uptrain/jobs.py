@@ -15,7 +15,7 @@ from ..convert.architectures import find_architecture
 from ..convert.checkpoint import Checkpoint, open_checkpoint
 from ..convert.errors import InputError, OutputError, UnsupportedError
 from ..convert.loading import class_config
-from ..convert.output import PROVENANCE_NAME, check_apart, check_output
+from ..convert.output import check_apart, check_output, read_provenance
 from ..convert.text import TextSource, check_tokenizers, load_tokenizer, text_bytes, tokenizer_hash
 from .attention_regression import require_same_size
 from .budget import Batch
@@ -197,10 +197,16 @@ def default_sequence_length(checkpoint: Checkpoint) -> int:
     return min(_longest_sequence(checkpoint), _MAX_DEFAULT_SEQUENCE_LENGTH)
 
 
-def default_learning_rate(checkpoint: Checkpoint) -> float:
-    """Near the peak that models of this size are pretrained with: 1e-3 below 100M parameters, 3e-4 below 3B, 1e-4."""
+def default_learning_rate(checkpoint: Checkpoint, recipe: Recipe) -> float:
+    """Near the peak that models of this size are pretrained with: 1e-3 below 100M parameters, 3e-4 below 3B, 1e-4.
+
+    For cross-entropy after a merge on calibration text, which leaves little to recover, a quarter of it: at the peak it
+    unlearns more than it recovers at first.
+    """
     size = checkpoint.num_parameters
-    return 1e-3 if size < 1e8 else 3e-4 if size < 3e9 else 1e-4
+    peak = 1e-3 if size < 1e8 else 3e-4 if size < 3e9 else 1e-4
+    merged = read_provenance(checkpoint.directory).get("method") == "svd"
+    return peak / 4 if merged and recipe is Recipe.gqa else peak
 
 
 def count_processes() -> int:
@@ -328,11 +334,8 @@ def _regresses(settings: UptrainSettings) -> bool:
 
 def finished_before(job: UptrainJob) -> bool:
     """Whether the output holds the result of this very run."""
-    path = job.output / PROVENANCE_NAME
-    if not path.exists():
-        return False
-    record = json.loads(path.read_text()).get("uptraining", {})
-    return all(record.get(key) == value for key, value in describe(job).items())
+    record = read_provenance(job.output).get("uptraining")
+    return record is not None and all(record.get(key) == value for key, value in describe(job).items())
 
 
 def begun_before(job: UptrainJob) -> bool:

@@ -19,6 +19,7 @@ from ..convert.execute import DEFAULT_MAX_SHARD_BYTES
 from ..convert.loading import check_opens, quiet_transformers
 from ..convert.output import (
     PROVENANCE_NAME,
+    read_provenance,
     staged_directory,
     write_text,
 )
@@ -59,8 +60,7 @@ def publish(
 ) -> None:
     """Write weights in the source's dtypes, config and companions of the source, metrics and status."""
     source = job.checkpoint
-    provenance_path = source.directory / PROVENANCE_NAME
-    provenance = json.loads(provenance_path.read_text()) if provenance_path.exists() else {}
+    provenance = read_provenance(source.directory)
     tokens = job.settings.steps * job.settings.tokens_per_step
     provenance["uptraining"] = describe(job) | {"tokens": tokens, "passes": passes}
     default = torch_dtype(source.dtype)

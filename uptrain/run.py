@@ -31,8 +31,8 @@ from ..convert.checkpoint import CONFIG_NAME, open_checkpoint
 from ..convert.errors import DivergedError, InputError, PreemptedError, UnsupportedError
 from ..convert.loading import quiet_transformers
 from ..convert.output import (
-    PROVENANCE_NAME,
     disk_errors,
+    read_provenance,
     staged_directory,
     write_text,
 )
@@ -150,7 +150,7 @@ def uptrain(job: UptrainJob, watch: Observation, *, force: bool = False) -> Uptr
         if finished:
             if state.is_main_process:  # what a kill after the last rename has left
                 remove_work(job)
-            return _result(job, json.loads((job.output / PROVENANCE_NAME).read_text())["uptraining"]["passes"])
+            return _result(job, read_provenance(job.output)["uptraining"]["passes"])
         run = _Run(job, watch, state, stop, held)
         try:
             return run.train(force=force)
