@@ -120,7 +120,7 @@ def test_a_full_disk(arguments: str, make_checkpoint: CheckpointFactory, prose_f
         (["mha2gqa", "MODEL", "--groups", "8"], r"already has 8 K/V heads\nhint: .*--force"),
         (["mha2gqa", "MODEL", "--groups", "2", "--output", "MODEL", "--force"], "which is read"),
         (["uptrain", "MODEL", "--steps", "1", "--data", "SHORT", "--lr", "0"], "learning rate is 0"),
-        (["evaluate", "MODEL", "--data", "none.jsonl"], r"none\.jsonl: no such file here"),
+        (["evaluate", "MODEL", "--data", "none.jsonl"], r"none\.jsonl: no such file"),
         (["evaluate", "MODEL", "--data", "EMPTY"], r"empty\.txt: no text in it"),
         (["evaluate", "MODEL", "--data", "SHORT"], r"the text has \d+ tokens, fewer than one window of 512"),
         (["evaluate", "MODEL", "--data", "SHORT", "--max-ppl-increase", "5%"], "--max-ppl-increase needs --against"),

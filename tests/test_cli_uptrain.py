@@ -17,7 +17,7 @@ import pytest
 from conftest import CheckpointFactory
 from kvconvert.cli.main import app
 from kvconvert.convert.errors import OutputError, PreemptedError
-from kvconvert.uptrain import run, sweep
+from kvconvert.uptrain import sweep
 from kvconvert.uptrain.run import uptrain as uptrain_job
 from typer.testing import CliRunner
 
@@ -245,7 +245,7 @@ def test_a_run_asks_for_the_disk_that_its_dry_run_says(
         asked.append(num_bytes)
         raise OutputError("the disk is full")
 
-    monkeypatch.setattr(run, "check_free_space", refuse)
+    monkeypatch.setattr("kvconvert.uptrain.work.check_free_space", refuse)
     length = ["--steps", 10**4, "--global-batch-tokens", 4096]  # more than the text holds
     outcome = uptrain(*length, *words)
     assert "the disk is full" in outcome.stderr
