@@ -1,4 +1,4 @@
-"""Draws what compare_recipes.py printed: excess over tokens, and over compute, for each model.
+"""Draws what compare_recipes.py printed: excess over tokens, and over compute, for each model; prints it as a table.
 
 python scripts/draw_recipes.py rows.jsonl picture.png
 """
@@ -39,6 +39,19 @@ def main() -> None:
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     figure.savefig(picture, dpi=80)
+    print(table(rows, models))
+
+
+def table(rows: list[dict[str, Any]], models: list[str]) -> str:
+    """A line for each recipe and rate, a column for each model: excess ± its standard error."""
+    lines = [f"| recipe | peak rate | compute | {' | '.join(models)} |", "|---|---|---|" + "---|" * len(models)]
+    for key in sorted({(row["recipe"], row["lr"]) for row in rows}):
+        found = {row["model"]: row for row in rows if (row["recipe"], row["lr"]) == key}
+        compute = sorted({f"{row['compute']:.2f}" for row in found.values()})
+        cells = [f"{row['excess']:.4f} ± {row['standard_error']:.4f}" if row else "" for row in map(found.get, models)]
+        spent = " to ".join(dict.fromkeys((compute[0], compute[-1])))
+        lines.append(f"| {key[0]} | {key[1]:g} | {spent} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _name(row: dict[str, Any]) -> str:
