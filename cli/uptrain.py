@@ -139,7 +139,8 @@ class Request:
     lr: Annotated[
         float | None,
         typer.Option(
-            help="Peak learning rate. Default: 1e-3 below 100M parameters, 3e-4 below 3B, 1e-4 above.",
+            help="Peak learning rate. Default: 1e-3 below 100M parameters, 3e-4 below 3B, 1e-4 above; a quarter of it "
+            "for gqa after --method svd.",
             show_default=False,
         ),
     ] = None
