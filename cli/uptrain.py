@@ -21,7 +21,6 @@ from ..convert.text import TextSource, load_tokenizer
 from ..uptrain.budget import Batch, Budget, default_global_batch_tokens, derive_batch, plan_budget
 from ..uptrain.cost import (
     RunCost,
-    Sharding,
     detect_gpu,
     flops_per_token,
     measure_size,
@@ -313,7 +312,6 @@ def _plan(request: Request, checkpoint: Checkpoint, teacher: Checkpoint | None, 
     detected = detect_gpu()
     student = measure_size(checkpoint)
     original = None if teacher is None else measure_size(teacher)
-    sharding: Sharding = "fsdp" if job.execution.fsdp else "none"
     cost = run_cost(
         budget,
         batch,
@@ -326,7 +324,7 @@ def _plan(request: Request, checkpoint: Checkpoint, teacher: Checkpoint | None, 
         teacher_copy_bytes=0 if teacher is None else copied_bytes(teacher),
         shares=job.shares_frozen,
         gpu_name=request.gpu or detected,
-        sharding=sharding,
+        sharding=jobs.sharding_of(job.execution),
         bf16=settings.precision == "bf16",
         activation_checkpointing=request.activation_checkpointing,
     )

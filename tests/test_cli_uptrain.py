@@ -144,6 +144,16 @@ def test_options_that_cannot_be_read(arguments: list[str], message: str, uptrain
     assert message in " ".join(outcome.stderr.replace("│", " ").split())
 
 
+def test_the_memory_of_zero_is_that_of_its_stage(uptrain: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    found = []
+    for stage in ("0", "2", "3"):
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
+        found.append(dry_run(uptrain, "--steps", 1, "--global-batch-tokens", 4096)["cost"]["memory_bytes"])
+    assert found[0] > found[1] > found[2]
+
+
 @pytest.mark.parametrize(("num_processes", "expected"), [(1, "kvconvert"), (2, "LAUNCHER --nproc 2 program")])
 def test_the_command_to_go_on_has_its_launcher(num_processes: int, expected: str) -> None:
     worker = "from kvconvert.cli.uptrain import _resume_command; print(_resume_command())"

@@ -370,7 +370,7 @@ def memory(**settings: Any) -> int:
 
 @pytest.mark.parametrize(
     ("sharding", "kept"),
-    [("none", 4 + 12 + 2), ("zero2", 4 + 12 / 8 + 2), ("zero3", (4 + 12 + 2) / 8), ("fsdp", (4 + 12 + 2) / 8)],
+    [("none", 4 + 12 + 2), ("zero2", 4 + 12 / 8 + 2), ("zero3", (4 + 12) / 8 + 2), ("fsdp", (4 + 12 + 2) / 8)],
 )
 def test_states_of_weights(sharding: Sharding, kept: float) -> None:
     """Float32 weights, gradients and moments, 4 + 4 + 8 bytes per parameter, and 2 of the teacher's."""

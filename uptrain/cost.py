@@ -365,7 +365,7 @@ def memory_bytes(
     """An estimate of the memory that one process needs on its GPU at most.
 
     - States: the weights of `weight_bytes`; of trained parameters gradient and two AdamW moments in float32, 12 bytes.
-      "fsdp" and "zero3" divide all by the processes, "zero2" gradients and moments.
+      "fsdp" divides all by the processes, "zero3" all but the teacher, "zero2" gradients and moments.
     - Logits: the student's with their gradient and the teacher's, in the autocast dtype, and in float32 those of one
       chunk of 1024 tokens. Attention regression has none.
     - Activations: what is kept for the backward, see `_activation_bytes`; less of it by attention regression.
@@ -377,7 +377,8 @@ def memory_bytes(
     weights = weight_bytes(student, teacher, trained=trained, shares=shares, bf16=bf16)
     optimizer = 12 * num_trained
     if sharding in ("fsdp", "zero3"):
-        weights = -(-weights // num_processes)
+        own = weights if sharding == "fsdp" else weight_bytes(student, None, trained=trained, shares=shares, bf16=bf16)
+        weights += -(-own // num_processes) - own
     if sharding != "none":
         optimizer = -(-optimizer // num_processes)
     value_bytes = 2 if bf16 else 4

@@ -19,6 +19,7 @@ from ..convert.output import check_apart, check_output, read_provenance
 from ..convert.text import TextSource, check_tokenizers, load_tokenizer, text_bytes, tokenizer_hash
 from .attention_regression import require_same_size
 from .budget import Batch
+from .cost import Sharding
 from .data import Corpus, WeightedSource
 from .recipe import LossWeights, Objective, Recipe, Stage, Trained, stages
 from .teacher import as_teacher
@@ -39,6 +40,7 @@ __all__ = [
     "describe",
     "finished_before",
     "replaces_output",
+    "sharding_of",
     "sweep_directory",
     "take_over_fsdp",
     "uses_deepspeed",
@@ -217,6 +219,14 @@ def count_processes() -> int:
 def take_over_fsdp() -> bool:
     """Whether accelerate's configuration asks for FSDP. kvconvert shards models while it loads them, by itself."""
     return os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def sharding_of(execution: Execution) -> Sharding:
+    """What a process holds a part of only: as --fsdp or accelerate's configuration of DeepSpeed says."""
+    if execution.fsdp:
+        return "fsdp"
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") if uses_deepspeed() else None
+    return "zero2" if stage == "2" else "zero3" if stage == "3" else "none"
 
 
 def uses_deepspeed() -> bool:
