@@ -22,7 +22,7 @@ _WEIGHT_SUFFIXES = frozenset(
 _NOT_COPIED = frozenset(
     {CONFIG_NAME, INDEX_NAME, CARD_NAME, "pytorch_model.bin.index.json", "metrics.jsonl", PROVENANCE_NAME}
 )
-_NOT_COPIED_PREFIXES = (".", "configuration_", "modeling_")
+_NOT_COPIED_PREFIXES = (".", "configuration_", "modeling_", "transformers_interface")
 _COPIED_DIRECTORIES = ("additional_chat_templates",)
 
 

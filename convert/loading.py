@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import CheckpointError, UnsupportedError
 from .remote_code import remote_code_allowed
-from .runtime import register
+from .runtime import RUNTIME_CLASSES, register
 
 # what older versions saved among the weights and newer ones compute
 OLD_BUFFERS = re.compile(
@@ -116,6 +116,8 @@ def _auto_class(model: str | Path) -> Any:
 
     register()
     config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=remote_code_allowed())
+    if config.model_type in RUNTIME_CLASSES:
+        RUNTIME_CLASSES[config.model_type].model_classes()  # raises ImportError, with the versions
     saved_as = (config.architectures or [""])[0]
     stock_names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     if saved_as.endswith("Model") and saved_as not in stock_names and not saved_as.endswith("LMHeadModel"):

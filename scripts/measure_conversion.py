@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from kvconvert.convert.runtime.transformers_interface import CACHE_NAME
+
 NUM_TOKENS = 64
 
 
@@ -45,7 +47,7 @@ def measured_cache(model: Path) -> int:
     loaded = load_model(model, dtype=torch.bfloat16, device="cpu")
     cache = DynamicCache(config=loaded.config)
     with torch.inference_mode():
-        loaded(torch.arange(NUM_TOKENS)[None], past_key_values=cache, use_cache=True)
+        loaded(torch.arange(NUM_TOKENS)[None], use_cache=True, **{CACHE_NAME: cache})
     layers: list[Any] = cache.layers
     held = [tensor for layer in layers for tensor in (layer.keys, layer.values) if tensor is not None]
     return int(sum(tensor.nbytes for tensor in held)) // NUM_TOKENS

@@ -18,6 +18,7 @@ import torch
 from hypothesis import settings as hypothesis_settings
 from kvconvert.convert import open_checkpoint
 from kvconvert.convert.loading import load_model
+from kvconvert.convert.runtime.transformers_interface import CACHE_NAME, cache_of
 from kvconvert.convert.text import TextSource
 from kvconvert.uptrain import jobs, run
 from kvconvert.uptrain.data import Corpus, PackedBlocks, WeightedSource, build
@@ -200,7 +201,7 @@ def assert_same_function(original: Any, converted: Any, num_key_value_heads: int
     assert torch.equal(generated[0], generated[1])
     assert torch.equal(generated[0], generated[2])
 
-    cache = converted(input_ids, use_cache=True, past_key_values=DynamicCache(config=converted.config)).past_key_values
+    cache = cache_of(converted(input_ids, use_cache=True, **{CACHE_NAME: DynamicCache(config=converted.config)}))
     for layer in cache.layers:
         assert layer.keys.shape == layer.values.shape
         assert layer.keys.shape[1] == num_key_value_heads

@@ -41,6 +41,7 @@ from kvconvert.convert.loading import class_config
 from kvconvert.convert.plan import AverageLayers, ConversionPlan, Step
 from kvconvert.convert.projections import Projections, read_projections
 from kvconvert.convert.rotary import Rotary
+from kvconvert.convert.runtime.transformers_interface import CACHE_NAME, cache_of
 from kvconvert.convert.svd import MergeSettings, merge_checkpoint
 from kvconvert.convert.translations import CROSS_LAYER
 from safetensors.torch import load_file
@@ -414,7 +415,7 @@ def test_the_plan_states_the_cache_that_is_allocated(
     sizes = []
     for directory in (source, convert(source, tmp_path / "out", settings)):
         model = load(directory).bfloat16()
-        cache = model(TOKENS, past_key_values=DynamicCache(config=model.config), use_cache=True).past_key_values
+        cache = cache_of(model(TOKENS, use_cache=True, **{CACHE_NAME: DynamicCache(config=model.config)}))
         tensors = [part for layer in cache.layers for part in (layer.keys, layer.values) if part is not None]
         sizes.append(sum(tensor.nbytes for tensor in tensors) // TOKENS.numel())
     assert sizes == [before, after]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import VOCAB_SIZE, build_model
 from kvconvert.convert.runtime import register
+from kvconvert.convert.runtime.transformers_interface import CACHE_NAME, cache_of
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -110,7 +111,7 @@ def test_generation_with_a_cache_is_generation_without(
 def test_layers_that_read_have_no_cache(make: Callable[..., Any], input_ids: torch.Tensor) -> None:
     model = build(KINDS["pairs"])
     with torch.inference_mode():
-        cache = model(input_ids, use_cache=True, past_key_values=make(config=model.config)).past_key_values
+        cache = cache_of(model(input_ids, use_cache=True, **{CACHE_NAME: make(config=model.config)}))
     assert [layer for layer in range(4) if cache.layers[layer].keys is None] == [1, 3]
     assert all(cache.layers[layer].keys.shape[:2] == (2, 4) for layer in (0, 2))
 

@@ -10,6 +10,7 @@ from conftest import CheckpointFactory
 from kvconvert.convert import ConversionPlan, Gqa, execute, find_architecture, open_checkpoint
 from kvconvert.convert.errors import CheckpointError, OutputError, UnsupportedError
 from kvconvert.convert.loading import check_opens, load_model
+from kvconvert.convert.runtime.transformers_interface import cache_of
 from safetensors.torch import load_file, save_file
 
 
@@ -116,7 +117,7 @@ def test_the_plan_states_the_bytes_that_are_written(make_checkpoint: CheckpointF
     assert plan.bytes_in == sum(tensor.nbytes for tensor in tensors(source).values())
 
     model = load_model(output, dtype=torch.bfloat16, device="cpu")
-    cache = model(torch.ones(1, 10, dtype=torch.long), use_cache=True).past_key_values
+    cache = cache_of(model(torch.ones(1, 10, dtype=torch.long), use_cache=True))
     live_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert plan.cache_bytes_per_token[1] == live_bytes // 10
     assert plan.cache_bytes_per_token[0] == 4 * plan.cache_bytes_per_token[1]

@@ -34,6 +34,7 @@ from kvconvert.convert.mla import Mla
 from kvconvert.convert.plan import ConversionPlan
 from kvconvert.convert.projections import Projections
 from kvconvert.convert.rotary import Rotary, turning_between
+from kvconvert.convert.runtime.transformers_interface import CACHE_NAME
 from kvconvert.convert.serving import latent_kernels, serving
 from kvconvert.convert.translations import as_latent_source
 from safetensors.torch import load_file
@@ -155,7 +156,7 @@ def test_the_latent_is_cached_and_generation_does_not_depend_on_the_cache(
         model = load(tmp_path / norm)
         cache = DynamicCache(config=model.config)
         with torch.inference_mode():
-            model(TOKENS, past_key_values=cache, use_cache=True)
+            model(TOKENS, use_cache=True, **{CACHE_NAME: cache})
         layers: list[Any] = cache.layers
         shapes = [(layer.keys.shape, layer.values.shape) for layer in layers]
         assert shapes == [((6, 1, 32, 20), (6, 1, 32, 6))] * 2

@@ -20,6 +20,7 @@ from kvconvert.convert.runtime.modeling_grouped_seq2seq import (
     GroupedT5ForConditionalGeneration,
     GroupedWhisperForConditionalGeneration,
 )
+from kvconvert.convert.runtime.transformers_interface import cache_of
 from torch import Tensor
 from transformers import (
     BartConfig,
@@ -214,7 +215,7 @@ def test_generated_tokens_are_those_of_the_stock_model(pair: Pair, arguments: di
 
 
 def test_caches_hold_the_fewer_heads(pair: Pair) -> None:
-    cache = forward(pair.grouped, use_cache=True).past_key_values
+    cache = cache_of(forward(pair.grouped, use_cache=True))
     for part, num_tokens in (
         (cache.self_attention_cache, NUM_TOKENS),
         (cache.cross_attention_cache, NUM_SOURCE_TOKENS),

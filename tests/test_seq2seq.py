@@ -11,6 +11,7 @@ import torch
 from kvconvert.convert import Gqa, as_target, execute, find_architecture, inspect_checkpoint, open_checkpoint
 from kvconvert.convert.errors import UnsupportedError
 from kvconvert.convert.loading import load_model
+from kvconvert.convert.runtime.transformers_interface import cache_of
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 
@@ -139,7 +140,7 @@ def test_pooling_equal_heads_changes_nothing(
     ]
     assert torch.equal(tokens[0], tokens[1])
     assert torch.equal(tokens[0], tokens[2])
-    cache = logits(converted, use_cache=True).past_key_values
+    cache = cache_of(logits(converted, use_cache=True))
     for layer in (*cache.self_attention_cache.layers[:2], *cache.cross_attention_cache.layers[:2]):
         assert layer.keys.shape[1] == layer.values.shape[1] == groups
 

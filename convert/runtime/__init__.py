@@ -7,11 +7,13 @@ The files of a class are copied beside the weights, where `trust_remote_code=Tru
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import wrapt
 
@@ -20,7 +22,7 @@ __all__ = ["RUNTIME_CLASSES", "RuntimeClass", "register"]
 
 @dataclass(frozen=True)
 class RuntimeClass:
-    """A class of our own: the stem of its two files, `configuration_STEM.py` and `modeling_STEM.py`, and its names.
+    """A class of our own: the stem of its files, `configuration_STEM.py` and `modeling_STEM.py`, and its names.
 
     `auto_models` maps transformers' auto classes to the classes of the modeling file.
     """
@@ -37,8 +39,19 @@ class RuntimeClass:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        directory = Path(__file__).parent
-        return tuple(directory / f"{kind}_{self.stem}.py" for kind in ("configuration", "modeling"))
+        names = (f"configuration_{self.stem}", f"modeling_{self.stem}", "transformers_interface")
+        return tuple(Path(__file__).parent / f"{name}.py" for name in names)
+
+    def config_class(self) -> Any:
+        return getattr(import_module(f"{__name__}.configuration_{self.stem}"), self.config)
+
+    def model_classes(self) -> dict[str, Any]:
+        """The classes by the auto class that opens them.
+
+        Raises ImportError, with the versions, where this version of transformers lacks what they rely on.
+        """
+        modeling = import_module(f"{__name__}.modeling_{self.stem}")
+        return {auto: getattr(modeling, name) for auto, name in self.auto_models.items()}
 
     @property
     def auto_map(self) -> dict[str, str]:
@@ -92,10 +105,16 @@ def _register(module: object) -> None:
     import transformers
 
     for entry in _CLASSES:
-        if any(_is_being_imported(f"{__name__}.{kind}_{entry.stem}") for kind in ("configuration", "modeling")):
+        if any(_is_being_imported(f"{__name__}.{file.stem}") for file in entry.files):
             continue  # by its user, who has the class at hand; opening a checkpoint registers again
-        config_class = getattr(import_module(f"{__name__}.configuration_{entry.stem}"), entry.config)
+        config_class = entry.config_class()
         transformers.AutoConfig.register(entry.model_type, config_class, exist_ok=True)
-        modeling = import_module(f"{__name__}.modeling_{entry.stem}")
-        for auto, name in entry.auto_models.items():
-            getattr(transformers, auto).register(config_class, getattr(modeling, name), exist_ok=True)
+        try:
+            models = entry.model_classes()
+        except ImportError as error:  # of `require`: importing transformers must not fail for it
+            warnings.warn(
+                f"{entry.model_type} checkpoints cannot be opened here: {error}", RuntimeWarning, stacklevel=2
+            )
+            continue
+        for auto, model_class in models.items():
+            getattr(transformers, auto).register(config_class, model_class, exist_ok=True)

@@ -22,7 +22,7 @@ class CrossLayerDecoderConfig(PreTrainedConfig):
     """
 
     model_type = "cross_layer_decoder"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("past_key_values", "cache")
     base_model_tp_plan = {  # noqa: RUF012
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",

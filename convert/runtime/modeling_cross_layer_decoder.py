@@ -1,7 +1,7 @@
 """CrossLayerDecoder: a Llama-shaped decoder whose layers may share keys and values (CLA, arXiv 2405.12981).
 
-This file stands alone: it is copied beside converted weights. Caches of transformers allocate nothing for a layer that
-reads another's keys and values, which reach it in `shared_kv_states`.
+This file and its neighbours stand alone: they are copied beside converted weights. Caches of transformers allocate
+nothing for a layer that reads another's keys and values, which reach it in `shared_kv_states`.
 """
 
 from collections import UserDict
@@ -28,16 +28,23 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_cross_layer_decoder import CrossLayerDecoderConfig
+from .transformers_interface import CACHE_NAME, refuse_unknown, require, take_cache
 
 __all__ = ["CrossLayerDecoderForCausalLM", "CrossLayerDecoderModel", "CrossLayerDecoderPreTrainedModel"]
+
+require("decoder")
 
 
 class SharedKeyValues(UserDict[int, tuple[Tensor, Tensor]]):
     """Keys and values, (batch, num_key_value_heads, keys, head_dim), by the layer that computed them.
 
     No `dict`, because FSDP2 copies those, and what a layer adds would not reach the next one. accelerate moves it from
-    one device to the next by `to`.
+    one device to the next by `to`. `paged` holds what a paged cache told the attention of each of these layers.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paged: dict[int, dict[str, Any]] = {}
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "SharedKeyValues":
         for layer, (keys, values) in self.items():
@@ -79,8 +86,11 @@ class CrossLayerDecoderAttention(nn.Module):
         attention_mask: Tensor | None,
         shared_kv_states: SharedKeyValues,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        cache = take_cache(past_key_values, cache, kwargs)
+        is_paged = cache is not None and not isinstance(cache, Cache)  # continuous batching from 5.24 on
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
         query_states = self.q_proj(hidden_states).view(hidden_shape)
@@ -94,12 +104,16 @@ class CrossLayerDecoderAttention(nn.Module):
                 key_states = self.k_norm(key_states)
             key_states = _rotate(key_states.transpose(1, 2), *position_embeddings)
             value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-            if past_key_values is not None:
-                key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+            if cache is not None:
+                key_states, value_states = cache.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
             # not read back from the cache, which forgets what its window has left
             shared_kv_states[self.layer_idx] = (key_states, value_states)
+            if is_paged:  # `update` changes kwargs
+                shared_kv_states.paged[self.layer_idx] = kwargs
         else:
             key_states, value_states = shared_kv_states[self.kv_source_layer]
+            if is_paged:
+                kwargs = shared_kv_states.paged[self.kv_source_layer]
 
         attention_interface: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -139,7 +153,7 @@ class CrossLayerDecoderPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["CrossLayerDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -173,30 +187,27 @@ class CrossLayerDecoderModel(CrossLayerDecoderPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
+        cache = take_cache(past_key_values, cache, kwargs)
+        refuse_unknown(self, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if self.training and self.gradient_checkpointing:
             self._refuse_reentrant_checkpoints()
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_length = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None] + past_length
 
         masks: Any = attention_mask
         if not isinstance(masks, dict):  # `generate` makes the masks itself for a static cache
-            masked = {
-                "config": self.config,
-                "inputs_embeds": hidden_states,
-                "attention_mask": attention_mask,
-                "past_key_values": past_key_values,
-                "position_ids": position_ids,
-            }
+            masked = (self.config, hidden_states, attention_mask, cache, position_ids)
             makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-            masks = {kind: makers[kind](**masked) for kind in set(self.config.layer_types)}
+            masks = {kind: makers[kind](*masked) for kind in set(self.config.layer_types)}
 
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         shared_kv_states = SharedKeyValues()
@@ -206,11 +217,11 @@ class CrossLayerDecoderModel(CrossLayerDecoderPreTrainedModel):
                 position_embeddings=position_embeddings,
                 attention_mask=masks[layer_type],
                 shared_kv_states=shared_kv_states,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE_NAME: cache},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(self.norm(hidden_states), cache)
 
     def _refuse_reentrant_checkpoints(self) -> None:
         """Raise ValueError: through what layers share they would lose gradients, silently."""

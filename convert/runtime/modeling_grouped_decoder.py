@@ -1,7 +1,8 @@
 """GroupedDecoder: grouped-query attention for decoders with learned positions, ALiBi or RoPE that no stock class holds.
 
-This file stands alone: it is copied beside converted weights. Attention goes through transformers' interface, so that
-sdpa, eager and flex attention run it and, without ALiBi, flash attention and vLLM's Transformers backend.
+This file and its neighbours stand alone: they are copied beside converted weights. Attention goes through transformers'
+interface, so that sdpa, eager and flex attention run it and, without ALiBi, flash attention and vLLM's Transformers
+backend.
 """
 
 from collections.abc import Callable
@@ -14,15 +15,19 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.models.persimmon.modeling_persimmon import PersimmonRotaryEmbedding, apply_rotary_pos_emb
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_grouped_decoder import GroupedDecoderConfig
+from .transformers_interface import CACHE_NAME, refuse_unknown, require, take_cache
 
 __all__ = ["GroupedDecoderForCausalLM", "GroupedDecoderModel", "GroupedDecoderPreTrainedModel"]
+
+require("decoder")
 
 _TAKE_POSITION_BIAS = ("eager", "sdpa", "flex_attention")
 
@@ -76,8 +81,10 @@ class GroupedDecoderAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None,
         attention_mask: Tensor | None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        cache = take_cache(past_key_values, cache, kwargs)
         input_shape = hidden_states.shape[:-1]
         projected = [projection(hidden_states) for projection in (self.q_proj, self.k_proj, self.v_proj)]
         if self.config.clip_qkv is not None:
@@ -89,8 +96,8 @@ class GroupedDecoderAttention(nn.Module):
         if position_embeddings is not None:
             cos, sin = position_embeddings
             query_states, key_states = _rotate(query_states, key_states, cos, sin)
-        if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+        if cache is not None:
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
 
         attention_interface: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -142,7 +149,7 @@ class GroupedDecoderPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GroupedDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -179,31 +186,28 @@ class GroupedDecoderModel(GroupedDecoderPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
+        cache = take_cache(past_key_values, cache, kwargs)
+        refuse_unknown(self, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_length = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None] + past_length
 
         masks: dict[str, Any]
         if isinstance(attention_mask, dict):  # `generate` makes the masks itself for a static cache
             masks, attention_mask = attention_mask, None
         else:
-            masked = {
-                "config": self.config,
-                "inputs_embeds": hidden_states,
-                "attention_mask": attention_mask,
-                "past_key_values": past_key_values,
-                "position_ids": position_ids,
-            }
-            masks = {"full_attention": create_causal_mask(**masked)}
+            masked = (self.config, hidden_states, attention_mask, cache, position_ids)
+            masks = {"full_attention": create_causal_mask(*masked)}
             if "sliding_attention" in self.config.layer_types:
-                masks["sliding_attention"] = create_sliding_window_causal_mask(**masked)
+                masks["sliding_attention"] = create_sliding_window_causal_mask(*masked)
 
         hidden_states = hidden_states * self.config.embedding_multiplier
         position_embeddings = None
@@ -212,7 +216,8 @@ class GroupedDecoderModel(GroupedDecoderPreTrainedModel):
         elif self.config.position_embedding_type == "rotary":
             position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         else:
-            kwargs["position_bias"] = self._alibi(hidden_states, attention_mask, position_ids, past_key_values)
+            self._refuse_paged_alibi(kwargs)
+            kwargs["position_bias"] = self._alibi(hidden_states, attention_mask, position_ids, cache)
         if self.config.embedding_norm:
             hidden_states = self.embedding_norm(hidden_states)
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
@@ -220,14 +225,19 @@ class GroupedDecoderModel(GroupedDecoderPreTrainedModel):
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=masks[layer_type],
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE_NAME: cache},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(self.norm(hidden_states), cache)
+
+    def _refuse_paged_alibi(self, kwargs: dict[str, Any]) -> None:
+        """Raise ValueError in continuous batching, whose attention over pages has no place for a position bias."""
+        if "read_index" in kwargs:
+            raise ValueError("continuous batching takes no position bias, which ALiBi needs: use generate")
 
     def _alibi(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor, past_key_values: Cache | None
+        self, hidden_states: Tensor, attention_mask: Tensor | None, position_ids: Tensor, cache: Cache | None
     ) -> Tensor:
         """Slope · distance of key and query, (batch, num_attention_heads, queries, keys) in the dtype of the states.
 
@@ -239,7 +249,7 @@ class GroupedDecoderModel(GroupedDecoderPreTrainedModel):
                 f"{', '.join(_TAKE_POSITION_BIAS)}"
             )
         num_queries, device = hidden_states.shape[1], hidden_states.device
-        num_keys = past_key_values.get_mask_sizes(num_queries, 0)[0] if past_key_values is not None else num_queries
+        num_keys = cache.get_mask_sizes(num_queries, 0)[0] if cache is not None else num_queries
         if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] == num_keys:
             keys = (attention_mask.cumsum(-1) - 1) * attention_mask
         elif num_keys == num_queries:
@@ -262,43 +272,11 @@ class GroupedDecoderForCausalLM(GroupedDecoderPreTrainedModel, GenerationMixin):
     def __init__(self, config: GroupedDecoderConfig) -> None:
         super().__init__(config)
         self.model = GroupedDecoderModel(config)
+        self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+    forward = LlamaForCausalLM.forward
 
 
 def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

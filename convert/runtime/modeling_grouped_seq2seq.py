@@ -17,12 +17,15 @@ from transformers.models.t5.modeling_t5 import T5Attention, eager_attention_forw
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 
 from .configuration_grouped_seq2seq import GroupedBartConfig, GroupedT5Config, GroupedWhisperConfig
+from .transformers_interface import refuse_unknown, require, take_cache
 
 __all__ = [
     "GroupedBartForConditionalGeneration",
     "GroupedT5ForConditionalGeneration",
     "GroupedWhisperForConditionalGeneration",
 ]
+
+require("seq2seq")
 
 
 def grouped_eager_attention(
@@ -60,6 +63,7 @@ class GroupedAttention(nn.Module):
         key_value_states: Tensor | None = None,
         past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Attend from hidden_states (B, T, E) to themselves, or to key_value_states (B, S, E) where those are given.
@@ -70,22 +74,23 @@ class GroupedAttention(nn.Module):
         q, k, v, out = (getattr(self, name) for name in self.projection_names)
         heads = (-1, self.head_dim)
 
-        cache: Any = past_key_values
-        is_cached = False
-        if isinstance(past_key_values, EncoderDecoderCache) and key_value_states is None:
-            cache = past_key_values.self_attention_cache
-        elif isinstance(past_key_values, EncoderDecoderCache):
-            cache = past_key_values.cross_attention_cache
-            is_cached = past_key_values.is_updated.get(self.layer_idx, False)
-            past_key_values.is_updated[self.layer_idx] = True
+        given: Any = take_cache(past_key_values, cache, kwargs)
+        refuse_unknown(self, kwargs)
+        own, is_cached = given, False
+        if isinstance(given, EncoderDecoderCache) and key_value_states is None:
+            own = given.self_attention_cache
+        elif isinstance(given, EncoderDecoderCache):
+            own = given.cross_attention_cache
+            is_cached = given.is_updated.get(self.layer_idx, False)
+            given.is_updated[self.layer_idx] = True
 
         if is_cached:  # the encoder's output is the same at every step
-            key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
+            key, value = own.layers[self.layer_idx].keys, own.layers[self.layer_idx].values
         else:
             states = hidden_states if key_value_states is None else key_value_states
             key, value = (kv(states).unflatten(-1, heads).transpose(1, 2) for kv in (k, v))  # (B, K, S, D)
-            if cache is not None:
-                key, value = cache.update(key, value, self.layer_idx)
+            if own is not None:
+                key, value = own.update(key, value, self.layer_idx, kwargs=kwargs)
 
         query, scaling = q(hidden_states), self.scaling
         if self.scales_queries:
@@ -109,18 +114,20 @@ class GroupedT5Attention(GroupedAttention, T5Attention):
         key_value_states: Tensor | None = None,
         position_bias: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """As the shared one, with `position_bias`, (1, H, T, S), added to the scores and returned in the middle."""
+        cache = take_cache(past_key_values, cache, kwargs)
         if position_bias is None and self.has_relative_attention_bias:
             num_queries = num_keys = hidden_states.shape[1]
             num_past = 0
-            if past_key_values is not None:
-                num_keys, _ = past_key_values.get_mask_sizes(num_queries, self.layer_idx)
-                num_past = past_key_values.get_seq_length(self.layer_idx)
+            if cache is not None:
+                num_keys, _ = cache.get_mask_sizes(num_queries, self.layer_idx)
+                num_past = cache.get_seq_length(self.layer_idx)
             position_bias = self.compute_bias(num_queries, num_keys, hidden_states.device, num_past)
         output, weights = super().forward(
-            hidden_states, key_value_states, past_key_values, mask, position_bias=position_bias, **kwargs
+            hidden_states, key_value_states, cache, mask, position_bias=position_bias, **kwargs
         )
         return output, position_bias, weights
 
