@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import CheckpointError, UnsupportedError
 from .remote_code import remote_code_allowed
-from .runtime import RUNTIME_CLASSES, register
+from .runtime import RUNTIME_CLASSES
 
 # what older versions saved among the weights and newer ones compute
 OLD_BUFFERS = re.compile(
@@ -114,7 +114,9 @@ def _auto_class(model: str | Path) -> Any:
     import transformers
     from transformers.models.auto import modeling_auto
 
-    register()
+    from .runtime.transformers_interface import require
+
+    require("opening")
     config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=remote_code_allowed())
     if config.model_type in RUNTIME_CLASSES:
         RUNTIME_CLASSES[config.model_type].model_classes()  # raises ImportError, with the versions

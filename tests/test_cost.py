@@ -15,7 +15,6 @@ from kvconvert.convert import Gqa, execute
 from kvconvert.convert.architectures import ARCHITECTURES, find_architecture
 from kvconvert.convert.checkpoint import Checkpoint, open_checkpoint
 from kvconvert.convert.errors import InputError, UnsupportedError
-from kvconvert.convert.runtime import register
 from kvconvert.uptrain import run, trainer
 from kvconvert.uptrain.budget import Batch, Budget
 from kvconvert.uptrain.cost import (
@@ -43,8 +42,6 @@ from kvconvert.uptrain.models import load_for_training
 from kvconvert.uptrain.packing import SHARD_TOKENS
 from kvconvert.uptrain.recipe import LossWeights, Objective, Recipe, Trained, stages, trained_names
 from torch.utils.flop_counter import FlopCounterMode
-
-register()
 
 BATCH, LENGTH = 2, 32
 NUM_TOKENS = BATCH * LENGTH

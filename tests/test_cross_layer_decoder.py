@@ -14,12 +14,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import VOCAB_SIZE, build_model
-from kvconvert.convert.runtime import register
-from kvconvert.convert.runtime.transformers_interface import CACHE_NAME, cache_of
+from kvconvert.convert.runtime.transformers_interface import CACHE_NAME, cache_of, checkpoint_activations
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-register()
 KINDS: dict[str, dict[str, Any]] = {
     "pairs": {"kv_source_layers": [0, 0, 2, 2], "attention_bias": ["q_proj", "k_proj", "v_proj", "o_proj"]},
     "threes": {"kv_source_layers": [0, 0, 0, 3], "num_key_value_heads": 1, "qk_norm": True},
@@ -122,7 +120,7 @@ def test_activation_checkpointing_changes_no_gradient(overrides: dict[str, Any],
     for checkpointing in (False, True):
         model = build(overrides).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            checkpoint_activations(model)
         model(input_ids, labels=input_ids, use_cache=False).loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
@@ -132,7 +130,7 @@ def test_activation_checkpointing_changes_no_gradient(overrides: dict[str, Any],
 
 def test_reentrant_checkpoints_are_refused_where_they_would_lose_gradients(input_ids: torch.Tensor) -> None:
     model = build(KINDS["pairs"]).train()
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    checkpoint_activations(model, use_reentrant=True)
     with pytest.raises(ValueError, match="need activation checkpointing with use_reentrant=False"):
         model(input_ids, labels=input_ids)
 

@@ -13,6 +13,7 @@ from conftest import VOCAB_SIZE, CheckpointFactory, build_model
 from kvconvert.convert import Gqa, as_target, execute, find_architecture, open_checkpoint
 from kvconvert.convert.loading import load_model
 from kvconvert.convert.runtime import RUNTIME_CLASSES
+from kvconvert.convert.runtime.transformers_interface import checkpoint_activations
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -67,7 +68,7 @@ def test_activation_checkpointing_changes_no_gradient(overrides: dict[str, Any],
     for checkpointing in (False, True):
         model = build(overrides).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            checkpoint_activations(model)
         model(input_ids, labels=input_ids, use_cache=False).loss.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():

@@ -20,7 +20,7 @@ from kvconvert.convert.runtime.modeling_grouped_seq2seq import (
     GroupedT5ForConditionalGeneration,
     GroupedWhisperForConditionalGeneration,
 )
-from kvconvert.convert.runtime.transformers_interface import cache_of
+from kvconvert.convert.runtime.transformers_interface import cache_of, checkpoint_activations
 from torch import Tensor
 from transformers import (
     BartConfig,
@@ -162,7 +162,8 @@ def source(model: Any) -> dict[str, Tensor]:
 
 def forward(model: Any, implementation: str = "sdpa", **arguments: Any) -> Any:
     """The model's output for tokens of which the second sequence has two of padding on its left."""
-    model.set_attn_implementation(implementation)
+    for part in (model, model.get_decoder()):  # until 5.22, T5's decoder keeps a config of its own
+        part.set_attn_implementation(implementation)
     tokens = torch.randint(3, VOCAB_SIZE, (2, NUM_TOKENS), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(tokens)
     mask[1, :2] = 0
@@ -232,7 +233,7 @@ def test_gradients_reach_every_parameter(family: Family) -> None:
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable()
+            checkpoint_activations(model)
         model.zero_grad()
         model(**source(model), labels=labels, use_cache=False).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})

@@ -155,6 +155,8 @@ class UptrainJob:
     def __post_init__(self) -> None:
         if not self.output.name:
             raise OutputError(f"{self.output} is no place for a new directory", hint="name one with --output")
+        if self.execution.fsdp and self.execution.num_processes > 1:
+            _require_sharding()
 
     @property
     def work(self) -> Path:
@@ -209,6 +211,17 @@ def default_learning_rate(checkpoint: Checkpoint, recipe: Recipe) -> float:
     peak = 1e-3 if size < 1e8 else 3e-4 if size < 3e9 else 1e-4
     merged = read_provenance(checkpoint.directory).get("method") == "svd"
     return peak / 4 if merged and recipe is Recipe.gqa else peak
+
+
+def _require_sharding() -> None:
+    """Raise UnsupportedError where transformers cannot shard a model, unit by unit, while it loads it."""
+    from ..convert.runtime.transformers_interface import require
+
+    try:
+        require("sharding")
+    except ImportError as error:
+        hint = "install transformers 5.23 or newer, or train without --fsdp"
+        raise UnsupportedError(f"--fsdp cannot be used here: {error}", hint=hint) from error
 
 
 def count_processes() -> int:

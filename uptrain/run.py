@@ -36,6 +36,7 @@ from ..convert.output import (
     staged_directory,
     write_text,
 )
+from ..convert.runtime.transformers_interface import ACTIVATION_CHECKPOINTING, checkpoint_activations
 from .attention_regression import AttentionRegression
 from .callbacks import Checkpoints, MetricsLog, PackAhead, PeriodicEvaluation, StepProgress, StopRequests, Throughput
 from .checkpoints import last_complete, remove_torn, step_of
@@ -441,7 +442,7 @@ class _Run:
 
         student.train()
         if _checkpoints_activations(job, stage):
-            student.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(student, use_reentrant=False)
         own = largest_micro_batch(
             student,
             step,
@@ -548,6 +549,10 @@ def _training_arguments(
     job: UptrainJob, watch: Observation, stage: Stage, device: torch.device, *, micro_batch: int
 ) -> TrainingArguments:
     settings, execution = job.settings, job.execution
+    checkpointing: dict[str, Any] = {
+        ACTIVATION_CHECKPOINTING: _checkpoints_activations(job, stage),
+        f"{ACTIVATION_CHECKPOINTING}_kwargs": {"use_reentrant": False},
+    }
     arguments = TrainingArguments(
         output_dir=str(checkpoints_folder(job, stage)),
         max_steps=stage.steps,
@@ -570,9 +575,8 @@ def _training_arguments(
         disable_tqdm=True,
         report_to=list(execution.report_to) or "none",
         run_name=job.output.name,
-        activation_checkpointing=_checkpoints_activations(job, stage),
-        activation_checkpointing_kwargs={"use_reentrant": False},
         ddp_find_unused_parameters=False,
+        **checkpointing,
     )
     arguments.mixed_precision = "no"  # the trainer opens autocast itself, whatever a launcher says
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs need a launcher; the Trainer would wrap in DataParallel

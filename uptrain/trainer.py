@@ -13,11 +13,14 @@ from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
 from ..convert.errors import DivergedError
+from ..convert.runtime.transformers_interface import require
 from .checkpoints import finish_checkpoint
 from .objective import IGNORED_LABEL, prediction_loss_sum
 from .recipe import LossWeights
 
 __all__ = ["SHARDS_NAME", "Loss", "PredictionLoss", "UptrainTrainer"]
+
+require("training")
 
 SHARDS_NAME = "shards"
 
@@ -59,6 +62,7 @@ class UptrainTrainer(Trainer):
     """
 
     loss_is_scaled_for_ga = True
+    is_distributed_loading_by_transformers = False  # the Trainer sets it, from 5.19 on
 
     def __init__(
         self,

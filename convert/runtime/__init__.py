@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import wrapt
@@ -92,8 +92,13 @@ RUNTIME_CLASSES: Mapping[str, RuntimeClass] = MappingProxyType({entry.model_type
 
 
 def register() -> None:
-    """Make transformers' auto classes know ours, as soon as it is imported: importing it here would take seconds."""
-    wrapt.register_post_import_hook(_register, "transformers")
+    """Make transformers' auto classes know ours, as soon as it is imported: importing it here would take seconds.
+
+    Where one of our files is what imports it, its class is registered as soon as that file is there.
+    """
+    own = {f"{__name__}.{file.stem}" for entry in _CLASSES for file in entry.files}
+    for name in ("transformers", *sorted(own)):
+        wrapt.register_post_import_hook(_register, name)
 
 
 def _is_being_imported(name: str) -> bool:
@@ -101,12 +106,14 @@ def _is_being_imported(name: str) -> bool:
     return getattr(getattr(module, "__spec__", None), "_initializing", False)
 
 
-def _register(module: object) -> None:
+def _register(module: ModuleType) -> None:
+    """Called once `module` is there, transformers or a file of ours."""
     import transformers
 
     for entry in _CLASSES:
-        if any(_is_being_imported(f"{__name__}.{file.stem}") for file in entry.files):
-            continue  # by its user, who has the class at hand; opening a checkpoint registers again
+        files = {f"{__name__}.{file.stem}" for file in entry.files}
+        if any(_is_being_imported(name) for name in files - {module.__name__}):
+            continue
         config_class = entry.config_class()
         transformers.AutoConfig.register(entry.model_type, config_class, exist_ok=True)
         try:

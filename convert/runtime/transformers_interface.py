@@ -5,17 +5,22 @@ This file stands alone: it is copied beside converted weights, where the classes
 
 import inspect
 from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 import transformers
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
 
 __all__ = [
+    "ACTIVATION_CHECKPOINTING",
     "CACHE_NAME",
     "RELIED_ON",
     "TESTED_VERSIONS",
     "cache_of",
+    "checkpoint_activations",
     "refuse_unknown",
     "require",
     "take_cache",
@@ -23,7 +28,7 @@ __all__ = [
 
 TESTED_VERSIONS = ("5.17", "5.24")  # the oldest and the newest
 CACHE_NAMES = ("cache", "past_key_values")  # of the cache, in forward passes and outputs: until 5.23 the second one
-CACHE = "cache or past_key_values"
+CACHE = " or ".join(CACHE_NAMES)
 UNNAMED = ""  # a parameter that is passed by its position, whatever its name
 
 # For each user of transformers the functions, methods and classes that it takes by name, with the parameters that it
@@ -105,6 +110,11 @@ RELIED_ON: Mapping[str, Mapping[str, tuple[str | None, ...]]] = {
         "trainer:SCHEDULER_NAME": (),
         "integrations.deepspeed:unset_hf_deepspeed_config": (),
     },
+    # sharding: uptrain with --fsdp in several processes, from 5.23 on
+    "sharding": {
+        "distributed.configuration_utils:DistributedConfig": (None, "fsdp_size", "fsdp_plan"),
+        "distributed.mixin:DistributedMixin.is_distributed_loading_by_transformers": (),
+    },
 }
 
 # What passes through a forward without a parameter of its own: read further down, or of no effect on the result.
@@ -121,6 +131,7 @@ _PASSED_ON = frozenset(
 )
 
 
+@cache
 def require(user: str) -> None:
     """Raise ImportError unless this version of transformers has all that `user`, a key of RELIED_ON, relies on."""
     for path, parameters in RELIED_ON[user].items():
@@ -149,6 +160,11 @@ def take_cache(past_key_values: Cache | None, cache: Any, passed_on: dict[str, A
 def cache_of(outputs: Any) -> Any:
     """The cache among the outputs of a forward pass, under either name."""
     return getattr(outputs, CACHE_NAME)
+
+
+def checkpoint_activations(model: Any, **options: Any) -> None:
+    """Let layers compute their activations again in the backward pass, by the method's name in this version."""
+    getattr(model, f"{ACTIVATION_CHECKPOINTING}_enable")(**{f"{ACTIVATION_CHECKPOINTING}_kwargs": options or None})
 
 
 def refuse_unknown(module: Any, passed_on: Mapping[str, Any]) -> None:
@@ -191,12 +207,8 @@ def _problem(path: str, parameters: tuple[str | None, ...]) -> str | None:
     return None if in_order and named else f"has another {module}.{names}({', '.join(known)}) than ({described})"
 
 
-def _cache_name() -> str:
-    """The name of the cache in this version: that of the parameter that masks are made from."""
-    from transformers.masking_utils import create_causal_mask
-
-    known = inspect.signature(create_causal_mask).parameters
-    return next((name for name in CACHE_NAMES if name in known), CACHE)
-
-
-CACHE_NAME = _cache_name()
+# that of the parameter that masks are made from
+CACHE_NAME = next((name for name in CACHE_NAMES if name in inspect.signature(create_causal_mask).parameters), CACHE)
+# in the model's method and in the Trainer's arguments: renamed in 5.23
+_RENAMED = hasattr(PreTrainedModel, "activation_checkpointing_enable")
+ACTIVATION_CHECKPOINTING = "activation_checkpointing" if _RENAMED else "gradient_checkpointing"
