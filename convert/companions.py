@@ -10,10 +10,9 @@ from .card import CARD_NAME
 from .checkpoint import CONFIG_NAME, INDEX_NAME
 from .errors import DataError
 from .output import PROVENANCE_NAME, write_text
-from .runtime import RUNTIME_CLASSES
 from .text import has_tokenizer, load_tokenizer
 
-__all__ = ["copy_companions", "copy_runtime_code", "name_tokenizer"]
+__all__ = ["copy_companions", "name_tokenizer"]
 
 _WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz"}
@@ -46,13 +45,6 @@ def name_tokenizer(source: Path, target: Path) -> None:
     tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     config = tokens | config | {"tokenizer_class": type(tokenizer).__name__}
     write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-
-
-def copy_runtime_code(model_type: str, target: Path) -> None:
-    """Copy the files of a class of ours beside its weights."""
-    if model_type in RUNTIME_CLASSES:
-        for code in RUNTIME_CLASSES[model_type].files:
-            shutil.copyfile(code, target / code.name)
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:

@@ -8,13 +8,16 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from .cache_check import check_cache
 from .card import write_card
 from .checkpoint import CONFIG_NAME, Checkpoint, tensor_bytes
-from .companions import copy_companions, copy_runtime_code, name_tokenizer
+from .companions import copy_companions, name_tokenizer
 from .loading import check_opens, knows_class
 from .output import PROVENANCE_NAME, check_free_space, check_output, staged_directory, write_text
 from .plan import ConversionPlan
 from .remote_code import remote_code_allowed
+from .runtime import RUNTIME_CLASSES
+from .runtime_code import copy_runtime_code
 from .writer import CheckpointWriter
 
 __all__ = ["DEFAULT_MAX_SHARD_BYTES", "ExecutionResult", "check_source", "execute"]
@@ -73,6 +76,8 @@ def execute(
         write_text(staging / PROVENANCE_NAME, json.dumps(provenance, indent=2) + "\n")
         write_card(checkpoint.directory, staging, provenance)
         opened_as = check_opens(staging)
+        if plan.model_type != source_type or plan.model_type in RUNTIME_CLASSES:
+            check_cache(staging, name=str(output))
     return ExecutionResult(output, opened_as)
 
 

@@ -19,6 +19,7 @@ OLD_BUFFERS = re.compile(
 
 __all__ = [
     "OLD_BUFFERS",
+    "auto_class",
     "check_opens",
     "class_config",
     "empty_model",
@@ -109,7 +110,7 @@ def knows_class(model_type: object) -> bool:
     return model_type in CONFIG_MAPPING
 
 
-def _auto_class(model: str | Path) -> Any:
+def auto_class(model: str | Path) -> Any:
     """The auto class that opens a checkpoint with the head that it was saved with."""
     import transformers
     from transformers.models.auto import modeling_auto
@@ -135,7 +136,7 @@ def _open(model: str | Path, **options: Any) -> tuple[Any, str | None]:
     """The model, and in words what its class found missing, unexpected or of the wrong shape."""
     try:
         with quiet_transformers():
-            opened = _auto_class(model).from_pretrained(
+            opened = auto_class(model).from_pretrained(
                 model,
                 trust_remote_code=remote_code_allowed(),
                 output_loading_info=True,

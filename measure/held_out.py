@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..convert.cache_check import check_runtime
 from ..convert.device import default_device
 from ..convert.errors import DataError
 from ..convert.loading import load_model
@@ -67,10 +68,14 @@ def evaluate_checkpoint(
 ) -> Evaluation:
     """Load `model`, and its original if given, and evaluate it on the windows.
 
-    Raises DataError if the two do not share their vocabulary.
+    Raises DataError if the two do not share their vocabulary, CheckpointError if a class of ours, with this version of
+    transformers, computes something else with a cache than without.
     """
     device = device or default_device()
     check_tokenizers(model, against)
+    for checkpoint in (model, against):
+        if checkpoint is not None:
+            check_runtime(checkpoint)
     original = load_model(against, dtype=dtype, device=device) if against is not None else None
     loaded = load_model(model, dtype=dtype, device=device)
     return evaluate(loaded, windows, original=original, batch_size=batch_size, progress=progress)

@@ -25,7 +25,7 @@ from typer import BadParameter
 from typer.main import get_command
 
 README = Path(__file__).parents[1] / "README.md"
-COMMANDS = ("inspect", "mha2gqa", "mha2mqa", "mha2cla", "mha2mla", "uptrain", "evaluate", "demo")
+COMMANDS = ("inspect", "mha2gqa", "mha2mqa", "mha2cla", "mha2mla", "uptrain", "evaluate", "refresh", "demo")
 
 
 def snapshot(directory: Path) -> dict[str, bytes | None]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..convert.architectures import find_architecture
+from ..convert.cache_check import check_runtime
 from ..convert.checkpoint import Checkpoint, open_checkpoint
 from ..convert.errors import InputError, OutputError, UnsupportedError
 from ..convert.loading import class_config
@@ -304,7 +305,8 @@ def _check_places(job: UptrainJob, held_out: TextSource | None, *, force: bool) 
 
 
 def _check_model(job: UptrainJob) -> None:
-    """Raise UnsupportedError unless the model can be trained on packed text of this length."""
+    """Raise InputError unless its class works here, and can be trained on packed text of this length."""
+    check_runtime(job.checkpoint.directory)
     architecture = find_architecture(job.checkpoint)
     if architecture.cross_attention is not None:
         raise UnsupportedError(
@@ -329,6 +331,7 @@ def _check_teacher(job: UptrainJob) -> None:
     check_tokenizers(job.checkpoint.directory, job.teacher)
     if job.teacher is None:
         return
+    check_runtime(job.teacher)
     with open_checkpoint(job.teacher) as opened:
         config = as_teacher(opened).config
     if _regresses(job.settings):

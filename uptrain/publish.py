@@ -14,7 +14,7 @@ from transformers import (
 
 from ..convert.card import write_card
 from ..convert.checkpoint import CONFIG_NAME, torch_dtype
-from ..convert.companions import copy_companions, copy_runtime_code
+from ..convert.companions import copy_companions
 from ..convert.execute import DEFAULT_MAX_SHARD_BYTES
 from ..convert.loading import check_opens, quiet_transformers
 from ..convert.output import (
@@ -23,6 +23,7 @@ from ..convert.output import (
     staged_directory,
     write_text,
 )
+from ..convert.runtime_code import copy_runtime_code
 from .jobs import UptrainJob, describe
 from .status import RunStatus, write_status
 from .trials import SWEEP_NAME, sweep_that_chose

@@ -1,0 +1,260 @@
+"""Whether a checkpoint computes with a cache, token by token, what it computes without one.
+
+Generation stands on it, and interfaces of transformers change: a class that overlooks the cache it is handed goes on
+without it, and generates nonsense without an error.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .architectures import known_architecture
+from .checkpoint import Checkpoint, open_checkpoint
+from .errors import CheckpointError, OutputError, UnsupportedError
+from .loading import auto_class, quiet_transformers
+from .output import disk_errors
+from .runtime import RUNTIME_CLASSES
+from .runtime_code import BesideState, CodeBeside, code_beside, replace_code
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["MAX_WHOLE_PARAMETERS", "CacheCheck", "check_cache", "check_runtime", "refresh"]
+
+MAX_WHOLE_PARAMETERS = 20_000_000  # 80 MB in float32
+
+_CHUNKS = (3, 1, 1, 2, 1)  # tokens of a prompt, of steps, of a step over two guessed tokens
+_NUM_TOKENS = sum(_CHUNKS)
+_NUM_ENCODED = 4
+# Sums in another order differ by about 1e-6 of the scale in float32; a cache that is not read differs by its own size.
+_TOLERANCE = 1e-3
+
+Forward = Callable[..., Any]  # (tokens from, to, use_cache=…, and the cache under its name) → outputs of the class
+
+
+@dataclass(frozen=True)
+class CacheCheck:
+    """What was compared: `layers` ran, and outputs differ by at most `difference`, where the largest is `scale`."""
+
+    layers: tuple[int, ...]
+    difference: float
+    scale: float
+
+
+def check_cache(directory: Path, *, name: str | None = None, beside: CodeBeside | None = None) -> CacheCheck:
+    """Run a few tokens on the checkpoint's class, at once without a cache, then part by part with one.
+
+    A model of up to MAX_WHOLE_PARAMETERS runs whole, and its logits are compared. Of a larger one the first layer of
+    each kind runs, in float32 on random embeddings, with what the decoder has around its layers, and the hidden states
+    that leave it are compared: embeddings and head, often the largest tensors, are not read.
+
+    With `beside` the class is that of the code beside the weights, not the installed one. Raises CheckpointError, with
+    `name` in place of the directory, where the two differ or the class cannot run.
+    """
+    import torch
+
+    with open_checkpoint(directory) as checkpoint:
+        name = name or checkpoint.name
+        class_name = str((checkpoint.config.get("architectures") or ["its class"])[0])
+        try:
+            with quiet_transformers(), torch.inference_mode():
+                layers, forward = _open(checkpoint, beside)
+                alone, stepwise = _run(forward)
+        except Exception as error:  # what a class and a version make of each other has no words of its own
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            message = f"{name}: {class_name} cannot run a few tokens ({reason}; {_versions(beside)})"
+            raise CheckpointError(message, hint=_hint(name, beside)) from error
+    difference = (alone - stepwise).nan_to_num(0.0).abs().max().item()
+    scale = alone.nan_to_num(0.0).abs().max().item()
+    if difference > _TOLERANCE * scale or not torch.equal(alone.isfinite(), stepwise.isfinite()):
+        raise CheckpointError(
+            f"{name}: with a cache, {class_name} computes something else than without: outputs differ by "
+            f"{difference:.3g} at a scale of {scale:.3g} ({_versions(beside)})",
+            hint=_hint(name, beside),
+        )
+    return CacheCheck(layers, difference, scale)
+
+
+def check_runtime(model: str | Path) -> CacheCheck | None:
+    """Check a checkpoint, a directory or a hub id, whose class is ours; None of any other.
+
+    Code beside the weights runs where it is an earlier kvconvert's, or trusted by the user; else the installed class.
+    Raises CheckpointError as `check_cache` does.
+    """
+    beside = _code_of(model)
+    if beside is None:
+        return None
+    return check_cache(beside.directory, name=str(model), beside=beside if beside.may_run else None)
+
+
+def refresh(directory: Path, *, force: bool = False) -> tuple[str, ...]:
+    """Renew the code beside the weights, each file at once or not at all, and nothing else; returns the files' names.
+
+    The installed class is checked on the weights first (`check_cache`). Code that no kvconvert wrote as it is, somebody
+    having changed it, is replaced with `force` only. Raises UnsupportedError for a checkpoint that needs no code,
+    CheckpointError where the installed class does not work with this version of transformers, OutputError where the
+    files cannot be written.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory", hint="refresh renews a directory on this machine")
+    beside = _code_of(directory)
+    if beside is None or beside.state is BesideState.NONE:
+        raise UnsupportedError(f"{directory}: no code of kvconvert lies beside its weights, so there is none to renew")
+    if beside.state is BesideState.OTHER and not force:
+        raise OutputError(
+            f"{directory}: the code beside its weights is none that this kvconvert knows; it may have been changed",
+            hint="keep a copy if you need it, and pass --force",
+        )
+    check_cache(directory)
+    with disk_errors(directory):
+        return replace_code(beside)
+
+
+def _code_of(model: str | Path) -> CodeBeside | None:
+    with open_checkpoint(model) as checkpoint:
+        entry = RUNTIME_CLASSES.get(str(checkpoint.config.get("model_type")))
+        return None if entry is None else code_beside(checkpoint.directory, entry)
+
+
+def _run(forward: Forward) -> tuple[Tensor, Tensor]:
+    """Outputs, (tokens, …), of all tokens at once without a cache, and part by part with one."""
+    import torch
+
+    from .runtime.transformers_interface import CACHE_NAME, cache_of
+
+    alone = _result(forward(0, _NUM_TOKENS, use_cache=False))
+    parts: list[Tensor] = []
+    named: dict[str, Any] = {}
+    for begin, size in zip((sum(_CHUNKS[:part]) for part in range(len(_CHUNKS))), _CHUNKS, strict=True):
+        outputs = forward(begin, begin + size, use_cache=True, **named)
+        named = {CACHE_NAME: cache_of(outputs)}
+        parts.append(_result(outputs))
+    return alone, torch.cat(parts)
+
+
+def _result(outputs: Any) -> Tensor:
+    logits: Tensor | None = getattr(outputs, "logits", None)
+    result: Tensor = outputs.last_hidden_state if logits is None else logits
+    return result[0].float()
+
+
+def _open(checkpoint: Checkpoint, beside: CodeBeside | None) -> tuple[tuple[int, ...], Forward]:
+    """Which layers run, and a function that runs them."""
+    import torch
+    from transformers import AutoConfig
+
+    directory = checkpoint.directory
+    auto = auto_class(directory)
+    if beside is None:
+        config = AutoConfig.from_pretrained(directory)
+        load, build = auto.from_pretrained, auto.from_config
+    else:
+        config = beside.load("AutoConfig").from_pretrained(directory)
+        model_class = beside.load(auto.__name__)
+        load, build = model_class.from_pretrained, model_class._from_config
+    if checkpoint.num_parameters <= MAX_WHOLE_PARAMETERS:
+        model = load(directory, dtype=torch.float32).eval()
+        return tuple(range(_num_layers(checkpoint))), _whole(model)
+    layers = _first_of_each_kind(config, _num_layers(checkpoint))
+    return layers, _decoder(_first_layers(checkpoint, config, layers, build))
+
+
+def _whole(model: Any) -> Forward:
+    """Runs tokens, those of the decoder where there is an encoder, whose output is random."""
+    import torch
+
+    ids = torch.arange(3, 3 + _NUM_TOKENS)[None] % model.config.get_text_config().vocab_size
+    if not model.config.is_encoder_decoder:
+        return lambda begin, end, **named: model(input_ids=ids[:, begin:end], **named)
+    from transformers.modeling_outputs import BaseModelOutput
+
+    encoded = BaseModelOutput(_random(_NUM_ENCODED, model.config.hidden_size))
+    return lambda begin, end, **named: model(encoder_outputs=encoded, decoder_input_ids=ids[:, begin:end], **named)
+
+
+def _decoder(model: Any) -> Forward:
+    """Runs random embeddings through the decoder."""
+    decoder = model.get_decoder()
+    width = decoder.get_input_embeddings().embedding_dim
+    # small beside what a layer adds: a wrong attention is not lost in them
+    embedded = 0.02 * _random(_NUM_TOKENS, width)
+    extra = {"encoder_hidden_states": _random(_NUM_ENCODED, width)} if model.config.is_encoder_decoder else {}
+    return lambda begin, end, **named: decoder(inputs_embeds=embedded[:, begin:end], **extra, **named)
+
+
+def _random(num_tokens: int, width: int) -> Tensor:
+    import torch
+
+    return torch.randn(1, num_tokens, width, generator=torch.Generator().manual_seed(0))
+
+
+def _num_layers(checkpoint: Checkpoint) -> int:
+    architecture = known_architecture(checkpoint.config.get("model_type"))
+    name = architecture.config_name("num_hidden_layers") if architecture else "num_hidden_layers"
+    return checkpoint.config_int(name)
+
+
+def _first_of_each_kind(config: Any, num_layers: int) -> tuple[int, ...]:
+    """The first layer of each kind, and of a kind that reads another's keys and values also that one."""
+    kinds = getattr(config, "layer_types", None) or [None] * num_layers
+    sources = getattr(config, "kv_source_layers", None) or list(range(num_layers))
+    first: dict[object, int] = {}
+    for layer in range(num_layers):
+        first.setdefault((kinds[layer], sources[layer] == layer), layer)
+    return tuple(sorted({layer for found in first.values() for layer in (sources[found], found)}))
+
+
+def _first_layers(checkpoint: Checkpoint, config: Any, layers: tuple[int, ...], build: Callable[..., Any]) -> Any:
+    """A model of only these layers, with the decoder's weights but for the embeddings of tokens; the rest is empty."""
+    import torch
+    from accelerate import init_empty_weights
+    from accelerate.utils import set_module_tensor_to_device
+
+    architecture = known_architecture(config.model_type)
+    if architecture is None:
+        raise UnsupportedError(f"kvconvert does not know {config.model_type}")
+    kept: dict[str, Any] = {architecture.config_name("num_hidden_layers"): len(layers)}
+    for name in ("layer_types", "mlp_layer_types"):
+        if isinstance(values := getattr(config, name, None), list):
+            kept[name] = [values[layer] for layer in layers]
+    if sources := getattr(config, "kv_source_layers", None):
+        kept["kv_source_layers"] = [layers.index(sources[layer]) for layer in layers]
+    shortened = type(config).from_dict({**config.to_dict(), **kept})
+    shortened._attn_implementation = copy.copy(config._attn_implementation)
+    with init_empty_weights(include_buffers=False):
+        model = build(shortened, dtype=torch.float32).eval()
+
+    path = architecture.attention.partition("{layer}")[0]  # model.layers.
+    embeddings = model.get_decoder().get_input_embeddings().weight
+    decoder = {id(parameter) for parameter in model.get_decoder().parameters()}
+    for name, parameter in list(model.named_parameters()):
+        if id(parameter) not in decoder or parameter is embeddings:
+            continue
+        saved = name
+        if name.startswith(path):
+            layer, _, rest = name.removeprefix(path).partition(".")
+            saved = f"{path}{layers[int(layer)]}.{rest}"
+        if saved not in checkpoint.tensors:  # saved by a base class
+            saved = saved.removeprefix(f"{model.base_model_prefix}.")
+        set_module_tensor_to_device(model, name, "cpu", value=checkpoint.read(saved).float())
+    return model
+
+
+def _versions(beside: CodeBeside | None) -> str:
+    import transformers
+
+    from .runtime.transformers_interface import TESTED_VERSIONS
+
+    works_with = " to ".join(TESTED_VERSIONS) if beside is None else beside.works_with
+    tested = f"its code works with {works_with}" if works_with else "its code does not say with which it works"
+    return f"transformers {transformers.__version__}; {tested}"
+
+
+def _hint(name: str, beside: CodeBeside | None) -> str:
+    if beside is None:
+        return "install a version of transformers that it was tested with, or a newer kvconvert"
+    return f"`kvconvert refresh {name}` renews the code beside the weights"
