@@ -94,7 +94,7 @@ def build(case: Case, directory: Path) -> None:
 
 
 def serve(directory: str, prompts: list[list[int]], trust_remote_code: bool, compiled: bool) -> dict[str, Any]:
-    """Greedy tokens, their log-probabilities, and the cache that vLLM allocated. Runs in vLLM's environment."""
+    """Greedy tokens, their log-probabilities, and the cache that vLLM allocated. Runs in a process of its own."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -143,11 +143,11 @@ def score(directory: Path, prompts: list[list[int]], tokens: list[list[int]], tr
     return torch.stack(likely), torch.stack(logprobs)
 
 
-def run_vllm(python: str, directory: Path, prompts: list[list[int]], case: Case) -> dict[str, Any]:
+def run_vllm(directory: Path, prompts: list[list[int]], case: Case) -> dict[str, Any]:
     """`serve` in a process of its own, which gives its memory back."""
     answer = directory.with_suffix(".json")
     arguments = json.dumps([str(directory), prompts, case.trust_remote_code, case.compiled])
-    command = [python, __file__, "--serve", arguments, str(answer)]
+    command = [sys.executable, __file__, "--serve", arguments, str(answer)]
     environment = os.environ | ENVIRONMENT | {"VLLM_PLUGINS": case.plugins}
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if process.returncode:
@@ -156,8 +156,8 @@ def run_vllm(python: str, directory: Path, prompts: list[list[int]], case: Case)
     return result
 
 
-def check(case: Case, python: str, folder: Path) -> tuple[str, bool, dict[str, str]]:
-    """The row's cells after its name, whether the case passes, and the versions in vLLM's environment."""
+def check(case: Case, folder: Path) -> tuple[str, bool, dict[str, str]]:
+    """The row's cells after its name, whether the case passes, and the versions."""
     import torch
 
     source, converted = folder / "source", folder / "converted"
@@ -168,8 +168,8 @@ def check(case: Case, python: str, folder: Path) -> tuple[str, bool, dict[str, s
     (architecture,) = json.loads((converted / "config.json").read_text())["architectures"]
 
     prompts = [torch.randint(3, VOCAB_SIZE, (length,)).tolist() for length in PROMPT_LENGTHS]
-    before = run_vllm(python, source, prompts, case)
-    after = run_vllm(python, converted, prompts, case)
+    before = run_vllm(source, prompts, case)
+    after = run_vllm(converted, prompts, case)
     likely, logprobs = score(converted, prompts, after["tokens"], True)
     control, _ = score(source, prompts, after["tokens"], False)
     difference = (torch.tensor(after["logprobs"]) - logprobs).abs().max().item()
@@ -194,14 +194,13 @@ def check(case: Case, python: str, folder: Path) -> tuple[str, bool, dict[str, s
 
 
 def main() -> None:
-    if sys.argv[1] == "--serve":
+    if sys.argv[1:2] == ["--serve"]:
         arguments, answer = sys.argv[2:]
         Path(answer).write_text(json.dumps(serve(*json.loads(arguments))))
         return
     parser = argparse.ArgumentParser(
         prog="scripts/check_vllm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--python", required=True, help="vLLM's environment (scripts/check_vllm gives it)")
     parser.add_argument("case", nargs="*", help=", ".join(CASES))
     options = parser.parse_args()
     if unknown := set(options.case) - set(CASES):
@@ -215,13 +214,13 @@ def main() -> None:
         cells, passed = "did not run", False
         with tempfile.TemporaryDirectory() as folder:
             try:
-                cells, passed, versions = check(CASES[name], options.python, Path(folder))
+                cells, passed, versions = check(CASES[name], Path(folder))
             except (RuntimeError, subprocess.CalledProcessError) as error:
                 print(error, file=sys.stderr)
         print(f"| {name} | {cells} |", flush=True)
         failed += [] if passed else [name]
     engine = ", ".join(f"{name} {number}" for name, number in versions.items()) or "nothing"
-    print(f"\nServed with {engine}; compared with transformers {version('transformers')}, torch {version('torch')}.")
+    print(f"\nConverted by kvconvert {version('kvconvert')}, served with {engine}, in one environment.")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
