@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_what_runs_on_a_gpu_runs_here_in_small(tmp_path: Path) -> None:
+    """All parts but the tests, which this suite runs itself; compiled runs need minutes on a CPU, and fail loudly."""
+    environment = {**os.environ, "PYTHON": sys.executable, "KVCONVERT_INSTALLED": "1", "TORCHDYNAMO_DISABLE": "1"}
+    outcome = subprocess.run(
+        [ROOT / "benchmarks/gpu.sh", tmp_path, "--cpu", "--tiny", "--parts", "uptraining,decoding,conversion"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert all(result["finished"] for result in found.values())
+    rows = {name: result["rows"] for name, result in found.items()}
+    assert [(row["shape"], row["run"]) for row in rows["uptraining"]] == [
+        (shape, run) for shape in ("1B", "135M") for run in ("CE", "KL, compiled")
+    ]
+    assert len(rows["decoding"]) == 2 * 5 * 2
+    cache = {row["variant"]: row["cache_bytes"] for row in rows["decoding"] if row["batch"] == 2}
+    # 2 layers of 8 heads of 8, and for MLA a latent of 16 and a rotary key of 8: numbers per token
+    assert {name: size / cache["MHA"] for name, size in cache.items()} == {
+        "MHA": 1,
+        "GQA-8": 1 / 4,
+        "MQA": 1 / 8,
+        "CLA2": 1 / 2,
+        "MLA": (16 + 8) / (2 * 8 * 8),
+    }
+    assert [row["groups"] for row in rows["conversion"]] == [4, 1]
+
+
+def test_a_part_that_is_cut_off_still_tells(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHON": sys.executable, "KVCONVERT_INSTALLED": "1"}
+    command = [str(ROOT / "benchmarks/gpu.sh"), str(tmp_path), "--cpu", "--parts", "decoding", "--seconds", "1"]
+    outcome = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert "decoding: cut off after" in outcome.stdout
+    assert json.loads((tmp_path / "decoding.json").read_text())["finished"] is False
