@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import LATENT, CheckpointFactory, KilledError, build_model
-from kvconvert.cli.main import app
+from conftest import LATENT, CheckpointFactory, KilledError, RunHere, build_model
 from kvconvert.convert.device import default_device
 from kvconvert.convert.runtime.transformers_interface import CACHE_NAME, cache_of
 from kvconvert.uptrain.run import Observation
@@ -18,7 +16,6 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 from transformers.utils.import_utils import is_flash_attn_2_available
-from typer.testing import CliRunner
 
 DEVICE = default_device()
 TOKENS = torch.randint(3, 384, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -30,19 +27,6 @@ CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 IMPLEMENTATIONS = ("eager", "sdpa", "flash kernel of sdpa", "flash_attention_2")
 BACKENDS = [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION]
-
-Run = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def run() -> Run:
-    def invoke(*arguments: object) -> dict[str, Any]:
-        outcome = CliRunner().invoke(app, [*map(str, arguments), "--json", "--quiet"])
-        assert outcome.exit_code == 0, outcome.stderr
-        printed: dict[str, Any] = json.loads(outcome.stdout)
-        return printed
-
-    return invoke
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -77,12 +61,12 @@ def test_classes_compute_in_bfloat16_what_they_do_in_float32(kind: str, implemen
 
 
 def test_a_calibrated_merge_on_the_device_is_that_of_the_cpu(
-    make_checkpoint: CheckpointFactory, run: Run, prose_file: Path, tmp_path: Path
+    make_checkpoint: CheckpointFactory, run_here: RunHere, prose_file: Path, tmp_path: Path
 ) -> None:
     source = make_checkpoint(with_tokenizer=True)
     options = ("--method", "svd", "--calibration", prose_file, "--calibration-tokens", 2048, "--precision", "fp32")
     for device in {str(DEVICE), "cpu"}:
-        run("mha2gqa", "--groups", 2, source, *options, "--device", device, "--output", tmp_path / device)
+        run_here("mha2gqa", "--groups", 2, source, *options, "--device", device, "--output", tmp_path / device)
     here, there = (load_file(tmp_path / device / "model.safetensors") for device in (str(DEVICE), "cpu"))
     for name, tensor in there.items():
         # products in float32 in another order, and what an eigenvector makes of it
@@ -91,15 +75,15 @@ def test_a_calibrated_merge_on_the_device_is_that_of_the_cpu(
 
 @pytest.mark.parametrize("recipe", ["gqa", "distill", "light", "layerwise"])
 def test_each_recipe_trains_on_the_device(
-    recipe: str, make_checkpoint: CheckpointFactory, run: Run, prose_file: Path, tmp_path: Path
+    recipe: str, make_checkpoint: CheckpointFactory, run_here: RunHere, prose_file: Path, tmp_path: Path
 ) -> None:
     teacher = make_checkpoint(with_tokenizer=True)
-    run("mha2gqa", "--groups", 2, teacher, "--output", tmp_path / "out")
+    run_here("mha2gqa", "--groups", 2, teacher, "--output", tmp_path / "out")
     options: tuple[Any, ...] = ("--data", prose_file, "--steps", 4)
     options += ("--sequence-length", 32, "--global-batch-tokens", 64)
     options += () if recipe == "gqa" else ("--teacher", teacher)
     options += ("--layerwise-fraction", 0.5) if recipe == "layerwise" else ("--recipe", recipe)
-    run("uptrain", tmp_path / "out", *options, "--output", tmp_path / "trained")
+    run_here("uptrain", tmp_path / "out", *options, "--output", tmp_path / "trained")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "trained"))
     name = "model.layers.0.self_attn.k_proj.weight"
     assert after[name].isfinite().all()

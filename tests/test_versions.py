@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CheckpointFactory, build_tokenizer
-from kvconvert.cli.main import app
+from conftest import CheckpointFactory, RunHere, build_tokenizer
 from safetensors.torch import load_file
 from test_seq2seq import T5
 from test_seq2seq import make as make_seq2seq
-from typer.testing import CliRunner
-
-Run = Callable[..., dict[str, Any]]
 
 LAYERS = {"num_hidden_layers": 4}
 CONVERSIONS: dict[str, tuple[str, dict[str, Any], str, str]] = {
@@ -47,21 +42,8 @@ for name in {names!r}:
 """
 
 
-@pytest.fixture
-def run() -> Run:
-    """Run a command in this process; returns the JSON object that it prints."""
-
-    def invoke(*arguments: object) -> dict[str, Any]:
-        outcome = CliRunner().invoke(app, [*map(str, arguments), "--json", "--quiet"])
-        assert outcome.exit_code == 0, outcome.stderr
-        printed: dict[str, Any] = json.loads(outcome.stdout)
-        return printed
-
-    return invoke
-
-
 def test_every_kind_of_result_generates_with_a_cache_what_it_does_without(
-    make_checkpoint: CheckpointFactory, run: Run, run_without_kvconvert: Any, tmp_path: Path
+    make_checkpoint: CheckpointFactory, run_here: RunHere, run_without_kvconvert: Any, tmp_path: Path
 ) -> None:
     """Opened by the code that lies beside it, in a process that has no kvconvert."""
     for name, (model_type, overrides, command, _) in CONVERSIONS.items():
@@ -69,7 +51,7 @@ def test_every_kind_of_result_generates_with_a_cache_what_it_does_without(
             source = make_seq2seq(tmp_path / f"{name}-source", "t5", T5)
         else:
             source = make_checkpoint(model_type, name=f"{name}-source", **overrides)
-        run(*command.split(), source, "--output", tmp_path / name)
+        run_here(*command.split(), source, "--output", tmp_path / name)
     printed = run_without_kvconvert(GENERATE.format(names=list(CONVERSIONS)))
     found = [json.loads(line) for line in printed.splitlines() if line.startswith("[")]
     assert [(name, kind) for name, kind, _, _ in found] == [(name, row[3]) for name, row in CONVERSIONS.items()]
@@ -80,17 +62,19 @@ def test_every_kind_of_result_generates_with_a_cache_what_it_does_without(
 
 @pytest.mark.parametrize("recipe", [(), ("--layerwise-fraction", "0.5")], ids=["cross-entropy", "layers, then KL"])
 def test_steps_of_uptraining_and_an_evaluation(
-    recipe: tuple[str, ...], make_checkpoint: CheckpointFactory, run: Run, prose_file: Path, tmp_path: Path
+    recipe: tuple[str, ...], make_checkpoint: CheckpointFactory, run_here: RunHere, prose_file: Path, tmp_path: Path
 ) -> None:
     source = make_checkpoint(**LAYERS)
     build_tokenizer().save_pretrained(source)
-    run("mha2cla", "--share", 2, source, "--output", tmp_path / "out")
+    run_here("mha2cla", "--share", 2, source, "--output", tmp_path / "out")
     steps = ("--steps", 4, "--sequence-length", 32, "--global-batch-tokens", 64)
     teacher = ("--teacher", source) if recipe else ()
-    run("uptrain", tmp_path / "out", "--data", prose_file, *steps, *recipe, *teacher, "--output", tmp_path / "trained")
+    run_here(
+        "uptrain", tmp_path / "out", "--data", prose_file, *steps, *recipe, *teacher, "--output", tmp_path / "trained"
+    )
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "trained"))
     assert before.keys() == after.keys()
     name = "model.layers.0.self_attn.k_proj.weight"
     assert not before[name].equal(after[name])
-    scored = run("evaluate", tmp_path / "trained", "--against", source, "--data", prose_file, "--window", 32)
+    scored = run_here("evaluate", tmp_path / "trained", "--against", source, "--data", prose_file, "--window", 32)
     assert scored["against"]["kl_nats_per_token"] > 0
