@@ -59,6 +59,14 @@ class _Variant:
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where results go.")] = Path("kvconvert-demo"),
     uptrain_all: Annotated[bool, typer.Option("--all", help="Uptrain every model.")] = False,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps of uptraining. Default: 5 % of the pretraining tokens.", show_default=False),
+    ] = None,
+    max_windows: Annotated[
+        int | None,
+        typer.Option(min=2, help="Windows of held-out text to score. Default: all of it.", show_default=False),
+    ] = None,
     dry_run: DryRun = False,
     force: Annotated[bool, typer.Option("--force", help="Run again, even if the results are there.")] = False,
     as_json: Json = False,
@@ -69,6 +77,7 @@ def demo(
     Example: kvconvert demo --output kvconvert-demo
     """
     terminal = Terminal(as_json=as_json, quiet=quiet)
+    steps = steps or _uptraining_steps()
     variants = (
         _Variant("gqa2-mean", "GQA, 2 K/V heads, mean", 2, "mean", uptrained=uptrain_all),
         _Variant("gqa2-svd", "GQA, 2 K/V heads, svd", 2, "svd", uptrained=True),
@@ -76,13 +85,13 @@ def demo(
         _Variant("mqa-svd", "MQA, 1 K/V head, svd", 1, "svd", uptrained=uptrain_all),
     )
     if dry_run:
-        plan = _plan(variants, output)
+        plan = _plan(variants, output, steps)
         terminal.result(plan, lambda console: _show_plan(plan, console))
         return
-    results = None if force else _finished_results(output, variants)
+    results = None if force else _finished_results(output, variants, steps, max_windows)
     if results is None:
         _claim(output, force=force)
-        results = _run(variants, output, terminal)
+        results = _run(variants, output, steps, max_windows, terminal)
         write_text(output / _RESULTS_NAME, json.dumps(results, indent=2) + "\n")
     else:
         terminal.remark(f"{output} holds finished results; --force runs the demo again")
@@ -97,13 +106,13 @@ def _uptraining_steps() -> int:
     return math.ceil(_FRACTION * _pretraining_tokens() / (_SEQUENCE_LENGTH * _BATCH_SIZE))
 
 
-def _plan(variants: tuple[_Variant, ...], output: Path) -> dict[str, Any]:
+def _plan(variants: tuple[_Variant, ...], output: Path, steps: int) -> dict[str, Any]:
     return {
         "model": str(_MODEL),
         "output": str(output),
         "pretraining_tokens": _pretraining_tokens(),
-        "uptraining_tokens": _uptraining_steps() * _SEQUENCE_LENGTH * _BATCH_SIZE,
-        "uptraining_steps": _uptraining_steps(),
+        "uptraining_tokens": steps * _SEQUENCE_LENGTH * _BATCH_SIZE,
+        "uptraining_steps": steps,
         "variants": [asdict(variant) for variant in variants],
         "dry_run": True,
     }
@@ -118,22 +127,25 @@ def _show_plan(plan: dict[str, Any], console: Console) -> None:
     console.print(f"  would write to {plan['output']}")
 
 
-def _settings_of(variants: tuple[_Variant, ...]) -> dict[str, Any]:
+def _settings_of(variants: tuple[_Variant, ...], steps: int, max_windows: int | None) -> dict[str, Any]:
     """What decides the results: equal settings, equal results."""
     return {
         "kvconvert_version": version("kvconvert"),
         "uptrained": [variant.name for variant in variants if variant.uptrained],
         "learning_rate": _LEARNING_RATE,
-        "uptraining_tokens": _uptraining_steps() * _SEQUENCE_LENGTH * _BATCH_SIZE,
+        "max_windows": max_windows,
+        "uptraining_tokens": steps * _SEQUENCE_LENGTH * _BATCH_SIZE,
     }
 
 
-def _finished_results(output: Path, variants: tuple[_Variant, ...]) -> dict[str, Any] | None:
+def _finished_results(
+    output: Path, variants: tuple[_Variant, ...], steps: int, max_windows: int | None
+) -> dict[str, Any] | None:
     path = output / _RESULTS_NAME
     if not path.exists() or not (output / _MARKER_NAME).exists():
         return None
     results: dict[str, Any] = json.loads(path.read_text())
-    return results if results["settings"] == _settings_of(variants) else None
+    return results if results["settings"] == _settings_of(variants, steps, max_windows) else None
 
 
 def _claim(output: Path, *, force: bool) -> None:
@@ -149,7 +161,9 @@ def _claim(output: Path, *, force: bool) -> None:
         raise OutputError(f"{output}: cannot be written ({error.strerror})") from error
 
 
-def _run(variants: tuple[_Variant, ...], output: Path, terminal: Terminal) -> dict[str, Any]:
+def _run(
+    variants: tuple[_Variant, ...], output: Path, steps: int, max_windows: int | None, terminal: Terminal
+) -> dict[str, Any]:
     start = time.monotonic()
     with open_checkpoint(_MODEL) as checkpoint:
         inspection = inspect_checkpoint(checkpoint)
@@ -164,14 +178,14 @@ def _run(variants: tuple[_Variant, ...], output: Path, terminal: Terminal) -> di
     from ..measure.held_out import load_windows
     from ..measure.picture import Curve, Point, draw_recovery
 
-    windows = load_windows(_MODEL, TextSource(str(_HELD_OUT_TEXT)), window=_SEQUENCE_LENGTH)
+    windows = load_windows(_MODEL, TextSource(str(_HELD_OUT_TEXT)), window=_SEQUENCE_LENGTH, max_windows=max_windows)
     curves = []
     for variant, row in zip(variants, rows, strict=True):
         row["before"] = _evaluate(output / variant.name, windows, f"evaluating {variant.label}", terminal)
     for variant, row in zip(variants, rows, strict=True):
         row["after"] = None
         if variant.uptrained:
-            recovery = _uptrain(variant, output, windows, terminal)
+            recovery = _uptrain(variant, output, windows, steps, terminal)
             curves.append(Curve(variant.label, *zip(*recovery, strict=True)))
             row["recovery"] = recovery
             row["after"] = _evaluate(
@@ -198,7 +212,7 @@ def _run(variants: tuple[_Variant, ...], output: Path, terminal: Terminal) -> di
         ],
     )
     return {
-        "settings": _settings_of(variants),
+        "settings": _settings_of(variants, steps, max_windows),
         "original": original,
         "converted": rows,
         "method": windows.method,
@@ -239,7 +253,7 @@ def _evaluate(model: Path, windows: Any, description: str, terminal: Terminal) -
     return asdict(evaluation)
 
 
-def _uptrain(variant: _Variant, output: Path, windows: Any, terminal: Terminal) -> list[tuple[int, float]]:
+def _uptrain(variant: _Variant, output: Path, windows: Any, steps: int, terminal: Terminal) -> list[tuple[int, float]]:
     """Uptrain a converted checkpoint; returns (tokens, held-out perplexity) along the way."""
     from ..measure.perplexity import evaluate
     from ..uptrain import jobs, run
@@ -256,7 +270,7 @@ def _uptrain(variant: _Variant, output: Path, windows: Any, terminal: Terminal) 
 
     with open_checkpoint(output / variant.name) as checkpoint:
         settings = jobs.UptrainSettings(
-            steps=_uptraining_steps(),
+            steps=steps,
             sequence_length=_SEQUENCE_LENGTH,
             sequences_per_step=_BATCH_SIZE,
             learning_rate=_LEARNING_RATE,
@@ -288,7 +302,7 @@ def _uptrain(variant: _Variant, output: Path, windows: Any, terminal: Terminal) 
 
 
 def _show(results: dict[str, Any], output: Path, console: Console) -> None:
-    table = Table(title="kvconvert demo: two ways to merge heads, then 5 % of the pretraining tokens")
+    table = Table(title="kvconvert demo: two ways to merge heads, then uptraining")
     for heading in ("model", "K/V heads", "B/token", "perplexity", "after", "KL", "after"):
         table.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
     original = results["original"]

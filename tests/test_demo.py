@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Command
+from conftest import Command, RunHere
+from kvconvert.configs import DEMO
 from kvconvert.measure.picture import Curve, Point, draw_recovery
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -13,7 +14,8 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 @pytest.mark.slow
 def test_the_demo_runs_from_end_to_end_and_once(kvconvert: Command, tmp_path: Path) -> None:
     output = tmp_path / "demo"
-    first = kvconvert("demo", "--output", output, "--json")
+    short = ("--steps", 8, "--max-windows", 100)
+    first = kvconvert("demo", "--output", output, *short, "--json")
     assert first.returncode == 0, first.stderr
     results = json.loads(first.stdout)
     assert (output / "recovery.png").read_bytes().startswith(PNG_SIGNATURE)
@@ -31,15 +33,14 @@ def test_the_demo_runs_from_end_to_end_and_once(kvconvert: Command, tmp_path: Pa
     gqa_mean, gqa, mqa_mean, mqa = results["converted"]
     bytes_per_token = [row["cache_bytes_per_token"] for row in (original, *results["converted"])]
     assert bytes_per_token == [4096, 1024, 1024, 512, 512]
-    assert original["perplexity"] < gqa["after"]["perplexity"] < 1.02 * original["perplexity"]
+    assert original["perplexity"] < gqa["after"]["perplexity"] < 1.15 * original["perplexity"]
     assert gqa["before"]["perplexity"] < mqa["before"]["perplexity"] < 1.3 * original["perplexity"]
     assert 4 * original["perplexity"] < gqa_mean["before"]["perplexity"] < mqa_mean["before"]["perplexity"]
-    assert gqa["after"]["against"]["kl_nats_per_token"] < 0.5 * gqa["before"]["against"]["kl_nats_per_token"]
     assert [row["after"] is None for row in results["converted"]] == [True, False, True, True]
-    assert [tokens for tokens, _ in gqa["recovery"]] == [step * 4096 for step in range(0, 257, 32)]
+    assert [tokens for tokens, _ in gqa["recovery"]] == [0, 8 * 4096]
 
     written = (output / "gqa2-svd-uptrained" / "model.safetensors").stat().st_mtime_ns
-    second = kvconvert("demo", "--output", output)
+    second = kvconvert("demo", "--output", output, *short)
     assert "holds finished results; --force runs the demo again" in second.stderr
     row = next(line for line in second.stdout.splitlines() if "gqa2-svd " in line)
     shown = [cell.strip() for cell in row.strip("│").split("│")]
@@ -47,6 +48,22 @@ def test_the_demo_runs_from_end_to_end_and_once(kvconvert: Command, tmp_path: Pa
     figures += [f"{gqa[stage]['against']['kl_nats_per_token']:.3f}" for stage in ("before", "after")]
     assert shown == ["gqa2-svd", "2", "1024", *figures]
     assert (output / "gqa2-svd-uptrained" / "model.safetensors").stat().st_mtime_ns == written
+
+
+@pytest.mark.slow
+def test_the_demo_checkpoint_recovers(run_here: RunHere, tmp_path: Path) -> None:
+    """From the mean, within 8 steps; the whole demo, `scripts/demo`, takes minutes, and docs/measurements.md has it."""
+    model, held_out = DEMO / "model", ("--data", DEMO / "heldout.jsonl", "--against", DEMO / "model")
+    few = ("--window", 256, "--max-windows", 24)
+    run_here("mha2gqa", "--groups", 2, model, "--output", tmp_path / "mean")
+    options = ("--data", DEMO / "uptrain.jsonl", "--teacher", model, "--lr", 1e-3, "--sequence-length", 256)
+    steps = ("--steps", 8, "--global-batch-tokens", 4096, "--output", tmp_path / "trained")
+    run_here("uptrain", tmp_path / "mean", *options, *steps)
+    before, after = (
+        run_here("evaluate", tmp_path / name, *held_out, *few)["against"]["kl_nats_per_token"]
+        for name in ("mean", "trained")
+    )
+    assert after < 0.7 * before
 
 
 @pytest.mark.parametrize("force", [[], ["--force"]])
