@@ -24,7 +24,7 @@ __all__ = ["BesideState", "CodeBeside", "code_beside", "copy_runtime_code", "rep
 
 # SHA-256 of what earlier versions of kvconvert wrote, with the versions of transformers that it works with. Their code
 # is ours, so it runs without --trust-remote-code. Add the files of a release here before they change.
-_EARLIER = "up to 5.23"
+_EARLIER = "5.23 and earlier"
 EARLIER_CODE: Mapping[str, str] = MappingProxyType(
     dict.fromkeys(
         (

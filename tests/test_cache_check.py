@@ -189,7 +189,7 @@ def test_a_class_of_transformers_in_another_than_the_sources_is_checked(
 
 def test_earlier_code_is_recognised() -> None:
     for file in EARLIER.iterdir():
-        assert EARLIER_CODE[sha256(file.read_bytes()).hexdigest()] == "up to 5.23"
+        assert EARLIER_CODE[sha256(file.read_bytes()).hexdigest()] == "5.23 and earlier"
     modeling = {file for entry in RUNTIME_CLASSES.values() for file in entry.files if file.name.startswith("modeling")}
     assert not {sha256(file.read_bytes()).hexdigest() for file in modeling} & set(EARLIER_CODE)
 
