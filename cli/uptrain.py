@@ -253,10 +253,11 @@ def uptrain(request: Request) -> None:
             return
         require_consent(plan.cost, plan.budget.explicit, request.yes)
         watch = _observation(request, plan, terminal, deadline)
-        if sweeps:
-            job = _swept(job, watch, terminal, num_rates=request.lr_sweep, force=force)
-        with terminal.progress("uptraining", job.settings.steps) as advance:
-            result = run.uptrain(job, replace(watch, progress=advance), force=force)
+        with run.joined_processes():
+            if sweeps:
+                job = _swept(job, watch, terminal, num_rates=request.lr_sweep, force=force)
+            with terminal.progress("uptraining", job.settings.steps) as advance:
+                result = run.uptrain(job, replace(watch, progress=advance), force=force)
     outcome = {"passes": result.passes, "seconds": round(result.seconds, 1), "dry_run": False}
     terminal.result(_summary(replace(plan, job=job)) | outcome, lambda console: _show(result, console))
 

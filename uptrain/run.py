@@ -8,8 +8,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -77,7 +77,7 @@ from .work import (
     teacher_folder,
 )
 
-__all__ = ["Observation", "UptrainResult", "process_state", "uptrain"]
+__all__ = ["Observation", "UptrainResult", "joined_processes", "process_state", "uptrain"]
 
 _SCALES_NAME = "attention_scales.json"
 _MICRO_BATCH_NAME = "micro_batch.{stage}.json"
@@ -164,6 +164,26 @@ def process_state() -> PartialState:
     """The processes of this run; accelerate takes the settings of the first call."""
     # without cpu=True accelerate takes the processes of a launcher on a CPU for one each
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=_LONGEST_COLLECTIVE)
+
+
+@contextmanager
+def joined_processes() -> Iterator[None]:
+    """Close the connections between the processes of a launcher at the end of what runs inside, and of the program.
+
+    Left to the interpreter, they are torn down while their threads still run: a process that had done all its work
+    then aborts, rarely. After an error that other processes do not share they stay open, since closing could wait.
+    """
+    try:
+        yield
+    except (PreemptedError, DivergedError):
+        _leave_processes()
+        raise
+    _leave_processes()
+
+
+def _leave_processes() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class _Run:
