@@ -14,17 +14,17 @@ import typer
 from rich.console import Console
 
 from .. import configs
-from ..convert.architecture import Architecture
-from ..convert.architectures import find_architecture
-from ..convert.checkpoint import Checkpoint
-from ..convert.cla import Cla
+from ..convert.architectures.architecture import Architecture
+from ..convert.architectures.table import find_architecture
+from ..convert.checkpoint.output import check_file, check_free_space, check_output, existing_parent
+from ..convert.checkpoint.tensors import Checkpoint
 from ..convert.device import default_device
 from ..convert.errors import InputError
 from ..convert.execute import check_source, execute
-from ..convert.gqa import Gqa
-from ..convert.output import check_file, check_free_space, check_output, existing_parent
+from ..convert.methods.cla import Cla
+from ..convert.methods.gqa import Gqa
 from ..convert.plan import ConversionPlan
-from ..convert.text import TextSource
+from ..convert.text.sources import TextSource
 from .console import Terminal, human_bytes
 from .options import (
     DataConfig,
@@ -45,8 +45,8 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..convert.calibration import CalibrationText
-    from ..convert.statistics import LayerStatistics
+    from ..convert.calibration.statistics import LayerStatistics
+    from ..convert.calibration.text import CalibrationText
 
 __all__ = [
     "OF_TEXT",
@@ -214,7 +214,7 @@ def memory_errors(device: str) -> Iterator[None]:
 
 def calibration_text(checkpoint: Checkpoint, architecture: Architecture, request: ConversionRequest) -> CalibrationText:
     """The text that the request asks to measure on, the demo's where it names none. Raises DataError."""
-    from ..convert.calibration import read_calibration_text
+    from ..convert.calibration.text import read_calibration_text
 
     terminal = request.terminal
     if request.calibration is None:
@@ -251,9 +251,9 @@ class _Merge:
         self, text: CalibrationText | None, save_statistics: Path | None, summary: dict[str, Any]
     ) -> Iterator[Checkpoint]:
         """The checkpoint with its heads merged, in files beside the target that live as long."""
-        from ..convert.statistics import LayerStatistics, StatisticsOrigin, fingerprint
-        from ..convert.statistics import save_statistics as save
-        from ..convert.svd import MergeSettings, check_mergeable, merge_checkpoint
+        from ..convert.calibration.statistics import LayerStatistics, StatisticsOrigin, fingerprint
+        from ..convert.calibration.statistics import save_statistics as save
+        from ..convert.methods.merging import MergeSettings, check_mergeable, merge_checkpoint
 
         checkpoint, architecture, terminal = self.checkpoint, self.architecture, self.request.terminal
         device = check_device(self.request)
@@ -300,8 +300,8 @@ class _Merge:
 
     def _check_space(self, save_statistics: Path | None) -> None:
         """Raise OutputError where merged tensors, statistics and the result do not fit."""
-        from ..convert.statistics import statistics_bytes
-        from ..convert.svd import scratch_bytes
+        from ..convert.calibration.statistics import statistics_bytes
+        from ..convert.methods.merging import scratch_bytes
 
         beside = scratch_bytes(self.checkpoint, self.architecture)
         beside += 0 if self.request.dry_run else self.plan.bytes_out
@@ -315,7 +315,7 @@ class _Merge:
         check_free_space(self.target, beside)
 
     def _statistics(self) -> LayerStatistics | None:
-        from ..convert.statistics import open_statistics
+        from ..convert.calibration.statistics import open_statistics
 
         terminal = self.request.terminal
         if self.no_calibration:

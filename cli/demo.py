@@ -16,16 +16,17 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import configs
-from ..convert.architectures import find_architecture
-from ..convert.checkpoint import Checkpoint, open_checkpoint
+from ..convert.architectures.table import find_architecture
+from ..convert.checkpoint.opening import open_checkpoint
+from ..convert.checkpoint.output import write_text
+from ..convert.checkpoint.tensors import Checkpoint
+from ..convert.describe.inspection import inspect_checkpoint
 from ..convert.device import default_device, default_precision
 from ..convert.errors import OutputError, PreemptedError
 from ..convert.execute import execute
-from ..convert.gqa import Gqa
-from ..convert.inspection import inspect_checkpoint
-from ..convert.output import write_text
+from ..convert.methods.gqa import Gqa
 from ..convert.plan import ConversionPlan
-from ..convert.text import TextSource
+from ..convert.text.sources import TextSource
 from .console import Terminal
 from .inspect import show_inspection
 from .options import DryRun, Json, Quiet
@@ -223,8 +224,8 @@ def _run(
 
 
 def _convert(checkpoint: Checkpoint, variant: _Variant, output: Path, terminal: Terminal) -> ConversionPlan:
-    from ..convert.calibration import read_calibration_text
-    from ..convert.svd import MergeSettings, merge_checkpoint
+    from ..convert.calibration.text import read_calibration_text
+    from ..convert.methods.merging import MergeSettings, merge_checkpoint
 
     architecture = find_architecture(checkpoint)
     settings = Gqa(variant.num_key_value_heads, method=variant.method)

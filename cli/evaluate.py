@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ..convert.checkpoint import open_checkpoint
+from ..convert.checkpoint.opening import open_checkpoint
 from ..convert.device import default_device
 from ..convert.errors import InputError, QualityGateError
-from ..convert.text import TextSource
+from ..convert.text.sources import TextSource
 from .console import Terminal
 from .options import (
     BatchSize,

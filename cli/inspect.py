@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..convert.checkpoint import open_checkpoint
-from ..convert.inspection import Inspection, inspect_checkpoint
-from ..convert.serving import engines_line, latent_kernels
+from ..convert.checkpoint.opening import open_checkpoint
+from ..convert.describe.engines import engines_line, latent_kernels
+from ..convert.describe.inspection import Inspection, inspect_checkpoint
 from .console import Terminal, human_bytes, human_count
 from .options import Json, Model, Quiet, Revision
 

@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..convert.architecture import AttentionShape, read_attention
-from ..convert.architectures import find_architecture
-from ..convert.checkpoint import Checkpoint, open_checkpoint
-from ..convert.cla import Cla
+from ..convert.algebra.attention_shape import AttentionShape
+from ..convert.algebra.heads import HeadGrouping
+from ..convert.algebra.layer_grouping import LayerGrouping
+from ..convert.architectures.attention import read_attention
+from ..convert.architectures.table import find_architecture
+from ..convert.checkpoint.opening import open_checkpoint
+from ..convert.checkpoint.tensors import Checkpoint
 from ..convert.errors import InputError
 from ..convert.execute import check_source
-from ..convert.heads import HeadGrouping
-from ..convert.layer_choice import Damages, best_layers, measure_damages, permitted_pairs
-from ..convert.layers import LayerGrouping
-from ..convert.translations import as_cross_layer
+from ..convert.methods.cla import Cla
+from ..convert.methods.layer_choice import Damages, best_layers, measure_damages, permitted_pairs
+from ..convert.translations.routes import as_cross_layer
 from .conversion import (
     OF_TEXT,
     ConversionRequest,
@@ -31,7 +33,7 @@ from .conversion import (
 from .options import accepts, parse_size
 
 if TYPE_CHECKING:
-    from ..convert.calibration import CalibrationText
+    from ..convert.calibration.text import CalibrationText
 
 __all__ = ["mha2cla"]
 

@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from ..convert.checkpoint import open_checkpoint
+from ..convert.checkpoint.opening import open_checkpoint
 from ..convert.errors import InputError
-from ..convert.gqa import Gqa
-from ..convert.translations import as_target
+from ..convert.methods.gqa import Gqa
+from ..convert.translations.routes import as_target
 from .conversion import OF_TEXT, ConversionRequest, Grouping, convert
 from .options import accepts
 

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..convert.architecture import read_attention
-from ..convert.architectures import find_architecture
-from ..convert.checkpoint import Checkpoint, open_checkpoint
+from ..convert.architectures.attention import read_attention
+from ..convert.architectures.rotary import read_rotary
+from ..convert.architectures.table import find_architecture
+from ..convert.checkpoint.opening import open_checkpoint
+from ..convert.checkpoint.output import check_free_space, existing_parent
+from ..convert.checkpoint.tensors import Checkpoint
+from ..convert.describe.engines import latent_kernels
 from ..convert.execute import check_source
-from ..convert.mla import Mla
-from ..convert.output import check_free_space, existing_parent
-from ..convert.rotary import read_rotary
-from ..convert.serving import latent_kernels
-from ..convert.translations import as_latent_source
+from ..convert.methods.mla import Mla
+from ..convert.translations.routes import as_latent_source
 from .conversion import (
     OF_TEXT,
     ConversionRequest,
@@ -31,7 +32,7 @@ from .conversion import (
 from .options import accepts
 
 if TYPE_CHECKING:
-    from ..convert.calibration import CalibrationText
+    from ..convert.calibration.text import CalibrationText
 
 __all__ = ["mha2mla"]
 
@@ -101,7 +102,7 @@ def mha2mla(request: Request) -> None:
 
     Example: kvconvert mha2mla model_dir --kv-lora-rank 512 --qk-rope-head-dim 64 --calibration text.jsonl
     """
-    from ..convert.compress import CompressSettings, compress_checkpoint
+    from ..convert.methods.compression import CompressSettings, compress_checkpoint
 
     if request.no_calibration:
         request.refuse(OF_TEXT | {"no_refit"}, "a calibration text, and --no-calibration was given")

@@ -15,9 +15,9 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from ..convert.checkpoint import Checkpoint
+from ..convert.checkpoint.remote_code import allow_remote_code
+from ..convert.checkpoint.tensors import Checkpoint
 from ..convert.device import default_precision
-from ..convert.remote_code import allow_remote_code
 
 __all__ = [
     "BatchSize",

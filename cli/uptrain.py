@@ -15,9 +15,11 @@ import psutil
 import typer
 from rich.console import Console
 
-from ..convert.checkpoint import Checkpoint, open_checkpoint
+from ..convert.checkpoint.opening import open_checkpoint
+from ..convert.checkpoint.tensors import Checkpoint
+from ..convert.checkpoint.tokenizer import load_tokenizer
 from ..convert.errors import InputError
-from ..convert.text import TextSource, load_tokenizer
+from ..convert.text.sources import TextSource
 from ..uptrain.budget import Batch, Budget, default_global_batch_tokens, derive_batch, plan_budget
 from ..uptrain.cost import (
     RunCost,

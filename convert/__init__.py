@@ -1,18 +1,19 @@
 """Offline weight surgery: checkpoints, architectures, heads. Knows nothing of training or of the command line."""
 
-from .architectures import ARCHITECTURES, find_architecture
-from .checkpoint import Checkpoint, open_checkpoint
-from .cla import Cla
+from .algebra.heads import HeadGrouping
+from .algebra.layer_grouping import LayerGrouping
+from .architectures.table import ARCHITECTURES, find_architecture
+from .checkpoint.opening import open_checkpoint
+from .checkpoint.tensors import Checkpoint
+from .describe.inspection import inspect_checkpoint
 from .errors import KvConvertError
 from .execute import execute
-from .gqa import Gqa
-from .heads import HeadGrouping
-from .inspection import inspect_checkpoint
-from .layers import LayerGrouping
-from .mla import Mla
+from .methods.cla import Cla
+from .methods.gqa import Gqa
+from .methods.mla import Mla
 from .plan import ConversionPlan
 from .runtime import register
-from .translations import ROUTES, as_cross_layer, as_latent_source, as_target
+from .translations.routes import ROUTES, as_cross_layer, as_latent_source, as_target
 
 __all__ = [
     "ARCHITECTURES",

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .architectures import known_architecture
-from .checkpoint import Checkpoint, open_checkpoint
+from .architectures.table import known_architecture
+from .checkpoint.loading import auto_class, quiet_transformers
+from .checkpoint.opening import open_checkpoint
+from .checkpoint.output import disk_errors
+from .checkpoint.runtime_code import BesideState, CodeBeside, code_beside, replace_code
+from .checkpoint.tensors import Checkpoint
 from .errors import CheckpointError, OutputError, UnsupportedError
-from .loading import auto_class, quiet_transformers
-from .output import disk_errors
 from .runtime import RUNTIME_CLASSES
-from .runtime_code import BesideState, CodeBeside, code_beside, replace_code
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,16 +9,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .cache_check import check_cache
-from .card import write_card
-from .checkpoint import CONFIG_NAME, Checkpoint, tensor_bytes
-from .companions import copy_companions, name_tokenizer
-from .loading import check_opens, knows_class
-from .output import PROVENANCE_NAME, check_free_space, check_output, staged_directory, write_text
+from .checkpoint.companions import copy_companions, name_tokenizer
+from .checkpoint.loading import check_opens, knows_class
+from .checkpoint.output import PROVENANCE_NAME, check_free_space, check_output, staged_directory, write_text
+from .checkpoint.remote_code import remote_code_allowed
+from .checkpoint.runtime_code import copy_runtime_code
+from .checkpoint.tensors import CONFIG_NAME, Checkpoint, tensor_bytes
+from .checkpoint.writer import CheckpointWriter
+from .describe.card import write_card
 from .plan import ConversionPlan
-from .remote_code import remote_code_allowed
 from .runtime import RUNTIME_CLASSES
-from .runtime_code import copy_runtime_code
-from .writer import CheckpointWriter
 
 __all__ = ["DEFAULT_MAX_SHARD_BYTES", "ExecutionResult", "check_source", "execute"]
 

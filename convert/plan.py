@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from .architecture import AttentionShape, Latent
-from .checkpoint import TensorInfo
-from .heads import POOLING_METHODS, HeadGrouping, interleave_heads, stack_heads
-from .kv_cache import kv_cache_bytes_per_token
-from .layers import LayerGrouping
-from .writer import TensorSpec
+from .algebra.attention_shape import AttentionShape, Latent
+from .algebra.heads import POOLING_METHODS, HeadGrouping, interleave_heads, stack_heads
+from .algebra.kv_cache import kv_cache_bytes_per_token
+from .algebra.layer_grouping import LayerGrouping
+from .checkpoint.tensors import TensorInfo
+from .checkpoint.writer import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor

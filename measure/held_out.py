@@ -10,17 +10,12 @@ from typing import Any, Literal
 import torch
 
 from ..convert.cache_check import check_runtime
+from ..convert.checkpoint.loading import load_model
+from ..convert.checkpoint.tokenizer import load_tokenizer
 from ..convert.device import default_device
 from ..convert.errors import DataError
-from ..convert.loading import load_model
-from ..convert.text import (
-    TextSource,
-    adds_bos,
-    check_tokenizers,
-    encode_documents,
-    load_tokenizer,
-    read_documents,
-)
+from ..convert.text.sources import TextSource, read_documents
+from ..convert.text.tokens import adds_bos, check_tokenizers, encode_documents
 from .perplexity import Evaluation, Windows, cut_windows, evaluate
 
 __all__ = ["evaluate_checkpoint", "load_windows"]

@@ -39,7 +39,7 @@ from unittest.mock import patch
 
 import torch
 from kvconvert.convert import open_checkpoint
-from kvconvert.convert.text import TextSource
+from kvconvert.convert.text.sources import TextSource
 from kvconvert.uptrain import jobs, run
 from kvconvert.uptrain.data import WeightedSource
 from kvconvert.uptrain.models import full_state, load_for_training

@@ -35,16 +35,22 @@ from typing import Any
 
 import torch
 from kvconvert.convert import find_architecture, open_checkpoint
-from kvconvert.convert.architecture import Architecture, AttentionShape, read_attention
-from kvconvert.convert.calibration import CalibrationText, LayerwiseModel, layer_moments, read_calibration_text
-from kvconvert.convert.checkpoint import Checkpoint
-from kvconvert.convert.latent import LatentAttention
-from kvconvert.convert.loading import empty_model, load_model
-from kvconvert.convert.mla import Mla
-from kvconvert.convert.projections import Projections, read_projections
-from kvconvert.convert.rotary import Rotary, read_rotary
-from kvconvert.convert.text import TextSource
-from kvconvert.convert.translations import as_latent_source
+from kvconvert.convert.algebra.attention_shape import AttentionShape
+from kvconvert.convert.algebra.latent import LatentAttention
+from kvconvert.convert.algebra.projections import Projections
+from kvconvert.convert.algebra.rotations import Rotary
+from kvconvert.convert.architectures.architecture import Architecture
+from kvconvert.convert.architectures.attention import read_attention
+from kvconvert.convert.architectures.projections import read_projections
+from kvconvert.convert.architectures.rotary import read_rotary
+from kvconvert.convert.calibration.layerwise import LayerwiseModel
+from kvconvert.convert.calibration.moments import layer_moments
+from kvconvert.convert.calibration.text import CalibrationText, read_calibration_text
+from kvconvert.convert.checkpoint.loading import empty_model, load_model
+from kvconvert.convert.checkpoint.tensors import Checkpoint
+from kvconvert.convert.methods.mla import Mla
+from kvconvert.convert.text.sources import TextSource
+from kvconvert.convert.translations.routes import as_latent_source
 from kvconvert.measure.held_out import load_windows
 from kvconvert.measure.perplexity import Evaluation, evaluate
 from torch import Tensor, nn

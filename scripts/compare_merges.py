@@ -22,15 +22,18 @@ from typing import Any
 from unittest import mock
 
 import torch
-from kvconvert.convert import find_architecture, layer_merge, open_checkpoint
-from kvconvert.convert.architecture import AttentionShape, read_attention
-from kvconvert.convert.calibration import CalibrationText, read_calibration_text
+from kvconvert.convert import find_architecture, open_checkpoint
+from kvconvert.convert.algebra import head_merge as layer_merge
+from kvconvert.convert.algebra.attention_shape import AttentionShape
+from kvconvert.convert.algebra.heads import HeadGrouping
+from kvconvert.convert.algebra.projections import Projections
+from kvconvert.convert.architectures.attention import read_attention
+from kvconvert.convert.architectures.projections import projection_tensors, read_projections
+from kvconvert.convert.calibration.text import CalibrationText, read_calibration_text
+from kvconvert.convert.checkpoint.loading import load_model
 from kvconvert.convert.device import default_precision
-from kvconvert.convert.heads import HeadGrouping
-from kvconvert.convert.loading import load_model
-from kvconvert.convert.projections import Projections, read_projections
-from kvconvert.convert.svd import MergeSettings, merge_checkpoint
-from kvconvert.convert.text import TextSource
+from kvconvert.convert.methods.merging import MergeSettings, merge_checkpoint
+from kvconvert.convert.text.sources import TextSource
 from kvconvert.measure.held_out import load_windows
 from kvconvert.measure.perplexity import evaluate
 from torch import Tensor
@@ -202,7 +205,7 @@ def main() -> None:
             for layer, gram in enumerate(grams):
                 source = read_projections(checkpoint, architecture, shape, layer)
                 result = baseline(source, shape, contiguous, gram)
-                tensors |= result.tensors(checkpoint, architecture, shape, layer)
+                tensors |= projection_tensors(result, checkpoint, architecture, shape, layer)
             report(name, groups, tensors, time.monotonic() - begin)
 
 

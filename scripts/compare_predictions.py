@@ -12,21 +12,14 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from kvconvert.convert import (
-    Cla,
-    LayerGrouping,
-    as_cross_layer,
-    execute,
-    find_architecture,
-    layer_merge,
-    open_checkpoint,
-)
-from kvconvert.convert.architecture import read_attention
-from kvconvert.convert.calibration import read_calibration_text
+from kvconvert.convert import Cla, LayerGrouping, as_cross_layer, execute, find_architecture, open_checkpoint
+from kvconvert.convert.algebra import head_merge as layer_merge
+from kvconvert.convert.architectures.attention import read_attention
+from kvconvert.convert.calibration.text import read_calibration_text
+from kvconvert.convert.checkpoint.loading import load_model
 from kvconvert.convert.device import default_precision
-from kvconvert.convert.loading import load_model
-from kvconvert.convert.svd import MergeSettings, merge_checkpoint
-from kvconvert.convert.text import TextSource
+from kvconvert.convert.methods.merging import MergeSettings, merge_checkpoint
+from kvconvert.convert.text.sources import TextSource
 from kvconvert.measure.held_out import load_windows
 from kvconvert.measure.perplexity import evaluate
 

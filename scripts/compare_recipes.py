@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from kvconvert.convert import open_checkpoint
-from kvconvert.convert.loading import load_model
-from kvconvert.convert.text import TextSource
+from kvconvert.convert.checkpoint.loading import load_model
+from kvconvert.convert.text.sources import TextSource
 from kvconvert.measure.held_out import evaluate_checkpoint, load_windows
 from kvconvert.measure.perplexity import evaluate
 from kvconvert.uptrain import jobs, run

@@ -11,10 +11,11 @@ from collections.abc import Container
 from pathlib import Path
 
 from kvconvert.convert import ARCHITECTURES, ROUTES
-from kvconvert.convert.architectures import LATENT_ARCHITECTURES
+from kvconvert.convert.architectures.table import LATENT_ARCHITECTURES
+from kvconvert.convert.describe.engines import Serving, serving
 from kvconvert.convert.runtime import RUNTIME_CLASSES
-from kvconvert.convert.serving import Serving, serving
 from kvconvert.convert.translations.cross_layer import CROSS_LAYER, CROSS_LAYER_DECODER, LATENT_SOURCES
+from kvconvert.convert.translations.routes import routes_of
 
 (LATENT,) = LATENT_ARCHITECTURES
 ROOT = Path(__file__).parents[1]
@@ -23,8 +24,8 @@ BEGIN, END = "<!-- begin: scripts/generate_support_table.py -->", "<!-- end -->"
 
 def classes(model_type: str, num_key_value_heads: int) -> tuple[str, ...]:
     """The classes that a checkpoint may become, the preferred one first."""
-    ends = [route[-1].target if route else model_type for route in ROUTES[model_type]]
-    if num_key_value_heads == 1 and () in ROUTES[model_type]:
+    ends = [route[-1].target if route else model_type for route in routes_of(model_type)]
+    if num_key_value_heads == 1 and () in routes_of(model_type):
         ends = [model_type]  # a class that has one K/V head has it whatever else its config says
     return tuple(end for end in ends if ARCHITECTURES[end].refuse_heads({}, num_key_value_heads) is None)
 
@@ -37,7 +38,7 @@ def sources() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
 
 def becomes(model_type: str, names: Container[str]) -> bool:
     """Whether some class that a checkpoint may become is among these."""
-    return any((route[-1].target if route else model_type) in names for route in ROUTES[model_type])
+    return any((route[-1].target if route else model_type) in names for route in routes_of(model_type))
 
 
 def sources_table() -> str:

@@ -41,7 +41,7 @@ def run(*arguments: object) -> tuple[dict[str, Any], int]:
 def measured_cache(model: Path) -> int:
     """Bytes per token of the tensors that a cache holds after one pass over some tokens."""
     import torch
-    from kvconvert.convert.loading import load_model
+    from kvconvert.convert.checkpoint.loading import load_model
     from transformers import DynamicCache
 
     loaded = load_model(model, dtype=torch.bfloat16, device="cpu")

@@ -190,7 +190,7 @@ def _settings(arguments: argparse.Namespace, name: str, precision: str) -> Any:
 def _uptrain(arguments: argparse.Namespace, settings: Any, clock: Clock, *, compiled: bool) -> list[float]:
     """The losses that were logged."""
     from kvconvert.convert import open_checkpoint
-    from kvconvert.convert.text import TextSource
+    from kvconvert.convert.text.sources import TextSource
     from kvconvert.uptrain import jobs, run
     from kvconvert.uptrain.data import WeightedSource
 
@@ -221,7 +221,7 @@ def _uptrain(arguments: argparse.Namespace, settings: Any, clock: Clock, *, comp
 def _bare(arguments: argparse.Namespace, settings: Any, clock: Clock, *, compiled: bool) -> list[float]:
     """The losses that a Trainer logs, which knows nothing of kvconvert but the dataset."""
     import torch
-    from kvconvert.convert.loading import load_model
+    from kvconvert.convert.checkpoint.loading import load_model
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     losses: list[float] = []
@@ -272,7 +272,9 @@ def _bare(arguments: argparse.Namespace, settings: Any, clock: Clock, *, compile
 
 def _blocks(arguments: argparse.Namespace, settings: Any) -> Any:
     """The blocks that uptrain packs for these settings."""
-    from kvconvert.convert.text import TextSource, load_tokenizer, tokenizer_hash
+    from kvconvert.convert.checkpoint.tokenizer import load_tokenizer
+    from kvconvert.convert.text.sources import TextSource
+    from kvconvert.convert.text.tokens import tokenizer_hash
     from kvconvert.uptrain.data import Corpus, PackedBlocks, WeightedSource, build
 
     tokenizer = load_tokenizer(arguments.model)

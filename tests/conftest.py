@@ -17,9 +17,9 @@ import pytest
 import torch
 from hypothesis import settings as hypothesis_settings
 from kvconvert.convert import open_checkpoint
-from kvconvert.convert.loading import load_model
+from kvconvert.convert.checkpoint.loading import load_model
 from kvconvert.convert.runtime.transformers_interface import CACHE_NAME, cache_of
-from kvconvert.convert.text import TextSource
+from kvconvert.convert.text.sources import TextSource
 from kvconvert.uptrain import jobs, run
 from kvconvert.uptrain.data import Corpus, PackedBlocks, WeightedSource, build
 from kvconvert.uptrain.recipe import LossWeights, Recipe

@@ -13,7 +13,7 @@ import torch
 from kvconvert.convert import open_checkpoint
 from kvconvert.convert.errors import PreemptedError
 from kvconvert.convert.runtime import register
-from kvconvert.convert.text import TextSource
+from kvconvert.convert.text.sources import TextSource
 from kvconvert.uptrain import jobs, run
 from kvconvert.uptrain.data import WeightedSource
 from kvconvert.uptrain.recipe import LossWeights, Recipe

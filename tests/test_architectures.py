@@ -15,13 +15,13 @@ from conftest import (
     assert_same_function,
     key_value_heads,
 )
-from kvconvert.convert.architectures import ARCHITECTURES, find_architecture
-from kvconvert.convert.checkpoint import open_checkpoint
+from kvconvert.convert.architectures.table import ARCHITECTURES, find_architecture
+from kvconvert.convert.checkpoint.loading import load_model
+from kvconvert.convert.checkpoint.opening import open_checkpoint
+from kvconvert.convert.describe.inspection import inspect_checkpoint
 from kvconvert.convert.errors import UnsupportedError
 from kvconvert.convert.execute import execute
-from kvconvert.convert.gqa import Gqa
-from kvconvert.convert.inspection import inspect_checkpoint
-from kvconvert.convert.loading import load_model
+from kvconvert.convert.methods.gqa import Gqa
 
 SEQ2SEQ = ("grouped_bart", "grouped_t5", "grouped_whisper")  # tests/test_seq2seq.py
 VARIANTS = [

@@ -18,8 +18,8 @@ from kvconvert.convert import (
     find_architecture,
     open_checkpoint,
 )
-from kvconvert.convert.architecture import Architecture
-from kvconvert.convert.architectures import ARCHITECTURES
+from kvconvert.convert.architectures.architecture import Architecture
+from kvconvert.convert.architectures.table import ARCHITECTURES
 from kvconvert.convert.errors import UnsupportedError
 from kvconvert.uptrain.attention_regression import AttentionRegression, require_same_size
 from kvconvert.uptrain.models import freeze_except
@@ -57,7 +57,7 @@ def cla(make_checkpoint: CheckpointFactory, folder: Path) -> Pair:
 
 
 def mla(make_checkpoint: CheckpointFactory, folder: Path) -> Pair:
-    from kvconvert.convert.mla import Mla
+    from kvconvert.convert.methods.mla import Mla
 
     teacher = make_checkpoint()
     convert_to_mla(teacher, folder / "student", Mla(16, 8))

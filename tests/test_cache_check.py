@@ -15,11 +15,11 @@ from conftest import LATENT, CheckpointFactory, build_model, build_tokenizer
 from kvconvert.cli.main import app
 from kvconvert.convert import Gqa, as_target, cache_check, execute, find_architecture, open_checkpoint
 from kvconvert.convert.cache_check import CacheCheck, check_cache, check_runtime, refresh
+from kvconvert.convert.checkpoint.remote_code import allow_remote_code
+from kvconvert.convert.checkpoint.runtime_code import EARLIER_CODE, BesideState, code_beside, copy_runtime_code
 from kvconvert.convert.errors import CheckpointError, OutputError, UnsupportedError
-from kvconvert.convert.remote_code import allow_remote_code
 from kvconvert.convert.runtime import RUNTIME_CLASSES, modeling_cross_layer_decoder, modeling_grouped_seq2seq
 from kvconvert.convert.runtime.transformers_interface import CACHE_NAME
-from kvconvert.convert.runtime_code import EARLIER_CODE, BesideState, code_beside, copy_runtime_code
 from test_seq2seq import BART, T5, WHISPER
 from test_seq2seq import convert as convert_seq2seq
 from test_seq2seq import make as make_seq2seq

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import CheckpointFactory, Command
 from huggingface_hub import ModelCard
-from kvconvert.convert.card import write_card
+from kvconvert.convert.describe.card import write_card
 
 PROVENANCE = {
     "kvconvert_version": "0.1.0",

@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import CheckpointFactory, Command
 from kvconvert.convert import find_architecture, inspect_checkpoint, open_checkpoint
-from kvconvert.convert.architecture import read_attention
+from kvconvert.convert.algebra.kv_cache import kv_cache_bytes, kv_cache_bytes_per_token
+from kvconvert.convert.architectures.attention import read_attention
 from kvconvert.convert.errors import CheckpointError, UnsupportedError
-from kvconvert.convert.kv_cache import kv_cache_bytes, kv_cache_bytes_per_token
 from safetensors.torch import load_file, save_file
 
 

@@ -23,27 +23,22 @@ from conftest import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from kvconvert.convert import (
-    Cla,
-    LayerGrouping,
-    as_cross_layer,
-    execute,
-    find_architecture,
-    layer_merge,
-    open_checkpoint,
-)
-from kvconvert.convert.architecture import AttentionShape, read_attention
-from kvconvert.convert.calibration import CalibrationText
+from kvconvert.convert import Cla, LayerGrouping, as_cross_layer, execute, find_architecture, open_checkpoint
+from kvconvert.convert.algebra import head_merge as layer_merge
+from kvconvert.convert.algebra.attention_shape import AttentionShape
+from kvconvert.convert.algebra.head_merge import Freedom, Heads, LayerInput, merge_layers
+from kvconvert.convert.algebra.projections import Projections
+from kvconvert.convert.algebra.rotations import Rotary
+from kvconvert.convert.architectures.attention import read_attention
+from kvconvert.convert.architectures.projections import read_projections
+from kvconvert.convert.calibration.text import CalibrationText
+from kvconvert.convert.checkpoint.loading import class_config
 from kvconvert.convert.errors import UnsupportedError
-from kvconvert.convert.layer_choice import best_layers, measure_damages, permitted_pairs
-from kvconvert.convert.layer_merge import Freedom, Heads, LayerInput, merge_layers
-from kvconvert.convert.loading import class_config
+from kvconvert.convert.methods.layer_choice import best_layers, measure_damages, permitted_pairs
+from kvconvert.convert.methods.merging import MergeSettings, merge_checkpoint
 from kvconvert.convert.plan import AverageLayers, ConversionPlan, Step
-from kvconvert.convert.projections import Projections, read_projections
-from kvconvert.convert.rotary import Rotary
 from kvconvert.convert.runtime.transformers_interface import CACHE_NAME, cache_of
-from kvconvert.convert.svd import MergeSettings, merge_checkpoint
-from kvconvert.convert.translations import CROSS_LAYER
+from kvconvert.convert.translations.routes import CROSS_LAYER
 from safetensors.torch import load_file
 from transformers import DynamicCache
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from conftest import VOCAB_SIZE, CheckpointFactory
 from kvconvert.convert import open_checkpoint
-from kvconvert.convert.architecture import AttentionShape
-from kvconvert.convert.calibration import CalibrationText
-from kvconvert.convert.loading import load_model
-from kvconvert.convert.projections import Projections
-from kvconvert.convert.rotary import Rotary
+from kvconvert.convert.algebra.attention_shape import AttentionShape
+from kvconvert.convert.algebra.projections import Projections
+from kvconvert.convert.algebra.rotations import Rotary
+from kvconvert.convert.calibration.text import CalibrationText
+from kvconvert.convert.checkpoint.loading import load_model
 
 TOKENS = torch.randint(3, VOCAB_SIZE, (4, 32), generator=torch.Generator().manual_seed(0))
 TEXT = CalibrationText(TOKENS, "random")

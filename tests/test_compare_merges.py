@@ -9,9 +9,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from kvconvert.convert.architecture import AttentionShape
-from kvconvert.convert.heads import HeadGrouping
-from kvconvert.convert.projections import Projections
+from kvconvert.convert.algebra.attention_shape import AttentionShape
+from kvconvert.convert.algebra.heads import HeadGrouping
+from kvconvert.convert.algebra.projections import Projections
 
 SHAPE = AttentionShape(6, 4, 4, 4, (None,))
 PAIRS = HeadGrouping.contiguous(4, 2)

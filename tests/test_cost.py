@@ -12,8 +12,9 @@ import pytest
 import torch
 from conftest import LATENT, OVERRIDES, VOCAB_SIZE, CheckpointFactory, build_model, settings_with
 from kvconvert.convert import Gqa, execute
-from kvconvert.convert.architectures import ARCHITECTURES, find_architecture
-from kvconvert.convert.checkpoint import Checkpoint, open_checkpoint
+from kvconvert.convert.architectures.table import ARCHITECTURES, find_architecture
+from kvconvert.convert.checkpoint.opening import open_checkpoint
+from kvconvert.convert.checkpoint.tensors import Checkpoint
 from kvconvert.convert.errors import InputError, UnsupportedError
 from kvconvert.uptrain import run, trainer
 from kvconvert.uptrain.budget import Batch, Budget

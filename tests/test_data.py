@@ -17,7 +17,8 @@ from conftest import PROSE, build_number_tokenizer, build_tokenizer, pack_number
 from hypothesis import given
 from hypothesis import strategies as st
 from kvconvert.convert.errors import DataError, InputError, PreemptedError
-from kvconvert.convert.text import TextSource, encode_batch, estimate_tokens
+from kvconvert.convert.text.sources import TextSource, estimate_tokens
+from kvconvert.convert.text.tokens import encode_batch
 from kvconvert.uptrain import data, packing
 from kvconvert.uptrain.data import Corpus, PackedBlocks, WeightedSource, build, most_passes, validation_blocks
 from kvconvert.uptrain.mixture import WINDOW, Mixture, shuffled, splitmix64

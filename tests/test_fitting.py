@@ -10,8 +10,8 @@ import psutil
 import pytest
 import torch
 from conftest import Train, settings_with
+from kvconvert.convert.checkpoint.output import write_text
 from kvconvert.convert.errors import UnsupportedError
-from kvconvert.convert.output import write_text
 from kvconvert.uptrain import jobs, run
 from kvconvert.uptrain.fitting import largest_micro_batch
 from kvconvert.uptrain.recipe import LossWeights, Recipe

@@ -10,7 +10,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import freeze
-from kvconvert.convert import heads, plan
+from kvconvert.convert import plan
+from kvconvert.convert.algebra import heads
 
 CASES = tuple(case for case in freeze.OF_EVERY_ROW if case.name in ("inspect", "gqa-mean"))
 ROW = next(row for row in freeze.rows() if row.name == "native-llama")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import CheckpointFactory
 from kvconvert.convert import ConversionPlan, Gqa, execute, find_architecture, open_checkpoint
+from kvconvert.convert.checkpoint.loading import check_opens, load_model
 from kvconvert.convert.errors import CheckpointError, OutputError, UnsupportedError
-from kvconvert.convert.loading import check_opens, load_model
 from kvconvert.convert.runtime.transformers_interface import cache_of
 from safetensors.torch import load_file, save_file
 

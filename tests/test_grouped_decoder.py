@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import VOCAB_SIZE, CheckpointFactory, build_model
 from kvconvert.convert import Gqa, as_target, execute, find_architecture, open_checkpoint
-from kvconvert.convert.loading import load_model
+from kvconvert.convert.checkpoint.loading import load_model
 from kvconvert.convert.runtime import RUNTIME_CLASSES
 from kvconvert.convert.runtime.transformers_interface import checkpoint_activations
 from transformers import AttentionInterface

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kvconvert.convert.algebra.heads import HeadGrouping, first_heads, mean_heads, random_heads
 from kvconvert.convert.errors import UnsupportedError
-from kvconvert.convert.heads import HeadGrouping, first_heads, mean_heads, random_heads
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

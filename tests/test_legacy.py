@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import VOCAB_SIZE, CheckpointFactory, Command, build_model, tie_heads
 from kvconvert.convert import Gqa, execute, find_architecture, inspect_checkpoint, open_checkpoint
+from kvconvert.convert.checkpoint.loading import load_model
 from kvconvert.convert.errors import CheckpointError
-from kvconvert.convert.loading import load_model
 from safetensors.torch import load_file
 from transformers import AutoModel
 

@@ -14,12 +14,8 @@ import pytest
 import torch
 from conftest import TOKENS, VOCAB_SIZE, CheckpointFactory, Command, build_model, load, logits
 from kvconvert.convert import execute, find_architecture, open_checkpoint
-from kvconvert.convert.architecture import AttentionShape
-from kvconvert.convert.calibration import CalibrationText, LayerwiseModel
-from kvconvert.convert.compress import _WEIGHTINGS, CompressSettings, _Student, compress_checkpoint
-from kvconvert.convert.errors import UnsupportedError
-from kvconvert.convert.inspection import inspect_checkpoint
-from kvconvert.convert.latent import (
+from kvconvert.convert.algebra.attention_shape import AttentionShape
+from kvconvert.convert.algebra.latent import (
     LatentAttention,
     Weighting,
     _constant_norm,
@@ -29,14 +25,19 @@ from kvconvert.convert.latent import (
     slot_gains,
     without_constant,
 )
-from kvconvert.convert.merge import Merged, Turnings, merge_at_distances
-from kvconvert.convert.mla import Mla
+from kvconvert.convert.algebra.merge import Merged, Turnings, merge_at_distances
+from kvconvert.convert.algebra.projections import Projections
+from kvconvert.convert.algebra.rotations import Rotary, turning_between
+from kvconvert.convert.calibration.layerwise import LayerwiseModel
+from kvconvert.convert.calibration.text import CalibrationText
+from kvconvert.convert.describe.engines import latent_kernels, serving
+from kvconvert.convert.describe.inspection import inspect_checkpoint
+from kvconvert.convert.errors import UnsupportedError
+from kvconvert.convert.methods.compression import _WEIGHTINGS, CompressSettings, _Student, compress_checkpoint
+from kvconvert.convert.methods.mla import Mla
 from kvconvert.convert.plan import ConversionPlan
-from kvconvert.convert.projections import Projections
-from kvconvert.convert.rotary import Rotary, turning_between
 from kvconvert.convert.runtime.transformers_interface import CACHE_NAME
-from kvconvert.convert.serving import latent_kernels, serving
-from kvconvert.convert.translations import as_latent_source
+from kvconvert.convert.translations.routes import as_latent_source
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -204,7 +205,7 @@ def test_a_norm_that_is_not_met_costs_more(make_checkpoint: CheckpointFactory, t
     lossless = Mla(64, 32, rope_selection="gain")
     convert(source, tmp_path / "fitted", lossless, text=text, refit=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvconvert.convert.compress.normalised", lambda layer, *sample: layer)
+        patch.setattr("kvconvert.convert.methods.compression.normalised", lambda layer, *sample: layer)
         convert(source, tmp_path / "as-it-is", lossless, text=text, refit=False)
     expected = logits(load(source))
     fitted, as_it_is = ((logits(load(tmp_path / name)) - expected).square().mean() for name in ("fitted", "as-it-is"))
@@ -248,8 +249,10 @@ def test_first_tokens_of_sequences_count_half_in_the_fit_to_the_norm(
         samples.append((sample[0], sample[1]))
         return layer
 
-    monkeypatch.setattr("kvconvert.convert.compress.normalised", recorded)
-    monkeypatch.setattr("kvconvert.convert.calibration._TOKENS_PER_PASS", 64)  # two sequences in each of three batches
+    monkeypatch.setattr("kvconvert.convert.methods.compression.normalised", recorded)
+    monkeypatch.setattr(
+        "kvconvert.convert.calibration.text._TOKENS_PER_PASS", 64
+    )  # two sequences in each of three batches
     convert(source, tmp_path / "mla", Mla(24, 8))
     decoder = load(source).model
     with torch.inference_mode():
@@ -288,7 +291,7 @@ def test_the_weighting_whose_attention_is_nearest_to_the_original_is_taken(
     convert(source, tmp_path / "chosen", mla)
     errors = []
     for index, weighting in enumerate(_WEIGHTINGS):
-        monkeypatch.setattr("kvconvert.convert.compress._WEIGHTINGS", (weighting,))
+        monkeypatch.setattr("kvconvert.convert.methods.compression._WEIGHTINGS", (weighting,))
         convert(source, tmp_path / str(index), mla)
         errors.append(attention_error(source, tmp_path / str(index)))
     assert errors.index(min(errors)) == best
@@ -330,7 +333,7 @@ def test_one_candidate_is_held_beside_the_best_and_head_outputs_only_for_the_ref
         collected.append(len(arguments) > 4 and arguments[4] is not None)
         return run(*arguments, **named)
 
-    monkeypatch.setattr("kvconvert.convert.compress.compress", counted)
+    monkeypatch.setattr("kvconvert.convert.methods.compression.compress", counted)
     monkeypatch.setattr(LayerwiseModel, "run", noted)
     convert(make_checkpoint(), tmp_path / "mla", Mla(24, 8, rope_selection="gain"), refit=refit)
     assert before == ([0, 1, 1, 1] * 2 if refit else [0, 0])
@@ -396,7 +399,7 @@ def test_candidates_are_compared_without_the_norm_of_their_latents(
 
         monkeypatch.setattr(_Student, "error", recorded)
         convert(source, tmp_path / name, mla)
-        monkeypatch.setattr("kvconvert.convert.compress.compress", resized)
+        monkeypatch.setattr("kvconvert.convert.methods.compression.compress", resized)
     assert len(set(errors["as-it-is"])) == 4
     assert errors["resized"] == pytest.approx(errors["as-it-is"], rel=1e-4)
 

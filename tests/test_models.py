@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import OVERRIDES, build_model
 from kvconvert.convert import ARCHITECTURES
-from kvconvert.convert.architectures import LATENT_ARCHITECTURES
+from kvconvert.convert.architectures.table import LATENT_ARCHITECTURES
 from kvconvert.convert.errors import UnsupportedError
 from kvconvert.uptrain.models import freeze_except, require_separation, share_equal_parameters
 

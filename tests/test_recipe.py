@@ -9,7 +9,7 @@ import pytest
 from conftest import OVERRIDES, SETTINGS, build_model
 from hypothesis import given
 from hypothesis import strategies as st
-from kvconvert.convert.architectures import known_architecture
+from kvconvert.convert.architectures.table import known_architecture
 from kvconvert.convert.errors import UnsupportedError
 from kvconvert.uptrain.recipe import Objective, Recipe, Stage, Trained, attention_names, stages, trained_names
 

@@ -22,9 +22,9 @@ from conftest import (
     settings_with,
     weights,
 )
+from kvconvert.convert.checkpoint.output import write_text
 from kvconvert.convert.errors import InputError, OutputError, UnsupportedError
-from kvconvert.convert.output import write_text
-from kvconvert.convert.text import TextSource
+from kvconvert.convert.text.sources import TextSource
 from kvconvert.uptrain import jobs, packing, run
 from kvconvert.uptrain.data import PackedBlocks
 from kvconvert.uptrain.jobs import UptrainJob

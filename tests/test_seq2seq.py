@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from kvconvert.convert import Gqa, as_target, execute, find_architecture, inspect_checkpoint, open_checkpoint
+from kvconvert.convert.checkpoint.loading import load_model
 from kvconvert.convert.errors import UnsupportedError
-from kvconvert.convert.loading import load_model
 from kvconvert.convert.runtime.transformers_interface import cache_of
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import KilledError, Train
 from kvconvert.convert.errors import DataError, DivergedError, InputError, OutputError, PreemptedError
-from kvconvert.convert.text import encode_batch
+from kvconvert.convert.text.tokens import encode_batch
 from kvconvert.uptrain import data, objective, packing, run, trainer
 from kvconvert.uptrain.status import STATUS_NAME, RunStatus, read_status, status_of_error, write_status
 

@@ -16,17 +16,7 @@ from conftest import OVERRIDES, VOCAB_SIZE, CheckpointFactory, Command, key_valu
 from hypothesis import given
 from hypothesis import strategies as st
 from kvconvert.convert import ARCHITECTURES, Gqa, as_target, execute, find_architecture, open_checkpoint
-from kvconvert.convert.architecture import read_attention
-from kvconvert.convert.calibration import (
-    CalibrationText,
-    LayerwiseModel,
-    read_calibration_text,
-    second_moment,
-    with_one,
-)
-from kvconvert.convert.errors import DataError, UnsupportedError
-from kvconvert.convert.loading import load_model
-from kvconvert.convert.merge import (
+from kvconvert.convert.algebra.merge import (
     Turnings,
     merge_at_distances,
     merge_linear,
@@ -34,10 +24,19 @@ from kvconvert.convert.merge import (
     merge_rotary,
     pair_losses,
 )
-from kvconvert.convert.projections import read_projections
-from kvconvert.convert.rotary import Rotary, read_rotary, turning
-from kvconvert.convert.svd import MergeSettings, merge_checkpoint, refitted
-from kvconvert.convert.text import TextSource, load_tokenizer
+from kvconvert.convert.algebra.refit import refitted
+from kvconvert.convert.algebra.rotations import Rotary, turning
+from kvconvert.convert.architectures.attention import read_attention
+from kvconvert.convert.architectures.projections import read_projections
+from kvconvert.convert.architectures.rotary import read_rotary
+from kvconvert.convert.calibration.layerwise import LayerwiseModel
+from kvconvert.convert.calibration.moments import second_moment, with_one
+from kvconvert.convert.calibration.text import CalibrationText, read_calibration_text
+from kvconvert.convert.checkpoint.loading import load_model
+from kvconvert.convert.checkpoint.tokenizer import load_tokenizer
+from kvconvert.convert.errors import DataError, UnsupportedError
+from kvconvert.convert.methods.merging import MergeSettings, merge_checkpoint
+from kvconvert.convert.text.sources import TextSource
 from tokenizers.processors import TemplateProcessing
 
 TOKENS = torch.randint(3, VOCAB_SIZE, (6, 32), generator=torch.Generator().manual_seed(0))

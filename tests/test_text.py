@@ -9,19 +9,17 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from conftest import build_tokenizer
+from kvconvert.convert.checkpoint.tokenizer import load_tokenizer
 from kvconvert.convert.errors import DataError
-from kvconvert.convert.text import (
+from kvconvert.convert.text.sources import (
     TextSource,
-    adds_bos,
-    encode_documents,
     estimate_tokens,
-    load_tokenizer,
     pin_revision,
     read_documents,
     read_interleaved,
     text_bytes,
-    tokenizer_hash,
 )
+from kvconvert.convert.text.tokens import adds_bos, encode_documents, tokenizer_hash
 from pyarrow import parquet
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing

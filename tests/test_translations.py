@@ -30,10 +30,10 @@ from kvconvert.convert import (
     inspect_checkpoint,
     open_checkpoint,
 )
+from kvconvert.convert.checkpoint.loading import load_model
+from kvconvert.convert.checkpoint.tokenizer import load_tokenizer
 from kvconvert.convert.errors import CheckpointError, UnsupportedError
-from kvconvert.convert.loading import load_model
 from kvconvert.convert.runtime.transformers_interface import cache_of
-from kvconvert.convert.text import load_tokenizer
 from kvconvert.uptrain.jobs import default_sequence_length
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer

@@ -33,7 +33,7 @@ from kvconvert import configs
 from kvconvert.convert import ARCHITECTURES, Gqa, as_target, execute, find_architecture, open_checkpoint
 from kvconvert.convert.device import default_precision
 from kvconvert.convert.errors import DataError, DivergedError, InputError, OutputError, PreemptedError, UnsupportedError
-from kvconvert.convert.text import TextSource
+from kvconvert.convert.text.sources import TextSource
 from kvconvert.measure.held_out import evaluate_checkpoint, load_windows
 from kvconvert.uptrain import jobs, objective, packing, run, scoring, trainer
 from kvconvert.uptrain.data import PackedBlocks, WeightedSource, validation_blocks

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from kvconvert.convert.checkpoint import open_checkpoint
+from kvconvert.convert.checkpoint.opening import open_checkpoint
+from kvconvert.convert.checkpoint.output import check_free_space, check_output, staged_directory, write_text
+from kvconvert.convert.checkpoint.writer import CheckpointWriter, TensorSpec
 from kvconvert.convert.errors import OutputError
-from kvconvert.convert.output import check_free_space, check_output, staged_directory, write_text
-from kvconvert.convert.writer import CheckpointWriter, TensorSpec
 from safetensors.torch import load_file, save_file
 
 TENSORS = {

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..convert.architecture import Architecture
+from ..convert.architectures.architecture import Architecture
 from ..convert.errors import UnsupportedError
 
 __all__ = ["AttentionRegression", "decoder_layers", "require_same_size"]

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..convert.checkpoint.output import write_text
 from ..convert.errors import PreemptedError
-from ..convert.output import write_text
 from .data import CorpusPacker
 from .models import reshard
 from .recipe import Stage

@@ -14,12 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..convert.architecture import read_attention
-from ..convert.architectures import find_architecture
-from ..convert.checkpoint import Checkpoint, TensorInfo
+from ..convert.architectures.attention import read_attention
+from ..convert.architectures.table import find_architecture
+from ..convert.checkpoint.loading import OLD_BUFFERS
+from ..convert.checkpoint.tensors import Checkpoint, TensorInfo
 from ..convert.errors import InputError, UnsupportedError
-from ..convert.loading import OLD_BUFFERS
-from ..convert.translations import targets
+from ..convert.translations.routes import targets
 from .budget import Batch, Budget
 from .recipe import LossWeights, Objective, Stage, Trained, trained_names
 

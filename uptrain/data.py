@@ -18,17 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..convert.checkpoint.output import write_text
 from ..convert.errors import DataError, InputError
-from ..convert.output import write_text
-from ..convert.text import (
-    TextSource,
-    adds_bos,
-    encode_batch,
-    estimate_tokens,
-    pin_revision,
-    read_interleaved,
-    text_bytes,
-)
+from ..convert.text.sources import TextSource, estimate_tokens, pin_revision, read_interleaved, text_bytes
+from ..convert.text.tokens import adds_bos, encode_batch
 from . import packing
 from .cost import SourceSize
 from .mixture import Mixture, drawn_seed, shuffled

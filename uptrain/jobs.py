@@ -11,13 +11,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..convert.architectures import find_architecture
+from ..convert.architectures.table import find_architecture
 from ..convert.cache_check import check_runtime
-from ..convert.checkpoint import Checkpoint, open_checkpoint
+from ..convert.checkpoint.loading import class_config
+from ..convert.checkpoint.opening import open_checkpoint
+from ..convert.checkpoint.output import check_apart, check_output, read_provenance
+from ..convert.checkpoint.tensors import Checkpoint
+from ..convert.checkpoint.tokenizer import load_tokenizer
 from ..convert.errors import InputError, OutputError, UnsupportedError
-from ..convert.loading import class_config
-from ..convert.output import check_apart, check_output, read_provenance
-from ..convert.text import TextSource, check_tokenizers, load_tokenizer, text_bytes, tokenizer_hash
+from ..convert.text.sources import TextSource, text_bytes
+from ..convert.text.tokens import check_tokenizers, tokenizer_hash
 from .attention_regression import require_same_size
 from .budget import Batch
 from .cost import Sharding

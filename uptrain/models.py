@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..convert.architecture import Architecture
+from ..convert.architectures.architecture import Architecture
+from ..convert.checkpoint.loading import load_model
 from ..convert.errors import UnsupportedError
-from ..convert.loading import load_model
 
 __all__ = [
     "compile_in_place",

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..convert.checkpoint.output import write_text
 from ..convert.errors import DataError, PreemptedError
-from ..convert.output import write_text
 
 __all__ = [
     "INDEX_NAME",

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..configs import PRETRAINING_TOKENS
-from ..convert.checkpoint import Checkpoint
+from ..convert.checkpoint.output import PROVENANCE_NAME
+from ..convert.checkpoint.tensors import Checkpoint
 from ..convert.errors import CheckpointError
-from ..convert.output import PROVENANCE_NAME
 
 __all__ = ["PRETRAINING_NAME", "KnownModel", "PretrainingTokens", "known_models", "lookup_pretraining_tokens"]
 

@@ -12,18 +12,13 @@ from transformers import (
     GenerationConfig,
 )
 
-from ..convert.card import write_card
-from ..convert.checkpoint import CONFIG_NAME, torch_dtype
-from ..convert.companions import copy_companions
+from ..convert.checkpoint.companions import copy_companions
+from ..convert.checkpoint.loading import check_opens, quiet_transformers
+from ..convert.checkpoint.output import PROVENANCE_NAME, read_provenance, staged_directory, write_text
+from ..convert.checkpoint.runtime_code import copy_runtime_code
+from ..convert.checkpoint.tensors import CONFIG_NAME, torch_dtype
+from ..convert.describe.card import write_card
 from ..convert.execute import DEFAULT_MAX_SHARD_BYTES
-from ..convert.loading import check_opens, quiet_transformers
-from ..convert.output import (
-    PROVENANCE_NAME,
-    read_provenance,
-    staged_directory,
-    write_text,
-)
-from ..convert.runtime_code import copy_runtime_code
 from .jobs import UptrainJob, describe
 from .status import RunStatus, write_status
 from .trials import SWEEP_NAME, sweep_that_chose

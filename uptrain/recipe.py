@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
 
-from ..convert.architecture import Architecture
+from ..convert.architectures.architecture import Architecture
 from ..convert.errors import UnsupportedError
 
 __all__ = ["LossWeights", "Objective", "Recipe", "Stage", "Trained", "attention_names", "stages", "trained_names"]

@@ -26,16 +26,12 @@ from transformers import (
 )
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from ..convert.architectures import find_architecture
-from ..convert.checkpoint import CONFIG_NAME, open_checkpoint
+from ..convert.architectures.table import find_architecture
+from ..convert.checkpoint.loading import quiet_transformers
+from ..convert.checkpoint.opening import open_checkpoint
+from ..convert.checkpoint.output import disk_errors, read_provenance, staged_directory, write_text
+from ..convert.checkpoint.tensors import CONFIG_NAME
 from ..convert.errors import DivergedError, InputError, PreemptedError, UnsupportedError
-from ..convert.loading import quiet_transformers
-from ..convert.output import (
-    disk_errors,
-    read_provenance,
-    staged_directory,
-    write_text,
-)
 from ..convert.runtime.transformers_interface import ACTIVATION_CHECKPOINTING, checkpoint_activations
 from .attention_regression import AttentionRegression
 from .callbacks import Checkpoints, MetricsLog, PackAhead, PeriodicEvaluation, StepProgress, StopRequests, Throughput
@@ -43,15 +39,7 @@ from .checkpoints import last_complete, remove_torn, step_of
 from .cost import warn_of_passes
 from .data import CorpusPacker, PackedBlocks, most_passes
 from .fitting import largest_micro_batch
-from .jobs import (
-    UptrainJob,
-    UptrainSettings,
-    batch_of,
-    check_job,
-    finished_before,
-    replaces_output,
-    uses_deepspeed,
-)
+from .jobs import UptrainJob, UptrainSettings, batch_of, check_job, finished_before, replaces_output, uses_deepspeed
 from .models import (
     compile_in_place,
     freeze_except,
@@ -67,15 +55,7 @@ from .recipe import Objective, Stage, attention_names, trained_names
 from .scoring import under_autocast, validation_score
 from .status import RunStatus, status_of_error, write_status
 from .trainer import SHARDS_NAME, Loss, PredictionLoss, UptrainTrainer
-from .work import (
-    checkpoints_folder,
-    data_folder,
-    last_saved,
-    prepare,
-    remove_work,
-    stage_folder,
-    teacher_folder,
-)
+from .work import checkpoints_folder, data_folder, last_saved, prepare, remove_work, stage_folder, teacher_folder
 
 __all__ = ["Observation", "UptrainResult", "joined_processes", "process_state", "uptrain"]
 

@@ -9,8 +9,8 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from ..convert.checkpoint.output import write_text
 from ..convert.errors import DivergedError, KvConvertError, PreemptedError
-from ..convert.output import write_text
 
 __all__ = ["STATUS_NAME", "RunStatus", "read_status", "status_of_error", "write_status"]
 

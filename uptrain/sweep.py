@@ -10,22 +10,13 @@ from dataclasses import replace
 
 from accelerate import PartialState
 
+from ..convert.checkpoint.output import check_output, disk_errors, staged_directory
 from ..convert.errors import DivergedError, InputError, PreemptedError, UnsupportedError
-from ..convert.output import check_output, disk_errors, staged_directory
 from .jobs import UptrainJob, begun_before, check_job, sweep_directory
 from .lock import sole_run_in
 from .run import Observation, process_state, uptrain
 from .status import STATUS_NAME, RunStatus, status_of_error, write_status
-from .trials import (
-    Sweep,
-    Trial,
-    find_sweep,
-    new_sweep,
-    remove_sweep,
-    trial_settings,
-    with_best_rate,
-    write_sweep,
-)
+from .trials import Sweep, Trial, find_sweep, new_sweep, remove_sweep, trial_settings, with_best_rate, write_sweep
 from .work import no_held_out_text
 
 __all__ = ["check_sweep", "sweep_learning_rates"]

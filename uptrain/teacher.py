@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..convert.architecture import read_attention
-from ..convert.architectures import find_architecture, known_architecture
-from ..convert.checkpoint import Checkpoint
+from ..convert.architectures.attention import read_attention
+from ..convert.architectures.table import find_architecture, known_architecture
+from ..convert.checkpoint.tensors import Checkpoint
 from ..convert.errors import UnsupportedError
 from ..convert.execute import execute
-from ..convert.gqa import Gqa
-from ..convert.translations import targets
+from ..convert.methods.gqa import Gqa
+from ..convert.translations.routes import targets
 from .cost import measure_size
 
 __all__ = ["as_teacher", "copied_bytes", "write_teacher"]

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..convert.checkpoint.output import write_text
 from ..convert.errors import DivergedError, InputError, OutputError
-from ..convert.output import write_text
 from .jobs import REPLACES_NAME, UptrainJob, UptrainSettings, describe, sweep_directory
 
 __all__ = [

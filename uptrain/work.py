@@ -9,10 +9,11 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from ..convert.checkpoint import CONFIG_NAME, open_checkpoint
+from ..convert.checkpoint.opening import open_checkpoint
+from ..convert.checkpoint.output import check_free_space, staged_directory, write_text
+from ..convert.checkpoint.tensors import CONFIG_NAME
+from ..convert.checkpoint.tokenizer import load_tokenizer
 from ..convert.errors import InputError, PreemptedError
-from ..convert.output import check_free_space, staged_directory, write_text
-from ..convert.text import load_tokenizer
 from .callbacks import StopRequests
 from .checkpoints import last_complete, step_of
 from .cost import disk_bytes, measure_size, packed_tokens

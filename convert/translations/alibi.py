@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..checkpoint import Checkpoint
-from ..translation import Derived, Routes, Translation
+from ..checkpoint.tensors import Checkpoint
 from .common import head_part, int_of, present_prefix, qkv, rope_config, third
-from .decoder import TO_NEMOTRON, decoder_config, decoder_tensors, megatron_modules
+from .decoder import decoder_config, decoder_tensors, megatron_modules
+from .translation import Derived, Translation
 
-__all__ = ["ROUTES"]
+__all__ = ["BLOOM_TO_DECODER", "FALCON_TO_DECODER", "MPT_TO_DECODER"]
 
 
 def _slopes(num_heads: int) -> list[float]:
@@ -172,12 +172,9 @@ def _megatron_tensors(checkpoint: Checkpoint, prefix: str, num_heads: int, num_l
     )
 
 
-_FALCON_TO_DECODER = Translation(
+FALCON_TO_DECODER = Translation(
     "falcon", "grouped_decoder", _falcon_config, _falcon_tensors, _falcon_refusal, (11, 11, None)
 )
 
-ROUTES: Routes = {
-    "bloom": ((Translation("bloom", "grouped_decoder", _bloom_config, _bloom_tensors, _bloom_refusal, (1, 2, None)),),),
-    "falcon": ((), (_FALCON_TO_DECODER, TO_NEMOTRON), (_FALCON_TO_DECODER,)),
-    "mpt": ((Translation("mpt", "grouped_decoder", _mpt_config, _mpt_tensors, _mpt_refusal, (None, None, None)),),),
-}
+BLOOM_TO_DECODER = Translation("bloom", "grouped_decoder", _bloom_config, _bloom_tensors, _bloom_refusal, (1, 2, None))
+MPT_TO_DECODER = Translation("mpt", "grouped_decoder", _mpt_config, _mpt_tensors, _mpt_refusal, (None, None, None))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import Checkpoint
+from ..checkpoint.tensors import Checkpoint
 from ..errors import CheckpointError
-from ..translation import Derived
+from .translation import Derived
 
 if TYPE_CHECKING:
     from torch import Tensor

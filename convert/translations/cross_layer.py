@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ..architecture import read_attention
-from ..architectures import find_architecture
-from ..checkpoint import Checkpoint
-from ..loading import OLD_BUFFERS
+from ..architectures.attention import read_attention
+from ..architectures.table import find_architecture
+from ..checkpoint.loading import OLD_BUFFERS
+from ..checkpoint.tensors import Checkpoint
 from ..runtime import RUNTIME_CLASSES
-from ..translation import Derived, Translation
 from .common import rope_config, same
+from .translation import Derived, Translation
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import Checkpoint
-from ..heads import interleave_heads
+from ..algebra.heads import interleave_heads
+from ..checkpoint.tensors import Checkpoint
 from ..runtime import RUNTIME_CLASSES
-from ..translation import Derived, Translation
 from .common import linear, same
+from .translation import Derived, Translation
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import Checkpoint
-from ..translation import Derived, Routes, Translation
+from ..checkpoint.tensors import Checkpoint
 from .common import common_config, head_part, linear, present_prefix, qkv, rope_config, same, zeros
-from .decoder import TO_NEMOTRON, decoder_config, decoder_tensors, megatron_modules
+from .decoder import decoder_config, decoder_tensors, megatron_modules
+from .translation import Derived, Translation
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ROUTES"]
+__all__ = ["GPT_NEOX_TO_DECODER", "GPT_NEOX_TO_PHI"]
 
 
 def _is_sequential(checkpoint: Checkpoint) -> str | None:
@@ -131,12 +131,7 @@ def _folded(
 
 _TOKEN_IDS = (0, 2, None)
 
-ROUTES: Routes = {
-    "gpt_neox": (
-        (Translation("gpt_neox", "phi", _phi_config, _phi_tensors, _is_sequential, _TOKEN_IDS),),
-        (
-            Translation("gpt_neox", "grouped_decoder", _decoder_config, _decoder_tensors, token_ids=_TOKEN_IDS),
-            TO_NEMOTRON,
-        ),
-    )
-}
+GPT_NEOX_TO_PHI = Translation("gpt_neox", "phi", _phi_config, _phi_tensors, _is_sequential, _TOKEN_IDS)
+GPT_NEOX_TO_DECODER = Translation(
+    "gpt_neox", "grouped_decoder", _decoder_config, _decoder_tensors, token_ids=_TOKEN_IDS
+)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import Checkpoint
-from ..translation import Derived, Routes, Translation
+from ..checkpoint.tensors import Checkpoint
 from .common import common_config, linear, present_prefix, rope_config, same, whole, zeros
+from .translation import Derived, Translation
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ROUTES"]
+__all__ = ["CODEGEN_TO_PHI", "GPTJ_TO_PHI"]
 
 _DEFAULT_ROTARY_DIM = 64  # of both classes, whatever their head_dim
 _CODEGEN_BLOCKS = 4  # CodeGen's q, v and k lie in four blocks, one per accelerator of its training
@@ -82,9 +82,7 @@ def _half_split(projection: Tensor, *, num_heads: int, rotary_dim: int) -> Tenso
     return torch.cat([even, odd, heads[:, rotary_dim:]], dim=1).reshape(projection.shape)
 
 
-ROUTES: Routes = {
-    model_type: (
-        (Translation(model_type, "phi", _gptj_to_phi_config, _gptj_to_phi_tensors, token_ids=(50256, 50256, None)),),
-    )
-    for model_type in ("codegen", "gptj")
-}
+_TOKEN_IDS = (50256, 50256, None)
+
+CODEGEN_TO_PHI = Translation("codegen", "phi", _gptj_to_phi_config, _gptj_to_phi_tensors, token_ids=_TOKEN_IDS)
+GPTJ_TO_PHI = Translation("gptj", "phi", _gptj_to_phi_config, _gptj_to_phi_tensors, token_ids=_TOKEN_IDS)

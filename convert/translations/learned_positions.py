@@ -6,15 +6,22 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import Checkpoint
-from ..translation import Derived, Route, Routes, Translation
+from ..checkpoint.tensors import Checkpoint
 from .common import head_part, int_of, linear, present_prefix, qkv, same, third
-from .decoder import TO_GPT_BIGCODE, decoder_config, decoder_tensors, scaled_queries
+from .decoder import decoder_config, decoder_tensors, scaled_queries
+from .translation import Derived, Translation
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ROUTES"]
+__all__ = [
+    "BIOGPT_TO_DECODER",
+    "GPT2_TO_DECODER",
+    "GPT_BIGCODE_TO_DECODER",
+    "GPT_NEO_TO_DECODER",
+    "OPT_TO_DECODER",
+    "XGLM_TO_DECODER",
+]
 
 _FAIRSEQ_OFFSET = 2  # the tables of OPT, BioGPT and XGLM begin with two positions that no token has
 _GPT2_MODULES = {
@@ -270,32 +277,17 @@ def _sinusoids(num_positions: int, width: int, *, padding: int | None) -> Tensor
     return table
 
 
-def _routes(
-    model_type: str,
-    config: Callable[[Checkpoint], dict[str, Any]],
-    tensors: Callable[[Checkpoint], dict[str, Derived]],
-    refusal: Callable[[Checkpoint], str | None] = lambda checkpoint: None,
-    *,
-    token_ids: tuple[int, int, int | None],
-) -> tuple[Route, ...]:
-    to_decoder = Translation(model_type, "grouped_decoder", config, tensors, refusal, token_ids)
-    return (to_decoder, TO_GPT_BIGCODE), (to_decoder,)
-
-
 _GPT2_TOKEN_IDS = (50256, 50256, None)
 
-ROUTES: Routes = {
-    "biogpt": _routes("biogpt", _biogpt_config, _biogpt_tensors, token_ids=(0, 2, 1)),
-    "gpt2": _routes("gpt2", _gpt2_config, _gpt2_tensors, _cross_attention_refusal, token_ids=_GPT2_TOKEN_IDS),
-    "gpt_bigcode": (
-        (),
-        (
-            Translation(
-                "gpt_bigcode", "grouped_decoder", _gpt2_config, _bigcode_tensors, _bigcode_refusal, _GPT2_TOKEN_IDS
-            ),
-        ),
-    ),
-    "gpt_neo": _routes("gpt_neo", _neo_config, _neo_tensors, token_ids=_GPT2_TOKEN_IDS),
-    "opt": _routes("opt", _opt_config, _opt_tensors, _opt_refusal, token_ids=(2, 2, 1)),
-    "xglm": _routes("xglm", _xglm_config, _xglm_tensors, _cross_attention_refusal, token_ids=(0, 2, 1)),
-}
+BIOGPT_TO_DECODER = Translation("biogpt", "grouped_decoder", _biogpt_config, _biogpt_tensors, token_ids=(0, 2, 1))
+GPT2_TO_DECODER = Translation(
+    "gpt2", "grouped_decoder", _gpt2_config, _gpt2_tensors, _cross_attention_refusal, _GPT2_TOKEN_IDS
+)
+GPT_BIGCODE_TO_DECODER = Translation(
+    "gpt_bigcode", "grouped_decoder", _gpt2_config, _bigcode_tensors, _bigcode_refusal, _GPT2_TOKEN_IDS
+)
+GPT_NEO_TO_DECODER = Translation("gpt_neo", "grouped_decoder", _neo_config, _neo_tensors, token_ids=_GPT2_TOKEN_IDS)
+OPT_TO_DECODER = Translation("opt", "grouped_decoder", _opt_config, _opt_tensors, _opt_refusal, (2, 2, 1))
+XGLM_TO_DECODER = Translation(
+    "xglm", "grouped_decoder", _xglm_config, _xglm_tensors, _cross_attention_refusal, (0, 2, 1)
+)

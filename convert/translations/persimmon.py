@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..checkpoint import Checkpoint
-from ..translation import Derived, Routes, Translation
+from ..checkpoint.tensors import Checkpoint
 from .common import head_part, linear, present_prefix, qkv, rope_config
-from .decoder import TO_NEMOTRON, decoder_config, decoder_tensors, megatron_modules
+from .decoder import decoder_config, decoder_tensors, megatron_modules
+from .translation import Derived, Translation
 
-__all__ = ["ROUTES"]
+__all__ = ["PERSIMMON_TO_DECODER"]
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -52,6 +52,4 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
     )
 
 
-_TO_DECODER = Translation("persimmon", "grouped_decoder", _config, _tensors, token_ids=(1, 2, None))
-
-ROUTES: Routes = {"persimmon": ((_TO_DECODER, TO_NEMOTRON), (_TO_DECODER,))}
+PERSIMMON_TO_DECODER = Translation("persimmon", "grouped_decoder", _config, _tensors, token_ids=(1, 2, None))

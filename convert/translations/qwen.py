@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..checkpoint import Checkpoint
-from ..translation import Derived, Routes, Translation
+from ..checkpoint.tensors import Checkpoint
 from .common import common_config, qkv, rope_config, same, third
+from .translation import Derived, Translation
 
-__all__ = ["ROUTES"]
+__all__ = ["QWEN_TO_QWEN2"]
 
 
 def _refusal(checkpoint: Checkpoint) -> str | None:
@@ -45,4 +45,4 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
     return tensors | {f"{name}.weight": same(checkpoint, f"{source}.weight") for name, source in renamed.items()}
 
 
-ROUTES: Routes = {"qwen": ((Translation("qwen", "qwen2", _config, _tensors, _refusal),),)}
+QWEN_TO_QWEN2 = Translation("qwen", "qwen2", _config, _tensors, _refusal)

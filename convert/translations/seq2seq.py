@@ -10,12 +10,12 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from ..checkpoint import Checkpoint
+from ..checkpoint.tensors import Checkpoint
 from ..runtime import RUNTIME_CLASSES
-from ..translation import Derived, Routes, Translation
 from .common import same
+from .translation import Derived, Translation
 
-__all__ = ["ROUTES"]
+__all__ = ["BART_TO_GROUPED", "MT5_TO_GROUPED", "T5_TO_GROUPED", "WHISPER_TO_GROUPED"]
 
 
 def _refusal(checkpoint: Checkpoint, *, class_names: tuple[str, ...]) -> str | None:
@@ -64,27 +64,21 @@ def _translation(
     )
 
 
-ROUTES: Routes = {
-    "bart": ((_translation("bart", "grouped_bart", ("BartForConditionalGeneration", "BartModel")),),),
-    "mt5": (
-        (
-            _translation(
-                "mt5",
-                "grouped_t5",
-                ("MT5ForConditionalGeneration", "MT5Model"),
-                defaults={
-                    "d_ff": 1024,
-                    "num_layers": 8,
-                    "num_heads": 6,
-                    "vocab_size": 250112,
-                    "feed_forward_proj": "gated-gelu",
-                    "decoder_start_token_id": 0,
-                },
-                # T5 divides the decoder's outputs by √d_model unless its config says this, mT5 never does
-                fixed={"tie_word_embeddings": False},
-            ),
-        ),
-    ),
-    "t5": ((_translation("t5", "grouped_t5", ("T5ForConditionalGeneration", "T5WithLMHeadModel", "T5Model")),),),
-    "whisper": ((_translation("whisper", "grouped_whisper", ("WhisperForConditionalGeneration", "WhisperModel")),),),
-}
+BART_TO_GROUPED = _translation("bart", "grouped_bart", ("BartForConditionalGeneration", "BartModel"))
+MT5_TO_GROUPED = _translation(
+    "mt5",
+    "grouped_t5",
+    ("MT5ForConditionalGeneration", "MT5Model"),
+    defaults={
+        "d_ff": 1024,
+        "num_layers": 8,
+        "num_heads": 6,
+        "vocab_size": 250112,
+        "feed_forward_proj": "gated-gelu",
+        "decoder_start_token_id": 0,
+    },
+    # T5 divides the decoder's outputs by √d_model unless its config says this, mT5 never does
+    fixed={"tie_word_embeddings": False},
+)
+T5_TO_GROUPED = _translation("t5", "grouped_t5", ("T5ForConditionalGeneration", "T5WithLMHeadModel", "T5Model"))
+WHISPER_TO_GROUPED = _translation("whisper", "grouped_whisper", ("WhisperForConditionalGeneration", "WhisperModel"))

@@ -1,0 +1,1 @@
+"""Pure mathematics on tensors: heads and layers in groups, rotations, closed-form merges, latents."""

@@ -1,0 +1,1 @@
+"""What a `model_type` is, and what a checkpoint says of its own attention."""

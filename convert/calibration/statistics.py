@@ -1,0 +1,106 @@
+"""Gram matrices of attention inputs, measured once on calibration text and kept in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
+
+from ..algebra.attention_shape import AttentionShape
+from ..architectures.architecture import Architecture
+from ..checkpoint.output import disk_errors
+from ..checkpoint.tensors import Checkpoint, tensor_bytes
+from ..checkpoint.writer import TensorSpec, write_safetensors
+from ..errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "LayerStatistics",
+    "StatisticsOrigin",
+    "fingerprint",
+    "open_statistics",
+    "save_statistics",
+    "statistics_bytes",
+]
+
+_METADATA_KEY = "kvconvert_statistics"
+
+
+@dataclass(frozen=True)
+class StatisticsOrigin:
+    """What statistics were measured on: the model's fingerprint, the text, and how many tokens of it."""
+
+    model: str
+    data: str
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """`gram(layer)` is E[x xᵀ] of the attention's input x with a 1 appended, (hidden_size + 1,) * 2, float64."""
+
+    origin: StatisticsOrigin
+    gram: Callable[[int], Tensor]
+
+
+def fingerprint(checkpoint: Checkpoint, architecture: Architecture) -> str:
+    """Equal for checkpoints with the same config, the same tensors by name, dtype and shape, and the same o_projs."""
+    tensors = sorted((name, info.dtype, info.shape) for name, info in checkpoint.tensors.items())
+    digest = hashlib.sha256(json.dumps([checkpoint.config, tensors], sort_keys=True, default=str).encode())
+    for layer in range(checkpoint.config_int(architecture.config_name("num_hidden_layers"))):
+        digest.update(tensor_bytes(checkpoint.read(architecture.tensor_name(layer, "o_proj"))))
+    return digest.hexdigest()[:16]
+
+
+def statistics_bytes(shape: AttentionShape) -> int:
+    """What a file of statistics takes, without its header."""
+    return shape.num_hidden_layers * 8 * (shape.hidden_size + 1) ** 2
+
+
+def save_statistics(path: Path, statistics: LayerStatistics, shape: AttentionShape) -> None:
+    """Write them to a safetensors file, one layer in memory at a time. Raises OutputError."""
+    specs = [TensorSpec(_name(layer), "F64", (shape.hidden_size + 1,) * 2) for layer in range(shape.num_hidden_layers)]
+    metadata = {_METADATA_KEY: json.dumps(asdict(statistics.origin))}
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with disk_errors(path):
+            for layer, (_, file) in enumerate(write_safetensors(partial, specs, metadata)):
+                file.write(tensor_bytes(statistics.gram(layer)))
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def open_statistics(path: Path, checkpoint: Checkpoint, architecture: Architecture) -> LayerStatistics:
+    """Statistics from a file, read layer by layer. Raises DataError if they are not of this checkpoint."""
+    try:
+        with safe_open(path, "pt") as file:
+            record = json.loads((file.metadata() or {})[_METADATA_KEY])
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise DataError(f"{path}: not a file of statistics", hint="--save-statistics writes one") from error
+    origin = StatisticsOrigin(**record)
+    if origin.model != fingerprint(checkpoint, architecture):
+        raise DataError(
+            f"{path}: these statistics are of another model than {checkpoint.name}",
+            hint="measure them again, with --calibration and --save-statistics",
+        )
+
+    def gram(layer: int) -> Tensor:
+        with safe_open(path, "pt") as file:
+            tensor: Tensor = file.get_tensor(_name(layer))
+        return tensor
+
+    return LayerStatistics(origin, gram)
+
+
+def _name(layer: int) -> str:
+    return f"layers.{layer}.gram"

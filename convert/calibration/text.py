@@ -1,0 +1,97 @@
+"""The text that a model is measured on, as sequences of token ids."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from ..checkpoint.tensors import Checkpoint
+from ..checkpoint.tokenizer import load_tokenizer
+from ..errors import DataError
+from ..text.sources import TextSource, read_files
+from ..text.tokens import adds_bos, encode_documents
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["CalibrationText", "read_calibration_text"]
+
+_TOKENS_PER_PASS = 4096
+_CHARACTERS = 8  # that are read for a token, which is seldom longer
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Token ids, (num_sequences, sequence_length), and where they come from."""
+
+    token_ids: Tensor
+    description: str
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.numel()
+
+    @property
+    def batches(self) -> list[Tensor]:
+        return list(self.token_ids.split(max(_TOKENS_PER_PASS // self.token_ids.shape[1], 1)))
+
+
+def read_calibration_text(
+    checkpoint: Checkpoint, source: TextSource, *, num_tokens: int, sequence_length: int
+) -> CalibrationText:
+    """`num_tokens` of the source in whole sequences, drawn from its files in turn, and from a file's documents in turn.
+
+    A document gives one passage, cut to a sequence, and a second one only when all have given one; any of its passages,
+    with a fixed seed. They begin with BOS if the tokenizer adds it, and follow each other unpadded. Where the text is
+    too short for that, what was cut off follows.
+    Raises DataError for text that is missing, unreadable or shorter than one sequence.
+    """
+    import torch
+
+    tokenizer = load_tokenizer(checkpoint.directory)
+    bos = adds_bos(tokenizer)
+    generator = random.Random(0)
+    passages = [_passages(documents, sequence_length * _CHARACTERS, generator) for documents in read_files(source)]
+    ids: list[int] = []
+    cut_off: list[int] = []
+    for tokens in encode_documents(_in_turn(passages), tokenizer, bos=bos):
+        ids += tokens[:sequence_length]
+        cut_off += tokens[sequence_length:]
+        if len(ids) >= num_tokens:
+            break
+    ids += cut_off[: max(num_tokens - len(ids), 0)]
+    num_sequences = min(len(ids), num_tokens) // sequence_length
+    if num_sequences == 0:
+        raise DataError(f"{source.location}: {len(ids)} tokens, fewer than one sequence of {sequence_length}")
+    token_ids = torch.tensor(ids[: num_sequences * sequence_length]).view(num_sequences, sequence_length)
+    return CalibrationText(token_ids, source.location)
+
+
+def _passages(documents: Iterable[str], size: int, generator: random.Random) -> Iterator[str]:
+    """Passages of at most `size` characters: one of each document, then a second of each that has more, and so on."""
+    waiting = []
+    for document in documents:
+        starts = list(range(0, len(document), size))
+        generator.shuffle(starts)
+        start = starts.pop()
+        yield document[start : start + size]
+        if starts:
+            waiting.append((document, starts))
+    while waiting:
+        for document, starts in waiting:
+            start = starts.pop()
+            yield document[start : start + size]
+        waiting = [(document, starts) for document, starts in waiting if starts]
+
+
+def _in_turn(iterators: Iterable[Iterator[str]]) -> Iterator[str]:
+    waiting = deque(iterators)
+    while waiting:
+        iterator = waiting.popleft()
+        for item in islice(iterator, 1):
+            yield item
+            waiting.append(iterator)

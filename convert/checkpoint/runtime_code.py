@@ -1,0 +1,121 @@
+"""The code of a class of ours that lies beside converted weights: written, recognised, renewed.
+
+A checkpoint carries the code that opens it with `trust_remote_code=True`. That code grows old while transformers goes
+on; `refresh` replaces it by the one that is installed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from hashlib import sha256
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ..runtime import RUNTIME_CLASSES, RuntimeClass
+from .remote_code import remote_code_allowed
+
+__all__ = ["BesideState", "CodeBeside", "code_beside", "copy_runtime_code", "replace_code"]
+
+# SHA-256 of what earlier versions of kvconvert wrote, with the versions of transformers that it works with. Their code
+# is ours, so it runs without --trust-remote-code. Add the files of a release here before they change.
+_EARLIER = "5.23 and earlier"
+EARLIER_CODE: Mapping[str, str] = MappingProxyType(
+    dict.fromkeys(
+        (
+            "7aa70af6a65e6ead445fa439f5d3d372052395c38ae84e53a12175030d8a863a",  # configuration_cross_layer_decoder
+            "cc18954b94fb128a7dd01618e786bdb88d6d9ec0b34e81f41ec150819fbababb",  # modeling_cross_layer_decoder
+            "121127fdc8beb5a76eb3f510e01f4e132aac0faa27cbf1986e5b5778f88726c6",  # configuration_grouped_decoder
+            "6ef18f00c39c2a337f5a6be1594f8e28ced4552a285afbc6653ead53f4562448",  # modeling_grouped_decoder
+            "cc5cb9231d8ffdc00df70af83100bbdcba653c3437d031d3578155877b3f8b97",
+            "c347703f1c55559a28bc2830d03d4ab597bdad26bfd605cef52a71a7c87745cf",  # configuration_grouped_seq2seq
+            "3039e7062fca6e4b5dd8bfd6a1ccf5dda324fa0d0ab37642f7334df04df3814d",  # modeling_grouped_seq2seq
+        ),
+        _EARLIER,
+    )
+)
+_DECLARED = re.compile(r'^TESTED_VERSIONS = \("([\d.]+)", "([\d.]+)"\)', re.MULTILINE)
+
+
+class BesideState(StrEnum):
+    NONE = "none"  # no code lies there: only `import kvconvert.convert` opens it
+    CURRENT = "current"  # the installed files, byte for byte
+    EARLIER = "earlier"  # files that an earlier kvconvert wrote
+    OTHER = "other"  # anybody's
+
+
+@dataclass(frozen=True)
+class CodeBeside:
+    """The files of `entry`, a class of ours, in `directory`; `works_with` are versions of transformers, if known."""
+
+    directory: Path
+    entry: RuntimeClass
+    state: BesideState
+    works_with: str | None = None
+
+    @property
+    def may_run(self) -> bool:
+        """Whether it differs from what is installed, and may run: ours, or trusted by the user."""
+        return self.state is BesideState.EARLIER or (self.state is BesideState.OTHER and remote_code_allowed())
+
+    def load(self, name: str) -> Any:
+        """The class that the key `name` of auto_map has in the files beside the weights. This runs them."""
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        return get_class_from_dynamic_module(self.entry.auto_map[name], str(self.directory))
+
+
+def code_beside(directory: Path, entry: RuntimeClass) -> CodeBeside:
+    """Recognise the code of a class of ours in a checkpoint, without running it."""
+    found = [directory / file.name for file in entry.files if (directory / file.name).exists()]
+    if not any(path.name.startswith("modeling_") for path in found):
+        return CodeBeside(directory, entry, BesideState.NONE)
+    if all((directory / file.name).exists() and _same(directory / file.name, file) for file in entry.files):
+        return CodeBeside(directory, entry, BesideState.CURRENT)
+    installed = {file.name: file for file in entry.files}
+    earlier = {EARLIER_CODE.get(sha256(path.read_bytes()).hexdigest()) for path in found}
+    ours = all(
+        _same(path, installed[path.name]) or sha256(path.read_bytes()).hexdigest() in EARLIER_CODE for path in found
+    )
+    if ours:
+        return CodeBeside(directory, entry, BesideState.EARLIER, next(filter(None, earlier), None))
+    declared = next((match for path in found if (match := _DECLARED.search(path.read_text("utf-8")))), None)
+    works_with = f"{declared[1]} to {declared[2]}" if declared else None
+    return CodeBeside(directory, entry, BesideState.OTHER, works_with)
+
+
+def copy_runtime_code(model_type: str, target: Path) -> None:
+    """Copy the files of a class of ours beside its weights."""
+    if model_type in RUNTIME_CLASSES:
+        for code in RUNTIME_CLASSES[model_type].files:
+            shutil.copyfile(code, target / code.name)
+
+
+def replace_code(beside: CodeBeside) -> tuple[str, ...]:
+    """Put the installed files in place of those that differ; returns their names.
+
+    Each is whole or untouched, and after each the files that are there work together: what the others import comes
+    first, and earlier versions do not import it.
+    """
+    replaced = []
+    for file in reversed(beside.entry.files):  # the interface, the class, its configuration
+        target = beside.directory / file.name
+        if target.exists() and _same(target, file):
+            continue
+        partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+        try:
+            shutil.copyfile(file, partial)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+        replaced.append(file.name)
+    return tuple(replaced)
+
+
+def _same(path: Path, other: Path) -> bool:
+    return path.read_bytes() == other.read_bytes()

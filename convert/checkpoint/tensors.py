@@ -1,0 +1,177 @@
+"""A read-only checkpoint: its config, the headers of its safetensors files, and single tensors on demand."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO, TYPE_CHECKING, Any
+
+from ..errors import CheckpointError, UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["DTYPE_BYTES", "Checkpoint", "TensorInfo", "tensor_bytes", "torch_dtype"]
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+PICKLE_NAME = "pytorch_model.bin"
+PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
+
+DTYPE_BYTES = MappingProxyType(
+    {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+    | {"F8_E4M3": 1, "F8_E5M2": 1, "U64": 8, "U32": 4, "U16": 2}
+)
+TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+_COPY_CHUNK_BYTES = 16 * 2**20
+
+
+def torch_dtype(dtype: str) -> Any:
+    """The torch dtype of a safetensors floating-point dtype name; KeyError for any other."""
+    import torch
+
+    return getattr(torch, TORCH_DTYPES[dtype])
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """The values of a tensor as safetensors stores them: row by row, little endian."""
+    import torch
+
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `begin` and `end` are byte positions in `file`, from its start in a pytorch_model.bin."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    begin: int
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.end - self.begin
+
+    @property
+    def num_elements(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass
+class Checkpoint:
+    """An opened checkpoint. Opening reads headers only; `read` and `copy_bytes` touch one tensor.
+
+    `path` is None when only the headers of a hub repository were fetched; tensors cannot be read then. `pickled` holds
+    the tensors of pytorch_model.bin files, mapped from the disk.
+    """
+
+    name: str
+    path: Path | None
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    size_on_disk_bytes: int
+    pickled: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+    _maps: dict[str, mmap.mmap] = field(default_factory=dict, repr=False)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for mapped in self._maps.values():
+            mapped.close()
+        self._maps.clear()
+
+    @property
+    def directory(self) -> Path:
+        if self.path is None:
+            raise CheckpointError(f"{self.name}: only its headers were fetched, its files are not on this machine")
+        return self.path
+
+    def counted_tensors(self, names: Iterable[str] | None = None) -> list[TensorInfo]:
+        """The tensors that are parameters of the model, or those of them that are named."""
+        chosen = self.tensors if names is None else set(names)
+        return [info for name, info in self.tensors.items() if name in chosen]
+
+    @cached_property
+    def num_parameters(self) -> int:
+        return sum(info.num_elements for info in self.counted_tensors())
+
+    @cached_property
+    def dtype(self) -> str:
+        """The safetensors dtype that most parameters have."""
+        counts: dict[str, int] = {}
+        for info in self.counted_tensors():
+            counts[info.dtype] = counts.get(info.dtype, 0) + info.num_elements
+        return max(counts, key=lambda dtype: counts[dtype])
+
+    def config_value(self, key: str) -> Any:
+        """A value of config.json, None if it is absent; a dot in `key` leads into a section."""
+        value: Any = self.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    def config_int(self, key: str, *, default: int | None = None) -> int:
+        """A positive integer of config.json, `default` if it is absent or null. Raises CheckpointError."""
+        value = self.config_value(key)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(f"{self.name}: config.json has {key} = {value!r}, expected a positive integer")
+        return value
+
+    def read(self, name: str) -> Tensor:
+        """One floating-point tensor, copied out of the mapped file, in its own dtype."""
+        import torch
+
+        info = self.tensors[name]
+        if info.dtype not in TORCH_DTYPES:
+            raise UnsupportedError(
+                f"{name} has dtype {info.dtype}, which cannot be averaged ({info.file})",
+                hint="convert a checkpoint whose attention weights are float32, float16 or bfloat16",
+            )
+        if info.file in self.pickled:
+            return self.pickled[info.file][name].clone()
+        raw = bytearray(self._map(info.file)[info.begin : info.end])
+        self._forget(info)
+        return torch.frombuffer(raw, dtype=torch_dtype(info.dtype)).reshape(info.shape)
+
+    def copy_bytes(self, name: str, target: IO[bytes]) -> None:
+        """Append the tensor's bytes to `target` without decoding them."""
+        info = self.tensors[name]
+        if info.file in self.pickled:
+            target.write(tensor_bytes(self.pickled[info.file][name]))
+            return
+        with memoryview(self._map(info.file)) as view:
+            for begin in range(info.begin, info.end, _COPY_CHUNK_BYTES):
+                with view[begin : min(begin + _COPY_CHUNK_BYTES, info.end)] as chunk:
+                    target.write(chunk)
+        self._forget(info)
+
+    def _map(self, file: str) -> mmap.mmap:
+        if file not in self._maps:
+            with (self.directory / file).open("rb") as handle:
+                self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[file]
+
+    def _forget(self, info: TensorInfo) -> None:
+        """Let the kernel drop the tensor's pages, so that memory does not grow with the checkpoint."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            begin = info.begin // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map(info.file).madvise(mmap.MADV_DONTNEED, begin, info.end - begin)

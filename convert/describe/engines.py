@@ -1,0 +1,178 @@
+"""Which engines serve a converted checkpoint, and how that is known.
+
+"run" means that greedy tokens were compared with those of transformers, by the test suite for transformers itself and
+by scripts/check_vllm or a trial before this repository for vLLM 0.32 on a CPU; "read" that the source of the engine was
+read: SGLang 0.5.23, llama.cpp as vendored in llama-cpp-python 0.3.36.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..algebra.attention_shape import Latent
+from ..runtime import RUNTIME_CLASSES
+
+__all__ = ["KERNEL_RANKS", "Serving", "engines_line", "latent_kernels", "serving"]
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How an engine serves a class: `how` is a remark or option; `evidence` is "run", "read" or "not checked"."""
+
+    engine: str
+    works: bool | None
+    evidence: str
+    how: str = ""
+
+
+_VLLM_RUN = ("falcon", "gemma", "gpt_bigcode", "llama", "nemotron", "olmo2", "phi", "stablelm", "starcoder2")
+_SGLANG_READ = ("cohere", "gemma", "gpt_bigcode", "llama", "olmo2", "qwen2", "stablelm", "starcoder2")
+_REMOTE_CODE = "with trust_remote_code, or after `import kvconvert.convert`"
+_SEQ2SEQ = ("grouped_bart", "grouped_t5", "grouped_whisper")
+_SGLANG_ASSUMES_MHA = "with --model-impl transformers; its own class assumes MHA"
+
+_KNOWN = (
+    *((model_type, Serving("vLLM", True, "run")) for model_type in _VLLM_RUN),
+    *((model_type, Serving("SGLang", True, "read")) for model_type in _SGLANG_READ),
+    *((model_type, Serving("transformers", True, "run", _REMOTE_CODE)) for model_type in RUNTIME_CLASSES),
+    (
+        "falcon",
+        Serving(
+            "transformers",
+            True,
+            "run",
+            "caches all heads where new_decoder_architecture is set: memory is saved by vLLM only",
+        ),
+    ),
+    *((name, Serving("vLLM", False, "read", "no encoder-decoders in its Transformers backend")) for name in _SEQ2SEQ),
+    (
+        "cross_layer_decoder",
+        Serving("vLLM", True, "run", "with kvconvert installed beside it, whose plugin makes the saving real there"),
+    ),
+    ("cross_layer_decoder", Serving("SGLang", None, "read", "its pool has keys and values for every layer")),
+    ("cross_layer_decoder", Serving("llama.cpp", False, "read", "it shares layers of Gemma only")),
+    ("olmo", Serving("SGLang", True, "read", _SGLANG_ASSUMES_MHA)),
+    ("phi", Serving("SGLang", True, "read", _SGLANG_ASSUMES_MHA)),
+    ("gpt_bigcode", Serving("llama.cpp", True, "read")),
+    ("phi", Serving("llama.cpp", False, "read", "its converter writes as many K/V heads as query heads")),
+    ("nemotron", Serving("llama.cpp", None, "read", "squared ReLU only: not a translated GPT-NeoX, which has GELU")),
+)
+_BY_ENGINE = {(model_type, entry.engine): entry for model_type, entry in _KNOWN}
+
+
+KERNEL_RANKS = (512, 448, 256)
+"""The kv_lora_rank of caches that kernels for latent attention take, with a qk_rope_head_dim of 64."""
+
+_KERNEL_ROPE_DIM = 64
+_KERNEL_HEADS = ((128, 128), (64, 128), (192, 256))  # qk_nope_head_dim and v_head_dim
+
+
+def latent_kernels(latent: Latent) -> str | None:
+    """Why vLLM 0.32 and SGLang have no fast kernel for a latent of these sizes; None if they have one.
+
+    Read in vLLM: its latent cache takes 576, 512 or 320 numbers per token (576 in FlashMLA, and on a CPU), and the
+    first pass over a prompt takes certain heads.
+    """
+    if latent.qk_rope_head_dim != _KERNEL_ROPE_DIM or latent.kv_lora_rank not in KERNEL_RANKS:
+        totals = ", ".join(f"{rank} + {_KERNEL_ROPE_DIM}" for rank in KERNEL_RANKS)
+        sizes = f"{latent.kv_lora_rank} + {latent.qk_rope_head_dim}"
+        return f"{sizes} = {latent.num_cached} cached numbers, and they take {totals}"
+    if (latent.qk_nope_head_dim, latent.v_head_dim) not in _KERNEL_HEADS:
+        wanted = [v_head_dim for qk, v_head_dim in _KERNEL_HEADS if qk == latent.qk_nope_head_dim]
+        if not wanted:
+            sizes = ", ".join(str(qk) for qk, _ in _KERNEL_HEADS)
+            return f"a head_dim of {latent.qk_nope_head_dim}, and they take {sizes}"
+        return f"a v_head_dim of {latent.v_head_dim}, and they take {wanted[0]}: add --v-head-dim {wanted[0]}"
+    return None
+
+
+def serving(model_type: str, config: Mapping[str, Any] | None = None) -> tuple[Serving, ...]:
+    """What is known for a converted checkpoint of this `model_type`, engine by engine.
+
+    Without `config` it is said of the class where that depends on it.
+    """
+    unknown = {engine: Serving(engine, None, "not checked") for engine in ("vLLM", "SGLang", "llama.cpp")}
+    unknown = {"transformers": Serving("transformers", True, "run"), **unknown}
+    if model_type == "grouped_decoder":
+        unknown["vLLM"] = _grouped_decoder_in_vllm(config)
+    if model_type == "deepseek_v3":
+        unknown |= _latent(config)
+    return tuple(_BY_ENGINE.get((model_type, engine), entry) for engine, entry in unknown.items())
+
+
+_WITHOUT_KERNELS = "only with VLLM_MLA_DISABLE=1, which caches all heads' keys and values: no kernel for these sizes"
+_OWN_LATENT_CLASS = "in sizes with kernels, without biases and with a RoPE of the default type"
+
+
+def _latent(config: Mapping[str, Any] | None) -> dict[str, Serving]:
+    """DeepSeek-V3: as `mha2mla` writes it, without experts, or another."""
+    if config is None:
+        return {
+            "vLLM": Serving("vLLM", True, "read", f"its own class {_OWN_LATENT_CLASS}"),
+            "SGLang": Serving("SGLang", True, "read", _OWN_LATENT_CLASS),
+            "llama.cpp": Serving(
+                "llama.cpp", None, "read", "with q_lora_rank, without biases and with a RoPE of the default type"
+            ),
+        }
+    refusal = _latent_class_refusal(config)
+    return {
+        "vLLM": _latent_in_vllm(config, refusal),
+        "SGLang": _latent_in_sglang(config, refusal),
+        "llama.cpp": _latent_in_llama_cpp(config, refusal),
+    }
+
+
+def _latent_class_refusal(config: Mapping[str, Any]) -> str | None:
+    """Why an engine's own class of DeepSeek-V3 computes something else than transformers', or None."""
+    if config.get("attention_bias"):
+        return "its own class drops the biases silently"
+    rope_type = (config.get("rope_parameters") or {}).get("rope_type", "default")
+    if rope_type not in ("default", "yarn") or not config.get("rope_interleave", True):
+        return "its own class has another RoPE"
+    return None
+
+
+def _latent_in_vllm(config: Mapping[str, Any], refusal: str | None) -> Serving:
+    through_transformers = [f"with --model-impl transformers; {refusal}"] if refusal else []
+    if not _has_kernels(config):
+        return Serving("vLLM", True, "read", "; ".join([_WITHOUT_KERNELS, *through_transformers]))
+    return Serving("vLLM", True, "run" if refusal else "read", *through_transformers)
+
+
+def _latent_in_sglang(config: Mapping[str, Any], refusal: str | None) -> Serving:
+    if refusal:
+        return Serving("SGLang", False, "read", refusal)
+    return Serving("SGLang", True, "read") if _has_kernels(config) else Serving("SGLang", None, "not checked")
+
+
+def _latent_in_llama_cpp(config: Mapping[str, Any], refusal: str | None) -> Serving:
+    if config.get("q_lora_rank") is None:
+        return Serving("llama.cpp", False, "read", "it wants q_lora_rank of most models with a latent")
+    if refusal:
+        return Serving("llama.cpp", False, "read", "it has neither biases nor other RoPEs for a latent")
+    return Serving("llama.cpp", True, "read")
+
+
+def _has_kernels(config: Mapping[str, Any]) -> bool:
+    return latent_kernels(Latent(*(int(config[size.name]) for size in fields(Latent)))) is None
+
+
+def _grouped_decoder_in_vllm(config: Mapping[str, Any] | None) -> Serving:
+    if config is None:
+        return Serving("vLLM", None, "run", "learned positions, with --trust-remote-code; ALiBi is refused")
+    if config.get("alibi_slopes"):
+        return Serving("vLLM", False, "read", "its Transformers backend leaves ALiBi out, so that the class refuses it")
+    if config.get("position_embedding_type") != "learned" or "sliding_attention" in config.get("layer_types", ()):
+        return Serving("vLLM", None, "not checked")
+    return Serving("vLLM", True, "run", "with --trust-remote-code")
+
+
+def engines_line(engines: Iterable[Serving]) -> str:
+    """The engines that serve a class, in one line."""
+    return ", ".join(
+        f"{engine.engine} ({engine.evidence}{': ' + engine.how if engine.how else ''})"
+        for engine in engines
+        if engine.works
+    )

@@ -1,0 +1,184 @@
+"""What a checkpoint is and what it can become, from its headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..algebra.attention_shape import AttentionShape, Latent
+from ..algebra.kv_cache import kv_cache_bytes, kv_cache_bytes_per_token
+from ..architectures.attention import read_attention
+from ..architectures.table import find_architecture
+from ..checkpoint.tensors import Checkpoint
+from ..errors import UnsupportedError
+from ..methods.mla import Mla, class_refusal
+from ..translations.routes import as_cross_layer, as_latent_source, as_target, targets
+from .engines import KERNEL_RANKS, Serving, latent_kernels, serving
+
+__all__ = ["Inspection", "Target", "inspect_checkpoint"]
+
+_CACHE_VALUE_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Target:
+    """A conversion: possible (with the numbers of groups it takes and the class it leads to), or the reason why not."""
+
+    command: str
+    possible: bool
+    reason: str
+    groups: tuple[int, ...] = ()
+    model_type: str | None = None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Cache figures are computed for 16-bit keys and values; a sliding window bounds the context.
+
+    With `cross_attention` the cache takes as much again for each token of the encoder. `serving` says for each class
+    that a conversion leads to which engines serve it.
+    """
+
+    model: str
+    model_type: str
+    attention: str
+    cross_attention: bool
+    num_hidden_layers: int
+    num_key_value_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_size: int
+    num_parameters: int
+    dtype: str
+    size_on_disk_bytes: int
+    cache_bytes_per_token: int
+    context_length: int
+    cache_bytes_for_context: int
+    targets: tuple[Target, ...]
+    latent: Latent | None
+    approximation: str | None
+    serving: dict[str, tuple[Serving, ...]]
+
+
+def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = None) -> Inspection:
+    """Read headers and config; no weight is touched. `context_length` defaults to the longest the model takes.
+
+    A class that has no grouped attention is inspected as one that it can become. Raises UnsupportedError for an unknown
+    architecture, CheckpointError where config and tensors disagree.
+    """
+    views = list(targets(checkpoint))
+    usable = [view for view in views if not isinstance(view, UnsupportedError)]
+    if not usable:
+        raise next(view for view in reversed(views) if isinstance(view, UnsupportedError))
+    source, checkpoint = checkpoint, usable[0]
+    architecture = find_architecture(checkpoint)
+    shape = read_attention(checkpoint, architecture)
+    cross_layer, shared = _cross_layer_target(source)
+    conversions = (*_targets(source, shape), cross_layer, _latent_target(source))
+    configs = {view.config["model_type"]: view.config for view in (*shared, *reversed(usable))}
+    pooled = [target.model_type for target in conversions[:2] if target.model_type]
+    others = (*(() if pooled else usable), *shared)
+    classes = dict.fromkeys([*pooled, *(str(view.config["model_type"]) for view in others)])
+    context = context_length or checkpoint.config_int(architecture.config_name("max_position_embeddings"), default=2048)
+    return Inspection(
+        model=checkpoint.name,
+        model_type=str(source.config["model_type"]),
+        attention=shape.kind,
+        cross_attention=shape.cross_attention,
+        num_hidden_layers=shape.num_hidden_layers,
+        num_key_value_layers=shape.num_key_value_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        head_dim=shape.head_dim,
+        hidden_size=shape.hidden_size,
+        num_parameters=checkpoint.num_parameters,
+        dtype=checkpoint.dtype,
+        size_on_disk_bytes=source.size_on_disk_bytes,
+        cache_bytes_per_token=kv_cache_bytes_per_token(
+            num_layers=shape.num_key_value_layers,
+            values=shape.cached_values,
+            bytes_per_value=_CACHE_VALUE_BYTES,
+        ),
+        context_length=context,
+        cache_bytes_for_context=kv_cache_bytes(
+            context,
+            windows=shape.key_value_windows,
+            values=shape.cached_values,
+            bytes_per_value=_CACHE_VALUE_BYTES,
+        ),
+        targets=conversions,
+        latent=shape.latent,
+        approximation=architecture.approximation(checkpoint),
+        serving={model_type: serving(model_type, configs[model_type]) for model_type in classes},
+    )
+
+
+def _targets(source: Checkpoint, shape: AttentionShape) -> tuple[Target, Target]:
+    heads = shape.num_key_value_heads
+    if heads == 1:
+        reason = "the model has one K/V head already"
+        return Target("mha2gqa", False, reason), Target("mha2mqa", False, "the model is MQA already")
+    gqa = Target("mha2gqa", False, f"{heads} K/V heads have no divisor between 1 and {heads}")
+    taken: list[int] = []
+    for number in (number for number in range(2, heads) if heads % number == 0):
+        target, reason = _target(source, number)
+        if target is not None and gqa.model_type in (None, target):
+            taken.append(number)
+            gqa = Target("mha2gqa", True, f"--groups {' or '.join(map(str, taken))}", tuple(taken), target)
+        elif not taken:
+            gqa = Target("mha2gqa", False, reason)
+    target, reason = _target(source, 1)
+    if target is None:
+        return gqa, Target("mha2mqa", False, reason)
+    return gqa, Target("mha2mqa", True, f"{heads} K/V heads become 1", (1,), target)
+
+
+def _cross_layer_target(source: Checkpoint) -> tuple[Target, tuple[Checkpoint, ...]]:
+    """Whether layers can share keys and values, and the checkpoint as the class for it if there is one."""
+    try:
+        view = as_cross_layer(source)
+    except UnsupportedError as error:
+        return Target("mha2cla", False, str(error).removeprefix(f"{source.name}: ")), ()
+    architecture = find_architecture(view)
+    num_layers = read_attention(view, architecture).num_hidden_layers
+    if num_layers == 1:
+        return Target("mha2cla", False, "the model has one layer"), (view,)
+    reason = f"--share 2 to {num_layers}" if num_layers > 2 else "--share 2"
+    return Target("mha2cla", True, reason, model_type=architecture.model_type), (view,)
+
+
+def _latent_target(source: Checkpoint) -> Target:
+    """Whether keys and values fit in a latent; with the sizes, smaller than the cache is, that have fast kernels."""
+    try:
+        view = as_latent_source(source)
+        architecture = find_architecture(view)
+    except UnsupportedError as error:
+        return Target("mha2mla", False, str(error).removeprefix(f"{source.name}: "))
+    shape = read_attention(view, architecture)
+    refusal = class_refusal(view, architecture, shape)
+    if refusal:
+        return Target("mha2mla", False, refusal)
+    sizes = []
+    for rank in KERNEL_RANKS:
+        for v_head_dim in (None, 128):
+            latent = Mla(rank, 64, v_head_dim=v_head_dim).latent(shape)
+            fits = rank <= min(shape.hidden_size, shape.cached_values) and rank + 64 < shape.cached_values
+            if fits and latent_kernels(latent) is None:
+                sizes.append(f"{rank} + 64" + (f" with --v-head-dim {v_head_dim}" if v_head_dim else ""))
+                break
+    kernels = (
+        f"fast kernels for {' or '.join(sizes)}" if sizes else "no size with fast kernels is smaller than its cache"
+    )
+    options = f"--kv-lora-rank R --qk-rope-head-dim D, R + D below {shape.cached_values}"
+    return Target("mha2mla", True, f"{options}; {kernels}", model_type="deepseek_v3")
+
+
+def _target(source: Checkpoint, number: int) -> tuple[str | None, str]:
+    """The class with so many K/V heads, or None and the reason why there is none."""
+    try:
+        view = as_target(source, number)
+    except UnsupportedError as error:
+        return None, str(error).removeprefix(f"{source.name}: ")
+    architecture = find_architecture(view)
+    refusal = architecture.refusal(view.config)
+    return (None, refusal) if refusal else (architecture.model_type, "")

@@ -1,0 +1,1 @@
+"""GQA, CLA and MLA: what each measures and merges, and the plan that it makes."""

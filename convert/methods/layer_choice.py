@@ -1,0 +1,149 @@
+"""Which layers to let share keys and values: those whose sharing changes the least, by a trial on text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from ..algebra.attention_shape import AttentionShape
+from ..algebra.head_merge import Freedom, Heads, LayerInput, merge_layers
+from ..algebra.head_search import best_grouping
+from ..algebra.layer_grouping import LayerGrouping
+from ..architectures.architecture import Architecture
+from ..architectures.attention import read_attention
+from ..architectures.projections import projection_tensors, read_projections
+from ..architectures.rotary import read_rotary
+from ..calibration.layerwise import LayerwiseModel
+from ..calibration.moments import layer_moments
+from ..calibration.text import CalibrationText
+from ..checkpoint.tensors import Checkpoint
+from ..errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Damages", "best_layers", "measure_damages", "permitted_pairs"]
+
+Damages = Mapping[tuple[int, int], float]
+"""What is lost if only layer c reads the keys and values of p, for pairs (p, c)."""
+
+_TRIAL_PASSES = 4  # of the text's forward passes: an average over 16 384 tokens needs no more
+
+
+def permitted_pairs(
+    shape: AttentionShape, reach: int, *, keep_first: int = 0, keep_last: int = 0
+) -> list[tuple[int, int]]:
+    """Layers (p, c) of which c may read the keys and values of p: at most `reach` apart, with the same window."""
+    between = range(keep_first, shape.num_hidden_layers - keep_last)
+    return [
+        (first, second)
+        for first in between
+        for second in between[between.index(first) + 1 :][:reach]
+        if shape.windows[first] == shape.windows[second]
+    ]
+
+
+def measure_damages(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    text: CalibrationText,
+    pairs: Collection[tuple[int, int]],
+    *,
+    device: str = "cpu",
+    precision: str = "fp32",
+    progress: Callable[[int], object] = lambda num_layers: None,
+) -> Damages:
+    """For every pair of layers: E ‖h' − h‖² / ‖h‖² of the hidden states that leave the second, where h' are those of a
+    model in which these two share, merged but not refitted, and no others.
+
+    checkpoint: as CrossLayerDecoder. Hidden states enter the first layer as the original has them.
+    """
+    import torch
+
+    shape = read_attention(checkpoint, architecture)
+    rotary = read_rotary(checkpoint, architecture, shape)
+    free = architecture.approximation(checkpoint) is None
+    model = LayerwiseModel(checkpoint, architecture, device=device, precision=precision)
+    damages: dict[tuple[int, int], float] = {}
+    with torch.inference_mode():
+        states = [model.embed(batch) for batch in text.batches]
+        model.release_embeddings()
+        for first in range(shape.num_hidden_layers):
+            readers = [second for producer, second in pairs if producer == first]
+            layers = tuple(range(first, max(readers, default=first) + 1))
+            grams, crosses = layer_moments(model, layers, states, device) if readers else ([], [])
+            for second in readers:
+                inputs = [
+                    LayerInput(
+                        read_projections(checkpoint, architecture, shape, layer),
+                        grams[layer - first],
+                        crosses[layer - first],
+                    )
+                    for layer in (first, second)
+                ]
+                heads = Heads(inputs, shape, Freedom(rotary[first], keys=free))
+                grouping = (best_grouping if free else Heads.in_order)(heads, shape.num_key_value_heads)
+                pair = merge_layers(heads, grouping).projections
+                merged = {
+                    layer: projection_tensors(projections, checkpoint, architecture, shape, layer)
+                    for layer, projections in zip((first, second), pair, strict=True)
+                }
+                trial = range(first, second + 1)
+                damages[first, second] = _trial(model, trial, merged, states[:_TRIAL_PASSES])
+            with model.layer(first) as module:
+                states = [model.run(module, first, batch) for batch in states]
+            progress(1)
+    return damages
+
+
+def _trial(
+    model: LayerwiseModel, layers: range, merged: Mapping[int, dict[str, Tensor]], states: list[Tensor]
+) -> float:
+    """The relative error after `layers`, of which the first and the last share what `merged` holds."""
+    wanted = found = states
+    shared: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in states]
+    for layer in layers:
+        with model.layer(layer) as module:
+            wanted = [model.run(module, layer, batch) for batch in wanted]
+        source = layers[0] if layer in merged else layer
+        with model.layer(layer, merged.get(layer), source) as module:
+            found = [model.run(module, layer, batch, shared=kept) for batch, kept in zip(found, shared, strict=True)]
+    errors = [
+        ((one - other).square().sum(-1) / other.square().sum(-1)).mean().item()
+        for one, other in zip(found, wanted, strict=True)
+    ]
+    return sum(errors) / len(errors)
+
+
+def best_layers(num_layers: int, num_key_value_layers: int, damages: Damages) -> LayerGrouping:
+    """Groups of neighbours, as many as layers shall keep keys and values, with the least sum of damages.
+
+    What a group loses is taken for the sum of what its layers do that read the first's. Raises UnsupportedError where
+    no groups of these pairs are so few.
+    """
+    infinite = float("inf")
+
+    def loss(begin: int, end: int) -> float:
+        return sum(damages.get((begin, layer), infinite) for layer in range(begin + 1, end))
+
+    # of the first `end` layers in `count` groups: the least loss, and where the last group begins
+    best: dict[tuple[int, int], tuple[float, int]] = {(0, 0): (0.0, 0)}
+    for end in range(1, num_layers + 1):
+        for count in range(1, min(end, num_key_value_layers) + 1):
+            candidates = [
+                (best[begin, count - 1][0] + loss(begin, end), begin)
+                for begin in range(end)
+                if (begin, count - 1) in best
+            ]
+            if candidates and min(candidates)[0] < infinite:
+                best[end, count] = min(candidates)
+    if (num_layers, num_key_value_layers) not in best:
+        raise UnsupportedError(
+            f"{num_layers} layers cannot share so that {num_key_value_layers} keep keys and values",
+            hint="only neighbours with the same window share; ask for more, or keep fewer at the ends",
+        )
+    ends = [num_layers]
+    for count in range(num_key_value_layers, 0, -1):
+        ends.append(best[ends[-1], count][1])
+    return LayerGrouping.of_sizes(tuple(end - begin for begin, end in pairwise(reversed(ends))))

@@ -1,0 +1,80 @@
+"""How documents become token ids, and which tokenizers give the same ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.remote_code import remote_code_allowed
+from ..checkpoint.tokenizer import load_tokenizer
+from ..errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["adds_bos", "check_tokenizers", "encode_batch", "encode_documents", "tokenizer_hash"]
+
+_ENCODE_BATCH = 64
+# the parts of a fast tokenizer that decide which ids a text becomes; truncation and padding change as it is used
+_FAST_TOKENIZER_PARTS = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model")
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer itself puts a BOS before a text, as Llama's does and GPT-NeoX's does not."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and len(ids) > 0 and ids[0] == tokenizer.bos_token_id
+
+
+def encode_batch(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, bos: bool = False) -> list[list[int]]:
+    """Token ids of each text: BOS if asked for, the text without other special tokens, EOS if there is one."""
+    before = [tokenizer.bos_token_id] if bos else []
+    after = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return [before + ids + after for ids in encoded["input_ids"]]
+
+
+def encode_documents(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, bos: bool = False
+) -> Iterator[list[int]]:
+    """Token ids of each document, as `encode_batch` gives them."""
+    iterator = iter(documents)
+    while batch := list(islice(iterator, _ENCODE_BATCH)):
+        yield from encode_batch(batch, tokenizer, bos=bos)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of what decides which ids a text becomes: vocabulary, special tokens, and a fast tokenizer's own parts."""
+    described: dict[str, Any] = {
+        "vocabulary": tokenizer.get_vocab(),
+        "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "special_ids": sorted(tokenizer.all_special_ids),
+        "bos": adds_bos(tokenizer),
+    }
+    if tokenizer.is_fast:
+        serialised = json.loads(tokenizer.backend_tokenizer.to_str())
+        described |= {part: serialised[part] for part in _FAST_TOKENIZER_PARTS}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def check_tokenizers(model: str | Path, original: str | Path | None) -> None:
+    """Raise DataError if `model` has no tokenizer, or if its logits cannot be compared with those of `original`."""
+    tokenizer = load_tokenizer(model)
+    if original is None:
+        return
+    if load_tokenizer(original).get_vocab() != tokenizer.get_vocab():
+        difference = "its tokenizer differs from that of"
+    elif _vocab_size(original) != _vocab_size(model):
+        difference = f"its logits have {_vocab_size(original)} entries, not {_vocab_size(model)} as those of"
+    else:
+        return
+    raise DataError(f"{original}: {difference} {model}", hint="use the original that was converted")
+
+
+def _vocab_size(model: str | Path) -> int:
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(model, trust_remote_code=remote_code_allowed()).get_text_config().vocab_size)

@@ -1,0 +1,135 @@
+"""A checkpoint seen as one of another class that computes the same function and, unlike its own, has grouped attention.
+
+The view is a Checkpoint: methods plan on it and `execute` reads from it as from any other, one tensor at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import IO, TYPE_CHECKING, Any
+
+from ..architectures.architecture import refuse_quantised
+from ..checkpoint.loading import OLD_BUFFERS
+from ..checkpoint.tensors import Checkpoint, TensorInfo, tensor_bytes
+from ..errors import CheckpointError, UnsupportedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Derived", "TranslatedCheckpoint", "Translation"]
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A tensor of the target class: `compute` of the source tensors `reads`, in float64; without it the same bytes."""
+
+    reads: tuple[str, ...]
+    shape: tuple[int, ...]
+    compute: Callable[..., Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Translation:
+    """How checkpoints of one `model_type` become checkpoints of `target`.
+
+    `config` makes the target's config.json, `tensors` says where each of its tensors comes from. `refusal` gives the
+    reason why a checkpoint cannot be translated exactly, or None. `token_ids` are the ids of BOS, EOS and padding that
+    the source's class has where its config says nothing; without them they are the target's.
+    """
+
+    model_type: str
+    target: str
+    config: Callable[[Checkpoint], dict[str, Any]]
+    tensors: Callable[[Checkpoint], Mapping[str, Derived]]
+    refusal: Callable[[Checkpoint], str | None] = lambda checkpoint: None
+    token_ids: tuple[int | None, int | None, int | None] | None = None
+
+
+@dataclass
+class TranslatedCheckpoint(Checkpoint):
+    """`source` as its translation. Its tensors have the dtype of the source tensor that they are made from first."""
+
+    source: Checkpoint = field(kw_only=True)
+    derived: Mapping[str, Derived] = field(kw_only=True)
+
+    @classmethod
+    def of(cls, source: Checkpoint, translation: Translation) -> TranslatedCheckpoint:
+        """Raises UnsupportedError where the translation would not be exact, CheckpointError for missing tensors."""
+        refusal = refuse_quantised(source.config) or translation.refusal(source)
+        if refusal:
+            raise UnsupportedError(f"{source.name}: {refusal}")
+        derived = translation.tensors(source)
+        _check_complete(source, derived)
+        tensors = {name: _info(source, name, tensor) for name, tensor in derived.items()}
+        return cls(
+            source.name,
+            source.path,
+            _completed(translation, source, derived),
+            tensors,
+            source.size_on_disk_bytes,
+            source=source,
+            derived=derived,
+        )
+
+    def close(self) -> None:
+        self.source.close()
+
+    def counted_tensors(self, names: Iterable[str] | None = None) -> list[TensorInfo]:
+        """The source's tensors that are taken over: masks and frequencies among its weights are not."""
+        chosen = self.derived if names is None else names
+        return self.source.counted_tensors({read for name in chosen for read in self.derived[name].reads})
+
+    def read(self, name: str) -> Tensor:
+        derived = self.derived[name]
+        tensors = [self.source.read(source_name) for source_name in derived.reads]
+        if derived.compute is None:
+            return tensors[0]
+        return derived.compute(*(tensor.double() for tensor in tensors)).to(tensors[0].dtype)
+
+    def copy_bytes(self, name: str, target: IO[bytes]) -> None:
+        derived = self.derived[name]
+        if derived.compute is None:
+            self.source.copy_bytes(derived.reads[0], target)
+        else:
+            target.write(tensor_bytes(self.read(name)))
+
+
+def _check_complete(source: Checkpoint, derived: Mapping[str, Derived]) -> None:
+    """Raise CheckpointError for a tensor that the translation would drop."""
+    read = {name for tensor in derived.values() for name in tensor.reads}
+    dropped = [name for name in source.tensors if name not in read and not OLD_BUFFERS.search(name)]
+    if dropped:
+        raise CheckpointError(
+            f"{source.name}: config.json implies no tensor {dropped[0]} ({len(dropped)} in all)",
+            hint="config.json and the weights belong to different models, or one of them was edited",
+        )
+
+
+def _completed(translation: Translation, source: Checkpoint, derived: Mapping[str, Derived]) -> dict[str, Any]:
+    """The translated config with the ids of special tokens that the source's class has by default.
+
+    Where a base class saved the source, without a head, it names the target's base class.
+    """
+    config = translation.config(source)
+    if translation.token_ids is not None:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        for name, default in zip(names, translation.token_ids, strict=True):
+            config[name] = source.config.get(name, default)
+    if "lm_head.weight" not in derived and not config.get("tie_word_embeddings"):
+        config["architectures"] = [name.replace("ForCausalLM", "Model") for name in config["architectures"]]
+    return config
+
+
+def _info(source: Checkpoint, name: str, derived: Derived) -> TensorInfo:
+    for source_name in derived.reads:
+        if source_name not in source.tensors:
+            raise CheckpointError(
+                f"{source_name} is missing from {source.name}",
+                hint="the checkpoint is incomplete, or config.json's model_type is wrong",
+            )
+    origin = source.tensors[derived.reads[0]]
+    num_bytes = origin.num_bytes // max(origin.num_elements, 1)
+    for size in derived.shape:
+        num_bytes *= size
+    return replace(origin, name=name, shape=derived.shape, begin=0, end=num_bytes)

@@ -1,0 +1,103 @@
+"""The rooms of the house: which may import which."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# from the ground up: a room imports itself and what stands before it
+TOP = ("convert", "measure", "uptrain", "cli")
+CONVERT = (
+    "errors",
+    "runtime",
+    "device",
+    "algebra",
+    "checkpoint",
+    "architectures",
+    "translations",
+    "text",
+    "calibration",
+    "plan",
+    "methods",
+    "describe",
+    "cache_check",
+    "execute",
+)
+OUTSIDE_OF_ALGEBRA = ("torch", "__future__", "collections", "dataclasses", "functools", "itertools", "types", "typing")
+
+
+def imported(path: Path) -> Iterator[tuple[str, ...]]:
+    """What a file imports, as parts of a name: ("convert", "algebra", "heads"), or ("torch",)."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (tuple(alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            above = package[: len(package) - node.level + 1]
+            named = (*above, *(node.module.split(".") if node.module else ()))
+            yield from ((*named, alias.name) for alias in node.names) if not node.module else (named,)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield tuple(node.module.split("."))
+
+
+def uphill(folder: Path, rooms: tuple[str, ...]) -> list[str]:
+    """The imports of a folder's files that lead to a room that stands above their own."""
+    prefix = folder.relative_to(ROOT).parts
+    found = []
+    for path in sorted(folder.rglob("*.py")):
+        own = path.relative_to(folder).parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        for name in imported(path):
+            if name[: len(prefix)] == prefix and len(name) > len(prefix):
+                room = name[len(prefix)]
+                if room not in rooms or rooms.index(room) > rooms.index(own):
+                    found.append(f"{path.relative_to(ROOT)} imports {'.'.join(name)}")
+    return found
+
+
+def test_folders_import_downhill_only() -> None:
+    assert [wrong for top in TOP for wrong in uphill_of_top(top)] == []
+
+
+def uphill_of_top(top: str) -> list[str]:
+    allowed = {*TOP[: TOP.index(top) + 1], "configs"}
+    return [
+        f"{path.relative_to(ROOT)} imports {'.'.join(name)}"
+        for path in sorted((ROOT / top).rglob("*.py"))
+        for name in imported(path)
+        if name[0] in (*TOP, "configs") and name[0] not in allowed
+    ]
+
+
+def test_rooms_of_convert_import_downhill_only() -> None:
+    assert uphill(ROOT / "convert", CONVERT) == []
+
+
+def test_every_room_of_convert_is_in_the_list() -> None:
+    there = {path.name.removesuffix(".py") for path in (ROOT / "convert").iterdir()}
+    assert there - {"__init__", "__pycache__", "py.typed"} == set(CONVERT)
+
+
+def test_an_import_uphill_is_found() -> None:
+    """The control: with the rooms in another order, the same check finds what breaks it."""
+    wrong = uphill(ROOT / "convert", tuple(reversed(CONVERT)))
+    assert "convert/execute.py imports convert.plan" in wrong
+
+
+def test_algebra_knows_tensors_and_errors_only() -> None:
+    for path in sorted((ROOT / "convert" / "algebra").glob("*.py")):
+        for name in imported(path):
+            ours = name[:2] in (("convert", "algebra"), ("convert", "errors"))
+            assert ours or name[0] in OUTSIDE_OF_ALGEBRA, f"{path.name} imports {'.'.join(name)}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "convert" / "runtime").glob("*.py")), ids=lambda path: path.name)
+def test_runtime_files_stand_alone(path: Path) -> None:
+    """They are copied beside the weights, where kvconvert may not be installed."""
+    ours = [name for name in imported(path) if name[0] in (*TOP, "configs", "kvconvert")]
+    assert all(name[:2] == ("convert", "runtime") for name in ours), ours
