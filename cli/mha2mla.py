@@ -128,7 +128,7 @@ def mha2mla(request: Request) -> None:
             **asdict(settings),
             **asdict(mla),
         }
-        kernels = latent_kernels(mla.latent(shape))
+        kernels = latent_kernels(mla.latent_sizes(shape))
         summary["fast_kernels"] = kernels is None
         scratch_parent = existing_parent(target)
         with (
@@ -140,7 +140,7 @@ def mha2mla(request: Request) -> None:
                 checkpoint, architecture, mla, settings, Path(scratch), text=text, progress=advance
             )
             finish(mla.plan(compressed, architecture), compressed, target, request, summary)
-    if mla.latent(shape).num_cached >= shape.cached_values:
+    if mla.latent_sizes(shape).num_cached >= shape.cached_values:
         terminal.remark("the cache gets larger: ask for smaller sizes")
     if kernels is not None:
         terminal.remark(f"no engine has a fast kernel for these sizes: {kernels}")

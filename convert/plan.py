@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from .algebra.attention_shape import AttentionShape, Latent
+from .algebra.attention_shape import AttentionShape, LatentSizes
 from .algebra.heads import POOLING_METHODS, HeadGrouping, interleave_heads, stack_heads
 from .algebra.kv_cache import kv_cache_bytes_per_token
 from .algebra.layer_grouping import LayerGrouping
@@ -184,7 +184,7 @@ class ConversionPlan:
 def _attention_shape(data: Mapping[str, Any]) -> AttentionShape:
     grouping = data["layer_grouping"]
     shared = None if grouping is None else LayerGrouping(tuple(grouping["sources"]))
-    latent = None if data["latent"] is None else Latent(**data["latent"])
+    latent = None if data["latent"] is None else LatentSizes(**data["latent"])
     return AttentionShape(**{**data, "windows": tuple(data["windows"]), "layer_grouping": shared, "latent": latent})
 
 

@@ -229,7 +229,7 @@ def build(source: Source, layers: Sequence[Converted]) -> Any:
     checkpoint, architecture, shape = source.checkpoint, source.architecture, source.shape
     one = layers[0].layer
     mla = Mla(len(one.latent), len(one.rope_key), rope_interleave=False)
-    config = mla.config(checkpoint, architecture, source.rotary, [(0, 0)] * mla.num_slots)
+    config = mla.config(checkpoint, architecture, source.rotary, [(0, 0)] * mla.num_rope_pairs)
     config.pop("rope_scaling", None)
     model = empty_model(config | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}})
     prefixes = tuple(f"{architecture.attention.format(layer=layer)}." for layer in range(len(layers)))

@@ -27,7 +27,7 @@ def classes(model_type: str, num_key_value_heads: int) -> tuple[str, ...]:
     ends = [route[-1].target if route else model_type for route in routes_of(model_type)]
     if num_key_value_heads == 1 and () in routes_of(model_type):
         ends = [model_type]  # a class that has one K/V head has it whatever else its config says
-    return tuple(end for end in ends if ARCHITECTURES[end].refuse_heads({}, num_key_value_heads) is None)
+    return tuple(end for end in ends if ARCHITECTURES[end].heads_refusal({}, num_key_value_heads) is None)
 
 
 def sources() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:

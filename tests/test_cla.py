@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from kvconvert.convert import Cla, LayerGrouping, as_cross_layer, execute, find_architecture, open_checkpoint
 from kvconvert.convert.algebra import head_merge as layer_merge
 from kvconvert.convert.algebra.attention_shape import AttentionShape
-from kvconvert.convert.algebra.head_merge import Freedom, Heads, LayerInput, merge_layers
+from kvconvert.convert.algebra.head_merge import FreeTransformations, Heads, LayerInput, merge_layers
 from kvconvert.convert.algebra.projections import Projections
 from kvconvert.convert.algebra.rotations import Rotary
 from kvconvert.convert.architectures.attention import read_attention
@@ -298,7 +298,7 @@ def test_keys_of_another_layer_are_predicted_by_least_squares(seed: int) -> None
         LayerInput(layers[1], y.T @ y / 40, y.T @ x / 40),
     ]
     with mock.patch.object(layer_merge, "_PULL", 0.0):
-        merged = Heads(inputs, shape, Freedom(Rotary(()))).merged_values((0, 1))
+        merged = Heads(inputs, shape, FreeTransformations(Rotary(()))).merged_values((0, 1))
     targets = torch.cat([x @ layers[0].v.T @ layers[0].o.T, y @ layers[1].v.T @ layers[1].o.T], dim=1)
     predicted = x @ torch.linalg.lstsq(x, targets).solution
     residual = (targets - predicted).square().sum().item() / 40
@@ -332,7 +332,9 @@ def test_a_merge_of_layers_keeps_the_heads_of_each() -> None:
     layers = [
         Projections(*(torch.randn(*size, generator=generator, dtype=torch.float64) for size in sizes)) for _ in range(2)
     ]
-    heads = Heads([LayerInput(layers[0], gram), LayerInput(layers[1], gram, gram)], shape, Freedom(Rotary(())))
+    heads = Heads(
+        [LayerInput(layers[0], gram), LayerInput(layers[1], gram, gram)], shape, FreeTransformations(Rotary(()))
+    )
     result = merge_layers(heads, heads.in_order(2))
     assert result.grouping.groups == ((0, 2), (1, 3))
     for projections in result.projections:
@@ -354,10 +356,10 @@ def test_layers_that_read_the_same_are_merged_as_heads_of_one_layer() -> None:
     joined = Projections(
         *(torch.cat([getattr(layer, side) for layer in layers], dim=int(side == "o")) for side in ("q", "k", "v", "o"))
     )
-    freedom = Freedom(Rotary((1.0, 0.3, 0.1, 0.01), longest=40))
-    one = Heads([LayerInput(joined, gram)], AttentionShape(19, 2, 2, 8, (None,)), freedom)
+    free = FreeTransformations(Rotary((1.0, 0.3, 0.1, 0.01), longest=40))
+    one = Heads([LayerInput(joined, gram)], AttentionShape(19, 2, 2, 8, (None,)), free)
     inputs = [LayerInput(layers[0], gram), LayerInput(layers[1], gram, gram)]
-    two = Heads(inputs, AttentionShape(19, 1, 1, 8, (None, None)), freedom)
+    two = Heads(inputs, AttentionShape(19, 1, 1, 8, (None, None)), free)
     pairs = [(heads.merged_keys((0, 1)), heads.merged_values((0, 1))) for heads in (two, one)]
     for found, expected in zip(*pairs, strict=True):
         torch.testing.assert_close(found.shared, expected.shared)

@@ -17,23 +17,23 @@ from kvconvert.convert import execute, find_architecture, open_checkpoint
 from kvconvert.convert.algebra.attention_shape import AttentionShape
 from kvconvert.convert.algebra.latent import (
     LatentAttention,
-    Weighting,
+    LatentObjective,
     _constant_norm,
     _top_rows,
-    compress,
+    latent_attention,
     normalised,
-    slot_gains,
+    rope_pair_gains,
     without_constant,
 )
-from kvconvert.convert.algebra.merge import Merged, Turnings, merge_at_distances
+from kvconvert.convert.algebra.merge import ExpectedRotations, Merged, merge_at_distances
 from kvconvert.convert.algebra.projections import Projections
-from kvconvert.convert.algebra.rotations import Rotary, turning_between
+from kvconvert.convert.algebra.rotations import Rotary, expected_rotation_between
 from kvconvert.convert.calibration.layerwise import LayerwiseModel
 from kvconvert.convert.calibration.text import CalibrationText
 from kvconvert.convert.describe.engines import latent_kernels, serving
 from kvconvert.convert.describe.inspection import inspect_checkpoint
 from kvconvert.convert.errors import UnsupportedError
-from kvconvert.convert.methods.compression import _WEIGHTINGS, CompressSettings, _Student, compress_checkpoint
+from kvconvert.convert.methods.compression import _OBJECTIVES, CompressSettings, _Student, compress_checkpoint
 from kvconvert.convert.methods.mla import Mla
 from kvconvert.convert.plan import ConversionPlan
 from kvconvert.convert.runtime.transformers_interface import CACHE_NAME
@@ -285,13 +285,13 @@ def test_the_weighting_whose_attention_is_nearest_to_the_original_is_taken(
     sizes: tuple[int, int],
     best: int,
 ) -> None:
-    """Each weighting alone, measured in its checkpoint; the constant channel keeps the norm out of it."""
+    """Each objective alone, measured in its checkpoint; the constant channel keeps the norm out of it."""
     source = make_checkpoint(num_hidden_layers=1)
     mla = Mla(*sizes, "exact")
     convert(source, tmp_path / "chosen", mla)
     errors = []
-    for index, weighting in enumerate(_WEIGHTINGS):
-        monkeypatch.setattr("kvconvert.convert.methods.compression._WEIGHTINGS", (weighting,))
+    for index, objective in enumerate(_OBJECTIVES):
+        monkeypatch.setattr("kvconvert.convert.methods.compression._OBJECTIVES", (objective,))
         convert(source, tmp_path / str(index), mla)
         errors.append(attention_error(source, tmp_path / str(index)))
     assert errors.index(min(errors)) == best
@@ -325,7 +325,7 @@ def test_one_candidate_is_held_beside_the_best_and_head_outputs_only_for_the_ref
 
     def counted(*arguments: Any, **named: Any) -> LatentAttention:
         before.append(len(alive))
-        layer = compress(*arguments, **named)
+        layer = latent_attention(*arguments, **named)
         alive.add(layer)
         return layer
 
@@ -333,7 +333,7 @@ def test_one_candidate_is_held_beside_the_best_and_head_outputs_only_for_the_ref
         collected.append(len(arguments) > 4 and arguments[4] is not None)
         return run(*arguments, **named)
 
-    monkeypatch.setattr("kvconvert.convert.methods.compression.compress", counted)
+    monkeypatch.setattr("kvconvert.convert.methods.compression.latent_attention", counted)
     monkeypatch.setattr(LayerwiseModel, "run", noted)
     convert(make_checkpoint(), tmp_path / "mla", Mla(24, 8, rope_selection="gain"), refit=refit)
     assert before == ([0, 1, 1, 1] * 2 if refit else [0, 0])
@@ -386,7 +386,7 @@ def test_candidates_are_compared_without_the_norm_of_their_latents(
     error = _Student.error
 
     def resized(*arguments: Any, **named: Any) -> LatentAttention:
-        layer, sizes = compress(*arguments, **named), torch.logspace(0, 1, 24, dtype=torch.float64)
+        layer, sizes = latent_attention(*arguments, **named), torch.logspace(0, 1, 24, dtype=torch.float64)
         return replace(
             layer, latent=sizes[:, None] * layer.latent, key_up=layer.key_up / sizes, value_up=layer.value_up / sizes
         )
@@ -399,7 +399,7 @@ def test_candidates_are_compared_without_the_norm_of_their_latents(
 
         monkeypatch.setattr(_Student, "error", recorded)
         convert(source, tmp_path / name, mla)
-        monkeypatch.setattr("kvconvert.convert.methods.compression.compress", resized)
+        monkeypatch.setattr("kvconvert.convert.methods.compression.latent_attention", resized)
     assert len(set(errors["as-it-is"])) == 4
     assert errors["resized"] == pytest.approx(errors["as-it-is"], rel=1e-4)
 
@@ -577,8 +577,10 @@ def test_a_compressed_layer_has_the_scores_and_outputs_of_its_source() -> None:
     Scores are equal up to what they all have in common for a query, which a softmax does not see.
     """
     projections, inputs = random_layer()
-    slots = [(0, 0), (0, 1), (1, 0), (1, 1)]
-    layer = compress(projections, SHAPE, ROTARY, inputs.T @ inputs / 500, slots=slots, kv_lora_rank=17, constant=True)
+    rope_pairs = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    layer = latent_attention(
+        projections, SHAPE, ROTARY, inputs.T @ inputs / 500, rope_pairs=rope_pairs, kv_lora_rank=17, constant=True
+    )
     x = inputs[:20]
     queries, keys, values = (
         (x @ rows.T).unflatten(1, (-1, 6)) for rows in (projections.q, projections.k, projections.v)
@@ -618,13 +620,13 @@ def test_a_shared_key_of_other_frequencies_is_a_least_squares_over_distances(sti
     generator = torch.Generator().manual_seed(6)
     roots = torch.randn(2, 6, 6, generator=generator, dtype=torch.float64)
     weights = list(roots @ roots.mT)
-    turnings = Turnings(
-        turning_between(shared_rotary, 6, shared_rotary, 6, centred=still),
-        turning_between(shared_rotary, 6, rotary, 6, centred=still),
-        turning_between(rotary, 6, rotary, 6, centred=still),
+    rotations = ExpectedRotations(
+        expected_rotation_between(shared_rotary, 6, shared_rotary, 6, centred=still),
+        expected_rotation_between(shared_rotary, 6, rotary, 6, centred=still),
+        expected_rotation_between(rotary, 6, rotary, 6, centred=still),
     )
     start = Merged(torch.randn(6, 25, generator=generator, dtype=torch.float64), [], 0.0, 0.0)
-    merged = merge_at_distances(start, heads, weights, gram, turnings)
+    merged = merge_at_distances(start, heads, weights, gram, rotations)
 
     def rotation(angles: tuple[float, ...], distance: int) -> torch.Tensor:
         turn = torch.eye(6, dtype=torch.float64)
@@ -665,9 +667,9 @@ def test_a_shared_key_of_other_frequencies_is_a_least_squares_over_distances(sti
 
 @pytest.mark.parametrize("still", [True, False])
 @pytest.mark.parametrize("constant", [True, False])
-@pytest.mark.parametrize("slots", [[(0, 0)], [(1, 0), (0, 0), (0, 1)]], ids=["one-pair", "three-pairs"])
+@pytest.mark.parametrize("rope_pairs", [[(0, 0)], [(1, 0), (0, 0), (0, 1)]], ids=["one-pair", "three-pairs"])
 def test_what_is_kept_of_keys_is_that_of_scores_over_distances(
-    slots: list[tuple[int, int]], constant: bool, still: bool
+    rope_pairs: list[tuple[int, int]], constant: bool, still: bool
 ) -> None:
     """By brute force, score by score: of each query with each key at each distance, heads counted by their outputs.
 
@@ -677,8 +679,15 @@ def test_what_is_kept_of_keys_is_that_of_scores_over_distances(
     inputs = inputs[:40]
     gram = inputs.T @ inputs / 40
     rotary = Rotary((1.0, 0.2), longest=16)
-    layer = compress(
-        projections, SHAPE, rotary, gram, slots=slots, kv_lora_rank=7, constant=constant, weighting=Weighting(still)
+    layer = latent_attention(
+        projections,
+        SHAPE,
+        rotary,
+        gram,
+        rope_pairs=rope_pairs,
+        kv_lora_rank=7,
+        constant=constant,
+        objective=LatentObjective(still),
     )
     distances = torch.arange(16, dtype=torch.float64)
     likely = 1 / (distances + 1)
@@ -699,13 +708,13 @@ def test_what_is_kept_of_keys_is_that_of_scores_over_distances(
     )
     keys, values = (part.repeat_interleave(2, dim=0) for part in (keys, values))
     expected = scores(queries, keys, [1.0, 0.2])
-    queries = layer.q @ inputs.T / ((6 + 2 * len(slots)) / 6) ** 0.5
+    queries = layer.q @ inputs.T / ((6 + 2 * len(rope_pairs)) / 6) ** 0.5
     still_keys = (layer.key_up @ layer.latent @ inputs.T).repeat_interleave(2, dim=0)
     rope_keys = (layer.rope_key @ inputs.T).expand(4, -1, -1)
     found = scores(
         torch.cat([queries[:, 6:], queries[:, :6]], dim=1).mT,
         torch.cat([rope_keys, still_keys], dim=1).mT,
-        [rotary.frequencies[frequency] for frequency, _ in slots],
+        [rotary.frequencies[frequency] for frequency, _ in rope_pairs],
     )
 
     outputs = torch.einsum("Dhd,hkd->hkD", projections.o.unflatten(1, (4, 6)), values)
@@ -722,7 +731,7 @@ def test_values_alone_keep_what_the_best_low_rank_map_keeps() -> None:
     projections, inputs = random_layer(1)
     gram = inputs.T @ inputs / 500
     still = without_constant(replace(projections, k=torch.zeros_like(projections.k)), gram)
-    layer = compress(still, SHAPE, ROTARY, gram, slots=[(0, 0)], kv_lora_rank=5, constant=False)
+    layer = latent_attention(still, SHAPE, ROTARY, gram, rope_pairs=[(0, 0)], kv_lora_rank=5, constant=False)
     values, vectors = torch.linalg.eigh(gram)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     outputs = projections.o.unflatten(1, (4, 6)).transpose(0, 1)
@@ -751,7 +760,7 @@ def test_gain_of_a_pair_is_what_a_key_without_position_would_lose() -> None:
     shape = AttentionShape(24, 4, 1, 6, (None,))
     one = replace(projections, k=projections.k[:6], v=projections.v[:6])
     rotary = Rotary((1.0, 0.2, 0.01), longest=64)
-    gains = slot_gains(one, shape, rotary, inputs.T @ inputs / 500)
+    gains = rope_pair_gains(one, shape, rotary, inputs.T @ inputs / 500)
     distances = torch.arange(64, dtype=torch.float64)
     likely = 1 / (distances + 1)
     likely /= likely.sum()
@@ -779,8 +788,8 @@ def test_a_normalised_latent_gives_nearly_the_keys_and_values_that_it_gave_befor
     projections, inputs = random_layer(4)
     projections = without_constant(projections, inputs.T @ inputs / 500)
     inputs[:, :-1] = F.rms_norm(inputs[:, :-1], (24,))
-    layer = compress(
-        projections, SHAPE, ROTARY, inputs.T @ inputs / 500, slots=[(0, 0)], kv_lora_rank=24, constant=False
+    layer = latent_attention(
+        projections, SHAPE, ROTARY, inputs.T @ inputs / 500, rope_pairs=[(0, 0)], kv_lora_rank=24, constant=False
     )
     shaped = normalised(layer, inputs, torch.full((len(inputs),), 1 / len(inputs)))
     tokens = inputs @ shaped.latent.T
@@ -801,21 +810,21 @@ def test_what_all_keys_have_in_common_needs_neither_latent_nor_rotary_key() -> N
     common = replace(projections, k=projections.k.clone())
     common.k[:, -1] += rows.flatten()
     latents = [
-        compress(part, SHAPE, ROTARY, gram, slots=[(0, 0)], kv_lora_rank=5, constant=False).latent
+        latent_attention(part, SHAPE, ROTARY, gram, rope_pairs=[(0, 0)], kv_lora_rank=5, constant=False).latent
         for part in (projections, common)
     ]
     torch.testing.assert_close(*latents)
     turned = replace(projections, k=projections.k.clone())
     turned.k[:, -1] += 50
-    torch.testing.assert_close(*(slot_gains(part, SHAPE, ROTARY, gram) for part in (projections, turned)))
+    torch.testing.assert_close(*(rope_pair_gains(part, SHAPE, ROTARY, gram) for part in (projections, turned)))
 
 
 def test_what_reads_a_normalised_latent_is_a_weighted_least_squares() -> None:
     """Its error has nothing in common with the latent, as the weights count tokens."""
     projections, inputs = random_layer(11)
     projections = without_constant(projections, inputs.T @ inputs / 500)
-    layer = compress(
-        projections, SHAPE, ROTARY, inputs.T @ inputs / 500, slots=[(0, 0)], kv_lora_rank=6, constant=False
+    layer = latent_attention(
+        projections, SHAPE, ROTARY, inputs.T @ inputs / 500, rope_pairs=[(0, 0)], kv_lora_rank=6, constant=False
     )
     weights = torch.cat([torch.full((50,), 0.9 / 50), torch.full((450,), 0.1 / 450)])
     shaped = normalised(layer, inputs, weights)
@@ -851,7 +860,7 @@ def test_a_fit_to_the_norm_ends_where_tokens_that_are_left_out_do_not_gain() -> 
     ],
 )
 def test_sizes_with_fast_kernels(mla: Mla, shape: tuple[int], reason: str | None) -> None:
-    found = latent_kernels(mla.latent(AttentionShape(4096, 32, 32, shape[0], (None,))))
+    found = latent_kernels(mla.latent_sizes(AttentionShape(4096, 32, 32, shape[0], (None,))))
     assert (found is None) if reason is None else (found is not None and reason in found)
 
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kvconvert.convert import ARCHITECTURES, Gqa, as_target, execute, find_architecture, open_checkpoint
 from kvconvert.convert.algebra.merge import (
-    Turnings,
+    ExpectedRotations,
     merge_at_distances,
     merge_linear,
     merge_mean,
@@ -25,7 +25,7 @@ from kvconvert.convert.algebra.merge import (
     pair_losses,
 )
 from kvconvert.convert.algebra.refit import refitted
-from kvconvert.convert.algebra.rotations import Rotary, turning
+from kvconvert.convert.algebra.rotations import Rotary, expected_rotation
 from kvconvert.convert.architectures.attention import read_attention
 from kvconvert.convert.architectures.projections import read_projections
 from kvconvert.convert.architectures.rotary import read_rotary
@@ -368,7 +368,7 @@ def error_at_distances(
 def test_turning_is_the_mean_over_rotations() -> None:
     matrix = random_matrix(0, 6, 6)
     pairs = list(zip(likelihoods(ROTARY), rotations(ROTARY, 6), strict=True))
-    found = turning(ROTARY, 6)
+    found = expected_rotation(ROTARY, 6)
     torch.testing.assert_close(found.mean(matrix), sum(p * (turn @ matrix @ turn.T) for p, turn in pairs))
     torch.testing.assert_close(found.mean_back(matrix), sum(p * (turn.T @ matrix @ turn) for p, turn in pairs))
 
@@ -403,7 +403,7 @@ def test_merges_at_distances_lose_what_they_say_and_less_than_where_they_started
     weights, x = [root.T @ root for root in roots], random_matrix(seed + 99, 30, 7)
     gram = x.T @ x / 30
     start = merge_linear(heads, weights, gram, 6)
-    merged = merge_at_distances(start, heads, weights, gram, Turnings.same(turning(ROTARY, 6)))
+    merged = merge_at_distances(start, heads, weights, gram, ExpectedRotations.same(expected_rotation(ROTARY, 6)))
     least = error_at_distances(heads, merged, weights, gram, ROTARY)
     assert least == pytest.approx(merged.total - merged.kept, rel=1e-6, abs=1e-9 * merged.total)
     assert least <= error_at_distances(heads, start, weights, gram, ROTARY) + 1e-9 * merged.total
@@ -420,7 +420,7 @@ def test_merges_at_distances_end_where_no_key_nearby_loses_less() -> None:
     roots, x = [random_matrix(50 + i, 8, 6) for i in range(3)], random_matrix(99, 30, 7)
     weights, gram = [root.T @ root for root in roots], x.T @ x / 30
     start = merge_linear(heads, weights, gram, 6)
-    merged = merge_at_distances(start, heads, weights, gram, Turnings.same(turning(ROTARY, 6)))
+    merged = merge_at_distances(start, heads, weights, gram, ExpectedRotations.same(expected_rotation(ROTARY, 6)))
     least = error_at_distances(heads, merged, weights, gram, ROTARY)
     for attempt in range(20):
         moved = merged.shared + 0.01 * random_matrix(1000 + attempt, *merged.shared.shape)
@@ -434,17 +434,23 @@ def test_losses_of_pairs_are_those_of_their_merges_or_less(seed: int) -> None:
     roots, x = [random_matrix(seed + 50 + i, 8, 6) for i in range(3)], random_matrix(seed + 99, 30, 7)
     weights, gram = [root.T @ root for root in roots], x.T @ x / 30
     covariances = torch.stack([torch.stack([one @ gram @ other.T for other in heads]) for one in heads])
-    still, turned = pair_losses(covariances, weights), pair_losses(covariances, weights, turning(ROTARY, 6))
+    still, turned = pair_losses(covariances, weights), pair_losses(covariances, weights, expected_rotation(ROTARY, 6))
     energy = merge_linear(heads, weights, gram, 6).total
     all_turned = merge_at_distances(
-        merge_linear(heads, weights, gram, 6), heads, weights, gram, Turnings.same(turning(ROTARY, 6))
+        merge_linear(heads, weights, gram, 6),
+        heads,
+        weights,
+        gram,
+        ExpectedRotations.same(expected_rotation(ROTARY, 6)),
     )
     for i, j in product(range(3), range(3)):
         pair, pair_weights = [heads[i], heads[j]], [weights[i], weights[j]]
         linear = merge_linear(pair, pair_weights, gram, 6)
         expected = 0.0 if i == j else (linear.total - linear.kept) / energy
         assert still[i, j].item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
-        merged = merge_at_distances(linear, pair, pair_weights, gram, Turnings.same(turning(ROTARY, 6)))
+        merged = merge_at_distances(
+            linear, pair, pair_weights, gram, ExpectedRotations.same(expected_rotation(ROTARY, 6))
+        )
         assert 0 <= turned[i, j].item() <= (merged.total - merged.kept) / all_turned.total + 1e-9
 
 

@@ -30,7 +30,7 @@ def as_teacher(checkpoint: Checkpoint) -> Checkpoint:
             continue
         architecture = find_architecture(view)
         num_heads = read_attention(view, architecture).num_key_value_heads
-        if architecture.separates_documents and architecture.refuse_heads(view.config, num_heads) is None:
+        if architecture.separates_documents and architecture.heads_refusal(view.config, num_heads) is None:
             return view
     raise refusal or UnsupportedError(f"{checkpoint.name}: no class that uptrain knows holds it")
 

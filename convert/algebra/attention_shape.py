@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from .layer_grouping import LayerGrouping
 
-__all__ = ["AttentionShape", "Latent"]
+__all__ = ["AttentionShape", "LatentSizes"]
 
 
 @dataclass(frozen=True)
-class Latent:
+class LatentSizes:
     """The numbers of multi-head latent attention, as DeepSeek's config calls them."""
 
     kv_lora_rank: int
@@ -40,7 +40,7 @@ class AttentionShape:
     windows: tuple[int | None, ...]
     cross_attention: bool = False
     layer_grouping: LayerGrouping | None = None
-    latent: Latent | None = None
+    latent: LatentSizes | None = None
 
     @property
     def cached_values(self) -> int:

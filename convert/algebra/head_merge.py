@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..algebra.projections import Projections
 from .attention_shape import AttentionShape
 from .heads import HeadGrouping
-from .merge import Merged, Turnings, merge_at_distances, merge_linear, merge_mean, merge_rotary, pair_losses
-from .rotations import Rotary, Turning, turning
+from .merge import ExpectedRotations, Merged, merge_at_distances, merge_linear, merge_mean, merge_rotary, pair_losses
+from .rotations import ExpectedRotation, Rotary, expected_rotation
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Freedom", "Heads", "LayerInput", "LayerMerge", "merge_layers"]
+__all__ = ["FreeTransformations", "Heads", "LayerInput", "LayerMerge", "merge_layers"]
 
 _PULL = 1.0  # docs/measurements.md has others
 
 
 @dataclass(frozen=True)
-class Freedom:
+class FreeTransformations:
     """What a merge may change in a layer without changing its function; a side that is not free takes the mean."""
 
     rotary: Rotary
@@ -88,16 +88,16 @@ class Heads:
     attention reads. What merges need of the inputs, the covariances of all keys and of all values, is computed once.
     """
 
-    def __init__(self, layers: Sequence[LayerInput], shape: AttentionShape, freedom: Freedom) -> None:
+    def __init__(self, layers: Sequence[LayerInput], shape: AttentionShape, free: FreeTransformations) -> None:
         import torch
 
         size = shape.num_attention_heads // shape.num_key_value_heads
-        gram, rotary = layers[0].gram, freedom.rotary
+        gram, rotary = layers[0].gram, free.rotary
         self.num_layers = len(layers)
         self.queries: list[list[Tensor]] = []
         self.outputs: list[list[Tensor]] = []
-        self._freedom = freedom
-        self._turning = turning(rotary, shape.head_dim) if rotary.dims and freedom.keys else None
+        self._free = free
+        self._rotation_of_keys = expected_rotation(rotary, shape.head_dim) if rotary.dims and free.keys else None
         self._key_weights: list[Tensor] = []
         keys, values = [], []
         self._own_keys: list[_Own] = []
@@ -144,7 +144,7 @@ class Heads:
     def merged_values(self, group: tuple[int, ...]) -> Merged:
         weights = [self._value_weights[head] for head in group]
         covariance, rows = _within(self._value_covariances, group)
-        if self._freedom.values:
+        if self._free.values:
             merged = merge_linear(rows, weights, covariance, len(rows[0]))
         else:
             merged = merge_mean(rows, weights, covariance)
@@ -155,25 +155,29 @@ class Heads:
 
     def merged_keys(self, group: tuple[int, ...]) -> Merged:
         """In the order of the class's rotary pairs."""
-        rotary = self._freedom.rotary
+        rotary = self._free.rotary
         weights = [self._key_weights[head] for head in group]
         covariance, rows = _within(self._key_covariances, group)
-        if not self._freedom.keys:
+        if not self._free.keys:
             merged = merge_mean(rows, weights, covariance)
-        elif self._turning is None:
+        elif self._rotation_of_keys is None:
             merged = merge_linear(rows, weights, covariance, len(rows[0]))
         else:
             start = _at_any_angle(rows, weights, covariance, rotary.dims)
-            merged = merge_at_distances(start, rows, weights, covariance, Turnings.same(self._turning))
+            merged = merge_at_distances(
+                start, rows, weights, covariance, ExpectedRotations.same(self._rotation_of_keys)
+            )
         merged = _of_rows(merged, self._keys[list(group)])
         if self.num_layers > 1:
-            merged = _measured(merged, [self._own_keys[head] for head in group], weights, self._gram, self._turning)
+            merged = _measured(
+                merged, [self._own_keys[head] for head in group], weights, self._gram, self._rotation_of_keys
+            )
         readers = [rotary.original(rotary.original(reader).T).T for reader in merged.readers]
         return Merged(rotary.original(merged.shared), readers, merged.kept, merged.total)
 
     def pair_losses(self) -> Tensor:
         """What merging two heads loses, of the energies of all keys and of all values, added: (heads, heads)."""
-        keys = pair_losses(self._key_covariances, self._key_weights, self._turning)
+        keys = pair_losses(self._key_covariances, self._key_weights, self._rotation_of_keys)
         return keys + pair_losses(self._value_covariances, self._value_weights)
 
 
@@ -207,12 +211,16 @@ def _own(heads: Tensor, layer: LayerInput, gram: Tensor) -> list[_Own]:
 
 
 def _measured(
-    merged: Merged, own: Sequence[_Own], weights: Sequence[Tensor], gram: Tensor, turning: Turning | None = None
+    merged: Merged,
+    own: Sequence[_Own],
+    weights: Sequence[Tensor],
+    gram: Tensor,
+    rotation: ExpectedRotation | None = None,
 ) -> Merged:
     """The same with the energies of what heads compute in their own layers, and of what the shared one keeps of it."""
 
     def mean(matrix: Tensor) -> Tensor:
-        return matrix if turning is None else turning.mean(matrix)
+        return matrix if rotation is None else rotation.mean(matrix)
 
     power = mean(merged.shared @ gram @ merged.shared.T)
     total = error = 0.0

@@ -13,15 +13,23 @@ from typing import TYPE_CHECKING
 
 from ..algebra.projections import Projections
 from .attention_shape import AttentionShape
-from .merge import Merged, Turnings, merge_at_distances, root_and_inverse
-from .rotations import Rotary, mean_phases, mean_rotation, turning, turning_between
+from .merge import ExpectedRotations, Merged, merge_at_distances, root_and_inverse
+from .rotations import Rotary, expected_rotation, expected_rotation_between, mean_phases, mean_rotation
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LatentAttention", "Slot", "Weighting", "compress", "normalised", "slot_gains", "without_constant"]
+__all__ = [
+    "LatentAttention",
+    "LatentObjective",
+    "RopePair",
+    "latent_attention",
+    "normalised",
+    "rope_pair_gains",
+    "without_constant",
+]
 
-Slot = tuple[int, int]
+RopePair = tuple[int, int]
 """A pair of the shared rotary key: the index of its frequency, and its rank among the shared keys of that frequency."""
 
 _SMALLEST = 1e-13  # of the largest eigenvalue: below it a direction is not there
@@ -78,7 +86,7 @@ class _Shared:
     energies: Tensor
 
 
-def slot_gains(projections: Projections, shape: AttentionShape, rotary: Rotary, gram: Tensor) -> Tensor:
+def rope_pair_gains(projections: Projections, shape: AttentionShape, rotary: Rotary, gram: Tensor) -> Tensor:
     """What the layer would lose without each possible pair of the rotary key, (F, G), of its keys' energy.
 
     A pair without position keeps the square of its mean rotation, so that slow frequencies hardly need one. What the
@@ -94,29 +102,31 @@ def slot_gains(projections: Projections, shape: AttentionShape, rotary: Rotary, 
 
 
 @dataclass(frozen=True)
-class Weighting:
-    """What `compress` cannot know from second moments. `still`: the rotary key may leave to the latent what does not
-    turn. `keys`: how much keys count in the latent beside values.
+class LatentObjective:
+    """What `latent_attention` cannot know from second moments, so that several are tried.
+
+    `still`: the rotary key may leave to the latent what does not rotate. `keys`: how much keys count in the latent
+    beside values.
     """
 
     still: bool = True
     keys: float = 1.0
 
 
-def compress(
+def latent_attention(
     projections: Projections,
     shape: AttentionShape,
     rotary: Rotary,
     gram: Tensor,
     *,
-    slots: Sequence[Slot],
+    rope_pairs: Sequence[RopePair],
     kv_lora_rank: int,
     constant: bool,
-    weighting: Weighting = Weighting(),
+    objective: LatentObjective = LatentObjective(),
 ) -> LatentAttention:
-    """The layer with a latent of `kv_lora_rank` and a shared rotary key of len(slots) pairs.
+    """The layer with a latent of `kv_lora_rank` and a shared rotary key of len(rope_pairs) pairs.
 
-    The rotary key is the best that heads can share at the distances that occur, turning with the slots' frequencies.
+    The rotary key, with the frequencies of `rope_pairs`, is the best that heads can share at the distances that occur.
     What is left of the keys loses its position: the mean over the distances of what the rotary key leaves goes into
     the latent with the values, weighted by what reads them: the top directions of their joint covariance. With
     `constant` the last channel of the latent is 1 and carries means and biases. The other channels have an rms of 1.
@@ -125,15 +135,15 @@ def compress(
 
     heads = _heads(projections, shape, rotary, gram)
     per_head = shape.num_attention_heads // shape.num_key_value_heads
-    shared = Rotary(tuple(rotary.frequencies[frequency] for frequency, _ in slots), longest=rotary.longest)
-    rope_key, readers, keys = _rope_key(heads, rotary, shared, gram, slots, still=weighting.still)
+    shared = Rotary(tuple(rotary.frequencies[frequency] for frequency, _ in rope_pairs), longest=rotary.longest)
+    rope_key, readers, keys = _rope_key(heads, rotary, shared, gram, rope_pairs, still=objective.still)
     means = gram[:, -1]
     centred = gram - torch.outer(means, means)
     # what all tokens' keys have in common adds the same to all scores of a query
     keys[..., -1] -= keys @ means
 
     parts = torch.cat([keys, heads.values])
-    counted = torch.cat([weighting.keys * heads.key_weights, heads.value_weights])
+    counted = torch.cat([objective.keys * heads.key_weights, heads.value_weights])
     value_gram = centred if constant else gram
     latent = _top_rows(parts, counted, value_gram, kv_lora_rank - constant)
     latent[:, -1] = 0
@@ -149,12 +159,12 @@ def compress(
 
     queries = readers.mT.repeat_interleave(per_head, dim=0) @ heads.queries  # (H, 2 S, D + 1)
     # the class divides scores by the root of more dims
-    scale = ((shape.head_dim + 2 * len(slots)) / shape.head_dim) ** 0.5
+    scale = ((shape.head_dim + 2 * len(rope_pairs)) / shape.head_dim) ** 0.5
 
-    key_error = _turning_error(heads, rotary, shared, rope_key, readers, gram)
+    key_error = _rotation_error(heads, rotary, shared, rope_key, readers, gram)
     key_error += _energy(keys - key_up @ latent, heads.key_weights, centred)
     value_error = _energy(heads.values - value_up @ latent, heads.value_weights, gram)
-    turned = turning(rotary, shape.head_dim).mean(heads.keys @ gram @ heads.keys.mT)
+    turned = expected_rotation(rotary, shape.head_dim).mean(heads.keys @ gram @ heads.keys.mT)
     key_energy = (heads.key_weights * turned).sum().clamp(min=1e-300)
     value_energy = _energy(heads.values, heads.value_weights, gram).clamp(min=1e-300)
     return LatentAttention(
@@ -283,50 +293,50 @@ def _roots(heads: _Heads) -> Tensor:
 
 
 def _rope_key(
-    heads: _Heads, rotary: Rotary, shared: Rotary, gram: Tensor, slots: Sequence[Slot], *, still: bool
+    heads: _Heads, rotary: Rotary, shared: Rotary, gram: Tensor, rope_pairs: Sequence[RopePair], *, still: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The slots' key, (2 S, D + 1), how heads read it, (G, d, 2 S), and what is left of their keys, (G, d, D + 1)."""
+    """The rotary key, (2 S, D + 1), how heads read it, (G, d, 2 S), and what is left of their keys, (G, d, D + 1)."""
     import torch
 
     dims = rotary.dims  # the others do not turn, and need no position
-    turnings = _turnings(shared, rotary, dims, centred=1 - _FRAGILE if still else 0.0)
+    rotations = _expected_rotations(shared, rotary, dims, centred=1 - _FRAGILE if still else 0.0)
     keys, weights = heads.keys[:, :dims], heads.key_weights[:, :dims, :dims]
-    merged = merge_at_distances(_start(heads, gram, slots), list(keys), list(weights), gram, turnings)
+    merged = merge_at_distances(_start(heads, gram, rope_pairs), list(keys), list(weights), gram, rotations)
     readers = torch.stack(merged.readers)
     left = mean_rotation(rotary, dims) @ keys - readers @ (mean_rotation(shared, shared.dims) @ merged.shared)
     unread = readers.new_zeros(len(readers), heads.keys.shape[1] - dims, shared.dims)
     return merged.shared, torch.cat([readers, unread], dim=1), torch.cat([left, heads.keys[:, dims:]], dim=1)
 
 
-def _turning_error(
+def _rotation_error(
     heads: _Heads, rotary: Rotary, shared: Rotary, rope_key: Tensor, readers: Tensor, gram: Tensor
 ) -> Tensor:
     """Σ_h E tr(weights_h e gram eᵀ), where e is what the rotary key leaves of a head's key at a random distance, less
     its mean: the part that no key without position makes up for.
     """
-    turnings = _turnings(shared, rotary, heads.keys.shape[1], centred=1.0)
-    own = turnings.shared.mean(rope_key @ gram @ rope_key.T)  # (2 S, 2 S)
-    cross = turnings.cross.mean(rope_key @ gram @ heads.keys.mT)  # (G, 2 S, d)
-    keys = turnings.heads.mean(heads.keys @ gram @ heads.keys.mT)  # (G, d, d)
+    rotations = _expected_rotations(shared, rotary, heads.keys.shape[1], centred=1.0)
+    own = rotations.shared.mean(rope_key @ gram @ rope_key.T)  # (2 S, 2 S)
+    cross = rotations.cross.mean(rope_key @ gram @ heads.keys.mT)  # (G, 2 S, d)
+    keys = rotations.heads.mean(heads.keys @ gram @ heads.keys.mT)  # (G, d, d)
     errors = keys - 2 * readers @ cross + readers @ own @ readers.mT  # as their trace with symmetric weights counts
     error: Tensor = (heads.key_weights * errors).sum()
     return error
 
 
-def _turnings(shared: Rotary, rotary: Rotary, dims: int, centred: float) -> Turnings:
-    return Turnings(
-        turning_between(shared, shared.dims, shared, shared.dims, centred),
-        turning_between(shared, shared.dims, rotary, dims, centred),
-        turning_between(rotary, dims, rotary, dims, centred),
+def _expected_rotations(shared: Rotary, rotary: Rotary, dims: int, centred: float) -> ExpectedRotations:
+    return ExpectedRotations(
+        expected_rotation_between(shared, shared.dims, shared, shared.dims, centred),
+        expected_rotation_between(shared, shared.dims, rotary, dims, centred),
+        expected_rotation_between(rotary, dims, rotary, dims, centred),
     )
 
 
-def _start(heads: _Heads, gram: Tensor, slots: Sequence[Slot]) -> Merged:
-    """Each slot's best complex key, (2 S, D + 1), with the rms of the heads' keys: safe in 16 bits."""
+def _start(heads: _Heads, gram: Tensor, rope_pairs: Sequence[RopePair]) -> Merged:
+    """The best complex key of each pair, (2 S, D + 1), with the rms of the heads' keys: safe in 16 bits."""
     import torch
 
     shared, roots = _shared_keys(heads, gram), _roots(heads)
-    frequencies, ranks = [frequency for frequency, _ in slots], [rank for _, rank in slots]
+    frequencies, ranks = [frequency for frequency, _ in rope_pairs], [rank for _, rank in rope_pairs]
     directions = shared.directions[frequencies, :, ranks]  # (S, G)
     # the phase of an eigenvector is free: the head that counts most reads its own key unturned
     leader = directions.gather(1, directions.abs().argmax(1, keepdim=True))

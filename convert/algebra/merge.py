@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .rotations import Turning
+from .rotations import ExpectedRotation
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "ExpectedRotations",
     "Merged",
-    "Turnings",
     "merge_at_distances",
     "merge_linear",
     "merge_mean",
@@ -100,21 +100,21 @@ def merge_rotary(heads: Sequence[Tensor], powers: Sequence[Tensor], gram: Tensor
 
 
 @dataclass(frozen=True)
-class Turnings:
+class ExpectedRotations:
     """The rotations of a shared key with itself, of it with the heads' keys, and of these with themselves."""
 
-    shared: Turning
-    cross: Turning
-    heads: Turning
+    shared: ExpectedRotation
+    cross: ExpectedRotation
+    heads: ExpectedRotation
 
     @classmethod
-    def same(cls, turning: Turning) -> Turnings:
+    def same(cls, rotation: ExpectedRotation) -> ExpectedRotations:
         """Of a shared key with the heads' rotations."""
-        return cls(turning, turning, turning)
+        return cls(rotation, rotation, rotation)
 
 
 def merge_at_distances(
-    start: Merged, heads: Sequence[Tensor], weights: Sequence[Tensor], gram: Tensor, turnings: Turnings
+    start: Merged, heads: Sequence[Tensor], weights: Sequence[Tensor], gram: Tensor, rotations: ExpectedRotations
 ) -> Merged:
     """`start` improved for keys that turn by the distances that occur, instead of by any angle.
 
@@ -133,34 +133,34 @@ def merge_at_distances(
     cross = [start.shared @ gram @ head.T for head in heads]
     mixes: list[Tensor] = []
     for _ in range(_ROUNDS):
-        readers = _best_readers(own, cross, turnings)
+        readers = _best_readers(own, cross, rotations)
         seen = [(reader.T @ weight, reader) for reader, weight in zip(readers, weights, strict=True)]
         read = torch.stack([left @ reader for left, reader in seen]).sum(0)
-        inverse = _pseudo_inverse(turnings.shared.mean_back(read))
-        mixes = [inverse @ turnings.cross.mean_back(left) for left, _ in seen]
+        inverse = _pseudo_inverse(rotations.shared.mean_back(read))
+        mixes = [inverse @ rotations.cross.mean_back(left) for left, _ in seen]
         cross = list(torch.einsum("gij,ghjk->hik", torch.stack(mixes), joint))
         own = torch.stack([part @ mix.T for part, mix in zip(cross, mixes, strict=True)]).sum(0)
-    readers = _best_readers(own, cross, turnings)
+    readers = _best_readers(own, cross, rotations)
     shared = torch.stack([mix @ head for mix, head in zip(mixes, heads, strict=True)]).sum(0)
     kept = [
-        (weight * (turnings.cross.mean(part).T @ reader.T)).sum()
+        (weight * (rotations.cross.mean(part).T @ reader.T)).sum()
         for weight, part, reader in zip(weights, cross, readers, strict=True)
     ]
-    total = [(weight * turnings.heads.mean(joint[head, head])).sum() for head, weight in enumerate(weights)]
+    total = [(weight * rotations.heads.mean(joint[head, head])).sum() for head, weight in enumerate(weights)]
     return _with_scale_of(heads, gram, Merged(shared, readers, float(sum(kept)), float(sum(total))))
 
 
-def _best_readers(own: Tensor, cross: Sequence[Tensor], turnings: Turnings) -> list[Tensor]:
+def _best_readers(own: Tensor, cross: Sequence[Tensor], rotations: ExpectedRotations) -> list[Tensor]:
     """For each head argmin over B of E‖R head − B S shared‖², from E[shared sharedᵀ] and E[shared headᵀ]."""
-    inverse = _pseudo_inverse(turnings.shared.mean(own))
-    return [turnings.cross.mean(part).T @ inverse for part in cross]
+    inverse = _pseudo_inverse(rotations.shared.mean(own))
+    return [rotations.cross.mean(part).T @ inverse for part in cross]
 
 
-def pair_losses(covariances: Tensor, weights: Sequence[Tensor], turning: Turning | None = None) -> Tensor:
+def pair_losses(covariances: Tensor, weights: Sequence[Tensor], rotation: ExpectedRotation | None = None) -> Tensor:
     """What merging two heads loses at least, of the energy of all, (m, m): exactly what `merge_linear` does.
 
-    covariances: of every two heads, (m, m, d, d). With `turning` heads are keys at random distances, and the shared key
-    may mix all that they are there: more than `merge_at_distances` can, so that this is its lower bound.
+    covariances: of every two heads, (m, m, d, d). With `rotation` heads are keys at random distances, and the shared
+    key may mix all that they are there: more than `merge_at_distances` can, so that this is its lower bound.
     """
     import torch
 
@@ -168,7 +168,7 @@ def pair_losses(covariances: Tensor, weights: Sequence[Tensor], turning: Turning
     roots = torch.stack([root_and_inverse(weight)[0] for weight in weights])
 
     def weighed(blocks: Tensor, one: Tensor, other: Tensor) -> Tensor:
-        return one @ (turning.mean(blocks) if turning is not None else blocks) @ other
+        return one @ (rotation.mean(blocks) if rotation is not None else blocks) @ other
 
     own = weighed(covariances.diagonal().permute(2, 0, 1), roots, roots)
     losses = torch.zeros(num_heads, num_heads, dtype=own.dtype)

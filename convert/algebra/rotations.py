@@ -10,13 +10,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Rotary", "Turning", "mean_phases", "mean_rotation", "turning", "turning_between"]
+__all__ = [
+    "ExpectedRotation",
+    "Rotary",
+    "expected_rotation",
+    "expected_rotation_between",
+    "mean_phases",
+    "mean_rotation",
+]
 
 _DISTANCES_AT_ONCE = 8192
 
 
 @dataclass(frozen=True)
-class Turning:
+class ExpectedRotation:
     """The rotations R of one head and S of another between a query and the keys before it, at random distances.
 
     left: (m, m) and right: (n, n), complex and unitary; the rotations by one position are diagonal in them, with
@@ -74,14 +81,16 @@ class Rotary:
         return order
 
 
-def turning(rotary: Rotary, head_dim: int) -> Turning:
+def expected_rotation(rotary: Rotary, head_dim: int) -> ExpectedRotation:
     """Of a half-split head with itself, at distances below `longest`, a distance n as likely as 1 / (n + 1)."""
-    return turning_between(rotary, head_dim, rotary, head_dim)
+    return expected_rotation_between(rotary, head_dim, rotary, head_dim)
 
 
 @cache
-def turning_between(one: Rotary, one_dim: int, other: Rotary, other_dim: int, centred: float = 0.0) -> Turning:
-    """Of two half-split heads, at the distances of `turning` that the first has.
+def expected_rotation_between(
+    one: Rotary, one_dim: int, other: Rotary, other_dim: int, centred: float = 0.0
+) -> ExpectedRotation:
+    """Of two half-split heads, at the distances of `expected_rotation` that the first has.
 
     `centred`: with so much of their mean left out, which a key without position can make up for.
     """
@@ -94,7 +103,7 @@ def turning_between(one: Rotary, one_dim: int, other: Rotary, other_dim: int, ce
         coherence += (phases * likelihood) @ torch.exp(1j * others[:, None] * distances).mH
     if centred:
         coherence -= centred * torch.outer(_mean_turn(one, one_dim), _mean_turn(other, other_dim).conj())
-    return Turning(_basis(one, one_dim), _basis(other, other_dim), coherence)
+    return ExpectedRotation(_basis(one, one_dim), _basis(other, other_dim), coherence)
 
 
 def _mean_turn(rotary: Rotary, head_dim: int) -> Tensor:
@@ -106,7 +115,7 @@ def _mean_turn(rotary: Rotary, head_dim: int) -> Tensor:
 
 
 def mean_rotation(rotary: Rotary, head_dim: int) -> Tensor:
-    """E of the rotation of a half-split head by the distances of `turning`, (head_dim, head_dim)."""
+    """E of the rotation of a half-split head by the distances of `expected_rotation`, (head_dim, head_dim)."""
     basis = _basis(rotary, head_dim)
     mean: Tensor = (basis.mH @ (_mean_turn(rotary, head_dim)[:, None] * basis)).real
     return mean
@@ -133,7 +142,7 @@ def _basis(rotary: Rotary, head_dim: int) -> Tensor:
 
 @cache
 def mean_phases(rotary: Rotary) -> Tensor:
-    """E e^{iω distance} of each frequency, (F,), at the distances of `turning`."""
+    """E e^{iω distance} of each frequency, (F,), at the distances of `expected_rotation`."""
     import torch
 
     angular = torch.tensor(rotary.frequencies, dtype=torch.float64)

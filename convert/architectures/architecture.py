@@ -10,7 +10,7 @@ from typing import Any
 from ..algebra.attention_shape import AttentionShape
 from ..checkpoint.tensors import Checkpoint
 
-__all__ = ["Architecture", "HeadTensor", "refuse_quantised"]
+__all__ = ["Architecture", "HeadTensor", "quantised_refusal"]
 
 Config = Mapping[str, Any]
 
@@ -30,7 +30,7 @@ def no_layer_rotates(config: Any, layer: int) -> bool:
     return False
 
 
-def any_order(config: Config) -> bool:
+def unordered_heads(config: Config) -> bool:
     """For architectures whose heads may change places."""
     return False
 
@@ -40,7 +40,7 @@ def any_number(config: Config, num_key_value_heads: int) -> str | None:
     return None
 
 
-def refuse_quantised(config: Config) -> str | None:
+def quantised_refusal(config: Config) -> str | None:
     """Why a quantised checkpoint cannot be converted; None for others."""
     if config.get("quantization_config"):
         return "the checkpoint is quantised; convert the unquantised original, then quantise the result"
@@ -85,7 +85,7 @@ class Architecture:
 
     `config_names` translates the usual names of config.json (a dot leads into a section). Where that is not enough,
     `read_heads(config)` gives the number of K/V heads, and `write_heads(config, number)` what the config of a result
-    has otherwise. `refuse_heads(config, number)` says why the class cannot have so many, or None.
+    has otherwise. `heads_refusal(config, number)` says why the class cannot have so many, or None.
     `is_sliding(config, layer)` says whether a layer uses config's sliding_window when the config does not list
     `layer_types`.
     """
@@ -109,11 +109,11 @@ class Architecture:
     interleaved_rotary: bool = False
     rotates: Callable[[Any, int], bool] = every_layer_rotates
     free_values: bool = True
-    ordered_heads: Callable[[Config], bool] = any_order
+    ordered_heads: Callable[[Config], bool] = unordered_heads
     config_names: Mapping[str, str] = field(default_factory=dict)
     read_heads: Callable[[Config], int] | None = None
     write_heads: Callable[[Config, int], Mapping[str, Any]] | None = None
-    refuse_heads: Callable[[Config, int], str | None] = any_number
+    heads_refusal: Callable[[Config, int], str | None] = any_number
     is_sliding: Callable[[Config, int], bool] = no_sliding_window
 
     @property
@@ -152,7 +152,7 @@ class Architecture:
         """Why this checkpoint's configuration cannot be converted, or None."""
         if self.latent:
             return "its cache holds a latent, not keys and values"
-        return refuse_quantised(config)
+        return quantised_refusal(config)
 
     def approximation(self, checkpoint: Checkpoint) -> str | None:
         """Why pooling is not a mean of what the heads compute, beyond being a mean of their weights; or None."""

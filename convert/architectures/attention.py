@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from ..algebra.attention_shape import AttentionShape, Latent
+from ..algebra.attention_shape import AttentionShape, LatentSizes
 from ..algebra.layer_grouping import LayerGrouping
 from ..checkpoint.tensors import Checkpoint, TensorInfo
 from ..errors import CheckpointError
@@ -66,7 +66,7 @@ def _read_latent_attention(
     checkpoint: Checkpoint, architecture: Architecture, num_layers: int, num_heads: int
 ) -> AttentionShape:
     hidden_size = checkpoint.config_int("hidden_size")
-    latent = Latent(*(checkpoint.config_int(field.name) for field in fields(Latent)))
+    latent = LatentSizes(*(checkpoint.config_int(field.name) for field in fields(LatentSizes)))
     expected = {
         "kv_a_proj_with_mqa": (latent.kv_lora_rank + latent.qk_rope_head_dim, hidden_size),
         "kv_b_proj": (num_heads * (latent.qk_nope_head_dim + latent.v_head_dim), latent.kv_lora_rank),

@@ -118,7 +118,7 @@ _ENTRIES = (
             "clip_qkv": "attn_config.clip_qkv",
         },
     ),
-    Architecture("diffllama", refuse_heads=_even_only, free_values=False),
+    Architecture("diffllama", heads_refusal=_even_only, free_values=False),
     Architecture("ernie4_5", interleaved_rotary=True),
     Architecture("exaone4", key_norm="k_norm", is_sliding=_all_but_every_fourth_layer),
     Architecture(
@@ -132,7 +132,7 @@ _ENTRIES = (
         ordered_heads=lambda config: bool(config.get("alibi")),
         read_heads=_falcon_heads,
         write_heads=_falcon_with_heads,
-        refuse_heads=_falcon_sequential,
+        heads_refusal=_falcon_sequential,
     ),
     Architecture("gemma"),
     Architecture("gemma2", is_sliding=_even_layers),
@@ -147,7 +147,7 @@ _ENTRIES = (
         o_proj="c_proj",
         read_heads=_bigcode_heads,
         write_heads=lambda config, number: {"multi_query": number == 1},
-        refuse_heads=_bigcode_one_or_all,
+        heads_refusal=_bigcode_one_or_all,
         rotates=no_layer_rotates,
         config_names={
             "num_hidden_layers": "n_layer",

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..algebra.attention_shape import Latent
+from ..algebra.attention_shape import LatentSizes
 from ..runtime import RUNTIME_CLASSES
 
 __all__ = ["KERNEL_RANKS", "Serving", "engines_line", "latent_kernels", "serving"]
@@ -69,7 +69,7 @@ _KERNEL_ROPE_DIM = 64
 _KERNEL_HEADS = ((128, 128), (64, 128), (192, 256))  # qk_nope_head_dim and v_head_dim
 
 
-def latent_kernels(latent: Latent) -> str | None:
+def latent_kernels(latent: LatentSizes) -> str | None:
     """Why vLLM 0.32 and SGLang have no fast kernel for a latent of these sizes; None if they have one.
 
     Read in vLLM: its latent cache takes 576, 512 or 320 numbers per token (576 in FlashMLA, and on a CPU), and the
@@ -156,7 +156,7 @@ def _latent_in_llama_cpp(config: Mapping[str, Any], refusal: str | None) -> Serv
 
 
 def _has_kernels(config: Mapping[str, Any]) -> bool:
-    return latent_kernels(Latent(*(int(config[size.name]) for size in fields(Latent)))) is None
+    return latent_kernels(LatentSizes(*(int(config[size.name]) for size in fields(LatentSizes)))) is None
 
 
 def _grouped_decoder_in_vllm(config: Mapping[str, Any] | None) -> Serving:

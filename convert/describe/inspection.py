@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..algebra.attention_shape import AttentionShape, Latent
+from ..algebra.attention_shape import AttentionShape, LatentSizes
 from ..algebra.kv_cache import kv_cache_bytes, kv_cache_bytes_per_token
 from ..architectures.attention import read_attention
 from ..architectures.table import find_architecture
@@ -55,7 +55,7 @@ class Inspection:
     context_length: int
     cache_bytes_for_context: int
     targets: tuple[Target, ...]
-    latent: Latent | None
+    latent: LatentSizes | None
     approximation: str | None
     serving: dict[str, tuple[Serving, ...]]
 
@@ -161,7 +161,7 @@ def _latent_target(source: Checkpoint) -> Target:
     sizes = []
     for rank in KERNEL_RANKS:
         for v_head_dim in (None, 128):
-            latent = Mla(rank, 64, v_head_dim=v_head_dim).latent(shape)
+            latent = Mla(rank, 64, v_head_dim=v_head_dim).latent_sizes(shape)
             fits = rank <= min(shape.hidden_size, shape.cached_values) and rank + 64 < shape.cached_values
             if fits and latent_kernels(latent) is None:
                 sizes.append(f"{rank} + 64" + (f" with --v-head-dim {v_head_dim}" if v_head_dim else ""))

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..algebra.attention_shape import AttentionShape
-from ..algebra.latent import LatentAttention, Slot, Weighting, compress, normalised, slot_gains, without_constant
+from ..algebra.latent import (
+    LatentAttention,
+    LatentObjective,
+    RopePair,
+    latent_attention,
+    normalised,
+    rope_pair_gains,
+    without_constant,
+)
 from ..algebra.projections import Projections
 from ..algebra.refit import refitted
 from ..algebra.rotations import Rotary
@@ -32,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CompressSettings", "compress_checkpoint"]
 
-_WEIGHTINGS = tuple(Weighting(still, keys) for still in (True, False) for keys in (1.0, 0.1))
+_OBJECTIVES = tuple(LatentObjective(still, keys) for still in (True, False) for keys in (1.0, 0.1))
 _CHOICE_BATCHES = 1  # of the text that these are compared on
 _NORM_TOKENS = 16384  # that the latent is fitted to its norm on
 
@@ -74,11 +82,11 @@ def compress_checkpoint(
     rotary = read_rotary(checkpoint, architecture, shape)  # the same in all layers of the classes that it takes
     mla.check(checkpoint, architecture, rotary)
     source = _Source(checkpoint, architecture, shape, rotary[0], text, settings)
-    slots = _slots(source, mla)
+    rope_pairs = _rope_pairs(source, mla)
     result = MergedCheckpoint(
         checkpoint.name,
         checkpoint.path,
-        mla.config(checkpoint, architecture, rotary[0], slots),
+        mla.config(checkpoint, architecture, rotary[0], rope_pairs),
         mla.tensors(checkpoint, architecture),
         checkpoint.size_on_disk_bytes,
         source=checkpoint,
@@ -92,7 +100,7 @@ def compress_checkpoint(
     source.start()
     for index in range(shape.num_hidden_layers):
         gram, sample = source.moments(index)
-        candidates = _candidates(source.projections(index), source, gram, mla, slots)
+        candidates = _candidates(source.projections(index), source, gram, mla, rope_pairs)
         made = partial(
             latent_tensors, mla=mla, checkpoint=checkpoint, architecture=architecture, index=index, scaling=scaling
         )
@@ -122,38 +130,38 @@ def _report(index: int, shape: AttentionShape, layer: LatentAttention) -> LayerR
 
 
 def _candidates(
-    projections: Projections, source: _Source, gram: Tensor, mla: Mla, slots: Sequence[Slot]
+    projections: Projections, source: _Source, gram: Tensor, mla: Mla, rope_pairs: Sequence[RopePair]
 ) -> Iterator[LatentAttention]:
-    """The layer with each weighting, made when it is asked for: of a large model it takes gigabytes."""
+    """The layer with each objective, made when it is asked for: of a large model it takes gigabytes."""
     if not mla.constant:
         projections = without_constant(projections, gram)
-    for weighting in _WEIGHTINGS:
-        yield compress(
+    for objective in _OBJECTIVES:
+        yield latent_attention(
             projections,
             source.shape,
             source.rotary,
             gram,
-            slots=slots,
+            rope_pairs=rope_pairs,
             kv_lora_rank=mla.kv_lora_rank,
             constant=mla.constant,
-            weighting=weighting,
+            objective=objective,
         )
 
 
-def _slots(source: _Source, mla: Mla) -> list[Slot]:
+def _rope_pairs(source: _Source, mla: Mla) -> list[RopePair]:
     """The frequencies of the rotary key, one or more times each, the fastest first: the same in all layers."""
     import torch
 
     if mla.rope_selection == "high":
-        return [(frequency, 0) for frequency in range(mla.num_slots)]
+        return [(frequency, 0) for frequency in range(mla.num_rope_pairs)]
     gains = torch.zeros(len(source.rotary.frequencies), source.shape.num_key_value_heads, dtype=torch.float64)
     source.start()
     for index in range(source.shape.num_hidden_layers):
         gram, _ = source.moments(index)
-        gains += slot_gains(source.projections(index), source.shape, source.rotary, gram)
+        gains += rope_pair_gains(source.projections(index), source.shape, source.rotary, gram)
         source.advance(index)
-    chosen = gains.flatten().argsort(descending=True, stable=True)[: mla.num_slots].tolist()
-    return sorted(divmod(slot, gains.shape[1]) for slot in chosen)
+    chosen = gains.flatten().argsort(descending=True, stable=True)[: mla.num_rope_pairs].tolist()
+    return sorted(divmod(pair, gains.shape[1]) for pair in chosen)
 
 
 def _attention_scaling(checkpoint: Checkpoint) -> float:

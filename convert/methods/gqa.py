@@ -49,7 +49,7 @@ class Gqa:
             raise UnsupportedError(f"{checkpoint.name}: {refusal}")
         source = read_attention(checkpoint, architecture)
         grouping = HeadGrouping.contiguous(source.num_key_value_heads, self.num_key_value_heads)
-        reason = architecture.refuse_heads(checkpoint.config, self.num_key_value_heads)
+        reason = architecture.heads_refusal(checkpoint.config, self.num_key_value_heads)
         if reason:
             raise UnsupportedError(f"{checkpoint.name}: {reason}")
         unchanged = self.num_key_value_heads == source.num_key_value_heads

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ..algebra.attention_shape import AttentionShape
-from ..algebra.head_merge import Freedom, Heads, LayerInput, merge_layers
+from ..algebra.head_merge import FreeTransformations, Heads, LayerInput, merge_layers
 from ..algebra.head_search import best_grouping
 from ..algebra.layer_grouping import LayerGrouping
 from ..architectures.architecture import Architecture
@@ -82,7 +82,7 @@ def measure_damages(
                     )
                     for layer in (first, second)
                 ]
-                heads = Heads(inputs, shape, Freedom(rotary[first], keys=free))
+                heads = Heads(inputs, shape, FreeTransformations(rotary[first], keys=free))
                 grouping = (best_grouping if free else Heads.in_order)(heads, shape.num_key_value_heads)
                 pair = merge_layers(heads, grouping).projections
                 merged = {

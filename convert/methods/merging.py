@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING
 from safetensors import safe_open
 
 from ..algebra.attention_shape import AttentionShape
-from ..algebra.head_merge import Freedom, Heads, LayerInput, merge_layers
+from ..algebra.head_merge import FreeTransformations, Heads, LayerInput, merge_layers
 from ..algebra.head_search import best_grouping
 from ..algebra.layer_grouping import LayerGrouping
 from ..algebra.refit import refitted
@@ -143,7 +143,7 @@ def merge_checkpoint(
             LayerInput(read_projections(checkpoint, architecture, shape, layer), gram, cross)
             for layer, gram, cross in zip(layers, grams, crosses, strict=True)
         ]
-        heads = Heads(inputs, shape, Freedom(rotary[layers[0]], keys=free_keys, values=free_values))
+        heads = Heads(inputs, shape, FreeTransformations(rotary[layers[0]], keys=free_keys, values=free_values))
         whole = settings.num_key_value_heads == 1 or settings.num_key_value_heads == len(heads)
         choose = may_regroup and not whole
         best = best_grouping if choose else Heads.in_order

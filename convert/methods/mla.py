@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ..algebra.attention_shape import AttentionShape, Latent
-from ..algebra.latent import LatentAttention, Slot
+from ..algebra.attention_shape import AttentionShape, LatentSizes
+from ..algebra.latent import LatentAttention, RopePair
 from ..algebra.rotations import Rotary
 from ..architectures.architecture import Architecture
 from ..architectures.attention import read_attention
@@ -88,7 +88,7 @@ class Mla:
         return self.latent_norm == "exact"
 
     @property
-    def num_slots(self) -> int:
+    def num_rope_pairs(self) -> int:
         """Pairs of the rotary key."""
         return self.qk_rope_head_dim // 2
 
@@ -108,29 +108,29 @@ class Mla:
             method="svd",
             model_type="deepseek_v3",
             source=shape,
-            result=replace(shape, num_key_value_heads=shape.num_attention_heads, latent=self.latent(shape)),
+            result=replace(shape, num_key_value_heads=shape.num_attention_heads, latent=self.latent_sizes(shape)),
             config=checkpoint.config,
             steps=tuple(Step.copy(info) for info in checkpoint.tensors.values()),
             bytes_in=sum(info.num_bytes for info in checkpoint.source.tensors.values()),
             layers=checkpoint.reports,
         )
 
-    def latent(self, shape: AttentionShape) -> Latent:
+    def latent_sizes(self, shape: AttentionShape) -> LatentSizes:
         """The sizes of the result. Each head's part without position is as large as its key was."""
-        return Latent(self.kv_lora_rank, self.qk_rope_head_dim, shape.head_dim, self.v_head_dim or shape.head_dim)
+        return LatentSizes(self.kv_lora_rank, self.qk_rope_head_dim, shape.head_dim, self.v_head_dim or shape.head_dim)
 
     def config(
-        self, checkpoint: Checkpoint, architecture: Architecture, rotary: Rotary, slots: Sequence[Slot]
+        self, checkpoint: Checkpoint, architecture: Architecture, rotary: Rotary, rope_pairs: Sequence[RopePair]
     ) -> dict[str, Any]:
         """config.json of the result."""
         source = checkpoint.config
         shape = read_attention(checkpoint, architecture)
-        parameters = rope_parameters(source, rotary, slots)
+        parameters = rope_parameters(source, rotary, rope_pairs)
         older = {"rope_theta": parameters["rope_theta"]}
         if parameters["rope_type"] != "default":
             older["rope_scaling"] = {name: value for name, value in parameters.items() if name != "rope_theta"}
         whole = str(source["architectures"][0]).endswith("ForCausalLM")
-        latent = self.latent(shape)
+        latent = self.latent_sizes(shape)
         return {
             **{name: source[name] for name in _COPIED.split() if name in source},
             "architectures": ["DeepseekV3ForCausalLM" if whole else "DeepseekV3Model"],
@@ -172,7 +172,7 @@ class Mla:
         self, checkpoint: Checkpoint, architecture: Architecture, shape: AttentionShape
     ) -> dict[str, tuple[int, ...]]:
         """Of a layer's attention, by the names there."""
-        latent, hidden_size, num_heads = self.latent(shape), shape.hidden_size, shape.num_attention_heads
+        latent, hidden_size, num_heads = self.latent_sizes(shape), shape.hidden_size, shape.num_attention_heads
         query_rows = num_heads * (latent.qk_nope_head_dim + latent.qk_rope_head_dim)
         cached = latent.kv_lora_rank + latent.qk_rope_head_dim
         sizes: dict[str, tuple[int, ...]] = {"q_proj.weight": (query_rows, hidden_size)}
@@ -262,9 +262,9 @@ def class_refusal(checkpoint: Checkpoint, architecture: Architecture, shape: Att
     return None
 
 
-def rope_parameters(config: Mapping[str, Any], rotary: Rotary, slots: Sequence[Slot]) -> dict[str, Any]:
-    """RoPE settings with the frequencies of the slots: DeepSeek's own kind if a base gives them, else one by one."""
-    frequencies = [rotary.frequencies[frequency] for frequency, _ in slots]
+def rope_parameters(config: Mapping[str, Any], rotary: Rotary, rope_pairs: Sequence[RopePair]) -> dict[str, Any]:
+    """RoPE settings with the frequencies of `rope_pairs`: DeepSeek's own kind if a base gives them, else one by one."""
+    frequencies = [rotary.frequencies[frequency] for frequency, _ in rope_pairs]
     theta = float(config["rope_parameters"]["rope_theta"])
     base = theta ** (len(frequencies) / len(rotary.frequencies))
     natural = [base ** (-index / len(frequencies)) for index in range(len(frequencies))]

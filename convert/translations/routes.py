@@ -88,7 +88,7 @@ def as_target(checkpoint: Checkpoint, num_key_value_heads: int) -> Checkpoint:
         if isinstance(target, UnsupportedError):
             refusal = target
             continue
-        reason = find_architecture(target).refuse_heads(target.config, num_key_value_heads)
+        reason = find_architecture(target).heads_refusal(target.config, num_key_value_heads)
         if reason is None:
             return target
         refusal = UnsupportedError(f"{checkpoint.name}: {reason}")

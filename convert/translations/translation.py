@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import IO, TYPE_CHECKING, Any
 
-from ..architectures.architecture import refuse_quantised
+from ..architectures.architecture import quantised_refusal
 from ..checkpoint.loading import OLD_BUFFERS
 from ..checkpoint.tensors import Checkpoint, TensorInfo, tensor_bytes
 from ..errors import CheckpointError, UnsupportedError
@@ -56,7 +56,7 @@ class TranslatedCheckpoint(Checkpoint):
     @classmethod
     def of(cls, source: Checkpoint, translation: Translation) -> TranslatedCheckpoint:
         """Raises UnsupportedError where the translation would not be exact, CheckpointError for missing tensors."""
-        refusal = refuse_quantised(source.config) or translation.refusal(source)
+        refusal = quantised_refusal(source.config) or translation.refusal(source)
         if refusal:
             raise UnsupportedError(f"{source.name}: {refusal}")
         derived = translation.tensors(source)
