@@ -3,7 +3,7 @@
 tests       tests/test_device.py: a calibrated conversion on the device, the runtime classes in bfloat16 under several
             implementations of attention, a run of uptraining of each recipe, and one that is stopped and goes on.
 uptraining  Tokens/s, MFU and peak memory of cross-entropy and of forward KL, as they are and under torch.compile, for
-            models of the shapes of a 1B Llama and of SmolLM2-135M (scripts/measure_training.py does a run).
+            models of the shapes of a 1B Llama and of SmolLM2-135M (benchmarks/measure_training.py does a run).
 decoding    Milliseconds per step of decoding against context and batch, for MHA, GQA-8, MQA, CLA2 and MLA of a 1B and
             a 7B shape, beside the bytes that a step reads: weights, and the cache as it really lies in memory.
 conversion  Seconds and peak memory of a calibrated merge of two layers of the 7B shape.
@@ -159,7 +159,7 @@ def uptraining(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             model = save_checkpoint(options.shapes[name], Path(folder), options)
             data = Path(folder) / "text.jsonl"
             for run in options.settings["runs"]:
-                command = [sys.executable, str(ROOT / "scripts/measure_training.py"), str(model), str(data)]
+                command = [sys.executable, str(ROOT / "benchmarks/measure_training.py"), str(model), str(data)]
                 for option, value in (*sizes.items(), ("micro-batch", micro_batch)):
                     command += [f"--{option}", str(value)]
                 (Path(folder) / "run").mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The baselines of scripts/compare_latents.py lose nothing where nothing has to be dropped."""
+"""The baselines of benchmarks/compare_latents.py lose nothing where nothing has to be dropped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROTARY = Rotary((1.0, 0.5, 0.2, 0.1), longest=32)
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).parents[1] / "scripts" / "compare_latents.py"
+    path = Path(__file__).parents[1] / "benchmarks" / "compare_latents.py"
     spec = importlib.util.spec_from_file_location("compare_latents", path)
     assert spec is not None
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""The baselines of scripts/compare_merges.py do what their formulas say."""
+"""The baselines of benchmarks/compare_merges.py do what their formulas say."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAIRS = HeadGrouping.contiguous(4, 2)
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).parents[1] / "scripts" / "compare_merges.py"
+    path = Path(__file__).parents[1] / "benchmarks" / "compare_merges.py"
     spec = importlib.util.spec_from_file_location("compare_merges", path)
     assert spec is not None
     assert spec.loader is not None

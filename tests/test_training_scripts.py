@@ -1,4 +1,4 @@
-"""What scripts/check_interruption.py, check_invariance.py and measure_training.py compute from what they measure."""
+"""What benchmarks/check_interruption.py, check_invariance.py and measure_training.py compute from what they measure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RECORD = {"step": 1, "stage": "main", "loss": 1.5, "learning_rate": 1e-3, "secon
 
 
 def load(name: str) -> ModuleType:
-    path = Path(__file__).parents[1] / "scripts" / f"{name}.py"
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None

@@ -1,6 +1,6 @@
 """Uptrains converted checkpoints by each recipe for the same tokens, and prints what is left of the loss on the way.
 
-    python scripts/compare_recipes.py ORIGINAL HELD_OUT --data UPTRAIN --steps 128 CONVERTED...
+    python benchmarks/compare_recipes.py ORIGINAL HELD_OUT --data UPTRAIN --steps 128 CONVERTED...
 
 One JSON line for each model, recipe and learning rate. `excess` is nats per held-out token over the original on the
 whole text, `curve` the same on its first windows after so many tokens. `compute` is FLOPs by the arithmetic of

@@ -1,6 +1,6 @@
 """Held-out loss of CLA2 right after merging, by how strongly predictions of a layer's keys and values are pulled.
 
-    python scripts/compare_predictions.py MODEL HELD_OUT --calibration TEXT [--pull 0 0.3 1 3 10]
+    python benchmarks/compare_predictions.py MODEL HELD_OUT --calibration TEXT [--pull 0 0.3 1 3 10]
 
 The pull is λ of docs/merging.md ("Layers that share"), in mean diagonals of C; 0 is plain least squares. Excess is nats
 per token over the original, nothing trained.

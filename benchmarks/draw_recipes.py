@@ -1,6 +1,6 @@
 """Draws what compare_recipes.py printed: excess over tokens, and over compute, for each model; prints it as a table.
 
-python scripts/draw_recipes.py rows.jsonl picture.png
+python benchmarks/draw_recipes.py rows.jsonl picture.png
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Held-out loss right after converting to multi-head latent attention, by method, with nothing trained.
 
-    python scripts/compare_latents.py MODEL CALIBRATION HELD_OUT R+D [R+D ...]
+    python benchmarks/compare_latents.py MODEL CALIBRATION HELD_OUT R+D [R+D ...]
 
 R is kv_lora_rank, D qk_rope_head_dim; R + D numbers are cached per token and layer. Beside kvconvert's results, written
 by its command in the model's dtype, it has two published conversions that need no training, computed here in float32:

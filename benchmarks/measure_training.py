@@ -1,6 +1,7 @@
 """Measure the speed and memory of uptrain against a bare transformers.Trainer, and of forward KL against cross-entropy.
 
-    python scripts/measure_training.py MODEL DATA [--teacher MODEL] [--rounds 5] [--steps 24] [--warm-up 4] [--compile]
+    python benchmarks/measure_training.py MODEL DATA [--teacher MODEL] [--rounds 5] [--steps 24] [--warm-up 4]
+        [--compile]
 
 The same model, packed blocks, batch, optimizer, schedule and precision in each run: `bare` is what a user writes, a
 Trainer that gets labels and position_ids and takes the model's own loss, with use_cache off; `CE` and `KL` are uptrain

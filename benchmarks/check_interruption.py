@@ -1,6 +1,6 @@
 """Interrupts `kvconvert uptrain` at random moments, runs it again until it is done, and compares with a run left alone.
 
-    python scripts/check_interruption.py [--trials 20] [--kills 1] [--jobs 2] [--seed 0]
+    python benchmarks/check_interruption.py [--trials 20] [--kills 1] [--jobs 2] [--seed 0]
 
 The demo checkpoint is converted to 2 K/V heads by their mean and uptrained towards the original in both stages, with
 checkpoints every few steps. A trial starts the command, waits for a random part of the time that it takes, sends

@@ -1,6 +1,6 @@
 """Measure what the check of a result's cache costs for a model as wide as Llama-2-7B whose layers share in pairs.
 
-    python scripts/measure_cache_check.py
+    python benchmarks/measure_cache_check.py
 
 Writes a random checkpoint of 4 layers (2.1 GB, removed again), of which the check runs 2. Prints the seconds that it
 takes, and the peak resident memory of a process that does nothing else, libraries included.

@@ -1,6 +1,6 @@
 """Held-out loss right after merging K/V heads, by method, with nothing trained.
 
-    python scripts/compare_merges.py MODEL HELD_OUT --calibration TEXT [--calibration TEXT ...] --groups 4 2 1
+    python benchmarks/compare_merges.py MODEL HELD_OUT --calibration TEXT [--calibration TEXT ...] --groups 4 2 1
 
 Beside kvconvert's methods it has the field's: the mean rescaled to the heads' norm, and the mean of heads aligned by
 orthogonal maps (arXiv 2412.20677: an orthogonal matrix for values, a rotation of each rotary pair for keys, both from

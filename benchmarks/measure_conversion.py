@@ -1,6 +1,6 @@
 """Measure conversions: cache, perplexity before and after on held-out text, seconds, peak memory.
 
-    python scripts/measure_conversion.py MODEL TEXT [--window 512] [--max-windows 16] "mha2gqa --groups 1" …
+    python benchmarks/measure_conversion.py MODEL TEXT [--window 512] [--max-windows 16] "mha2gqa --groups 1" …
 
 Each conversion is a command of `kvconvert` with its options, without MODEL. It runs in a process of its own, and so
 does the evaluation. The cache is counted from the live tensors of transformers' DynamicCache in bfloat16; the plan has

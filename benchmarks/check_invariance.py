@@ -1,6 +1,6 @@
 """Compares uptraining in one process at once with the same steps accumulated, in two processes, and sharded over two.
 
-    python scripts/check_invariance.py [--steps 8]
+    python benchmarks/check_invariance.py [--steps 8]
 
 The demo checkpoint, converted to 2 K/V heads by their mean, is uptrained for a few steps of 4 sequences on the CPU by
 cross-entropy and by forward KL: 4 sequences at once (the reference), 4 × 1 accumulated, 2 processes × 2 (torchrun,

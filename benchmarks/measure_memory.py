@@ -1,6 +1,6 @@
 """Measure the memory of a conversion on a checkpoint much larger than it: 3.8 GB in shards of 1 GB, written here.
 
-    python scripts/measure_memory.py
+    python benchmarks/measure_memory.py
 
 Needs 8 GB of free disk. Peak memory is the largest resident set of the conversion's process, libraries included.
 """
