@@ -34,20 +34,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kvconvert.convert import find_architecture, open_checkpoint
+from kvconvert.convert import open_checkpoint
 from kvconvert.convert.algebra.attention_shape import AttentionShape
 from kvconvert.convert.algebra.latent import LatentAttention
 from kvconvert.convert.algebra.projections import Projections
 from kvconvert.convert.algebra.rotations import Rotary
-from kvconvert.convert.architectures.architecture import Architecture
-from kvconvert.convert.architectures.attention import read_attention
 from kvconvert.convert.architectures.projections import read_projections
-from kvconvert.convert.architectures.rotary import read_rotary
-from kvconvert.convert.calibration.layerwise import LayerwiseModel
-from kvconvert.convert.calibration.moments import layer_moments
+from kvconvert.convert.architectures.source import Source
+from kvconvert.convert.calibration.streams import CPU, Stream
 from kvconvert.convert.calibration.text import CalibrationText, read_calibration_text
 from kvconvert.convert.checkpoint.loading import empty_model, load_model
-from kvconvert.convert.checkpoint.tensors import Checkpoint
+from kvconvert.convert.methods.deepseek import result_config
 from kvconvert.convert.methods.mla import Mla
 from kvconvert.convert.text.sources import TextSource
 from kvconvert.convert.translations.routes import as_latent_source
@@ -68,13 +65,10 @@ class ImpossibleError(Exception):
 
 
 @dataclass(frozen=True)
-class Source:
+class Measured:
     """A model, and E[x xᵀ] of each layer's attention inputs with a 1 appended."""
 
-    checkpoint: Checkpoint
-    architecture: Architecture
-    shape: AttentionShape
-    rotary: Rotary
+    source: Source
     grams: list[Tensor]
 
 
@@ -102,20 +96,16 @@ class Heads:
 Method = Callable[[Projections, AttentionShape, Rotary, Tensor, int, int], Converted]
 
 
-def measure(checkpoint: Checkpoint, text: CalibrationText) -> Source:
+def measure(source: Source, text: CalibrationText) -> Measured:
     """The source, measured on the text. Raises ImpossibleError where these conversions are not defined for it."""
-    architecture = find_architecture(checkpoint)
-    shape = read_attention(checkpoint, architecture)
-    rotary = read_rotary(checkpoint, architecture, shape)[0]
-    if rotary.dims != shape.head_dim:
-        raise ImpossibleError(f"{rotary.dims} of {shape.head_dim} dims of a head rotate")
-    if any(getattr(module, "attention_scaling", 1.0) != 1.0 for module in empty_model(checkpoint.config).modules()):
+    rotary, head_dim = source.rotary[0], source.shape.head_dim
+    if rotary.dims != head_dim:
+        raise ImpossibleError(f"{rotary.dims} of {head_dim} dims of a head rotate")
+    modules = empty_model(source.checkpoint.config).modules()
+    if any(getattr(module, "attention_scaling", 1.0) != 1.0 for module in modules):
         raise ImpossibleError("its RoPE scales queries and keys")
-    model = LayerwiseModel(checkpoint, architecture)
-    with torch.inference_mode():
-        states = [model.embed(batch) for batch in text.batches]
-    grams, _ = layer_moments(model, tuple(range(shape.num_hidden_layers)), states)
-    return Source(checkpoint, architecture, shape, rotary, grams)
+    grams, _ = Stream.of(source, text, CPU).moments(range(source.shape.num_hidden_layers))
+    return Measured(source, grams)
 
 
 def heads_of(projections: Projections, shape: AttentionShape, rotary: Rotary) -> Heads:
@@ -216,11 +206,11 @@ def pair_norms(heads: Tensor, gram: Tensor) -> Tensor:
     return norms
 
 
-def convert(source: Source, method: Method, kv_lora_rank: int, qk_rope_head_dim: int) -> list[Converted]:
-    layers = []
-    for index, gram in enumerate(source.grams):
-        projections = read_projections(source.checkpoint, source.architecture, source.shape, index)
-        layers.append(method(projections, source.shape, source.rotary, gram, kv_lora_rank, qk_rope_head_dim))
+def convert(measured: Measured, method: Method, kv_lora_rank: int, qk_rope_head_dim: int) -> list[Converted]:
+    layers, source = [], measured.source
+    for index, gram in enumerate(measured.grams):
+        projections = read_projections(source, index)
+        layers.append(method(projections, source.shape, source.rotary[0], gram, kv_lora_rank, qk_rope_head_dim))
     return layers
 
 
@@ -229,7 +219,7 @@ def build(source: Source, layers: Sequence[Converted]) -> Any:
     checkpoint, architecture, shape = source.checkpoint, source.architecture, source.shape
     one = layers[0].layer
     mla = Mla(len(one.latent), len(one.rope_key), rope_interleave=False)
-    config = mla.config(checkpoint, architecture, source.rotary, [(0, 0)] * mla.num_rope_pairs)
+    config = result_config(source, mla.layout(source), [(0, 0)] * mla.num_rope_pairs)
     config.pop("rope_scaling", None)
     model = empty_model(config | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}})
     prefixes = tuple(f"{architecture.attention.format(layer=layer)}." for layer in range(len(layers)))
@@ -256,7 +246,7 @@ def build(source: Source, layers: Sequence[Converted]) -> Any:
 def output_bias(source: Source, index: int) -> Tensor:
     """That of o_proj, and what the biases of values add to it: attention weights sum to 1."""
     shape, name = source.shape, source.architecture.tensor_name(index, "o_proj", "bias")
-    projections = read_projections(source.checkpoint, source.architecture, shape, index)
+    projections = read_projections(source, index)
     values = projections.v[:, -1].unflatten(0, (shape.num_key_value_heads, -1))
     bias: Tensor = projections.o @ values.repeat_interleave(len(projections.q) // len(projections.v), dim=0).flatten()
     if name in source.checkpoint.tensors:
@@ -334,15 +324,14 @@ def main() -> None:
             cells = (f"{result.perplexity:.4g}", excess)
         print(f"| {name} | {rank} + {rope_dim} | {rank + rope_dim} | {' | '.join(map(str, cells))} |", flush=True)
 
-    with as_latent_source(open_checkpoint(options.model)) as checkpoint, torch.inference_mode():
-        context = checkpoint.config_int("max_position_embeddings", default=2048)
+    with as_latent_source(open_checkpoint(options.model)) as source, torch.inference_mode():
         text = read_calibration_text(
-            checkpoint,
+            source.checkpoint,
             TextSource(options.calibration),
             num_tokens=options.calibration_tokens,
-            sequence_length=min(LONGEST_SEQUENCE, context, options.calibration_tokens),
+            sequence_length=min(LONGEST_SEQUENCE, source.longest_context, options.calibration_tokens),
         )
-        source = measure(checkpoint, text)
+        measured = measure(source, text)
         numbers = 2 * source.shape.num_key_value_heads * source.shape.head_dim
         titles = ("method", "R + D", "numbers cached per token and layer", "perplexity", "excess nats per token")
         print(f"| {' | '.join(titles)} |\n|---|---|---|---|---|")
@@ -350,7 +339,7 @@ def main() -> None:
         for rank, rope_dim in options.sizes:
             for name, method in methods(options.freqfold).items():
                 try:
-                    layers = convert(source, method, rank, rope_dim)
+                    layers = convert(measured, method, rank, rope_dim)
                 except ImpossibleError as error:
                     row(name, rank, rope_dim, f"not possible: {error}")
                     continue

@@ -14,26 +14,22 @@ import argparse
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-from kvconvert.convert import find_architecture, open_checkpoint
-from kvconvert.convert.algebra import head_merge as layer_merge
+from kvconvert.convert import HeadGrouping, Source, TextSource, open_checkpoint
 from kvconvert.convert.algebra.attention_shape import AttentionShape
-from kvconvert.convert.algebra.heads import HeadGrouping
 from kvconvert.convert.algebra.projections import Projections
-from kvconvert.convert.architectures.attention import read_attention
-from kvconvert.convert.architectures.projections import projection_tensors, read_projections
+from kvconvert.convert.architectures.projections import projection_names, projection_tensors, read_projections
+from kvconvert.convert.calibration.streams import Hardware
 from kvconvert.convert.calibration.text import CalibrationText, read_calibration_text
 from kvconvert.convert.checkpoint.loading import load_model
 from kvconvert.convert.device import default_precision
-from kvconvert.convert.methods.merging import MergeSettings, merge_checkpoint
-from kvconvert.convert.text.sources import TextSource
+from kvconvert.convert.methods.merging import HeadMerge, merge_heads
+from kvconvert.convert.methods.prepared import Prepared
 from kvconvert.measure.held_out import load_windows
 from kvconvert.measure.perplexity import evaluate
 from torch import Tensor
@@ -131,18 +127,25 @@ BASELINES: dict[str, Baseline] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "svd, weights only": {"refit": False, "text": None},
-    "svd, no refit, keys as if at any angle": {"refit": False, "any_angle": True},
+    "svd, no refit, keys as if at any angle": {"refit": False, "at_distances": False},
     "svd, no refit, neighbours": {"refit": False, "grouping": "contiguous"},
     "svd, no refit": {"refit": False},
     "svd": {},
 }
 
 
-@contextmanager
-def keys_as_if_at_any_angle() -> Iterator[None]:
-    """Leave out the step that looks at the distances that occur."""
-    with mock.patch.object(layer_merge, "merge_at_distances", lambda start, *rest: start):
-        yield
+def expanded(source: Source, prepared: Prepared) -> dict[str, Tensor]:
+    """The merged tensors for the source's own class: each K/V head as often as that class has it."""
+    tensors: dict[str, Tensor] = {}
+    assert prepared.overlay is not None
+    for layer in range(source.shape.num_hidden_layers):
+        for part, name in projection_names(source, layer).items():
+            tensors[name] = tensor = prepared.overlay.read(name)
+            if part[0] in "kv":
+                heads = tensor.unflatten(0, (-1, source.shape.head_dim))
+                times = source.shape.num_key_value_heads // len(heads)
+                tensors[name] = heads.repeat_interleave(times, dim=0).flatten(0, 1)
+    return tensors
 
 
 def main() -> None:
@@ -157,9 +160,8 @@ def main() -> None:
     parser.add_argument("--groups", type=int, nargs="+", required=True)
     arguments = parser.parse_args()
 
-    checkpoint = open_checkpoint(arguments.model)
-    architecture = find_architecture(checkpoint)
-    shape = read_attention(checkpoint, architecture)
+    whole = Source.of(open_checkpoint(arguments.model))
+    checkpoint, shape = whole.checkpoint, whole.shape
     windows = load_windows(
         arguments.model, TextSource(arguments.held_out), window=arguments.window, max_windows=arguments.max_windows
     )
@@ -187,25 +189,24 @@ def main() -> None:
         contiguous = HeadGrouping.contiguous(shape.num_key_value_heads, groups)
         for name, variant in VARIANTS.items():
             begin = time.monotonic()
-            options = {"precision": arguments.precision} | variant
-            measured_on, any_angle = options.pop("text", text), options.pop("any_angle", False)
-            settings = MergeSettings(groups, **options)
-            with tempfile.TemporaryDirectory() as scratch, keys_as_if_at_any_angle() if any_angle else nullcontext():
-                merged = merge_checkpoint(
-                    checkpoint, architecture, settings, Path(scratch), text=measured_on, keep=True
-                )
+            options = dict(variant)
+            measured_on = options.pop("text", text)
+            merge = HeadMerge(groups, **{"refit": measured_on is not None} | options)
+            with tempfile.TemporaryDirectory() as scratch:
+                hardware = Hardware(precision=arguments.precision)
+                prepared = merge_heads(whole, merge, measured_on, Path(scratch), hardware=hardware, keep_gram=True)
                 seconds = time.monotonic() - begin
-                report(name, groups, {key: merged.read(key) for key in merged.merged}, seconds)
-                if name != "svd":
+                report(name, groups, expanded(whole, prepared), seconds)
+                if name != "svd" or prepared.gram is None:
                     continue
-                grams = [merged.gram(layer) for layer in range(shape.num_hidden_layers)]
+                grams = [prepared.gram(layer) for layer in range(shape.num_hidden_layers)]
         for name, baseline in BASELINES.items():
             tensors: dict[str, Tensor] = {}
             begin = time.monotonic()
             for layer, gram in enumerate(grams):
-                source = read_projections(checkpoint, architecture, shape, layer)
+                source = read_projections(whole, layer)
                 result = baseline(source, shape, contiguous, gram)
-                tensors |= projection_tensors(result, checkpoint, architecture, shape, layer)
+                tensors |= projection_tensors(result, whole, layer)
             report(name, groups, tensors, time.monotonic() - begin)
 
 

@@ -9,17 +9,14 @@ per token over the original, nothing trained.
 import argparse
 import tempfile
 from pathlib import Path
-from unittest import mock
 
 import torch
-from kvconvert.convert import Cla, LayerGrouping, as_cross_layer, execute, find_architecture, open_checkpoint
-from kvconvert.convert.algebra import head_merge as layer_merge
-from kvconvert.convert.architectures.attention import read_attention
+from kvconvert.convert import Cla, LayerGrouping, TextSource, as_cross_layer, execute, open_checkpoint
+from kvconvert.convert.calibration.streams import Hardware
 from kvconvert.convert.calibration.text import read_calibration_text
 from kvconvert.convert.checkpoint.loading import load_model
 from kvconvert.convert.device import default_precision
-from kvconvert.convert.methods.merging import MergeSettings, merge_checkpoint
-from kvconvert.convert.text.sources import TextSource
+from kvconvert.convert.methods.merging import HeadMerge, merge_heads
 from kvconvert.measure.held_out import load_windows
 from kvconvert.measure.perplexity import evaluate
 
@@ -38,22 +35,22 @@ def main() -> None:
     held_out = TextSource(arguments.held_out)
     windows = load_windows(arguments.model, held_out, window=arguments.window, max_windows=arguments.max_windows)
     original = evaluate(load_model(arguments.model, dtype=torch.float32, device="cpu"), windows).nats_per_token
-    checkpoint = as_cross_layer(open_checkpoint(arguments.model))
-    architecture = find_architecture(checkpoint)
-    shape = read_attention(checkpoint, architecture)
+    source = as_cross_layer(open_checkpoint(arguments.model))
     text = read_calibration_text(
-        checkpoint,
+        source.checkpoint,
         TextSource(arguments.calibration),
         num_tokens=arguments.calibration_tokens,
         sequence_length=arguments.window,
     )
-    layers = LayerGrouping.uniform(shape.num_hidden_layers, 2)
-    settings = MergeSettings(shape.num_key_value_heads, kv_source_layers=layers.sources, precision=default_precision())
+    layers = LayerGrouping.uniform(source.shape.num_hidden_layers, 2)
+    plan = Cla(layers, merge="svd").plan(source)
+    hardware = Hardware(precision=default_precision())
     print("| pull | excess |\n|---|---|")
     for pull in arguments.pull:
-        with tempfile.TemporaryDirectory() as folder, mock.patch.object(layer_merge, "_PULL", pull):
-            merged = merge_checkpoint(checkpoint, architecture, settings, Path(folder), text=text)
-            execute(Cla(layers, method="svd").plan(merged, architecture), merged, Path(folder) / "out")
+        merge = HeadMerge(source.shape.num_key_value_heads, layers, prediction_pull=pull)
+        with tempfile.TemporaryDirectory() as folder:
+            prepared = merge_heads(source, merge, text, Path(folder), hardware=hardware)
+            execute(plan, source.checkpoint, Path(folder) / "out", prepared.overlay)
             model = load_model(Path(folder) / "out", dtype=torch.float32, device="cpu")
         print(f"| {pull:g} | {evaluate(model, windows).nats_per_token - original:.4f} |", flush=True)
 

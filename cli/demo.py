@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from .. import configs
-from ..convert.architectures.table import find_architecture
-from ..convert.checkpoint.opening import open_checkpoint
+from ..convert import Calibration, Conversion, Gqa, convert, inspect, open_checkpoint
 from ..convert.checkpoint.output import write_text
-from ..convert.checkpoint.tensors import Checkpoint
-from ..convert.describe.inspection import inspect_checkpoint
-from ..convert.device import default_device, default_precision
+from ..convert.conversion import no_progress
+from ..convert.device import default_precision
 from ..convert.errors import OutputError, PreemptedError
-from ..convert.execute import execute
-from ..convert.methods.gqa import Gqa
-from ..convert.plan import ConversionPlan
 from ..convert.text.sources import TextSource
 from .console import Terminal
 from .inspect import show_inspection
@@ -53,7 +49,7 @@ class _Variant:
     name: str
     label: str
     num_key_value_heads: int
-    method: str
+    method: Literal["mean", "svd"]
     uptrained: bool
 
 
@@ -166,15 +162,14 @@ def _run(
     variants: tuple[_Variant, ...], output: Path, steps: int, max_windows: int | None, terminal: Terminal
 ) -> dict[str, Any]:
     start = time.monotonic()
-    with open_checkpoint(_MODEL) as checkpoint:
-        inspection = inspect_checkpoint(checkpoint)
-        if not terminal.as_json:
-            show_inspection(inspection, terminal.remarks)
-        rows = []
-        for variant in variants:
-            plan = _convert(checkpoint, variant, output, terminal)
-            terminal.remark(f"converted to {variant.label}: {output / variant.name}")
-            rows.append(asdict(variant) | {"cache_bytes_per_token": plan.cache_bytes_per_token[1]})
+    inspection = inspect(_MODEL)
+    if not terminal.as_json:
+        show_inspection(inspection, terminal.remarks)
+    rows = []
+    for variant in variants:
+        plan = _convert(variant, output, terminal).plan
+        terminal.remark(f"converted to {variant.label}: {output / variant.name}")
+        rows.append(asdict(variant) | {"cache_bytes_per_token": plan.cache_bytes_per_token[1]})
 
     from ..measure.held_out import load_windows
     from ..measure.picture import Curve, Point, draw_recovery
@@ -223,27 +218,23 @@ def _run(
     }
 
 
-def _convert(checkpoint: Checkpoint, variant: _Variant, output: Path, terminal: Terminal) -> ConversionPlan:
-    from ..convert.calibration.text import read_calibration_text
-    from ..convert.methods.merging import MergeSettings, merge_checkpoint
+def _convert(variant: _Variant, output: Path, terminal: Terminal) -> Conversion:
+    """Convert the demo's checkpoint; progress is that of merging only, since the rest takes no time."""
+    calibration = None
+    if variant.method == "svd":
+        calibration = Calibration(_UPTRAIN_TEXT, _CALIBRATION_TOKENS, _SEQUENCE_LENGTH)
 
-    architecture = find_architecture(checkpoint)
-    settings = Gqa(variant.num_key_value_heads, method=variant.method)
-    if variant.method != "svd":
-        plan = settings.plan(checkpoint, architecture)
-        execute(plan, checkpoint, output / variant.name, force=True)
-        return plan
-    source = TextSource(str(_UPTRAIN_TEXT))
-    text = read_calibration_text(checkpoint, source, num_tokens=_CALIBRATION_TOKENS, sequence_length=_SEQUENCE_LENGTH)
-    merge = MergeSettings(variant.num_key_value_heads, precision=default_precision(), device=str(default_device()))
-    with (
-        tempfile.TemporaryDirectory(dir=output, prefix=".merging-") as scratch,
-        terminal.progress(f"merging {variant.label}", checkpoint.config_int("num_hidden_layers")) as advance,
-    ):
-        merged = merge_checkpoint(checkpoint, architecture, merge, Path(scratch), text=text, progress=advance)
-        plan = settings.plan(merged, architecture)
-        execute(plan, merged, output / variant.name, force=True)
-    return plan
+    def progress(what: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
+        return terminal.progress(f"merging {variant.label}", total) if what == "merging" else no_progress(what, total)
+
+    return convert(
+        _MODEL,
+        Gqa(variant.num_key_value_heads, merge=variant.method),
+        output / variant.name,
+        calibration=calibration,
+        force=True,
+        progress=progress,
+    )
 
 
 def _evaluate(model: Path, windows: Any, description: str, terminal: Terminal) -> dict[str, Any]:

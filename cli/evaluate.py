@@ -25,11 +25,12 @@ from .options import (
     Split,
     TextField,
     TrustRemoteCode,
-    parse_percentage,
 )
 
 if TYPE_CHECKING:
     from ..measure.perplexity import Evaluation
+
+from .values import parse_percentage
 
 __all__ = ["evaluate"]
 

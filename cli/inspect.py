@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..convert.checkpoint.opening import open_checkpoint
+from .. import convert as library
 from ..convert.describe.engines import engines_line, latent_kernels
-from ..convert.describe.inspection import Inspection, inspect_checkpoint
+from ..convert.describe.inspection import Inspection
 from .console import Terminal, human_bytes, human_count
 from .options import Json, Model, Quiet, Revision
 
@@ -34,8 +34,7 @@ def inspect(
     Example: kvconvert inspect model_dir --context 32768
     """
     terminal = Terminal(as_json=as_json, quiet=quiet)
-    with open_checkpoint(model, revision=revision, headers_only=True) as checkpoint:
-        inspection = inspect_checkpoint(checkpoint, context_length=context)
+    inspection = library.inspect(model, context_length=context, revision=revision)
     terminal.result(asdict(inspection), lambda console: show_inspection(inspection, console))
 
 

@@ -21,6 +21,7 @@ from .inspect import inspect
 from .mha2cla import mha2cla
 from .mha2gqa import mha2gqa, mha2mqa
 from .mha2mla import mha2mla
+from .options import Command
 from .refresh import refresh
 from .uptrain import uptrain
 
@@ -46,7 +47,7 @@ app = typer.Typer(
     help="Convert a multi-head-attention checkpoint into one with a smaller K/V cache, then uptrain it.",
 )
 for command in (inspect, mha2gqa, mha2mqa, mha2cla, mha2mla, uptrain, evaluate, refresh, demo):
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 
 def _print_version(value: bool) -> None:

@@ -1,30 +1,29 @@
-"""Options that several commands share, and how their texts become values."""
+"""Options: those of the command line itself, and those that fill settings of the library."""
 
 from __future__ import annotations
 
 import inspect
-import math
-import os
-import re
-from collections.abc import Callable
-from dataclasses import MISSING, fields
-from decimal import Decimal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperCommand
+from typing_extensions import Doc
 
 from ..convert.checkpoint.remote_code import allow_remote_code
-from ..convert.checkpoint.tensors import Checkpoint
 from ..convert.device import default_precision
 
 __all__ = [
     "BatchSize",
+    "Command",
     "Data",
     "DataConfig",
     "DryRun",
     "Force",
+    "Given",
     "Json",
     "Model",
     "Output",
@@ -32,22 +31,18 @@ __all__ = [
     "PrecisionOption",
     "Quiet",
     "Revision",
+    "SettingsOptions",
     "Split",
     "TextField",
     "TrustRemoteCode",
     "accepts",
-    "default_output",
-    "parse_count",
-    "parse_duration",
-    "parse_percentage",
-    "parse_size",
-    "parse_weighted",
 ]
 
-_SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_COUNT_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-_SECONDS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
+Settings = TypeVar("Settings")
+
+
+def _output(flag: str, text: str) -> Any:
+    return typer.Option(flag, help=text, rich_help_panel="Output")
 
 
 class Precision(StrEnum):
@@ -68,17 +63,29 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint direct
 Output = Annotated[
     Path | None,
     typer.Option(
-        "--output", "-o", help="Where the result goes. Default: beside MODEL, with a suffix.", show_default=False
+        "--output",
+        "-o",
+        help="Where the result goes. Default: beside MODEL, with a suffix.",
+        show_default=False,
+        rich_help_panel="Output",
     ),
 ]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.", show_default=False)]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output that kvconvert wrote.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no remarks.")]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of a hub id.", show_default=False, rich_help_panel="Model"),
+]
+DryRun = Annotated[bool, _output("--dry-run", "Print what would be done; write nothing.")]
+Force = Annotated[bool, _output("--force", "Replace an existing output that kvconvert wrote.")]
+Json = Annotated[bool, _output("--json", "Print one JSON object on stdout and nothing else.")]
+Quiet = Annotated[bool, _output("--quiet", "No progress and no remarks.")]
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option("--trust-remote-code", callback=allow_remote_code, help="Run the code that lies beside a checkpoint."),
+    typer.Option(
+        "--trust-remote-code",
+        callback=allow_remote_code,
+        help="Run the code that lies beside a checkpoint.",
+        rich_help_panel="Model",
+    ),
 ]
 Data = Annotated[
     str, typer.Option("--data", help="Text: a .txt, .jsonl or .parquet file, a directory of them, or a dataset name.")
@@ -89,91 +96,142 @@ DataConfig = Annotated[str | None, typer.Option(help="Configuration of a named d
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")]
 
 
-def default_output(checkpoint: Checkpoint, suffix: str) -> Path:
-    """Beside a local checkpoint, in the current directory for a hub id: `model_dir-gqa8`."""
-    local = Path(checkpoint.name).expanduser()
-    if local.is_dir():
-        absolute = Path(os.path.abspath(local))
-        return absolute.with_name(f"{absolute.name}-{suffix}")
-    return Path(f"{checkpoint.name.rpartition('/')[2]}-{suffix}")
+class Command(TyperCommand):
+    """Its help lists options in groups, each under the name of its panel."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                is_argument = parameter.param_type_name == "argument"
+                panel = getattr(parameter, "rich_help_panel", None) or "Options"
+                names, text = record
+                names = names.removeprefix(" / ")  # of an option that only switches off
+                groups.setdefault("Arguments" if is_argument else panel, []).append((names, text))
+        for heading, records in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
 
 
-def parse_size(text: str) -> int:
-    """ "5GB" as bytes; powers of 1000 (GB) or 1024 (GiB). Raises typer.BadParameter."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if not match or match[2].upper() not in _SIZE_UNITS or float(match[1]) <= 0:
-        raise typer.BadParameter(f"{text!r} is not a size; write for example 5GB or 500MB")
-    return max(1, int(float(match[1]) * _SIZE_UNITS[match[2].upper()]))
+@dataclass(frozen=True)
+class SettingsOptions(Generic[Settings]):
+    """Options that fill the fields of a settings class of the library, and stand under `panel` in the help.
 
-
-def parse_count(text: str) -> int:
-    """ "300M", "1B", "2T", "1.5e9" or "299_892_736_000" as a positive whole number. Raises typer.BadParameter."""
-    match = re.fullmatch(r"(\d+(?:_\d+)*(?:\.\d+)?(?:[eE]\+?\d{1,2})?)\s*([KMBTkmbt]?)", text.strip())
-    # decimal, not float: 0.3B is 300 000 000 and 299_892_736_000_001 keeps its last digit
-    count = Decimal(match[1].replace("_", "")) * _COUNT_UNITS[match[2].upper()] if match else Decimal(0)
-    if count <= 0 or count != int(count):
-        raise typer.BadParameter(f"{text!r} is not a count; write for example 300M, 1B or 1.5e9")
-    return int(count)
-
-
-def parse_duration(text: str) -> int:
-    """ "5h45m", "90s", "1d" or "30m" as seconds. Raises typer.BadParameter."""
-    match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip().lower())
-    parts = match.groups(default="0") if match else ()
-    seconds = sum(int(part) * unit for part, unit in zip(parts, _SECONDS.values(), strict=False))
-    if seconds == 0:
-        raise typer.BadParameter(f"{text!r} is not a duration; write for example 5h45m, 30m or 90s")
-    return seconds
-
-
-def parse_percentage(text: str) -> float:
-    """ "5%" or "0.05" as 0.05. Raises typer.BadParameter."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", text.strip())
-    if not match or (float(match[1]) >= 1 and not match[2]):  # 5 could mean 5 % or 500 %
-        raise typer.BadParameter(f"{text!r} is not a percentage; write for example 5% or 0.05")
-    return float(match[1]) / (100 if match[2] else 1)
-
-
-def parse_weighted(text: str) -> tuple[str, float]:
-    """ "a.jsonl:0.7" as ("a.jsonl", 0.7), a place without a number after its last colon whole, with weight 1.
-
-    Raises typer.BadParameter.
+    Name, type, default and help of an option are those of the field, unless `flags` declares another name ("--groups",
+    or "--no-refit" for a field that is true by default), `types` and `defaults` what is typed in place of what the
+    field holds, `help` another text, or `bounds` the least value. Fields in `omit` get no option.
     """
-    match = re.fullmatch(r"(.*):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", text.strip(), re.DOTALL)
-    place, weight = (match[1], float(match[2])) if match else (text.strip(), 1.0)
-    if not place:
-        raise typer.BadParameter(f"{text!r} names no text; write for example a.jsonl:0.7")
-    if not 0 < weight < math.inf:
-        raise typer.BadParameter(
-            f"{text!r} has the weight {weight:g}; write a positive number, for example a.jsonl:0.7"
+
+    name: str
+    settings: type[Settings]
+    panel: str
+    flags: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    types: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    help: Mapping[str, str] = field(default_factory=dict)
+    bounds: Mapping[str, float] = field(default_factory=dict)
+    omit: Sequence[str] = ()
+
+    @property
+    def fields(self) -> dict[str, inspect.Parameter]:
+        """The parameters of a command, by the names of the fields that they fill."""
+        hints = get_type_hints(self.settings, include_extras=True)
+        return {
+            each.name: self._parameter(each.name, hints[each.name], self.defaults.get(each.name, each.default))
+            for each in fields(self.settings)  # type: ignore[arg-type]
+            if each.name not in self.omit
+        }
+
+    def flag(self, name: str) -> str:
+        """The option of a field as people type it."""
+        return next(iter(self.flags.get(name, ())), f"--{name.replace('_', '-')}")
+
+    def given(self, arguments: dict[str, Any]) -> Given[Settings]:
+        """Take the values of these options out of a command's arguments."""
+        return Given(self, {name: arguments.pop(name) for name in self.fields})
+
+    def _parameter(self, name: str, hint: Any, default: Any) -> inspect.Parameter:
+        described, documents = (get_args(hint)[0], get_args(hint)[1:]) if get_origin(hint) is Annotated else (hint, ())
+        text = next((document.documentation for document in documents if isinstance(document, Doc)), None)
+        flags = list(self.flags.get(name, (f"--{name.replace('_', '-')}",)))
+        if described is bool and default is True:
+            flags = [f" /{flag}" for flag in flags]  # only the option that switches it off
+        option = typer.Option(
+            *flags,
+            help=self.help.get(name, text),
+            rich_help_panel=self.panel,
+            show_default=default is not MISSING and default is not None and not isinstance(default, bool),
+            min=self.bounds.get(name),
         )
-    return place, weight
+        return inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if default is MISSING else default,
+            annotation=Annotated[self.types.get(name, described), option],
+        )
 
 
-def accepts(options: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the fields of a dataclass as options, after its own; it takes them as one argument, `request`."""
+@dataclass(frozen=True)
+class Given(Generic[Settings]):
+    """What was typed for the fields of a settings class."""
+
+    options: SettingsOptions[Settings]
+    values: Mapping[str, Any]
+
+    def build(self, **more: Any) -> Settings:
+        """The settings, some fields of which the command says itself."""
+        return self.options.settings(**{**self.values, **more})
+
+    def typed(self, names: Sequence[str] | None = None) -> list[str]:
+        """The options, of all or of these fields, whose value is not the default, in the order of their names."""
+        parameters = self.options.fields
+        chosen = parameters if names is None else names
+        return [self.options.flag(name) for name in sorted(chosen) if self.values[name] != parameters[name].default]
+
+
+def accepts(*groups: type | SettingsOptions[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the fields of dataclasses as options, after its own parameters.
+
+    It takes the options of a `SettingsOptions` as one argument of that name, a `Given`, and the fields of a dataclass
+    of the command line, whose annotations are typer's, built, as `request`.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        hints = get_type_hints(command, include_extras=True) | get_type_hints(options, include_extras=True)
-        own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name != "request"]
-        shared = [
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty if field.default is MISSING else field.default,
-            )
-            for field in fields(options)
+        hints = get_type_hints(command, include_extras=True)
+        names = {group.name if isinstance(group, SettingsOptions) else "request" for group in groups}
+        own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name not in names]
+        parameters = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[parameter.name])
+            for parameter in own
         ]
+        for group in groups:
+            parameters += group.fields.values() if isinstance(group, SettingsOptions) else _of_dataclass(group)
 
         def accepting(**arguments: Any) -> None:
-            request = options(**{field.name: arguments.pop(field.name) for field in fields(options)})
-            command(**arguments, request=request)
+            for group in groups:
+                if isinstance(group, SettingsOptions):
+                    arguments[group.name] = group.given(arguments)
+                else:
+                    arguments["request"] = group(**{each.name: arguments.pop(each.name) for each in fields(group)})
+            command(**arguments)
 
-        keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-        parameters = [parameter.replace(annotation=hints[parameter.name]) for parameter in keyword_only + shared]
         accepting.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         accepting.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         accepting.__name__, accepting.__doc__ = command.__name__, command.__doc__
         return accepting
 
     return decorate
+
+
+def _of_dataclass(options: type) -> list[inspect.Parameter]:
+    hints = get_type_hints(options, include_extras=True)
+    return [
+        inspect.Parameter(
+            each.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if each.default is MISSING else each.default,
+            annotation=hints[each.name],
+        )
+        for each in fields(options)
+    ]

@@ -18,6 +18,7 @@ from rich.console import Console
 from ..convert.checkpoint.opening import open_checkpoint
 from ..convert.checkpoint.tensors import Checkpoint
 from ..convert.checkpoint.tokenizer import load_tokenizer
+from ..convert.conversion import default_output
 from ..convert.errors import InputError
 from ..convert.text.sources import TextSource
 from ..uptrain.budget import Batch, Budget, default_global_batch_tokens, derive_batch, plan_budget
@@ -49,16 +50,13 @@ from .options import (
     TextField,
     TrustRemoteCode,
     accepts,
-    default_output,
-    parse_count,
-    parse_duration,
-    parse_percentage,
-    parse_weighted,
 )
 
 if TYPE_CHECKING:
     from ..uptrain.jobs import UptrainJob, UptrainSettings
     from ..uptrain.run import Observation, UptrainResult
+
+from .values import parse_count, parse_duration, parse_percentage, parse_weighted
 
 __all__ = ["uptrain"]
 

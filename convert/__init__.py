@@ -1,11 +1,21 @@
-"""Offline weight surgery: checkpoints, architectures, heads. Knows nothing of training or of the command line."""
+"""Offline weight surgery: a checkpoint with a far smaller K/V cache than the one that it was made from.
+
+    from kvconvert.convert import Calibration, Gqa, convert
+
+    convert("model_dir", Gqa(num_key_value_heads=8, merge="svd"), "out", calibration=Calibration("text.jsonl"))
+
+Knows nothing of training or of the command line; prints nothing. docs/library.md explains it.
+"""
 
 from .algebra.heads import HeadGrouping
 from .algebra.layer_grouping import LayerGrouping
-from .architectures.table import ARCHITECTURES, find_architecture
+from .architectures.source import Source
+from .architectures.table import ARCHITECTURES
 from .checkpoint.opening import open_checkpoint
+from .checkpoint.overlay import Overlay
 from .checkpoint.tensors import Checkpoint
-from .describe.inspection import inspect_checkpoint
+from .conversion import Calibration, Conversion, convert
+from .describe.inspection import Inspection, inspect
 from .errors import KvConvertError
 from .execute import execute
 from .methods.cla import Cla
@@ -13,25 +23,32 @@ from .methods.gqa import Gqa
 from .methods.mla import Mla
 from .plan import ConversionPlan
 from .runtime import register
+from .text.sources import TextSource
 from .translations.routes import ROUTES, as_cross_layer, as_latent_source, as_target
 
 __all__ = [
     "ARCHITECTURES",
     "ROUTES",
+    "Calibration",
     "Checkpoint",
     "Cla",
+    "Conversion",
     "ConversionPlan",
     "Gqa",
     "HeadGrouping",
+    "Inspection",
     "KvConvertError",
     "LayerGrouping",
     "Mla",
+    "Overlay",
+    "Source",
+    "TextSource",
     "as_cross_layer",
     "as_latent_source",
     "as_target",
+    "convert",
     "execute",
-    "find_architecture",
-    "inspect_checkpoint",
+    "inspect",
     "open_checkpoint",
 ]
 

@@ -12,13 +12,16 @@ from .cache_check import check_cache
 from .checkpoint.companions import copy_companions, name_tokenizer
 from .checkpoint.loading import check_opens, knows_class
 from .checkpoint.output import PROVENANCE_NAME, check_free_space, check_output, staged_directory, write_text
+from .checkpoint.overlay import Overlay
 from .checkpoint.remote_code import remote_code_allowed
 from .checkpoint.runtime_code import copy_runtime_code
 from .checkpoint.tensors import CONFIG_NAME, Checkpoint, tensor_bytes
 from .checkpoint.writer import CheckpointWriter
 from .describe.card import write_card
+from .errors import CheckpointError
 from .plan import ConversionPlan
 from .runtime import RUNTIME_CLASSES
+from .translations.routes import translated
 
 __all__ = ["DEFAULT_MAX_SHARD_BYTES", "ExecutionResult", "check_source", "execute"]
 
@@ -33,8 +36,9 @@ class ExecutionResult:
 
 def execute(
     plan: ConversionPlan,
-    checkpoint: Checkpoint,
+    source: Checkpoint,
     output: Path,
+    overlay: Overlay | None = None,
     *,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     force: bool = False,
@@ -43,10 +47,14 @@ def execute(
 ) -> ExecutionResult:
     """Write the converted checkpoint to `output`, which appears only when whole and checked.
 
-    `calibration` is noted in kvconvert.json. `progress` is called with the number of bytes written since the last call.
-    Raises OutputError for a place that exists or cannot hold the result, CheckpointError if the stock class does not
-    accept the source or the result.
+    `source` is the checkpoint that the plan was made for, as it is or translated already; `overlay` holds the tensors
+    that a method prepared. So another process can carry out a plan that was written as JSON. `calibration` is noted in
+    kvconvert.json. `progress` is called with the number of bytes written since the last call. Raises OutputError for a
+    place that exists or cannot hold the result, CheckpointError if the stock class does not accept the source or the
+    result, or if a tensor that the plan reads is not there.
     """
+    checkpoint = source if source.route == plan.route else translated(source, plan.route)
+    _check_reads(plan, checkpoint, overlay)
     check_output(output, force=force, inputs=[checkpoint.directory])
     check_free_space(output, plan.bytes_out)
     check_source(checkpoint)
@@ -57,7 +65,9 @@ def execute(
         writer = CheckpointWriter(staging, [step.writes for step in plan.steps], max_shard_bytes=max_shard_bytes)
         for spec, file in writer.write_tensors():
             step = steps[spec.name]
-            if step.op is None:
+            if step.overlay and overlay is not None:
+                file.write(tensor_bytes(overlay.read(step.reads[0])))
+            elif step.op is None:
                 checkpoint.copy_bytes(step.reads[0], file)
             else:
                 file.write(tensor_bytes(step.op(*map(checkpoint.read, step.reads))))
@@ -86,6 +96,18 @@ def check_source(checkpoint: Checkpoint) -> None:
     source_type = json.loads((checkpoint.directory / CONFIG_NAME).read_bytes()).get("model_type")
     if knows_class(source_type) or remote_code_allowed():
         check_opens(checkpoint.directory)
+
+
+def _check_reads(plan: ConversionPlan, checkpoint: Checkpoint, overlay: Overlay | None) -> None:
+    """Raise CheckpointError unless everything that the plan reads is there."""
+    made = {} if overlay is None else overlay.files
+    for step in plan.steps:
+        for name in step.reads:
+            if name not in (made if step.overlay else checkpoint.tensors):
+                place = "what the method prepared" if step.overlay else checkpoint.name
+                raise CheckpointError(
+                    f"the plan reads {name}, which is not in {place}", hint="the plan was made for another checkpoint"
+                )
 
 
 def _provenance(plan: ConversionPlan, checkpoint: Checkpoint) -> dict[str, object]:

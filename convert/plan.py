@@ -1,9 +1,10 @@
-"""A conversion as pure data: what is read, what is written, by which operation. `--dry-run --json` prints it."""
+"""A conversion as pure data: what is read, what is written, by which operation. It goes to JSON and back."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from .algebra.attention_shape import AttentionShape, LatentSizes
@@ -16,7 +17,7 @@ from .checkpoint.writer import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["AverageLayers", "ConversionPlan", "LayerReport", "MoveGain", "PoolHeads", "Step"]
+__all__ = ["OPERATIONS", "AverageLayers", "ConversionPlan", "MoveGain", "Operation", "PoolHeads", "Step"]
 
 
 @dataclass(frozen=True)
@@ -24,15 +25,15 @@ class PoolHeads:
     """Reduce the K/V heads of one tensor to one per group.
 
     The tensor's rows are `num_query_heads` heads that stay, then all K/V heads, `num_runs` times (keys, then values,
-    in a fused projection); or, if `interleaved`, for each K/V head the query heads that read it, its key and its value.
-    `std` and `seed` are those of random heads.
+    in a fused projection); or, if `qkv_interleaved`, for each K/V head the query heads that read it, its key and its
+    value. `std` and `seed` are those of random heads.
     """
 
     method: str
     grouping: HeadGrouping
     num_query_heads: int = 0
     num_runs: int = 1
-    interleaved: bool = False
+    qkv_interleaved: bool = False
     std: float | None = None
     seed: int | None = None
 
@@ -43,17 +44,17 @@ class PoolHeads:
             raise ValueError("std and seed belong to the random method, and only to it")
 
     def __call__(self, *tensors: Tensor) -> Tensor:
-        """The tensors are joined along their rows first."""
+        """The pooled tensor, (rows of fewer heads, …), in the dtype of the given ones, which are joined by rows."""
         import torch
 
         tensor = torch.cat(tensors)
-        if self.interleaved:
+        if self.qkv_interleaved:
             tensor = stack_heads(tensor, self.num_query_heads, self.grouping.num_heads)
         num_heads = self.num_query_heads + self.num_runs * self.grouping.num_heads
         queries, pooled = tensor.tensor_split([tensor.shape[0] // num_heads * self.num_query_heads])
         runs = [self._pool(run, index) for index, run in enumerate(pooled.chunk(self.num_runs))]
         result = torch.cat([queries, *runs])
-        if self.interleaved:
+        if self.qkv_interleaved:
             return interleave_heads(result, self.num_query_heads, len(self.grouping.groups))
         return result
 
@@ -109,13 +110,27 @@ def _split(tensors: Sequence[Tensor], index: int) -> tuple[Sequence[Tensor], Seq
     return tensors[:index], tensors[index:]
 
 
+Operation = PoolHeads | AverageLayers | MoveGain
+
+OPERATIONS: Mapping[str, type[Operation]] = MappingProxyType(
+    {"pool_heads": PoolHeads, "average_layers": AverageLayers, "move_gain": MoveGain}
+)
+"""The operations of steps, by the name that a plan's JSON gives them."""
+
+_NAMES = {operation: name for name, operation in OPERATIONS.items()}
+
+
 @dataclass(frozen=True)
 class Step:
-    """Read tensors, write what `op` makes of them. Without `op` bytes are copied, never decoded."""
+    """Read tensors, write what `op` makes of them. Without `op` bytes are copied, never decoded.
+
+    They are the source's tensors, or with `overlay` those that the method made.
+    """
 
     reads: tuple[str, ...]
     writes: TensorSpec
-    op: PoolHeads | AverageLayers | MoveGain | None = None
+    op: Operation | None = None
+    overlay: bool = False
 
     def __post_init__(self) -> None:
         if self.op is None and len(self.reads) != 1:
@@ -123,39 +138,40 @@ class Step:
 
     @classmethod
     def copy(cls, info: TensorInfo) -> Step:
+        """A tensor of the source as it is."""
         return cls((info.name,), TensorSpec(info.name, info.dtype, info.shape))
 
-
-@dataclass(frozen=True)
-class LayerReport:
-    """The groups of heads that were merged, and the fraction of energy that keys and values of each kept.
-
-    `layers` share keys and values, which the first computes. Heads are numbered through all of them.
-    """
-
-    layers: tuple[int, ...]
-    groups: tuple[tuple[int, ...], ...]
-    keys_retained: tuple[float, ...]
-    values_retained: tuple[float, ...]
+    @classmethod
+    def made(cls, name: str, dtype: str, shape: tuple[int, ...]) -> Step:
+        """A tensor of the overlay as it is."""
+        return cls((name,), TensorSpec(name, dtype, shape), overlay=True)
 
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """Everything `execute` needs besides the checkpoint: it decides nothing. `layers` tells of a merge."""
+    """Everything `execute` needs besides the source and the overlay: it decides nothing.
+
+    `route` names the classes through which the source is translated, one after the other, before steps read it.
+    """
 
     target: str
     method: str
     model_type: str
+    route: tuple[str, ...]
     source: AttentionShape
     result: AttentionShape
     config: Mapping[str, Any]
     steps: tuple[Step, ...]
     bytes_in: int
-    layers: tuple[LayerReport, ...] = ()
 
     @property
     def bytes_out(self) -> int:
         return sum(step.writes.num_bytes for step in self.steps)
+
+    @property
+    def overlay_bytes(self) -> int:
+        """The size of the tensors of the overlay that the steps read."""
+        return sum(step.writes.num_bytes for step in self.steps if step.overlay)
 
     @property
     def cache_bytes_per_token(self) -> tuple[int, int]:
@@ -166,19 +182,51 @@ class ConversionPlan:
         )
         return before, after
 
+    @property
+    def changes_cache(self) -> bool:
+        """Whether the result caches anything else than the source."""
+        return self.source != self.result
+
     def to_json(self) -> dict[str, Any]:
-        """A JSON object from which `from_json` builds an equal plan."""
-        return asdict(self)
+        """A JSON object from which `from_json` builds an equal plan; every operation has its name under "op"."""
+        steps = [asdict(step) | {"op": _operation_json(step.op)} for step in self.steps]
+        return asdict(self) | {"steps": steps}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ConversionPlan:
+        """The plan that `to_json` gave. Raises KeyError, TypeError or ValueError for anything else."""
         return cls(
             **{key: data[key] for key in ("target", "method", "model_type", "config", "bytes_in")},
+            route=tuple(data["route"]),
             source=_attention_shape(data["source"]),
             result=_attention_shape(data["result"]),
             steps=tuple(_step(step) for step in data["steps"]),
-            layers=tuple(_layer_report(layer) for layer in data["layers"]),
         )
+
+
+def _operation_json(op: Operation | None) -> dict[str, Any] | None:
+    if op is None:
+        return None
+    fields = asdict(op)
+    if isinstance(op, AverageLayers):
+        fields["pool"] = _operation_json(op.pool)
+    return {"op": _NAMES[type(op)]} | fields
+
+
+def _operation(data: Mapping[str, Any] | None) -> Any:
+    if data is None:
+        return None
+    fields = {name: value for name, value in data.items() if name != "op"}
+    if "grouping" in fields:
+        fields["grouping"] = HeadGrouping(tuple(tuple(group) for group in fields["grouping"]["groups"]))
+    if "pool" in fields:
+        fields["pool"] = _operation(fields["pool"])
+    return OPERATIONS[data["op"]](**fields)
+
+
+def _step(data: Mapping[str, Any]) -> Step:
+    spec = TensorSpec(data["writes"]["name"], data["writes"]["dtype"], tuple(data["writes"]["shape"]))
+    return Step(tuple(data["reads"]), spec, _operation(data["op"]), data["overlay"])
 
 
 def _attention_shape(data: Mapping[str, Any]) -> AttentionShape:
@@ -186,25 +234,3 @@ def _attention_shape(data: Mapping[str, Any]) -> AttentionShape:
     shared = None if grouping is None else LayerGrouping(tuple(grouping["sources"]))
     latent = None if data["latent"] is None else LatentSizes(**data["latent"])
     return AttentionShape(**{**data, "windows": tuple(data["windows"]), "layer_grouping": shared, "latent": latent})
-
-
-def _layer_report(data: Mapping[str, Any]) -> LayerReport:
-    groups = tuple(tuple(group) for group in data["groups"])
-    return LayerReport(tuple(data["layers"]), groups, tuple(data["keys_retained"]), tuple(data["values_retained"]))
-
-
-def _step(data: Mapping[str, Any]) -> Step:
-    spec = data["writes"]
-    op = data["op"]
-    if op is not None and "num_layers" in op:
-        op = AverageLayers(op["num_layers"], _pool_heads(op["pool"]))
-    elif op is not None:
-        op = _pool_heads(op) if op else MoveGain()
-    return Step(tuple(data["reads"]), TensorSpec(spec["name"], spec["dtype"], tuple(spec["shape"])), op)
-
-
-def _pool_heads(data: Mapping[str, Any] | None) -> PoolHeads | None:
-    if data is None:
-        return None
-    grouping = HeadGrouping(tuple(tuple(group) for group in data["grouping"]["groups"]))
-    return PoolHeads(**{**data, "grouping": grouping})

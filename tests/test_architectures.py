@@ -15,6 +15,7 @@ from conftest import (
     assert_same_function,
     key_value_heads,
 )
+from kvconvert.convert.architectures.source import Source
 from kvconvert.convert.architectures.table import ARCHITECTURES, find_architecture
 from kvconvert.convert.checkpoint.loading import load_model
 from kvconvert.convert.checkpoint.opening import open_checkpoint
@@ -40,7 +41,7 @@ IDS = [model_type + "".join(f"-{flag}" for flag in flags if "q" in flag) for mod
 
 def convert(source: Path, num_key_value_heads: int, output: Path) -> Path:
     with open_checkpoint(source) as checkpoint:
-        plan = Gqa(num_key_value_heads).plan(checkpoint, find_architecture(checkpoint))
+        plan = Gqa(num_key_value_heads).plan(Source.of(checkpoint))
         execute(plan, checkpoint, output, max_shard_bytes=60_000)
     return output
 
@@ -139,7 +140,7 @@ def test_inspection_says_where_pooling_is_approximate(
 def test_differential_attention_needs_an_even_number_of_heads(make_checkpoint: CheckpointFactory) -> None:
     with open_checkpoint(make_checkpoint("diffllama")) as checkpoint:
         with pytest.raises(UnsupportedError, match="diffllama needs an even number of K/V heads, not 1"):
-            Gqa(1).plan(checkpoint, find_architecture(checkpoint))
+            Gqa(1).plan(Source.of(checkpoint))
         gqa, mqa, *_ = inspect_checkpoint(checkpoint).targets
     assert gqa.groups == (2, 4)
     assert not mqa.possible
@@ -156,4 +157,4 @@ def test_quantised_checkpoints_are_refused(make_checkpoint: CheckpointFactory) -
     with open_checkpoint(make_checkpoint()) as checkpoint:
         checkpoint.config["quantization_config"] = {"quant_method": "bitsandbytes"}
         with pytest.raises(UnsupportedError, match="the checkpoint is quantised"):
-            Gqa(2).plan(checkpoint, find_architecture(checkpoint))
+            Gqa(2).plan(Source.of(checkpoint))

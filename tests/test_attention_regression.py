@@ -8,18 +8,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import TOKENS, CheckpointFactory, build_model, load
-from kvconvert.convert import (
-    Cla,
-    Gqa,
-    LayerGrouping,
-    as_cross_layer,
-    as_target,
-    execute,
-    find_architecture,
-    open_checkpoint,
-)
+from kvconvert.convert import Cla, Gqa, LayerGrouping, as_cross_layer, as_target, execute, open_checkpoint
 from kvconvert.convert.architectures.architecture import Architecture
-from kvconvert.convert.architectures.table import ARCHITECTURES
+from kvconvert.convert.architectures.source import Source
+from kvconvert.convert.architectures.table import ARCHITECTURES, find_architecture
 from kvconvert.convert.errors import UnsupportedError
 from kvconvert.uptrain.attention_regression import AttentionRegression, require_same_size
 from kvconvert.uptrain.models import freeze_except
@@ -34,7 +26,7 @@ Pair = tuple[Path, Path]
 def gqa(make_checkpoint: CheckpointFactory, folder: Path) -> Pair:
     teacher = make_checkpoint(attention_bias=True)
     with open_checkpoint(teacher) as checkpoint:
-        execute(Gqa(2).plan(checkpoint, find_architecture(checkpoint)), checkpoint, folder / "student")
+        execute(Gqa(2).plan(Source.of(checkpoint)), checkpoint, folder / "student")
     return folder / "student", teacher
 
 
@@ -42,17 +34,17 @@ def phi(make_checkpoint: CheckpointFactory, folder: Path) -> Pair:
     """Another class than its teacher's, with the feed-forward beside the attention."""
     source = make_checkpoint("gpt_neox", name="source")
     for name, heads in (("teacher", 8), ("student", 2)):
-        with as_target(open_checkpoint(source), heads) as checkpoint:
-            plan = Gqa(heads, allow_same=True).plan(checkpoint, find_architecture(checkpoint))
-            execute(plan, checkpoint, folder / name)
+        with as_target(open_checkpoint(source), heads) as view:
+            plan = Gqa(heads, allow_same=True).plan(view)
+            execute(plan, view.checkpoint, folder / name)
     return folder / "student", folder / "teacher"
 
 
 def cla(make_checkpoint: CheckpointFactory, folder: Path) -> Pair:
     teacher = make_checkpoint(num_hidden_layers=4)
-    with as_cross_layer(open_checkpoint(teacher)) as checkpoint:
-        plan = Cla(LayerGrouping((0, 0, 2, 2))).plan(checkpoint, find_architecture(checkpoint))
-        execute(plan, checkpoint, folder / "student")
+    with as_cross_layer(open_checkpoint(teacher)) as view:
+        plan = Cla(LayerGrouping((0, 0, 2, 2))).plan(view)
+        execute(plan, view.checkpoint, folder / "student")
     return folder / "student", teacher
 
 

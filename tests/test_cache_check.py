@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import LATENT, CheckpointFactory, build_model, build_tokenizer
 from kvconvert.cli.main import app
-from kvconvert.convert import Gqa, as_target, cache_check, execute, find_architecture, open_checkpoint
+from kvconvert.convert import Gqa, as_target, cache_check, execute, open_checkpoint
 from kvconvert.convert.cache_check import CacheCheck, check_cache, check_runtime, refresh
 from kvconvert.convert.checkpoint.remote_code import allow_remote_code
 from kvconvert.convert.checkpoint.runtime_code import EARLIER_CODE, BesideState, code_beside, copy_runtime_code
@@ -180,10 +180,8 @@ def test_a_class_of_transformers_in_another_than_the_sources_is_checked(
     monkeypatch.setattr(sys.modules[execute.__module__], "check_cache", note)
     for model_type, name in (("gptj", "phi"), ("llama", "llama")):
         overrides = {"rotary_dim": 4} if model_type == "gptj" else {}
-        with open_checkpoint(make_checkpoint(model_type, name=model_type, **overrides)) as checkpoint:
-            source = as_target(checkpoint, 2)
-            plan = Gqa(2).plan(source, find_architecture(source))
-            execute(plan, source, tmp_path / f"{name}-gqa2")
+        with as_target(open_checkpoint(make_checkpoint(model_type, name=model_type, **overrides)), 2) as source:
+            execute(Gqa(2).plan(source), source.checkpoint, tmp_path / f"{name}-gqa2")
     assert checked == [str(tmp_path / "phi-gqa2")]  # a Llama stays what it was
 
 

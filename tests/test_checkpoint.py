@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CheckpointFactory, Command
-from kvconvert.convert import find_architecture, inspect_checkpoint, open_checkpoint
+from kvconvert.convert import open_checkpoint
 from kvconvert.convert.algebra.kv_cache import kv_cache_bytes, kv_cache_bytes_per_token
 from kvconvert.convert.architectures.attention import read_attention
+from kvconvert.convert.architectures.table import find_architecture
+from kvconvert.convert.describe.inspection import inspect_checkpoint
 from kvconvert.convert.errors import CheckpointError, UnsupportedError
 from safetensors.torch import load_file, save_file
 

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
-from unittest import mock
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -23,19 +22,17 @@ from conftest import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from kvconvert.convert import Cla, LayerGrouping, as_cross_layer, execute, find_architecture, open_checkpoint
-from kvconvert.convert.algebra import head_merge as layer_merge
+from kvconvert.convert import Cla, LayerGrouping, as_cross_layer, execute, open_checkpoint
 from kvconvert.convert.algebra.attention_shape import AttentionShape
-from kvconvert.convert.algebra.head_merge import FreeTransformations, Heads, LayerInput, merge_layers
+from kvconvert.convert.algebra.head_merge import FreeTransformations, Heads, LayerInput, merge_layers, predicted_input
 from kvconvert.convert.algebra.projections import Projections
 from kvconvert.convert.algebra.rotations import Rotary
-from kvconvert.convert.architectures.attention import read_attention
 from kvconvert.convert.architectures.projections import read_projections
+from kvconvert.convert.architectures.source import Source
 from kvconvert.convert.calibration.text import CalibrationText
 from kvconvert.convert.checkpoint.loading import class_config
 from kvconvert.convert.errors import UnsupportedError
 from kvconvert.convert.methods.layer_choice import best_layers, measure_damages, permitted_pairs
-from kvconvert.convert.methods.merging import MergeSettings, merge_checkpoint
 from kvconvert.convert.plan import AverageLayers, ConversionPlan, Step
 from kvconvert.convert.runtime.transformers_interface import CACHE_NAME, cache_of
 from kvconvert.convert.translations.routes import CROSS_LAYER
@@ -77,15 +74,12 @@ each_source = pytest.mark.parametrize(("model_type", "overrides"), SOURCES.value
 
 
 def convert(source: Path, output: Path, settings: Cla, **options: Any) -> Path:
-    with as_cross_layer(open_checkpoint(source)) as checkpoint:
-        architecture = find_architecture(checkpoint)
-        if settings.method == "svd":
-            scratch = output.with_name(f"{output.name}-scratch")
-            scratch.mkdir()
-            heads = settings.num_key_value_heads or read_attention(checkpoint, architecture).num_key_value_heads
-            merge = MergeSettings(heads, kv_source_layers=settings.layers.sources, **options)
-            checkpoint = merge_checkpoint(checkpoint, architecture, merge, scratch, text=TEXT)
-        execute(settings.plan(checkpoint, architecture), checkpoint, output)
+    with as_cross_layer(open_checkpoint(source)) as view:
+        scratch = output.with_name(f"{output.name}-scratch")
+        scratch.mkdir()
+        cla = replace(settings, **options)
+        prepared = cla.prepare(view, TEXT, scratch)
+        execute(cla.plan(view), view.checkpoint, output, prepared.overlay)
     return output
 
 
@@ -135,7 +129,7 @@ def test_a_source_is_the_same_function_in_the_class_for_it(
     """Layers 0 and 1 share what both would compute."""
     source = make_checkpoint(model_type, num_hidden_layers=2, **overrides, max_shard_size="40KB")
     original = load(source)
-    shared = convert(source, tmp_path / "out", Cla(LayerGrouping((0, 0)), method="first"))
+    shared = convert(source, tmp_path / "out", Cla(LayerGrouping((0, 0)), merge="first"))
     model = load(shared)
     with torch.no_grad():  # layer 0 is as it was, whatever layer 1 reads
         for one in (original, model):
@@ -149,12 +143,15 @@ def test_the_view_of_a_source_computes_what_the_source_does(
     model_type: str, overrides: dict[str, Any], make_checkpoint: CheckpointFactory, tmp_path: Path
 ) -> None:
     source = make_checkpoint(model_type, num_hidden_layers=3, **overrides)
-    with as_cross_layer(open_checkpoint(source)) as checkpoint:
-        architecture = find_architecture(checkpoint)
-        heads = read_attention(checkpoint, architecture).num_key_value_heads
-        plan = Cla(LayerGrouping((0, 0, 2)), method="first").plan(checkpoint, architecture)
-        steps = tuple(Step.copy(info) for info in checkpoint.tensors.values())
-        execute(replace(plan, config=checkpoint.config, steps=steps, result=plan.source), checkpoint, tmp_path / "out")
+    with as_cross_layer(open_checkpoint(source)) as view:
+        heads = view.shape.num_key_value_heads
+        plan = Cla(LayerGrouping((0, 0, 2)), merge="first").plan(view)
+        steps = tuple(Step.copy(info) for info in view.checkpoint.tensors.values())
+        execute(
+            replace(plan, config=view.checkpoint.config, steps=steps, result=plan.source),
+            view.checkpoint,
+            tmp_path / "out",
+        )
     converted = load(tmp_path / "out")
     assert_same_function(load(source), converted, heads)
     assert_gradients_everywhere(converted)
@@ -179,8 +176,8 @@ def test_rotary_settings_as_version_4_wrote_them(
     original = make_shareable(source, lambda head, is_key: torch.eye(8)) if model_type in ("llama", "mistral") else None
     (source / "config.json").write_text(json.dumps(config | older))
     if original is None:
-        with as_cross_layer(open_checkpoint(source)) as checkpoint:
-            found, expected = class_config(checkpoint.config), class_config(config | older)
+        with as_cross_layer(open_checkpoint(source)) as view:
+            found, expected = class_config(view.checkpoint.config), class_config(config | older)
         assert expected.rope_parameters.items() <= found.rope_parameters.items()
     else:
         assert_close(
@@ -198,8 +195,8 @@ def test_what_a_config_leaves_out_is_the_default_of_its_class(
     config = {name: config[name] for name in needed.split() if name in config}
     (source / "config.json").write_text(json.dumps(config))
     expected = class_config(config)
-    with as_cross_layer(open_checkpoint(source)) as checkpoint:
-        found = class_config(checkpoint.config)
+    with as_cross_layer(open_checkpoint(source)) as view:
+        found = class_config(view.checkpoint.config)
     names = (
         "vocab_size intermediate_size hidden_act max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id "
         "eos_token_id pad_token_id attention_dropout initializer_range"
@@ -227,7 +224,7 @@ def test_layers_related_by_what_is_free_are_merged_without_loss(
     source = make_checkpoint(num_hidden_layers=4, **overrides)
     original = make_shareable(source, free_map)
     shared = LayerGrouping((0, 0, 2, 3))
-    found = load(convert(source, tmp_path / "svd", Cla(shared, method="svd"), refit=False))
+    found = load(convert(source, tmp_path / "svd", Cla(shared, merge="svd"), refit=False))
     assert_close(logits(found), logits(original), tolerance=1e-4)
     mean = load(convert(source, tmp_path / "mean", Cla(shared)))
     assert (logits(mean) - logits(original)).abs().max() > 0.1 * logits(original).abs().max()  # the control
@@ -242,7 +239,7 @@ def test_heads_in_another_order_are_found(make_checkpoint: CheckpointFactory, tm
             projection.weight.copy_(projection.weight.unflatten(0, (8, 8))[order].flatten(0, 1))
         attention.o_proj.weight.copy_(attention.o_proj.weight.unflatten(1, (8, 8))[:, order].flatten(1))
     model.save_pretrained(source)
-    settings = Cla(LayerGrouping((0, 0, 2, 3)), method="svd")
+    settings = Cla(LayerGrouping((0, 0, 2, 3)), merge="svd")
     found = load(convert(source, tmp_path / "found", settings, refit=False))
     assert_close(logits(found), logits(model), tolerance=1e-4)
     in_order = load(convert(source, tmp_path / "in-order", settings, refit=False, grouping="contiguous"))
@@ -297,8 +294,7 @@ def test_keys_of_another_layer_are_predicted_by_least_squares(seed: int) -> None
         LayerInput(layers[0], x.T @ x / 40),
         LayerInput(layers[1], y.T @ y / 40, y.T @ x / 40),
     ]
-    with mock.patch.object(layer_merge, "_PULL", 0.0):
-        merged = Heads(inputs, shape, FreeTransformations(Rotary(()))).merged_values((0, 1))
+    merged = Heads(inputs, shape, FreeTransformations(Rotary(())), prediction_pull=0.0).merged_values((0, 1))
     targets = torch.cat([x @ layers[0].v.T @ layers[0].o.T, y @ layers[1].v.T @ layers[1].o.T], dim=1)
     predicted = x @ torch.linalg.lstsq(x, targets).solution
     residual = (targets - predicted).square().sum().item() / 40
@@ -315,12 +311,12 @@ def test_predictions_are_pulled_towards_multiples_of_what_the_first_layer_reads(
     x, y = (
         torch.cat([torch.randn(40, 6, generator=generator, dtype=torch.float64) + 1, ones], dim=1) for _ in range(2)
     )
-    strength = layer_merge._PULL * x.square().mean()
+    strength = 0.7 * x.square().mean()
     multiple = torch.diag((x * y).mean(0) / x.square().mean(0))
     pull = strength.sqrt() * torch.eye(7, dtype=torch.float64)
     rows, targets = torch.cat([x / 40**0.5, pull]), torch.cat([y / 40**0.5, pull @ multiple.T])
     expected = torch.linalg.lstsq(rows, targets).solution.T
-    torch.testing.assert_close(layer_merge._prediction(y.T @ x / 40, x.T @ x / 40), expected)
+    torch.testing.assert_close(predicted_input(y.T @ x / 40, x.T @ x / 40, pull=0.7), expected)
 
 
 def test_a_merge_of_layers_keeps_the_heads_of_each() -> None:
@@ -370,7 +366,7 @@ def test_layers_that_read_the_same_are_merged_as_heads_of_one_layer() -> None:
 def test_streamed_refit_sees_shared_keys_as_the_class_does(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
     """The refit of the last layer against what hooks on the merged model see."""
     source = make_checkpoint(num_hidden_layers=4)
-    settings = Cla(PAIRS, method="svd")
+    settings = Cla(PAIRS, merge="svd")
     output = convert(source, tmp_path / "out", settings, refit_ridge=0.1)
     original, merged = load(source), load(output)
     seen: dict[str, torch.Tensor] = {}
@@ -403,12 +399,8 @@ def test_the_plan_states_the_cache_that_is_allocated(
     settings: Cla, fraction: int, make_checkpoint: CheckpointFactory, tmp_path: Path
 ) -> None:
     source = make_checkpoint(num_hidden_layers=4)
-    with as_cross_layer(open_checkpoint(source)) as checkpoint:
-        before, after = (
-            Cla(settings.layers, settings.num_key_value_heads)
-            .plan(checkpoint, find_architecture(checkpoint))
-            .cache_bytes_per_token
-        )
+    with as_cross_layer(open_checkpoint(source)) as view:
+        before, after = Cla(settings.layers, settings.num_key_value_heads).plan(view).cache_bytes_per_token
     sizes = []
     for directory in (source, convert(source, tmp_path / "out", settings)):
         model = load(directory).bfloat16()
@@ -420,8 +412,8 @@ def test_the_plan_states_the_cache_that_is_allocated(
 
 
 def test_a_plan_goes_to_json_and_back(make_checkpoint: CheckpointFactory) -> None:
-    with as_cross_layer(open_checkpoint(make_checkpoint("qwen3", num_hidden_layers=4))) as checkpoint:
-        plan = Cla(PAIRS, 2).plan(checkpoint, find_architecture(checkpoint))
+    with as_cross_layer(open_checkpoint(make_checkpoint("qwen3", num_hidden_layers=4))) as view:
+        plan = Cla(PAIRS, 2).plan(view)
     assert any(isinstance(step.op, AverageLayers) for step in plan.steps)
     assert ConversionPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
@@ -467,13 +459,12 @@ def test_the_chosen_layers_are_the_best_of_all(data: st.DataObject, number: int)
 
 def test_damages_are_what_a_model_with_one_pair_loses(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
     source = make_checkpoint(num_hidden_layers=4)
-    with as_cross_layer(open_checkpoint(source)) as checkpoint:
-        architecture = find_architecture(checkpoint)
-        pairs = permitted_pairs(read_attention(checkpoint, architecture), 2)
-        damages = measure_damages(checkpoint, architecture, TEXT, pairs)
+    with as_cross_layer(open_checkpoint(source)) as view:
+        pairs = permitted_pairs(view.shape, 2)
+        damages = measure_damages(view, TEXT, pairs)
     assert list(damages) == pairs == [(0, 1), (0, 2), (1, 2), (1, 3), (2, 3)]
     original = load(source)
-    pair = load(convert(source, tmp_path / "out", Cla(LayerGrouping((0, 1, 1, 3)), method="svd"), refit=False))
+    pair = load(convert(source, tmp_path / "out", Cla(LayerGrouping((0, 1, 1, 3)), merge="svd"), refit=False))
     with torch.inference_mode():
         expected, found = (
             model(input_ids=TOKENS, use_cache=False, output_hidden_states=True).hidden_states[3]
@@ -508,8 +499,8 @@ def test_what_cannot_share_is_refused(
     make_checkpoint: CheckpointFactory,
 ) -> None:
     source = make_checkpoint(model_type, num_hidden_layers=4, **overrides)
-    with pytest.raises(UnsupportedError, match=message), as_cross_layer(open_checkpoint(source)) as checkpoint:
-        Cla(layers).plan(checkpoint, find_architecture(checkpoint))
+    with pytest.raises(UnsupportedError, match=message), as_cross_layer(open_checkpoint(source)) as view:
+        Cla(layers).plan(view)
 
 
 def test_pairs_are_neighbours_that_see_as_much() -> None:
@@ -520,7 +511,7 @@ def test_pairs_are_neighbours_that_see_as_much() -> None:
 
 @pytest.mark.parametrize("method", ["mean", "first", "svd"])
 def test_the_gain_of_a_key_norm_moves_to_the_queries(
-    method: str, make_checkpoint: CheckpointFactory, tmp_path: Path
+    method: Literal["mean", "first", "svd"], make_checkpoint: CheckpointFactory, tmp_path: Path
 ) -> None:
     """Layers with equal keys but for the gains of their norms, which are the same within rotary pairs."""
     source = make_checkpoint("qwen3", num_hidden_layers=4)
@@ -532,7 +523,7 @@ def test_the_gain_of_a_key_norm_moves_to_the_queries(
             model.model.layers[layer].self_attn.k_norm.weight.copy_(gain.repeat(2))
     model.save_pretrained(source)
     options = {"refit": False} if method == "svd" else {}
-    found = load(convert(source, tmp_path / "out", Cla(LayerGrouping((0, 0, 2, 3)), method=method), **options))
+    found = load(convert(source, tmp_path / "out", Cla(LayerGrouping((0, 0, 2, 3)), merge=method), **options))
     assert_close(logits(found), logits(model), tolerance=1e-4)
 
 
@@ -569,9 +560,9 @@ def test_a_result_in_shards_opens_in_a_process_without_kvconvert(
 ) -> None:
     source, output = make_checkpoint(num_hidden_layers=4), tmp_path / "out"
     original = make_shareable(source, lambda head, is_key: torch.eye(8))
-    with as_cross_layer(open_checkpoint(source)) as checkpoint:
-        plan = Cla(LayerGrouping((0, 0, 2, 3))).plan(checkpoint, find_architecture(checkpoint))
-        execute(plan, checkpoint, output, max_shard_bytes=40_000)
+    with as_cross_layer(open_checkpoint(source)) as view:
+        plan = Cla(LayerGrouping((0, 0, 2, 3))).plan(view)
+        execute(plan, view.checkpoint, output, max_shard_bytes=40_000)
     assert len(list(output.glob("*.safetensors"))) > 3
     input_ids = TOKENS[:2, :12]
     expected = original.generate(input_ids, max_new_tokens=6, do_sample=False).tolist()
@@ -684,8 +675,7 @@ def test_heads_of_a_result_can_be_pooled_but_not_merged(
 def test_read_projections_names_what_is_missing(make_checkpoint: CheckpointFactory) -> None:
     source = make_checkpoint("cross_layer_decoder", num_hidden_layers=2, kv_source_layers=[0, 0])
     with open_checkpoint(source) as checkpoint:
-        architecture = find_architecture(checkpoint)
-        shape = read_attention(checkpoint, architecture)
-        assert (shape.kind, shape.num_key_value_layers) == ("MHA + CLA", 1)
+        view = Source.of(checkpoint)
+        assert (view.shape.kind, view.shape.num_key_value_layers) == ("MHA + CLA", 1)
         with pytest.raises(KeyError, match=r"layers\.1\.self_attn\.k_proj"):
-            read_projections(checkpoint, architecture, shape, 1)
+            read_projections(view, 1)

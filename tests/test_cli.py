@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import CheckpointFactory, Command
 from kvconvert.cli.main import app
-from kvconvert.cli.options import parse_percentage, parse_size, parse_weighted
+from kvconvert.cli.values import parse_percentage, parse_size, parse_weighted
 from kvconvert.configs import DEMO
 from kvconvert.convert import errors as errors_module
 from kvconvert.convert.errors import KvConvertError

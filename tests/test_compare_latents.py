@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import VOCAB_SIZE, CheckpointFactory
-from kvconvert.convert import open_checkpoint
+from kvconvert.convert import Source, open_checkpoint
 from kvconvert.convert.algebra.attention_shape import AttentionShape
 from kvconvert.convert.algebra.projections import Projections
 from kvconvert.convert.algebra.rotations import Rotary
@@ -40,8 +40,8 @@ def script() -> ModuleType:
 def error_of(script: ModuleType, directory: Path, method: str, rank: int, rope_dim: int) -> float:
     """The largest difference of logits from the original's, of their scale."""
     with torch.inference_mode(), open_checkpoint(directory) as checkpoint:
-        source = script.measure(checkpoint, TEXT)
-        layers = script.convert(source, getattr(script, method), rank, rope_dim)
+        source = Source.of(checkpoint)
+        layers = script.convert(script.measure(source, TEXT), getattr(script, method), rank, rope_dim)
         found = script.build(source, layers)(input_ids=TOKENS, use_cache=False).logits
         original: Any = load_model(directory, dtype=torch.float32, device="cpu")
         expected = original(input_ids=TOKENS, use_cache=False).logits

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import LATENT, OVERRIDES, VOCAB_SIZE, CheckpointFactory, build_model, settings_with
 from kvconvert.convert import Gqa, execute
+from kvconvert.convert.architectures.source import Source
 from kvconvert.convert.architectures.table import ARCHITECTURES, find_architecture
 from kvconvert.convert.checkpoint.opening import open_checkpoint
 from kvconvert.convert.checkpoint.tensors import Checkpoint
@@ -451,7 +452,7 @@ def test_weights_and_checkpoints_are_those_of_a_run(
     original = make_checkpoint(name="original", dtype=torch.bfloat16, with_tokenizer=True)
     with open_checkpoint(original) as checkpoint:
         teacher = measure_size(checkpoint)
-        execute(Gqa(2).plan(checkpoint, find_architecture(checkpoint)), checkpoint, tmp_path / "gqa2")
+        execute(Gqa(2).plan(Source.of(checkpoint)), checkpoint, tmp_path / "gqa2")
     models: list[Any] = []
     saved: list[int] = []
 

@@ -3,11 +3,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from conftest import CheckpointFactory
-from kvconvert.convert import ConversionPlan, Gqa, execute, find_architecture, open_checkpoint
+from kvconvert.convert import ConversionPlan, Gqa, execute, open_checkpoint
+from kvconvert.convert.architectures.source import Source
 from kvconvert.convert.checkpoint.loading import check_opens, load_model
 from kvconvert.convert.errors import CheckpointError, OutputError, UnsupportedError
 from kvconvert.convert.runtime.transformers_interface import cache_of
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 def convert(source: Path, settings: Gqa, output: Path, **options: object) -> Path:
     with open_checkpoint(source) as checkpoint:
-        plan = settings.plan(checkpoint, find_architecture(checkpoint))
+        plan = settings.plan(Source.of(checkpoint))
         execute(plan, checkpoint, output, **options)  # type: ignore[arg-type]
     return output
 
@@ -30,10 +32,12 @@ def files(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("method", ["mean", "first", "random"])
-def test_two_runs_write_the_same_bytes(method: str, make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+def test_two_runs_write_the_same_bytes(
+    method: Literal["mean", "first", "random"], make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
     source = make_checkpoint()
-    one = convert(source, Gqa(2, method=method, seed=7), tmp_path / "one")
-    other = convert(source, Gqa(2, method=method, seed=7), tmp_path / "other")
+    one = convert(source, Gqa(2, merge=method, seed=7), tmp_path / "one")
+    other = convert(source, Gqa(2, merge=method, seed=7), tmp_path / "other")
     assert files(one) == files(other)
 
 
@@ -103,8 +107,8 @@ def test_the_same_number_of_heads_needs_force_and_keeps_every_bit(
 
 def test_a_plan_goes_to_json_and_back(make_checkpoint: CheckpointFactory) -> None:
     with open_checkpoint(make_checkpoint()) as checkpoint:
-        for settings in (Gqa(2), Gqa(1, method="random", seed=5)):
-            plan = settings.plan(checkpoint, find_architecture(checkpoint))
+        for settings in (Gqa(2), Gqa(1, merge="random", seed=5)):
+            plan = settings.plan(Source.of(checkpoint))
             assert ConversionPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
@@ -112,7 +116,7 @@ def test_the_plan_states_the_bytes_that_are_written(make_checkpoint: CheckpointF
     source = make_checkpoint(dtype=torch.bfloat16)
     output = convert(source, Gqa(2), tmp_path / "out")
     with open_checkpoint(source) as checkpoint:
-        plan = Gqa(2).plan(checkpoint, find_architecture(checkpoint))
+        plan = Gqa(2).plan(Source.of(checkpoint))
     assert plan.bytes_out == sum(tensor.nbytes for tensor in tensors(output).values())
     assert plan.bytes_in == sum(tensor.nbytes for tensor in tensors(source).values())
 
@@ -125,7 +129,7 @@ def test_the_plan_states_the_bytes_that_are_written(make_checkpoint: CheckpointF
 
 def test_random_heads_have_the_initializer_range(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
     source = make_checkpoint(initializer_range=0.05)
-    output = tensors(convert(source, Gqa(4, method="random"), tmp_path / "out"))
+    output = tensors(convert(source, Gqa(4, merge="random"), tmp_path / "out"))
     for layer in range(2):
         keys = output[f"model.layers.{layer}.self_attn.k_proj.weight"]
         assert keys.std().item() == pytest.approx(0.05, rel=0.1)
@@ -148,7 +152,7 @@ def test_a_wrong_result_is_not_published(
     """A plan that forgets to change the config, as a bug would."""
     source = make_checkpoint()
     with open_checkpoint(source) as checkpoint:
-        plan = Gqa(2).plan(checkpoint, find_architecture(checkpoint))
+        plan = Gqa(2).plan(Source.of(checkpoint))
         with pytest.raises(CheckpointError, match="4 mismatched keys"):
             execute(replace(plan, config=checkpoint.config), checkpoint, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

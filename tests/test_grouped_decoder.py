@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import VOCAB_SIZE, CheckpointFactory, build_model
-from kvconvert.convert import Gqa, as_target, execute, find_architecture, open_checkpoint
+from kvconvert.convert import Gqa, as_target, execute, open_checkpoint
 from kvconvert.convert.checkpoint.loading import load_model
 from kvconvert.convert.runtime import RUNTIME_CLASSES
 from kvconvert.convert.runtime.transformers_interface import checkpoint_activations
@@ -103,8 +103,8 @@ def test_a_result_opens_in_a_process_without_kvconvert(
     run_without_kvconvert: Callable[[str], str],
 ) -> None:
     source, output = make_checkpoint("bloom", tie_groups=2, n_layer=2), tmp_path / "out"
-    with as_target(open_checkpoint(source), 2) as checkpoint:
-        execute(Gqa(2).plan(checkpoint, find_architecture(checkpoint)), checkpoint, output)
+    with as_target(open_checkpoint(source), 2) as view:
+        execute(Gqa(2).plan(view), view.checkpoint, output)
     original = load_model(source, dtype=torch.float32, device="cpu")
     expected = original.generate(input_ids, max_new_tokens=6, do_sample=False).tolist()
     printed = run_without_kvconvert(

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import VOCAB_SIZE, CheckpointFactory, Command, build_model, tie_heads
-from kvconvert.convert import Gqa, execute, find_architecture, inspect_checkpoint, open_checkpoint
+from kvconvert.convert import Gqa, execute, open_checkpoint
+from kvconvert.convert.architectures.source import Source
 from kvconvert.convert.checkpoint.loading import load_model
+from kvconvert.convert.describe.inspection import inspect_checkpoint
 from kvconvert.convert.errors import CheckpointError
 from safetensors.torch import load_file
 from transformers import AutoModel
@@ -18,7 +20,7 @@ from transformers import AutoModel
 
 def convert(source: Path, output: Path) -> Path:
     with open_checkpoint(source) as checkpoint:
-        execute(Gqa(2).plan(checkpoint, find_architecture(checkpoint)), checkpoint, output)
+        execute(Gqa(2).plan(Source.of(checkpoint)), checkpoint, output)
     return output
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TOKENS, VOCAB_SIZE, CheckpointFactory, Command, build_model, load, logits
-from kvconvert.convert import execute, find_architecture, open_checkpoint
+from kvconvert.convert import execute, open_checkpoint
 from kvconvert.convert.algebra.attention_shape import AttentionShape
 from kvconvert.convert.algebra.latent import (
     LatentAttention,
@@ -33,8 +33,9 @@ from kvconvert.convert.calibration.text import CalibrationText
 from kvconvert.convert.describe.engines import latent_kernels, serving
 from kvconvert.convert.describe.inspection import inspect_checkpoint
 from kvconvert.convert.errors import UnsupportedError
-from kvconvert.convert.methods.compression import _OBJECTIVES, CompressSettings, _Student, compress_checkpoint
+from kvconvert.convert.methods.compression import _OBJECTIVES, _error
 from kvconvert.convert.methods.mla import Mla
+from kvconvert.convert.methods.prepared import Prepared
 from kvconvert.convert.plan import ConversionPlan
 from kvconvert.convert.runtime.transformers_interface import CACHE_NAME
 from kvconvert.convert.translations.routes import as_latent_source
@@ -74,16 +75,22 @@ each_source = pytest.mark.parametrize(("model_type", "overrides"), SOURCES.value
 def convert(
     source: Path, output: Path, mla: Mla, *, text: CalibrationText | None = TEXT, **settings: Any
 ) -> ConversionPlan:
-    with as_latent_source(open_checkpoint(source)) as checkpoint:
-        architecture = find_architecture(checkpoint)
+    return convert_and_report(source, output, mla, text=text, **settings)[0]
+
+
+def convert_and_report(
+    source: Path, output: Path, mla: Mla, *, text: CalibrationText | None = TEXT, **settings: Any
+) -> tuple[ConversionPlan, Prepared]:
+    with as_latent_source(open_checkpoint(source)) as view:
         scratch = output.with_name(f"{output.name}-scratch")
         scratch.mkdir()
-        compressed = compress_checkpoint(
-            checkpoint, architecture, mla, CompressSettings(**settings), scratch, text=text
-        )
-        plan = mla.plan(compressed, architecture)
-        execute(plan, compressed, output)
-    return plan
+        view_mla = replace(mla, **settings)
+        view_mla.check(view)
+        resolved = view_mla.resolve(view, text)
+        prepared = resolved.prepare(view, text, scratch)
+        plan = resolved.plan(view)
+        execute(plan, view.checkpoint, output, prepared.overlay)
+    return plan, prepared
 
 
 def error_of(source: Path, converted: Path) -> float:
@@ -143,9 +150,10 @@ def test_heads_that_are_built_to_fit_lose_nothing(make_checkpoint: CheckpointFac
     set_keys_and_values(source, "k_proj", torch.cat([keys.real, keys.imag], dim=1).flatten(0, 1))
     values = torch.randn(64, 12, generator=generator) @ torch.randn(12, 64, generator=generator) / 20
     set_keys_and_values(source, "v_proj", values)
-    plan = convert(source, tmp_path / "mla", Mla(13, 8, "exact"))
+    _, prepared = convert_and_report(source, tmp_path / "mla", Mla(13, 8, "exact"))
     assert error_of(source, tmp_path / "mla") < EXACT
-    assert all(layer.keys_retained[0] > 1 - 1e-9 and layer.values_retained[0] > 1 - 1e-9 for layer in plan.layers)
+    assert len(prepared.reports) == 2
+    assert all(min(*report.keys_retained, *report.values_retained) > 1 - 1e-9 for report in prepared.reports)
 
 
 def test_the_latent_is_cached_and_generation_does_not_depend_on_the_cache(
@@ -383,7 +391,7 @@ def test_candidates_are_compared_without_the_norm_of_their_latents(
     """Channels of other sizes, which the norm would mix otherwise, are the same layer."""
     source, mla = make_checkpoint(num_hidden_layers=1), Mla(24, 8)
     errors: dict[str, list[float]] = {"as-it-is": [], "resized": []}
-    error = _Student.error
+    error = _error
 
     def resized(*arguments: Any, **named: Any) -> LatentAttention:
         layer, sizes = latent_attention(*arguments, **named), torch.logspace(0, 1, 24, dtype=torch.float64)
@@ -397,7 +405,7 @@ def test_candidates_are_compared_without_the_norm_of_their_latents(
             found.append(error(*arguments))
             return found[-1]
 
-        monkeypatch.setattr(_Student, "error", recorded)
+        monkeypatch.setattr("kvconvert.convert.methods.compression._error", recorded)
         convert(source, tmp_path / name, mla)
         monkeypatch.setattr("kvconvert.convert.methods.compression.latent_attention", resized)
     assert len(set(errors["as-it-is"])) == 4
@@ -535,9 +543,9 @@ def test_inspect_gives_the_reason_of_the_command(
 
 def test_unknown_choices_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="unknown latent norm"):
-        Mla(16, 8, "none")
+        Mla(16, 8, "none")  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match="unknown RoPE selection"):
-        Mla(16, 8, rope_selection="low")
+        Mla(16, 8, rope_selection="low")  # type: ignore[arg-type]
 
 
 SHAPE = AttentionShape(24, 4, 2, 6, (None,))

@@ -4,7 +4,7 @@ import pytest
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
-from kvconvert.cli.options import parse_count, parse_duration
+from kvconvert.cli.values import parse_count, parse_duration
 
 
 @pytest.mark.parametrize(

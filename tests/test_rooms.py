@@ -26,6 +26,7 @@ CONVERT = (
     "describe",
     "cache_check",
     "execute",
+    "conversion",
 )
 OUTSIDE_OF_ALGEBRA = ("torch", "__future__", "collections", "dataclasses", "functools", "itertools", "types", "typing")
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from kvconvert.convert import Gqa, as_target, execute, find_architecture, inspect_checkpoint, open_checkpoint
+from kvconvert.convert import Gqa, as_target, execute, open_checkpoint
 from kvconvert.convert.checkpoint.loading import load_model
+from kvconvert.convert.describe.inspection import inspect_checkpoint
 from kvconvert.convert.errors import UnsupportedError
 from kvconvert.convert.runtime.transformers_interface import cache_of
 from safetensors.torch import load_file
@@ -98,9 +99,9 @@ def load(directory: Path) -> Any:
 
 
 def convert(source: Path, groups: int, output: Path) -> Path:
-    with as_target(open_checkpoint(source), groups) as checkpoint:
-        plan = Gqa(groups).plan(checkpoint, find_architecture(checkpoint))
-        execute(plan, checkpoint, output, max_shard_bytes=60_000)
+    with as_target(open_checkpoint(source), groups) as view:
+        plan = Gqa(groups).plan(view)
+        execute(plan, view.checkpoint, output, max_shard_bytes=60_000)
     return output
 
 

@@ -15,7 +15,7 @@ import torch
 from conftest import OVERRIDES, VOCAB_SIZE, CheckpointFactory, Command, key_value_heads
 from hypothesis import given
 from hypothesis import strategies as st
-from kvconvert.convert import ARCHITECTURES, Gqa, as_target, execute, find_architecture, open_checkpoint
+from kvconvert.convert import ARCHITECTURES, Gqa, as_target, execute, open_checkpoint
 from kvconvert.convert.algebra.merge import (
     ExpectedRotations,
     merge_at_distances,
@@ -29,13 +29,14 @@ from kvconvert.convert.algebra.rotations import Rotary, expected_rotation
 from kvconvert.convert.architectures.attention import read_attention
 from kvconvert.convert.architectures.projections import read_projections
 from kvconvert.convert.architectures.rotary import read_rotary
+from kvconvert.convert.architectures.source import Source
+from kvconvert.convert.architectures.table import find_architecture
 from kvconvert.convert.calibration.layerwise import LayerwiseModel
 from kvconvert.convert.calibration.moments import second_moment, with_one
 from kvconvert.convert.calibration.text import CalibrationText, read_calibration_text
 from kvconvert.convert.checkpoint.loading import load_model
 from kvconvert.convert.checkpoint.tokenizer import load_tokenizer
-from kvconvert.convert.errors import DataError, UnsupportedError
-from kvconvert.convert.methods.merging import MergeSettings, merge_checkpoint
+from kvconvert.convert.errors import CheckpointError, DataError, UnsupportedError
 from kvconvert.convert.text.sources import TextSource
 from tokenizers.processors import TemplateProcessing
 
@@ -124,13 +125,12 @@ def allowed(is_key: bool, rotary_dims: int, neighbours: bool, generator: torch.G
 
 
 def convert(source: Path, num_groups: int, output: Path, **options: Any) -> Path:
-    with as_target(open_checkpoint(source), num_groups) as checkpoint:
-        architecture = find_architecture(checkpoint)
+    with as_target(open_checkpoint(source), num_groups) as view:
         scratch = output.with_name(f"{output.name}-scratch")
         scratch.mkdir()
-        settings = MergeSettings(num_groups, **options)
-        merged = merge_checkpoint(checkpoint, architecture, settings, scratch, text=TEXT)
-        execute(Gqa(num_groups, method="svd", allow_same=True).plan(merged, architecture), merged, output)
+        gqa = Gqa(num_groups, merge="svd", **options)
+        prepared = gqa.prepare(view, TEXT, scratch)
+        execute(gqa.plan(view), view.checkpoint, output, prepared.overlay)
     return output
 
 
@@ -174,7 +174,7 @@ def test_the_mean_of_such_heads_is_not_the_same_function(make_checkpoint: Checkp
     relate_heads(model, 2, 8, False)
     model.save_pretrained(source)
     with open_checkpoint(source) as checkpoint:
-        execute(Gqa(2).plan(checkpoint, find_architecture(checkpoint)), checkpoint, tmp_path / "mean")
+        execute(Gqa(2).plan(Source.of(checkpoint)), checkpoint, tmp_path / "mean")
     expected = logits(source)
     assert (logits(tmp_path / "mean") - expected).abs().max() > 0.1 * expected.abs().max()
 
@@ -254,7 +254,7 @@ def test_layers_run_one_by_one_measure_what_hooks_do(
     source = make_checkpoint(model_type, **OVERRIDES.get(model_type, {}))
     with open_checkpoint(source) as checkpoint:
         architecture = find_architecture(checkpoint)
-        model = LayerwiseModel(checkpoint, architecture, precision=precision)
+        model = LayerwiseModel(Source(checkpoint, architecture), precision=precision)
         with torch.inference_mode():
             states = [model.embed(batch) for batch in TEXT.batches]
             found = []
@@ -493,8 +493,7 @@ def test_a_side_that_is_not_free_takes_the_mean(
     projections = []
     for directory in (source, output):
         with open_checkpoint(directory) as checkpoint:
-            architecture = find_architecture(checkpoint)
-            projections.append(read_projections(checkpoint, architecture, read_attention(checkpoint, architecture), 0))
+            projections.append(read_projections(Source.of(checkpoint), 0))
     before, after = projections
     for side, free in (("k", keys_free), ("v", values_free)):
         mean = getattr(before, side).unflatten(0, (2, 4, 8)).mean(1).flatten(0, 1)
@@ -506,26 +505,29 @@ def test_heads_keep_their_places_where_they_matter(
     model_type: str, make_checkpoint: CheckpointFactory, tmp_path: Path
 ) -> None:
     """BitNet has gains for each head after the values, DiffLlama subtracts halves, ALiBi has slopes for each head."""
-    with as_target(open_checkpoint(make_checkpoint(model_type)), 2) as checkpoint:
-        merged = merge_checkpoint(checkpoint, find_architecture(checkpoint), MergeSettings(2), tmp_path)
-    assert {report.groups for report in merged.reports} == {((0, 1, 2, 3), (4, 5, 6, 7))}
+    with as_target(open_checkpoint(make_checkpoint(model_type)), 2) as view:
+        prepared = Gqa(2, merge="svd").prepare(view, None, tmp_path)
+    assert {report.groups for report in prepared.reports} == {((0, 1, 2, 3), (4, 5, 6, 7))}
 
 
-def test_heads_that_were_not_merged_are_not_called_so(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+def test_a_plan_without_the_tensors_that_were_made_for_it_is_refused(
+    make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
     with open_checkpoint(make_checkpoint()) as checkpoint:
-        architecture = find_architecture(checkpoint)
-        merged = merge_checkpoint(checkpoint, architecture, MergeSettings(4), tmp_path)
-        for source in (checkpoint, merged):
-            with pytest.raises(ValueError, match="plans on what merge_checkpoint made for as many"):
-                Gqa(2, method="svd").plan(source, architecture)
+        plan = Gqa(2, merge="svd").plan(Source.of(checkpoint))
+        with pytest.raises(
+            CheckpointError, match=r"the plan reads model\.layers\.0.*, which is not in what the method"
+        ):
+            execute(plan, checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
     from test_seq2seq import T5, make
 
-    with as_target(open_checkpoint(make(tmp_path / "model", "t5", T5)), 2) as checkpoint:
+    with as_target(open_checkpoint(make(tmp_path / "model", "t5", T5)), 2) as view:
         with pytest.raises(UnsupportedError, match="--method svd merges decoders only"):
-            merge_checkpoint(checkpoint, find_architecture(checkpoint), MergeSettings(2), tmp_path)
+            Gqa(2, merge="svd").prepare(view, None, tmp_path)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CheckpointFactory, Train, load, logits, weights
-from kvconvert.convert import Gqa, as_target, execute, find_architecture, open_checkpoint
+from kvconvert.convert import Gqa, as_target, execute, open_checkpoint
 from kvconvert.convert.errors import UnsupportedError
 from kvconvert.uptrain.models import require_separation
 from kvconvert.uptrain.teacher import as_teacher, write_teacher
@@ -51,8 +51,8 @@ def test_a_converted_model_learns_from_its_original(
 ) -> None:
     """OPT itself mixes packed documents: its logits on them would be no target."""
     original = make_checkpoint(model_type, name="original", with_tokenizer=True, **overrides)
-    with as_target(open_checkpoint(original), 2) as checkpoint:
-        execute(Gqa(2).plan(checkpoint, find_architecture(checkpoint)), checkpoint, tmp_path / "gqa2")
+    with as_target(open_checkpoint(original), 2) as view:
+        execute(Gqa(2).plan(view), view.checkpoint, tmp_path / "gqa2")
     output = train("out", model=tmp_path / "gqa2", teacher=original)
     key = "model.layers.0.self_attn.k_proj.weight"
     assert not torch.equal(weights(output)[key], weights(tmp_path / "gqa2")[key])

@@ -19,19 +19,11 @@ from conftest import (
     assert_same_function,
     key_value_heads,
 )
-from kvconvert.convert import (
-    ARCHITECTURES,
-    ROUTES,
-    Checkpoint,
-    Gqa,
-    as_target,
-    execute,
-    find_architecture,
-    inspect_checkpoint,
-    open_checkpoint,
-)
+from kvconvert.convert import ARCHITECTURES, ROUTES, Checkpoint, Gqa, as_target, execute, open_checkpoint
+from kvconvert.convert.architectures.table import find_architecture
 from kvconvert.convert.checkpoint.loading import load_model
 from kvconvert.convert.checkpoint.tokenizer import load_tokenizer
+from kvconvert.convert.describe.inspection import inspect_checkpoint
 from kvconvert.convert.errors import CheckpointError, UnsupportedError
 from kvconvert.convert.runtime.transformers_interface import cache_of
 from kvconvert.uptrain.jobs import default_sequence_length
@@ -128,9 +120,9 @@ each_row = pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
 
 
 def convert(source: Path, num_key_value_heads: int, output: Path, **options: Any) -> Path:
-    with as_target(open_checkpoint(source), num_key_value_heads) as checkpoint:
-        plan = Gqa(num_key_value_heads, **options).plan(checkpoint, find_architecture(checkpoint))
-        execute(plan, checkpoint, output, max_shard_bytes=60_000)
+    with as_target(open_checkpoint(source), num_key_value_heads) as view:
+        plan = Gqa(num_key_value_heads, **options).plan(view)
+        execute(plan, view.checkpoint, output, max_shard_bytes=60_000)
     return output
 
 
@@ -245,8 +237,8 @@ def test_the_default_rotary_dim_is_that_of_the_class(make_checkpoint: Checkpoint
     config = json.loads((source / "config.json").read_text())
     del config["rotary_dim"]
     (source / "config.json").write_text(json.dumps(config))
-    with as_target(open_checkpoint(source), 2) as checkpoint:
-        assert checkpoint.config["partial_rotary_factor"] == 64 / 8
+    with as_target(open_checkpoint(source), 2) as view:
+        assert view.checkpoint.config["partial_rotary_factor"] == 64 / 8
 
 
 @pytest.mark.parametrize("files", ["tokenizer.json", "vocab.json and merges.txt"])
@@ -515,10 +507,10 @@ def test_special_tokens_that_the_class_had_by_default_are_kept(
         source = make_checkpoint(row.model_type, name=f"model{number}", **row.overrides)
         config = json.loads((source / "config.json").read_text())
         (source / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in names}))
-        with as_target(open_checkpoint(source), 2) as checkpoint:
-            if checkpoint.config["model_type"] != row.model_type:
+        with as_target(open_checkpoint(source), 2) as view:
+            if view.checkpoint.config["model_type"] != row.model_type:
                 default = AutoConfig.for_model(row.model_type)
-                assert {n: checkpoint.config[n] for n in names} == {n: getattr(default, n, None) for n in names}, (
+                assert {n: view.checkpoint.config[n] for n in names} == {n: getattr(default, n, None) for n in names}, (
                     row.name
                 )
 

@@ -30,7 +30,8 @@ from conftest import (
     weights,
 )
 from kvconvert import configs
-from kvconvert.convert import ARCHITECTURES, Gqa, as_target, execute, find_architecture, open_checkpoint
+from kvconvert.convert import ARCHITECTURES, Gqa, as_target, execute, open_checkpoint
+from kvconvert.convert.architectures.source import Source
 from kvconvert.convert.device import default_precision
 from kvconvert.convert.errors import DataError, DivergedError, InputError, OutputError, PreemptedError, UnsupportedError
 from kvconvert.convert.text.sources import TextSource
@@ -301,8 +302,8 @@ def test_a_class_of_ours_is_trained_and_keeps_its_code(
     train: Callable[..., Path], make_checkpoint: CheckpointFactory, tmp_path: Path
 ) -> None:
     source = make_checkpoint("bloom", name="bloom", with_tokenizer=True, n_layer=2)
-    with as_target(open_checkpoint(source), 2) as checkpoint:
-        execute(Gqa(2).plan(checkpoint, find_architecture(checkpoint)), checkpoint, tmp_path / "gqa2")
+    with as_target(open_checkpoint(source), 2) as view:
+        execute(Gqa(2).plan(view), view.checkpoint, tmp_path / "gqa2")
     output = train("out", model=tmp_path / "gqa2")
     for name in ("config.json", "modeling_grouped_decoder.py", "configuration_grouped_decoder.py"):
         assert (output / name).read_bytes() == (tmp_path / "gqa2" / name).read_bytes()
@@ -431,7 +432,7 @@ def test_light_shares_what_it_does_not_train_and_leaves_it(
     """Of a bfloat16 original, whose pooled copy has all but the attention of it."""
     original = make_checkpoint(name="original", dtype=torch.bfloat16, with_tokenizer=True)
     with open_checkpoint(original) as checkpoint:
-        execute(Gqa(2).plan(checkpoint, find_architecture(checkpoint)), checkpoint, tmp_path / "gqa2")
+        execute(Gqa(2).plan(Source.of(checkpoint)), checkpoint, tmp_path / "gqa2")
     models: list[Any] = []
     loaded: list[set[torch.dtype]] = []
 
@@ -591,7 +592,7 @@ def test_the_demo_model_recovers(with_teacher: bool, tmp_path: Path) -> None:
     """48 steps, a fifth of the demo's: held-out loss of the pooled model goes most of the way back."""
     original = configs.DEMO / "model"
     with open_checkpoint(original) as checkpoint:
-        execute(Gqa(2).plan(checkpoint, find_architecture(checkpoint)), checkpoint, tmp_path / "gqa2")
+        execute(Gqa(2).plan(Source.of(checkpoint)), checkpoint, tmp_path / "gqa2")
     held_out = TextSource(str(configs.DEMO / "heldout.jsonl"))
     windows = load_windows(original, held_out, window=256, max_windows=64)
     before = evaluate_checkpoint(tmp_path / "gqa2", windows, against=original)

@@ -14,8 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..convert.architectures.attention import read_attention
-from ..convert.architectures.table import find_architecture
+from ..convert.architectures.source import Source
 from ..convert.checkpoint.loading import OLD_BUFFERS
 from ..convert.checkpoint.tensors import Checkpoint, TensorInfo
 from ..convert.errors import InputError, UnsupportedError
@@ -128,11 +127,11 @@ def measure_size(checkpoint: Checkpoint) -> ModelSize:
     Raises UnsupportedError for an architecture that kvconvert does not know and for encoder-decoders, CheckpointError
     where config and tensors disagree.
     """
-    view = _known_view(checkpoint)
-    architecture = find_architecture(view)
+    known = _known_view(checkpoint)
+    view, architecture = known.checkpoint, known.architecture
     if architecture.cross_attention is not None:
         raise UnsupportedError(f"{checkpoint.name}: only decoders are uptrained, not {architecture.model_type}")
-    shape = read_attention(view, architecture)
+    shape = known.shape
     parameters = _parameters(view)
     counted = list(parameters.values()) if view is checkpoint else view.counted_tensors()
     matrices = {name: _num_active(view, info) for name, info in parameters.items() if _is_matrix(info)}
@@ -158,7 +157,7 @@ def measure_size(checkpoint: Checkpoint) -> ModelSize:
     )
 
 
-def _known_view(checkpoint: Checkpoint) -> Checkpoint:
+def _known_view(checkpoint: Checkpoint) -> Source:
     """The checkpoint in its own class, or in the first that it can be converted to."""
     views = list(targets(checkpoint))
     usable = [view for view in views if not isinstance(view, UnsupportedError)]

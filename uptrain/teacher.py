@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..convert.architectures.attention import read_attention
-from ..convert.architectures.table import find_architecture, known_architecture
+from ..convert.architectures.source import Source
+from ..convert.architectures.table import known_architecture
 from ..convert.checkpoint.tensors import Checkpoint
 from ..convert.errors import UnsupportedError
 from ..convert.execute import execute
@@ -28,10 +28,10 @@ def as_teacher(checkpoint: Checkpoint) -> Checkpoint:
         if isinstance(view, UnsupportedError):
             refusal = refusal or view
             continue
-        architecture = find_architecture(view)
-        num_heads = read_attention(view, architecture).num_key_value_heads
-        if architecture.separates_documents and architecture.heads_refusal(view.config, num_heads) is None:
-            return view
+        architecture, config = view.architecture, view.checkpoint.config
+        refusal_of_heads = architecture.heads_refusal(config, view.shape.num_key_value_heads)
+        if architecture.separates_documents and refusal_of_heads is None:
+            return view.checkpoint
     raise refusal or UnsupportedError(f"{checkpoint.name}: no class that uptrain knows holds it")
 
 
@@ -42,7 +42,6 @@ def copied_bytes(checkpoint: Checkpoint) -> int:
 
 def write_teacher(checkpoint: Checkpoint, output: Path) -> None:
     """Write the checkpoint, all of its heads, in the class of `as_teacher`, to `output`, whole or not at all."""
-    view = as_teacher(checkpoint)
-    architecture = find_architecture(view)
-    same_heads = Gqa(read_attention(view, architecture).num_key_value_heads, allow_same=True)
-    execute(same_heads.plan(view, architecture), view, output)
+    view = Source.of(as_teacher(checkpoint))
+    same_heads = Gqa(view.shape.num_key_value_heads, allow_same=True)
+    execute(same_heads.plan(view), view.checkpoint, output)

@@ -15,9 +15,17 @@ from .rotations import ExpectedRotation, Rotary, expected_rotation
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FreeTransformations", "Heads", "LayerInput", "LayerMerge", "merge_layers"]
+__all__ = [
+    "PREDICTION_PULL",
+    "FreeTransformations",
+    "Heads",
+    "LayerInput",
+    "LayerMerge",
+    "merge_layers",
+    "predicted_input",
+]
 
-_PULL = 1.0  # docs/measurements.md has others
+PREDICTION_PULL = 1.0  # docs/measurements.md has others
 
 
 @dataclass(frozen=True)
@@ -55,23 +63,23 @@ class LayerMerge:
 def merge_layers(heads: Heads, grouping: HeadGrouping) -> LayerMerge:
     """Merge the K/V heads of each group.
 
-    In each layer of the result the heads of a group are next to one another, and their query heads with them, in
-    `grouping`'s order. Its keys and values are functions of what the first layer reads.
+    Each layer of the result has one K/V head for each group, which its query heads read: those of a group's heads stand
+    next to one another, in `grouping`'s order. Keys and values, the same for all layers, are functions of what the
+    first layer's attention reads.
     """
     import torch
 
     groups = [(group, heads.merged_keys(group), heads.merged_values(group)) for group in grouping.groups]
+    k, v = torch.cat([keys.shared for _, keys, _ in groups]), torch.cat([values.shared for _, _, values in groups])
     merged = []
     for layer in range(heads.num_layers):
-        q, k, v, o = [], [], [], []
+        q, o = [], []
         for group, keys, values in groups:
             for head, read_key, read_value in zip(group, keys.readers, values.readers, strict=True):
                 if heads.layer(head) == layer:
                     q += [read_key.T @ query for query in heads.queries[head]]
                     o += [output @ read_value for output in heads.outputs[head]]
-                    k.append(keys.shared)
-                    v.append(values.shared)
-        merged.append(Projections(torch.cat(q), torch.cat(k), torch.cat(v), torch.cat(o, dim=1)))
+        merged.append(Projections(torch.cat(q), k, v, torch.cat(o, dim=1)))
     return LayerMerge(
         tuple(merged),
         grouping,
@@ -85,10 +93,20 @@ class Heads:
 
     queries[h] and outputs[h] are those of the query heads that read K/V head h, (head_dim, hidden_size + 1) and
     (hidden_size, head_dim) each. The keys and values of layers after the first are predicted from what the first one's
-    attention reads. What merges need of the inputs, the covariances of all keys and of all values, is computed once.
+    attention reads, pulled by `prediction_pull` (docs/merging.md, "Layers that share"). What merges need of the inputs,
+    the covariances of all keys and of all values, is computed once. Without `at_distances` keys that rotate are merged
+    as if every angle between a query and a key were as likely.
     """
 
-    def __init__(self, layers: Sequence[LayerInput], shape: AttentionShape, free: FreeTransformations) -> None:
+    def __init__(
+        self,
+        layers: Sequence[LayerInput],
+        shape: AttentionShape,
+        free: FreeTransformations,
+        *,
+        prediction_pull: float = PREDICTION_PULL,
+        at_distances: bool = True,
+    ) -> None:
         import torch
 
         size = shape.num_attention_heads // shape.num_key_value_heads
@@ -96,7 +114,8 @@ class Heads:
         self.num_layers = len(layers)
         self.queries: list[list[Tensor]] = []
         self.outputs: list[list[Tensor]] = []
-        self._free = free
+        self.free = free
+        self._at_distances = at_distances
         self._rotation_of_keys = expected_rotation(rotary, shape.head_dim) if rotary.dims and free.keys else None
         self._key_weights: list[Tensor] = []
         keys, values = [], []
@@ -119,7 +138,7 @@ class Heads:
                 self._own_keys += _own(keys[-1], layer, gram)
                 self._own_values += _own(values[-1], layer, gram)
             if layer.cross is not None:
-                predicted = _prediction(layer.cross, gram)
+                predicted = predicted_input(layer.cross, gram, prediction_pull)
                 keys[-1], values[-1] = keys[-1] @ predicted, values[-1] @ predicted
         self._keys, self._values, self._gram = torch.cat(keys), torch.cat(values), gram
         self._key_covariances = _covariances(self._keys, gram)
@@ -144,7 +163,7 @@ class Heads:
     def merged_values(self, group: tuple[int, ...]) -> Merged:
         weights = [self._value_weights[head] for head in group]
         covariance, rows = _within(self._value_covariances, group)
-        if self._free.values:
+        if self.free.values:
             merged = merge_linear(rows, weights, covariance, len(rows[0]))
         else:
             merged = merge_mean(rows, weights, covariance)
@@ -155,18 +174,18 @@ class Heads:
 
     def merged_keys(self, group: tuple[int, ...]) -> Merged:
         """In the order of the class's rotary pairs."""
-        rotary = self._free.rotary
+        rotary = self.free.rotary
         weights = [self._key_weights[head] for head in group]
         covariance, rows = _within(self._key_covariances, group)
-        if not self._free.keys:
+        if not self.free.keys:
             merged = merge_mean(rows, weights, covariance)
         elif self._rotation_of_keys is None:
             merged = merge_linear(rows, weights, covariance, len(rows[0]))
         else:
-            start = _at_any_angle(rows, weights, covariance, rotary.dims)
-            merged = merge_at_distances(
-                start, rows, weights, covariance, ExpectedRotations.same(self._rotation_of_keys)
-            )
+            merged = _at_any_angle(rows, weights, covariance, rotary.dims)
+            if self._at_distances:
+                rotations = ExpectedRotations.same(self._rotation_of_keys)
+                merged = merge_at_distances(merged, rows, weights, covariance, rotations)
         merged = _of_rows(merged, self._keys[list(group)])
         if self.num_layers > 1:
             merged = _measured(
@@ -181,7 +200,7 @@ class Heads:
         return keys + pair_losses(self._value_covariances, self._value_weights)
 
 
-def _prediction(cross: Tensor, gram: Tensor) -> Tensor:
+def predicted_input(cross: Tensor, gram: Tensor, pull: float) -> Tensor:
     """argmin over A of E‖x − A x'‖² + λ ‖A − D‖², from cross = E[x x'ᵀ] and gram = E[x' x'ᵀ].
 
     D is diagonal, each dim's best multiple of the same dim of x', which has most of the residual stream in common with
@@ -191,7 +210,7 @@ def _prediction(cross: Tensor, gram: Tensor) -> Tensor:
     import torch
 
     power = gram.diagonal().clamp(min=1e-300)
-    strength = _PULL * power.mean()
+    strength = pull * power.mean()
     damped = gram + strength * torch.eye(len(gram), dtype=gram.dtype)
     pulled = cross + strength * torch.diag(cross.diagonal() / power)
     solution: Tensor = torch.linalg.solve(damped, pulled.T).T

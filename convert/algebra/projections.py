@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Projections"]
+__all__ = ["Projections", "repeat_key_value_heads"]
 
 
 @dataclass(frozen=True)
@@ -23,3 +23,14 @@ class Projections:
     k: Tensor
     v: Tensor
     o: Tensor
+
+
+def repeat_key_value_heads(projections: Projections, num_key_value_heads: int, head_dim: int) -> Projections:
+    """The same function with more K/V heads, each standing several times in a row: a class with so many can run it."""
+
+    def repeated(rows: Tensor) -> Tensor:
+        heads = rows.unflatten(0, (-1, head_dim))  # (K, D, E + 1)
+        result: Tensor = heads.repeat_interleave(num_key_value_heads // len(heads), dim=0).flatten(0, 1)
+        return result
+
+    return replace(projections, k=repeated(projections.k), v=repeated(projections.v))

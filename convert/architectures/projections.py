@@ -1,48 +1,66 @@
-"""The four projections of one attention layer, whatever tensors a class keeps them in."""
+"""The four projections of one attention layer, read from whatever tensors a class keeps them in, and put back there."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..algebra.attention_shape import AttentionShape
 from ..algebra.heads import interleave_heads, stack_heads
 from ..algebra.projections import Projections
-from ..checkpoint.tensors import Checkpoint, torch_dtype
-from .architecture import Architecture
+from ..checkpoint.tensors import torch_dtype
+from .source import Source
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["projection_tensors", "read_projections"]
+__all__ = ["projection_names", "projection_tensors", "read_projections"]
 
 
-def projection_tensors(
-    projections: Projections, checkpoint: Checkpoint, architecture: Architecture, shape: AttentionShape, layer: int
-) -> dict[str, Tensor]:
-    """The layer's tensors under the names, in the layout and in the dtype of the checkpoint's."""
+def projection_names(source: Source, layer: int) -> dict[str, str]:
+    """The tensors of a layer's projections, by what they are ("q_proj.weight"): the bias of o_proj is not among them.
+
+    A class with a fused projection has "qkv_proj" in place of "q_proj", "k_proj" and "v_proj".
+    """
+    architecture = source.architecture
+    fused = architecture.qkv_proj is not None
+    parts = [
+        (projection, kind)
+        for projection in (("qkv_proj",) if fused else ("q_proj", "k_proj", "v_proj"))
+        for kind in ("weight", "bias")
+    ]
+    names = {
+        f"{projection}.{kind}": architecture.tensor_name(layer, projection, kind)
+        for projection, kind in (*parts, ("o_proj", "weight"))
+    }
+    return {part: name for part, name in names.items() if name in source.checkpoint.tensors}
+
+
+def projection_tensors(projections: Projections, source: Source, layer: int) -> dict[str, Tensor]:
+    """The projections as tensors with the names, the layout and the dtype that the source's have.
+
+    They may have fewer K/V heads than the source.
+    """
     import torch
 
+    architecture, shape = source.architecture, source.shape
     parts = {"q_proj": projections.q, "k_proj": projections.k, "v_proj": projections.v}
     if architecture.qkv_proj is not None:
         fused = torch.cat(list(parts.values()))
         if architecture.interleaved:
-            fused = interleave_heads(fused, shape.num_attention_heads, shape.num_key_value_heads)
+            fused = interleave_heads(fused, shape.num_attention_heads, len(projections.k) // shape.head_dim)
         parts = {"qkv_proj": fused}
-    result = {architecture.tensor_name(layer, "o_proj"): projections.o}
-    for projection, rows in parts.items():
-        result[architecture.tensor_name(layer, projection)] = rows[:, :-1]
-        result[architecture.tensor_name(layer, projection, "bias")] = rows[:, -1]
+    rows = {f"{part}.weight": matrix[:, :-1] for part, matrix in parts.items()}
+    rows |= {f"{part}.bias": matrix[:, -1] for part, matrix in parts.items()}
+    rows["o_proj.weight"] = projections.o
+    tensors = source.checkpoint.tensors
     return {
-        name: tensor.to(torch_dtype(checkpoint.tensors[name].dtype)).contiguous()
-        for name, tensor in result.items()
-        if name in checkpoint.tensors
+        name: rows[part].to(torch_dtype(tensors[name].dtype)).contiguous()
+        for part, name in projection_names(source, layer).items()
     }
 
 
-def read_projections(
-    checkpoint: Checkpoint, architecture: Architecture, shape: AttentionShape, layer: int
-) -> Projections:
+def read_projections(source: Source, layer: int) -> Projections:
     """The projections of a layer's self-attention, in float64."""
+    checkpoint, architecture, shape = source.checkpoint, source.architecture, source.shape
 
     def read(projection: str) -> Tensor:
         import torch

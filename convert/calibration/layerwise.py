@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from ..architectures.architecture import Architecture
+from ..architectures.source import Source
 from ..architectures.table import known_architecture
 from ..checkpoint.loading import empty_model, load_model
-from ..checkpoint.tensors import Checkpoint
 from ..errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -34,22 +33,16 @@ class LayerwiseModel:
     and gives are on the CPU.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        architecture: Architecture,
-        *,
-        device: str = "cpu",
-        precision: str = "fp32",
-    ) -> None:
+    def __init__(self, source: Source, *, device: str = "cpu", precision: str = "fp32") -> None:
         import torch
         from accelerate.utils import set_module_tensor_to_device
 
-        self._checkpoint = checkpoint
+        architecture = source.architecture
+        self._checkpoint = source.checkpoint
         self._device = torch.device(device)
         self._bf16 = precision == "bf16" and architecture.autocasts
         self._whole: Any = None
-        self._model = model = empty_model(checkpoint.config)
+        self._model = model = empty_model(source.checkpoint.config)
         in_class = known_architecture(architecture.model_type) or architecture
         self._path = in_class.attention.partition(".{layer}")[0]
         located = architecture.attention.partition(".{layer}")[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from .layerwise import LayerwiseModel
@@ -47,10 +47,16 @@ def second_moment(pairs: Iterable[tuple[Tensor, Tensor]], device: str = "cpu") -
 
 
 def layer_moments(
-    model: LayerwiseModel, layers: tuple[int, ...], batches: Iterable[Tensor], device: str = "cpu"
+    model: LayerwiseModel,
+    layers: tuple[int, ...],
+    batches: Iterable[Tensor],
+    device: str = "cpu",
+    visit: Callable[[Tensor, int], object] = lambda inputs, sequence_length: None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Of the attention inputs x with a 1 appended: E[x xᵀ] of each layer, and E[x x'ᵀ] with the x' of the first layer
-    for each one after it. `batches` are the hidden states that enter the first; the layers follow each other.
+    for each one after it. `batches` are the hidden states that enter the first, each (sequences, sequence_length,
+    hidden_size); the layers follow each other. `visit` is called with the inputs of each batch, (tokens, hidden_size +
+    1), and its sequence_length.
     """
     import torch
 
@@ -65,6 +71,7 @@ def layer_moments(
                 for index, batch in enumerate(states):
                     inputs = with_one(model.attention_inputs(module, layer, batch))
                     gram.add(inputs, inputs)
+                    visit(inputs, batch.shape[1])
                     if layer != layers[0]:
                         cross.add(inputs, first[index])
                     elif layer != layers[-1]:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 
 from ..algebra.attention_shape import AttentionShape
-from ..architectures.architecture import Architecture
+from ..architectures.source import Source
 from ..checkpoint.output import disk_errors
-from ..checkpoint.tensors import Checkpoint, tensor_bytes
+from ..checkpoint.tensors import tensor_bytes
 from ..checkpoint.writer import TensorSpec, write_safetensors
 from ..errors import DataError
 
@@ -50,8 +50,9 @@ class LayerStatistics:
     gram: Callable[[int], Tensor]
 
 
-def fingerprint(checkpoint: Checkpoint, architecture: Architecture) -> str:
+def fingerprint(source: Source) -> str:
     """Equal for checkpoints with the same config, the same tensors by name, dtype and shape, and the same o_projs."""
+    checkpoint, architecture = source.checkpoint, source.architecture
     tensors = sorted((name, info.dtype, info.shape) for name, info in checkpoint.tensors.items())
     digest = hashlib.sha256(json.dumps([checkpoint.config, tensors], sort_keys=True, default=str).encode())
     for layer in range(checkpoint.config_int(architecture.config_name("num_hidden_layers"))):
@@ -78,7 +79,7 @@ def save_statistics(path: Path, statistics: LayerStatistics, shape: AttentionSha
         partial.unlink(missing_ok=True)
 
 
-def open_statistics(path: Path, checkpoint: Checkpoint, architecture: Architecture) -> LayerStatistics:
+def open_statistics(path: Path, source: Source) -> LayerStatistics:
     """Statistics from a file, read layer by layer. Raises DataError if they are not of this checkpoint."""
     try:
         with safe_open(path, "pt") as file:
@@ -88,9 +89,9 @@ def open_statistics(path: Path, checkpoint: Checkpoint, architecture: Architectu
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise DataError(f"{path}: not a file of statistics", hint="--save-statistics writes one") from error
     origin = StatisticsOrigin(**record)
-    if origin.model != fingerprint(checkpoint, architecture):
+    if origin.model != fingerprint(source):
         raise DataError(
-            f"{path}: these statistics are of another model than {checkpoint.name}",
+            f"{path}: these statistics are of another model than {source.name}",
             hint="measure them again, with --calibration and --save-statistics",
         )
 

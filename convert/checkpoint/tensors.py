@@ -98,6 +98,11 @@ class Checkpoint:
         self._maps.clear()
 
     @property
+    def route(self) -> tuple[str, ...]:
+        """The classes that it was translated to, one after the other: none, where it is what its files hold."""
+        return ()
+
+    @property
     def directory(self) -> Path:
         if self.path is None:
             raise CheckpointError(f"{self.name}: only its headers were fetched, its files are not on this machine")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..algebra.attention_shape import AttentionShape, LatentSizes
 from ..algebra.kv_cache import kv_cache_bytes, kv_cache_bytes_per_token
-from ..architectures.attention import read_attention
-from ..architectures.table import find_architecture
+from ..architectures.source import Source
+from ..checkpoint.opening import open_checkpoint
 from ..checkpoint.tensors import Checkpoint
 from ..errors import UnsupportedError
-from ..methods.mla import Mla, class_refusal
+from ..methods.deepseek import class_refusal
+from ..methods.mla import Mla
 from ..translations.routes import as_cross_layer, as_latent_source, as_target, targets
 from .engines import KERNEL_RANKS, Serving, latent_kernels, serving
 
-__all__ = ["Inspection", "Target", "inspect_checkpoint"]
+__all__ = ["Inspection", "Target", "inspect", "inspect_checkpoint"]
 
 _CACHE_VALUE_BYTES = 2
 
@@ -60,6 +62,15 @@ class Inspection:
     serving: dict[str, tuple[Serving, ...]]
 
 
+def inspect(model: str | Path, *, context_length: int | None = None, revision: str | None = None) -> Inspection:
+    """What the checkpoint in a directory, or of a hub id, is and can become; of a hub id only headers are fetched.
+
+    Raises as `inspect_checkpoint` does, and CheckpointError for a place that holds none.
+    """
+    with open_checkpoint(model, revision=revision, headers_only=True) as checkpoint:
+        return inspect_checkpoint(checkpoint, context_length=context_length)
+
+
 def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = None) -> Inspection:
     """Read headers and config; no weight is touched. `context_length` defaults to the longest the model takes.
 
@@ -70,16 +81,15 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = N
     usable = [view for view in views if not isinstance(view, UnsupportedError)]
     if not usable:
         raise next(view for view in reversed(views) if isinstance(view, UnsupportedError))
-    source, checkpoint = checkpoint, usable[0]
-    architecture = find_architecture(checkpoint)
-    shape = read_attention(checkpoint, architecture)
+    source, chosen = checkpoint, usable[0]
+    checkpoint, architecture, shape = chosen.checkpoint, chosen.architecture, chosen.shape
     cross_layer, shared = _cross_layer_target(source)
     conversions = (*_targets(source, shape), cross_layer, _latent_target(source))
-    configs = {view.config["model_type"]: view.config for view in (*shared, *reversed(usable))}
+    configs = {view.architecture.model_type: view.checkpoint.config for view in (*shared, *reversed(usable))}
     pooled = [target.model_type for target in conversions[:2] if target.model_type]
     others = (*(() if pooled else usable), *shared)
-    classes = dict.fromkeys([*pooled, *(str(view.config["model_type"]) for view in others)])
-    context = context_length or checkpoint.config_int(architecture.config_name("max_position_embeddings"), default=2048)
+    classes = dict.fromkeys([*pooled, *(view.architecture.model_type for view in others)])
+    context = context_length or chosen.longest_context
     return Inspection(
         model=checkpoint.name,
         model_type=str(source.config["model_type"]),
@@ -133,29 +143,27 @@ def _targets(source: Checkpoint, shape: AttentionShape) -> tuple[Target, Target]
     return gqa, Target("mha2mqa", True, f"{heads} K/V heads become 1", (1,), target)
 
 
-def _cross_layer_target(source: Checkpoint) -> tuple[Target, tuple[Checkpoint, ...]]:
+def _cross_layer_target(source: Checkpoint) -> tuple[Target, tuple[Source, ...]]:
     """Whether layers can share keys and values, and the checkpoint as the class for it if there is one."""
     try:
         view = as_cross_layer(source)
     except UnsupportedError as error:
         return Target("mha2cla", False, str(error).removeprefix(f"{source.name}: ")), ()
-    architecture = find_architecture(view)
-    num_layers = read_attention(view, architecture).num_hidden_layers
+    num_layers = view.shape.num_hidden_layers
     if num_layers == 1:
         return Target("mha2cla", False, "the model has one layer"), (view,)
     reason = f"--share 2 to {num_layers}" if num_layers > 2 else "--share 2"
-    return Target("mha2cla", True, reason, model_type=architecture.model_type), (view,)
+    return Target("mha2cla", True, reason, model_type=view.architecture.model_type), (view,)
 
 
 def _latent_target(source: Checkpoint) -> Target:
     """Whether keys and values fit in a latent; with the sizes, smaller than the cache is, that have fast kernels."""
     try:
         view = as_latent_source(source)
-        architecture = find_architecture(view)
     except UnsupportedError as error:
         return Target("mha2mla", False, str(error).removeprefix(f"{source.name}: "))
-    shape = read_attention(view, architecture)
-    refusal = class_refusal(view, architecture, shape)
+    shape = view.shape
+    refusal = class_refusal(view)
     if refusal:
         return Target("mha2mla", False, refusal)
     sizes = []
@@ -179,6 +187,5 @@ def _target(source: Checkpoint, number: int) -> tuple[str | None, str]:
         view = as_target(source, number)
     except UnsupportedError as error:
         return None, str(error).removeprefix(f"{source.name}: ")
-    architecture = find_architecture(view)
-    refusal = architecture.refusal(view.config)
-    return (None, refusal) if refusal else (architecture.model_type, "")
+    refusal = view.architecture.refusal(view.checkpoint.config)
+    return (None, refusal) if refusal else (view.architecture.model_type, "")

@@ -2,92 +2,279 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from ..algebra.attention_shape import AttentionShape
+from typing_extensions import Doc
+
 from ..algebra.heads import HeadGrouping
 from ..algebra.layer_grouping import LayerGrouping
-from ..architectures.architecture import Architecture
-from ..architectures.attention import read_attention
+from ..architectures.projections import projection_names
+from ..architectures.source import Source
 from ..checkpoint.tensors import Checkpoint
 from ..checkpoint.writer import TensorSpec
-from ..errors import UnsupportedError
+from ..errors import InputError, UnsupportedError
 from ..plan import AverageLayers, ConversionPlan, MoveGain, PoolHeads, Step
-from .merging import MergedCheckpoint
+from ..translations.routes import as_cross_layer
+from .choices import Grouping, require_choice
+from .prepared import CPU, Hardware, Measurements, Prepared
+
+if TYPE_CHECKING:
+    from .merging import HeadMerge
 
 __all__ = ["Cla"]
 
 _METHODS = ("mean", "first", "svd")
+_PAIRS = ("uniform", "auto")
 
 
 @dataclass(frozen=True)
 class Cla:
-    """Let the layers of each group of `layers` share keys and values, which the first of them computes.
+    """Let neighbouring layers share the keys and values that the first of them computes, perhaps with fewer heads.
 
-    They become the layers' mean ("mean"), stay the first's ("first") or are what merge_checkpoint made of a
-    MergedCheckpoint ("svd"). `num_key_value_heads` also reduces the heads; without it they stay as many.
+    Which layers share is said by one of `layers`, `share` and, where `pairs` is "auto", `num_key_value_layers`. Raises
+    UnsupportedError for unknown choices, InputError for contradictory ones.
     """
 
-    layers: LayerGrouping
-    num_key_value_heads: int | None = None
-    method: str = "mean"
+    layers: LayerGrouping | None = None
+    num_key_value_heads: Annotated[int | None, Doc("K/V heads of the result. Default: as many as the source.")] = None
+    merge: Annotated[
+        Literal["mean", "first", "svd"],
+        Doc(
+            "What the keys and values of layers that share become: the layers' mean, the first layer's, or the merge "
+            "that changes the model's outputs least on a text (svd)."
+        ),
+    ] = "mean"
+    share: Annotated[int | None, Doc("Layers that share: 2 for CLA2, 3 for CLA3 …")] = None
+    keep_first: Annotated[int, Doc("So many first layers keep keys and values of their own.")] = 0
+    keep_last: Annotated[int, Doc("So many last layers keep keys and values of their own.")] = 0
+    pairs: Annotated[
+        Literal["uniform", "auto"],
+        Doc(
+            "Which layers share: equally many in each group (uniform), or the groups whose sharing changes the model "
+            "least on a text, for the same cache (auto)."
+        ),
+    ] = "uniform"
+    num_key_value_layers: Annotated[int | None, Doc("auto: so many layers keep keys and values.")] = None
+    grouping: Annotated[
+        Grouping, Doc("svd: which heads form a group, those that lose least together (similarity) or in order.")
+    ] = "similarity"
+    refit: Annotated[bool, Doc("svd: fit o_proj to the original's attention output on the text.")] = True
+    refit_ridge: Annotated[
+        float, Doc("svd: how strongly that fit is pulled to the closed form, in parts of the mean squared head output.")
+    ] = 0.2
 
     def __post_init__(self) -> None:
-        if self.method not in _METHODS:
-            raise UnsupportedError(f"unknown method {self.method!r}", hint=f"methods: {', '.join(_METHODS)}")
+        require_choice("method", self.merge, _METHODS)
+        require_choice("grouping", self.grouping, get_args(Grouping))
+        require_choice("choice of pairs", self.pairs, _PAIRS)
+        if sum(given is not None for given in (self.layers, self.share, self.num_key_value_layers)) != 1:
+            raise InputError(
+                "say which layers share, by one of layers, share and, where pairs is auto, num_key_value_layers",
+                hint="share=2 lets every two neighbours share",
+            )
+        if self.num_key_value_layers is not None and self.pairs != "auto":
+            raise InputError("num_key_value_layers is used where pairs is auto only")
+        if self.layers is not None and (self.keep_first or self.keep_last or self.pairs == "auto"):
+            raise InputError("layers says which layers share: keep_first, keep_last and pairs have no part in it")
 
-    def plan(self, checkpoint: Checkpoint, architecture: Architecture) -> ConversionPlan:
-        """The plan for a checkpoint as CrossLayerDecoder. Raises UnsupportedError where it cannot be done."""
-        refusal = architecture.refusal(checkpoint.config)
-        if refusal:
-            raise UnsupportedError(f"{checkpoint.name}: {refusal}")
-        source = read_attention(checkpoint, architecture)
-        _check_shareable(checkpoint, source, self.layers)
-        number = self.num_key_value_heads or source.num_key_value_heads
-        grouping = HeadGrouping.contiguous(source.num_key_value_heads, number)
-        if self.method == "svd" and not isinstance(checkpoint, MergedCheckpoint):
-            raise ValueError("the method svd plans on what merge_checkpoint made")
+    @property
+    def needs_measurements(self) -> bool:
+        """Whether the result depends on what is measured on a text."""
+        return self.merge == "svd" or self.needs_choice
+
+    @property
+    def takes_statistics(self) -> bool:
+        """Whether statistics of a text do as well as the text itself."""
+        return False
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether statistics of a text, or the weights alone, do not do: a layer's input is predicted on it."""
+        return self.needs_measurements
+
+    @property
+    def needs_choice(self) -> bool:
+        """Whether the layers that share are still to be chosen on a text."""
+        return self.layers is None and self.pairs == "auto"
+
+    def source(self, checkpoint: Checkpoint) -> Source:
+        """The checkpoint in the class that can share layers. Raises UnsupportedError where it cannot be held by it."""
+        return as_cross_layer(checkpoint)
+
+    def suffix(self, source: Source) -> str:
+        """What the name of a result ends with."""
+        number = self.num_key_value_heads
+        heads = {1: "mqa-", None: "", source.shape.num_key_value_heads: ""}.get(number, f"gqa{number}-")
+        return f"{heads}cla{self.share or ''}"
+
+    def check(self, source: Source) -> None:
+        """Raise UnsupportedError, InputError or CheckpointError for what cannot be done, before text is read."""
+        source.require_convertible()
+        self._grouping(source)
+        if self.needs_choice:
+            self._candidates(source)
+        else:
+            _check_shareable(source, self._layers(source))
+        if self.merge == "svd":
+            from .merging import check_mergeable
+
+            check_mergeable(source)
+
+    def resolve(
+        self,
+        source: Source,
+        measurements: Measurements = None,
+        hardware: Hardware = CPU,
+        progress: Callable[[int], object] = lambda num_layers: None,
+    ) -> Cla:
+        """The same with the layers that share, chosen on the text where that was asked for, and the number of heads."""
+        layers = self.layers
+        if self.needs_choice:
+            from ..calibration.text import CalibrationText
+            from .layer_choice import best_layers, measure_damages
+
+            if not isinstance(measurements, CalibrationText):
+                raise ValueError("layers that share are chosen on text")
+            budget, pairs = self._candidates(source)
+            damages = measure_damages(source, measurements, pairs, hardware=hardware, progress=progress)
+            layers = best_layers(source.shape.num_hidden_layers, budget, damages)
+        return replace(
+            self,
+            layers=layers or self._layers(source),
+            num_key_value_heads=self.num_key_value_heads or source.shape.num_key_value_heads,
+            share=None,
+            num_key_value_layers=None,
+            pairs="uniform",
+        )
+
+    def prepare(
+        self,
+        source: Source,
+        measurements: Measurements,
+        scratch: Path,
+        *,
+        hardware: Hardware = CPU,
+        keep_gram: bool = False,
+        progress: Callable[[int], object] = lambda num_layers: None,
+    ) -> Prepared:
+        """Merge layers and heads, where the method does that, into files in `scratch`."""
+        if self.merge != "svd":
+            return Prepared()
+        from .merging import merge_heads
+
+        return merge_heads(
+            source,
+            self._head_merge(source),
+            measurements,
+            scratch,
+            hardware=hardware,
+            keep_gram=keep_gram,
+            progress=progress,
+        )
+
+    def record(self, measurements: Measurements, hardware: Hardware) -> dict[str, Any]:
+        """How the merge was made, for the manifest: nothing, where a text only chose the layers."""
+        if self.merge != "svd" or self.layers is None or self.num_key_value_heads is None:
+            return {}
+        from .merging import merge_record
+
+        return merge_record(self._head_merge_of(self.layers, self.num_key_value_heads), hardware)
+
+    def plan(self, source: Source) -> ConversionPlan:
+        """The plan for a source as CrossLayerDecoder. Raises UnsupportedError as `check` does.
+
+        Raises ValueError where the layers are still to be chosen (`resolve`).
+        """
+        if self.needs_choice:
+            raise ValueError("the layers that share are chosen on text first")
+        self.check(source)
+        checkpoint, shape, layers = source.checkpoint, source.shape, self._layers(source)
+        grouping = self._grouping(source)
+        number = len(grouping.groups)
         steps = {name: Step.copy(info) for name, info in checkpoint.tensors.items()}
-        for group in self.layers.groups:
-            self._share(steps, checkpoint, architecture, source, grouping, group)
-        heads = {1: "mqa+", source.num_key_value_heads: ""}.get(number, "gqa+")
+        for group in layers.groups:
+            self._share(steps, source, grouping, group)
+        heads = {1: "mqa+", shape.num_key_value_heads: ""}.get(number, "gqa+")
         return ConversionPlan(
             target=f"{heads}cla",
-            method=self.method,
-            model_type=architecture.model_type,
-            source=source,
-            result=replace(source, num_key_value_heads=number, layer_grouping=self.layers),
+            method=self.merge,
+            model_type=source.architecture.model_type,
+            route=checkpoint.route,
+            source=shape,
+            result=replace(shape, num_key_value_heads=number, layer_grouping=layers),
             config={
                 **checkpoint.config,
                 "num_key_value_heads": number,
-                "kv_source_layers": list(self.layers.sources),
+                "kv_source_layers": list(layers.sources),
             },
             steps=tuple(steps.values()),
             bytes_in=sum(info.num_bytes for info in checkpoint.tensors.values()),
-            layers=checkpoint.reports if isinstance(checkpoint, MergedCheckpoint) else (),
         )
 
-    def _share(
-        self,
-        steps: dict[str, Step],
-        checkpoint: Checkpoint,
-        architecture: Architecture,
-        source: AttentionShape,
-        grouping: HeadGrouping,
-        group: tuple[int, ...],
-    ) -> None:
+    def _grouping(self, source: Source) -> HeadGrouping:
+        """How heads are pooled within a layer."""
+        heads = source.shape.num_key_value_heads
+        return HeadGrouping.contiguous(heads, self.num_key_value_heads or heads)
+
+    def _layers(self, source: Source) -> LayerGrouping:
+        return self.layers if self.layers is not None else self._uniform(source)
+
+    def _uniform(self, source: Source) -> LayerGrouping:
+        return LayerGrouping.uniform(
+            source.shape.num_hidden_layers, self.share or 2, keep_first=self.keep_first, keep_last=self.keep_last
+        )
+
+    def _candidates(self, source: Source) -> tuple[int, list[tuple[int, int]]]:
+        """How many layers keep keys and values, and the pairs to try: groups of at most one layer more than the mean.
+
+        Raises InputError or UnsupportedError for a number of layers with keys and values that no groups have.
+        """
+        from .layer_choice import best_layers, permitted_pairs
+
+        shape, ends = source.shape, self.keep_first + self.keep_last
+        budget = self.num_key_value_layers or len(self._uniform(source).groups)
+        between = shape.num_hidden_layers - ends
+        if not ends < budget < shape.num_hidden_layers:
+            raise InputError(
+                f"{shape.num_hidden_layers} layers cannot share so that {budget} keep keys and values",
+                hint=f"possible here: {ends + 1} to {shape.num_hidden_layers - 1}" if between > 1 else None,
+            )
+        reach = -(-between // (budget - ends))
+        pairs = permitted_pairs(shape, reach, keep_first=self.keep_first, keep_last=self.keep_last)
+        best_layers(shape.num_hidden_layers, budget, dict.fromkeys(pairs, 0.0))  # whether there are such groups
+        return budget, pairs
+
+    def _head_merge(self, source: Source) -> HeadMerge:
+        return self._head_merge_of(self._layers(source), self.num_key_value_heads or source.shape.num_key_value_heads)
+
+    def _head_merge_of(self, layers: LayerGrouping, number: int) -> HeadMerge:
+        from .merging import HeadMerge
+
+        return HeadMerge(number, layers, self.grouping, self.refit, self.refit_ridge)
+
+    def _share(self, steps: dict[str, Step], source: Source, grouping: HeadGrouping, group: tuple[int, ...]) -> None:
         """Replace the copies of the keys and values of the group's layers, and of norms of queries and keys."""
+        checkpoint, architecture = source.checkpoint, source.architecture
         if len(group) > 1:
-            self._move_gains(steps, architecture, group)
-        tensors = [architecture.key_value_tensors(checkpoint, source, layer) for layer in group]
+            self._move_gains(steps, source, group)
+        tensors = [architecture.key_value_tensors(checkpoint, source.shape, layer) for layer in group]
         for same in zip(*tensors, strict=True):
             names = [tensor.name for tensor in same]
-            steps[names[0]] = self._step(checkpoint, architecture, grouping, group, names)
+            steps[names[0]] = self._step(source, grouping, group, names)
             for name in names[1:]:
                 del steps[name]
+        if self.merge == "svd":
+            for layer in group:
+                for name in projection_names(source, layer).values():
+                    if name in steps:
+                        steps[name] = replace(steps[name], op=None, overlay=True)
 
-    def _move_gains(self, steps: dict[str, Step], architecture: Architecture, group: tuple[int, ...]) -> None:
+    def _move_gains(self, steps: dict[str, Step], source: Source, group: tuple[int, ...]) -> None:
         """Where keys are normalised, with the mean or the first one's gain: the rest goes to each layer's queries."""
+        architecture = source.architecture
         if architecture.key_norm is None or architecture.query_norm is None:
             return
         keys, queries = (
@@ -95,54 +282,45 @@ class Cla:
         )
         if keys[0] not in steps:
             return
-        shared = keys if self.method == "mean" else keys[:1]
+        shared = keys if self.merge == "mean" else keys[:1]
         for key, query in zip(keys, queries, strict=True):
             steps[query] = Step((query, key, *shared), steps[query].writes, MoveGain())
-        if self.method == "mean":
+        if self.merge == "mean":
             steps[keys[0]] = Step(tuple(keys), steps[keys[0]].writes, AverageLayers(len(group)))
         for key in keys[1:]:
             del steps[key]
 
-    def _step(
-        self,
-        checkpoint: Checkpoint,
-        architecture: Architecture,
-        grouping: HeadGrouping,
-        group: tuple[int, ...],
-        names: list[str],
-    ) -> Step:
+    def _step(self, source: Source, grouping: HeadGrouping, group: Sequence[int], names: Sequence[str]) -> Step:
         """How the group's one projection is made of the layers' projections `names`."""
-        info = checkpoint.tensors[names[0]]
+        info = source.checkpoint.tensors[names[0]]
         number = len(grouping.groups)
         spec = TensorSpec(info.name, info.dtype, (info.shape[0] // grouping.num_heads * number, *info.shape[1:]))
-        pool = None
-        if number != grouping.num_heads:
-            # merged heads of a group are equal
-            pool = PoolHeads("first" if self.method == "first" else "mean", grouping)
-        if self.method != "mean" or len(group) == 1:
+        if self.merge == "svd":
+            return Step((info.name,), spec, overlay=True)
+        pool = None if number == grouping.num_heads else PoolHeads(self.merge, grouping)
+        if self.merge == "first" or len(group) == 1:
             return Step((info.name,), spec, pool)
-        gains = [architecture.input_norm_name(layer) for layer in group] if len(info.shape) == 2 else []
+        gains = [source.architecture.input_norm_name(layer) for layer in group] if len(info.shape) == 2 else []
         return Step((*names, *gains), spec, AverageLayers(len(group), pool))
 
 
-def _check_shareable(checkpoint: Checkpoint, shape: AttentionShape, layers: LayerGrouping) -> None:
+def _check_shareable(source: Source, layers: LayerGrouping) -> None:
     """Raise UnsupportedError unless the layers are the checkpoint's, and those that share are neighbours that see as
     much."""
+    shape, name = source.shape, source.name
     if len(layers.sources) != shape.num_hidden_layers:
         raise UnsupportedError(
-            f"{checkpoint.name} has {shape.num_hidden_layers} layers, and {len(layers.sources)} were given a source"
+            f"{name} has {shape.num_hidden_layers} layers, and {len(layers.sources)} were given a source"
         )
     if layers.sources == tuple(range(shape.num_hidden_layers)):
-        raise UnsupportedError(f"{checkpoint.name}: no layer would share keys and values")
+        raise UnsupportedError(f"{name}: no layer would share keys and values")
     for layer, first in enumerate(layers.sources):
         if layers.sources[first:layer].count(first) != layer - first:
-            raise UnsupportedError(
-                f"{checkpoint.name}: layers {first} and {layer} share, and one between them does not"
-            )
+            raise UnsupportedError(f"{name}: layers {first} and {layer} share, and one between them does not")
         if shape.windows[layer] != shape.windows[first]:
             seen = [f"{window} tokens" if window else "all" for window in (shape.windows[first], shape.windows[layer])]
             raise UnsupportedError(
-                f"{checkpoint.name}: layers {first} and {layer} cannot share keys and values, one sees {seen[0]}, "
-                f"the other {seen[1]}",
+                f"{name}: layers {first} and {layer} cannot share keys and values, one sees {seen[0]}, the other "
+                f"{seen[1]}",
                 hint="choose the layers with --kv-source-layers",
             )

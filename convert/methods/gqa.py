@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from ..algebra.attention_shape import AttentionShape
+from typing_extensions import Doc
+
 from ..algebra.heads import POOLING_METHODS, HeadGrouping
-from ..architectures.architecture import Architecture, HeadTensor
-from ..architectures.attention import read_attention
+from ..architectures.architecture import HeadTensor
+from ..architectures.projections import projection_names
+from ..architectures.source import Source
 from ..checkpoint.tensors import Checkpoint
 from ..checkpoint.writer import TensorSpec
 from ..errors import UnsupportedError
 from ..plan import ConversionPlan, PoolHeads, Step
 from ..runtime import RUNTIME_CLASSES
-from .merging import MergedCheckpoint
+from ..translations.routes import as_target
+from .choices import Grouping, require_choice
+from .prepared import CPU, Hardware, Measurements, Prepared
+
+if TYPE_CHECKING:
+    from .merging import HeadMerge
 
 __all__ = ["Gqa"]
 
@@ -24,112 +33,204 @@ _DEFAULT_INITIALIZER_RANGE = 0.02
 
 @dataclass(frozen=True)
 class Gqa:
-    """Reduce a checkpoint to `num_key_value_heads` K/V heads per layer.
+    """Reduce a checkpoint to `num_key_value_heads` K/V heads per layer. Raises UnsupportedError for unknown choices."""
 
-    With the method "svd" the checkpoint to plan on is a MergedCheckpoint. `seed` matters for the random method only.
-    `allow_same` accepts the number of heads that the source has already: no head is then pooled.
-    """
-
-    num_key_value_heads: int
-    method: str = "mean"
-    seed: int = 0
-    allow_same: bool = False
+    num_key_value_heads: Annotated[int, Doc("K/V heads of the result.")]
+    merge: Annotated[
+        Literal["mean", "first", "random", "svd"],
+        Doc(
+            "What a group's heads become: their mean, the first of them, random ones, or the merge that changes the "
+            "model's outputs least on a text (svd)."
+        ),
+    ] = "mean"
+    grouping: Annotated[
+        Grouping, Doc("svd: which heads form a group, those that lose least together (similarity) or neighbours.")
+    ] = "similarity"
+    refit: Annotated[bool, Doc("svd: fit o_proj to the original's attention output on the text.")] = True
+    refit_ridge: Annotated[
+        float, Doc("svd: how strongly that fit is pulled to the closed form, in parts of the mean squared head output.")
+    ] = 0.2
+    seed: Annotated[int, Doc("Seed of random heads.")] = 0
+    allow_same: Annotated[bool, Doc("Accept the number of heads that the source has: none is pooled then.")] = False
 
     def __post_init__(self) -> None:
-        if self.method not in (*POOLING_METHODS, "svd"):
-            raise UnsupportedError(f"unknown method {self.method!r}", hint=f"methods: {', '.join(POOLING_METHODS)}")
+        require_choice("method", self.merge, (*POOLING_METHODS, "svd"))
+        require_choice("grouping", self.grouping, get_args(Grouping))
 
-    def plan(self, checkpoint: Checkpoint, architecture: Architecture) -> ConversionPlan:
-        """The plan for this checkpoint. Raises UnsupportedError or CheckpointError where it cannot be done.
+    @property
+    def needs_measurements(self) -> bool:
+        """Whether the result depends on what is measured on a text."""
+        return self.merge == "svd"
 
-        Raises ValueError for the method "svd" on a checkpoint whose heads were not merged into as many groups.
-        """
-        refusal = architecture.refusal(checkpoint.config)
-        if refusal:
-            raise UnsupportedError(f"{checkpoint.name}: {refusal}")
-        source = read_attention(checkpoint, architecture)
-        grouping = HeadGrouping.contiguous(source.num_key_value_heads, self.num_key_value_heads)
+    @property
+    def takes_statistics(self) -> bool:
+        """Whether statistics of a text do as well as the text itself."""
+        return True
+
+    @property
+    def needs_choice(self) -> bool:
+        """Whether something is left to be chosen on a text: nothing."""
+        return False
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether statistics of a text, or the weights alone, do not do."""
+        return False
+
+    def source(self, checkpoint: Checkpoint) -> Source:
+        """The checkpoint in the class that can have so many heads. Raises UnsupportedError where there is none."""
+        return as_target(checkpoint, self.num_key_value_heads)
+
+    def suffix(self, source: Source) -> str:
+        """What the name of a result ends with."""
+        return "mqa" if self.num_key_value_heads == 1 else f"gqa{self.num_key_value_heads}"
+
+    def check(self, source: Source) -> None:
+        """Raise UnsupportedError or CheckpointError for what cannot be done, before anything is measured."""
+        source.require_convertible()
+        self._grouping(source)
+        checkpoint, architecture = source.checkpoint, source.architecture
         reason = architecture.heads_refusal(checkpoint.config, self.num_key_value_heads)
         if reason:
-            raise UnsupportedError(f"{checkpoint.name}: {reason}")
-        unchanged = self.num_key_value_heads == source.num_key_value_heads
-        if unchanged and not self.allow_same:
+            raise UnsupportedError(f"{source.name}: {reason}")
+        if self._keeps_heads(source) and not self.allow_same:
             raise UnsupportedError(
-                f"{checkpoint.name} already has {source.num_key_value_heads} K/V heads",
+                f"{source.name} already has {source.shape.num_key_value_heads} K/V heads",
                 hint="ask for fewer groups, or pass --force to keep every head",
             )
-        if self.method == "svd" and not unchanged and _merged_groups(checkpoint) != self.num_key_value_heads:
-            raise ValueError("the method svd plans on what merge_checkpoint made for as many K/V heads")
-        steps = {name: Step.copy(checkpoint.tensors[name]) for name in checkpoint.tensors}
-        if not unchanged:
-            for layer in range(source.num_hidden_layers):
-                self._pool_layer(steps, checkpoint, architecture, source, grouping, layer)
-        return ConversionPlan(
-            target="mqa" if self.num_key_value_heads == 1 else "gqa",
-            method=self.method,
-            model_type=architecture.model_type,
-            source=source,
-            result=replace(source, num_key_value_heads=self.num_key_value_heads),
-            config=checkpoint.config if unchanged else self._result_config(checkpoint, architecture, source.head_dim),
-            steps=tuple(steps.values()),
-            bytes_in=sum(info.num_bytes for info in checkpoint.tensors.values()),
-            layers=checkpoint.reports if isinstance(checkpoint, MergedCheckpoint) else (),
+        if self._merges(source):
+            from .merging import check_mergeable
+
+            check_mergeable(source)
+
+    def resolve(
+        self,
+        source: Source,
+        measurements: Measurements = None,
+        hardware: Hardware = CPU,
+        progress: Callable[[int], object] = lambda num_layers: None,
+    ) -> Gqa:
+        """The same: nothing is left to be chosen on a text."""
+        return self
+
+    def prepare(
+        self,
+        source: Source,
+        measurements: Measurements,
+        scratch: Path,
+        *,
+        hardware: Hardware = CPU,
+        keep_gram: bool = False,
+        progress: Callable[[int], object] = lambda num_layers: None,
+    ) -> Prepared:
+        """Merge heads, where the method does that, into files in `scratch`."""
+        if not self._merges(source):
+            return Prepared()
+        from .merging import merge_heads
+
+        return merge_heads(
+            source,
+            self._head_merge(measurements),
+            measurements,
+            scratch,
+            hardware=hardware,
+            keep_gram=keep_gram,
+            progress=progress,
         )
 
-    def _pool_layer(
-        self,
-        steps: dict[str, Step],
-        checkpoint: Checkpoint,
-        architecture: Architecture,
-        source: AttentionShape,
-        grouping: HeadGrouping,
-        layer: int,
-    ) -> None:
+    def record(self, measurements: Measurements, hardware: Hardware) -> dict[str, Any]:
+        """How the merge was made, for the manifest."""
+        from .merging import merge_record
+
+        return merge_record(self._head_merge(measurements), hardware)
+
+    def plan(self, source: Source) -> ConversionPlan:
+        """The plan for this source. Raises UnsupportedError or CheckpointError as `check` does."""
+        self.check(source)
+        checkpoint, architecture, shape = source.checkpoint, source.architecture, source.shape
+        steps = {name: Step.copy(checkpoint.tensors[name]) for name in checkpoint.tensors}
+        keeps_heads = self._keeps_heads(source)
+        if not keeps_heads:
+            for layer in range(shape.num_hidden_layers):
+                self._pool_layer(steps, source, layer)
+        return ConversionPlan(
+            target="mqa" if self.num_key_value_heads == 1 else "gqa",
+            method=self.merge,
+            model_type=architecture.model_type,
+            route=checkpoint.route,
+            source=shape,
+            result=replace(shape, num_key_value_heads=self.num_key_value_heads),
+            config=checkpoint.config if keeps_heads else self._result_config(source),
+            steps=tuple(steps.values()),
+            bytes_in=sum(info.num_bytes for info in checkpoint.tensors.values()),
+        )
+
+    def _grouping(self, source: Source) -> HeadGrouping:
+        return HeadGrouping.contiguous(source.shape.num_key_value_heads, self.num_key_value_heads)
+
+    def _keeps_heads(self, source: Source) -> bool:
+        return self.num_key_value_heads == source.shape.num_key_value_heads
+
+    def _merges(self, source: Source) -> bool:
+        return self.merge == "svd" and not self._keeps_heads(source)
+
+    def _head_merge(self, measurements: Measurements) -> HeadMerge:
+        from ..calibration.text import CalibrationText
+        from .merging import HeadMerge
+
+        refit = self.refit and isinstance(measurements, CalibrationText)
+        return HeadMerge(self.num_key_value_heads, None, self.grouping, refit, self.refit_ridge)
+
+    def _pool_layer(self, steps: dict[str, Step], source: Source, layer: int) -> None:
         """Replace the copy steps of a layer's K/V heads, and of the norms that belong to them."""
-        for tensor in architecture.key_value_tensors(checkpoint, source, layer):
+        checkpoint, architecture, shape = source.checkpoint, source.architecture, source.shape
+        grouping = self._grouping(source)
+        merged = set(projection_names(source, layer).values()) if self._merges(source) else set()
+        for tensor in architecture.key_value_tensors(checkpoint, shape, layer):
             info = checkpoint.tensors[tensor.name]
-            num_heads = tensor.num_query_heads + tensor.num_runs * source.num_key_value_heads
+            num_heads = tensor.num_query_heads + tensor.num_runs * shape.num_key_value_heads
             num_kept = tensor.num_query_heads + tensor.num_runs * self.num_key_value_heads
             spec = TensorSpec(tensor.name, info.dtype, (info.shape[0] // num_heads * num_kept, *info.shape[1:]))
-            steps[tensor.name] = Step((tensor.name,), spec, self._pooling(checkpoint, tensor, grouping))
-        for names in architecture.key_norms_per_head(checkpoint, source, layer):
+            if tensor.name in merged:
+                steps[tensor.name] = Step((tensor.name,), spec, overlay=True)
+            else:
+                steps[tensor.name] = Step((tensor.name,), spec, self._pooling(source, tensor, grouping))
+        for name in merged:  # queries and outputs, which read the merged heads through the free transformations
+            if not steps[name].overlay:
+                steps[name] = replace(steps[name], overlay=True)
+        for names in architecture.key_norms_per_head(checkpoint, shape, layer):
             for name in names:
                 del steps[name]
             for group, name in zip(grouping.groups, names, strict=False):
                 info = checkpoint.tensors[name]
                 whole = HeadGrouping((tuple(range(len(group))),))
-                op = self._pooling(checkpoint, HeadTensor(name, is_norm=True), whole)
+                op = self._pooling(source, HeadTensor(name, is_norm=True), whole)
                 spec = TensorSpec(name, info.dtype, info.shape)
                 steps[name] = Step(tuple(names[head] for head in group), spec, op)
 
-    def _pooling(self, checkpoint: Checkpoint, tensor: HeadTensor, grouping: HeadGrouping) -> PoolHeads:
-        method, std, seed = self.method, None, None
-        if method == "random" and tensor.is_norm:
-            method = "mean"  # a gain near zero would switch the fresh keys off
-        if method == "svd":
-            method = "mean"  # the checkpoint is a MergedCheckpoint: the heads of a group are equal
+    def _pooling(self, source: Source, tensor: HeadTensor, grouping: HeadGrouping) -> PoolHeads:
+        method, std, seed = self.merge, None, None
+        if method == "svd" or (method == "random" and tensor.is_norm):
+            method = "mean"  # of norms' gains: near zero, they would switch fresh keys off
         if method == "random":
-            std = float(checkpoint.config.get("initializer_range") or _DEFAULT_INITIALIZER_RANGE)
+            std = float(source.checkpoint.config.get("initializer_range") or _DEFAULT_INITIALIZER_RANGE)
             seed = _tensor_seed(self.seed, tensor.name)
         return PoolHeads(
             method,
             grouping,
             num_query_heads=tensor.num_query_heads,
             num_runs=tensor.num_runs,
-            interleaved=tensor.interleaved,
+            qkv_interleaved=tensor.interleaved,
             std=std,
             seed=seed,
         )
 
-    def _result_config(self, checkpoint: Checkpoint, architecture: Architecture, head_dim: int) -> dict[str, Any]:
-        config = architecture.result_config(checkpoint.config, self.num_key_value_heads, head_dim)
+    def _result_config(self, source: Source) -> dict[str, Any]:
+        architecture = source.architecture
+        config = architecture.result_config(source.checkpoint.config, self.num_key_value_heads, source.shape.head_dim)
         if architecture.model_type not in RUNTIME_CLASSES:
             config.pop("auto_map", None)  # the result opens in the stock class; the source's own code knows no grouping
         return config
-
-
-def _merged_groups(checkpoint: Checkpoint) -> int | None:
-    return len(checkpoint.reports[0].groups) if isinstance(checkpoint, MergedCheckpoint) else None
 
 
 def _tensor_seed(seed: int, name: str) -> int:

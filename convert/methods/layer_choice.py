@@ -7,18 +7,15 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ..algebra.attention_shape import AttentionShape
-from ..algebra.head_merge import FreeTransformations, Heads, LayerInput, merge_layers
+from ..algebra.head_merge import Heads, LayerInput, merge_layers
 from ..algebra.head_search import best_grouping
 from ..algebra.layer_grouping import LayerGrouping
-from ..architectures.architecture import Architecture
-from ..architectures.attention import read_attention
 from ..architectures.projections import projection_tensors, read_projections
-from ..architectures.rotary import read_rotary
-from ..calibration.layerwise import LayerwiseModel
-from ..calibration.moments import layer_moments
+from ..architectures.source import Source
+from ..calibration.streams import CPU, Hardware, Stream
 from ..calibration.text import CalibrationText
-from ..checkpoint.tensors import Checkpoint
 from ..errors import UnsupportedError
+from .merging import free_transformations
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,70 +42,60 @@ def permitted_pairs(
 
 
 def measure_damages(
-    checkpoint: Checkpoint,
-    architecture: Architecture,
+    source: Source,
     text: CalibrationText,
     pairs: Collection[tuple[int, int]],
     *,
-    device: str = "cpu",
-    precision: str = "fp32",
+    hardware: Hardware = CPU,
     progress: Callable[[int], object] = lambda num_layers: None,
 ) -> Damages:
     """For every pair of layers: E ‖h' − h‖² / ‖h‖² of the hidden states that leave the second, where h' are those of a
     model in which these two share, merged but not refitted, and no others.
 
-    checkpoint: as CrossLayerDecoder. Hidden states enter the first layer as the original has them.
+    source: as CrossLayerDecoder. Hidden states enter the first layer as the original has them.
     """
-    import torch
-
-    shape = read_attention(checkpoint, architecture)
-    rotary = read_rotary(checkpoint, architecture, shape)
-    free = architecture.approximation(checkpoint) is None
-    model = LayerwiseModel(checkpoint, architecture, device=device, precision=precision)
+    shape = source.shape
+    original = Stream.of(source, text, hardware)
     damages: dict[tuple[int, int], float] = {}
-    with torch.inference_mode():
-        states = [model.embed(batch) for batch in text.batches]
-        model.release_embeddings()
-        for first in range(shape.num_hidden_layers):
-            readers = [second for producer, second in pairs if producer == first]
-            layers = tuple(range(first, max(readers, default=first) + 1))
-            grams, crosses = layer_moments(model, layers, states, device) if readers else ([], [])
-            for second in readers:
-                inputs = [
-                    LayerInput(
-                        read_projections(checkpoint, architecture, shape, layer),
-                        grams[layer - first],
-                        crosses[layer - first],
-                    )
-                    for layer in (first, second)
-                ]
-                heads = Heads(inputs, shape, FreeTransformations(rotary[first], keys=free))
-                grouping = (best_grouping if free else Heads.in_order)(heads, shape.num_key_value_heads)
-                pair = merge_layers(heads, grouping).projections
-                merged = {
-                    layer: projection_tensors(projections, checkpoint, architecture, shape, layer)
-                    for layer, projections in zip((first, second), pair, strict=True)
-                }
-                trial = range(first, second + 1)
-                damages[first, second] = _trial(model, trial, merged, states[:_TRIAL_PASSES])
-            with model.layer(first) as module:
-                states = [model.run(module, first, batch) for batch in states]
-            progress(1)
+    for first in range(shape.num_hidden_layers):
+        readers = [second for producer, second in pairs if producer == first]
+        layers = tuple(range(first, max(readers, default=first) + 1))
+        grams, crosses = original.moments(layers) if readers else ([], [])
+        free = free_transformations(source, first)
+        for second in readers:
+            inputs = [
+                LayerInput(read_projections(source, layer), grams[layer - first], crosses[layer - first])
+                for layer in (first, second)
+            ]
+            heads = Heads(inputs, shape, free)
+            grouping = (best_grouping if free.keys else Heads.in_order)(heads, shape.num_key_value_heads)
+            pair = merge_layers(heads, grouping).projections
+            merged = {
+                layer: projection_tensors(projections, source, layer)
+                for layer, projections in zip((first, second), pair, strict=True)
+            }
+            damages[first, second] = _trial(original, range(first, second + 1), merged)
+        original.advance(first)
+        progress(1)
     return damages
 
 
-def _trial(
-    model: LayerwiseModel, layers: range, merged: Mapping[int, dict[str, Tensor]], states: list[Tensor]
-) -> float:
+def _trial(original: Stream, layers: range, merged: Mapping[int, dict[str, Tensor]]) -> float:
     """The relative error after `layers`, of which the first and the last share what `merged` holds."""
-    wanted = found = states
-    shared: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in states]
-    for layer in layers:
-        with model.layer(layer) as module:
-            wanted = [model.run(module, layer, batch) for batch in wanted]
-        source = layers[0] if layer in merged else layer
-        with model.layer(layer, merged.get(layer), source) as module:
-            found = [model.run(module, layer, batch, shared=kept) for batch, kept in zip(found, shared, strict=True)]
+    import torch
+
+    model, wanted = original.model, original.states(_TRIAL_PASSES)
+    found = wanted
+    shared: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in found]
+    with torch.inference_mode():
+        for layer in layers:
+            with model.layer(layer) as module:
+                wanted = [model.run(module, layer, batch) for batch in wanted]
+            source = layers[0] if layer in merged else layer
+            with model.layer(layer, merged.get(layer), source) as module:
+                found = [
+                    model.run(module, layer, batch, shared=kept) for batch, kept in zip(found, shared, strict=True)
+                ]
     errors = [
         ((one - other).square().sum(-1) / other.square().sum(-1)).mean().item()
         for one, other in zip(found, wanted, strict=True)

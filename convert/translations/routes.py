@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 
-from ..architectures.attention import read_attention
-from ..architectures.table import find_architecture
+from ..architectures.source import Source
 from ..checkpoint.tensors import Checkpoint
 from ..errors import UnsupportedError
 from .alibi import BLOOM_TO_DECODER, FALCON_TO_DECODER, MPT_TO_DECODER
@@ -27,7 +26,18 @@ from .qwen import QWEN_TO_QWEN2
 from .seq2seq import BART_TO_GROUPED, MT5_TO_GROUPED, T5_TO_GROUPED, WHISPER_TO_GROUPED
 from .translation import TranslatedCheckpoint, Translation
 
-__all__ = ["CROSS_LAYER", "ROUTES", "Route", "as_cross_layer", "as_latent_source", "as_target", "routes_of", "targets"]
+__all__ = [
+    "CROSS_LAYER",
+    "ROUTES",
+    "TRANSLATIONS",
+    "Route",
+    "as_cross_layer",
+    "as_latent_source",
+    "as_target",
+    "routes_of",
+    "targets",
+    "translated",
+]
 
 Route = tuple[Translation, ...]
 """Translations one after the other; an empty one is the checkpoint's own class."""
@@ -59,62 +69,88 @@ ROUTES: Mapping[str, tuple[Route, ...]] = MappingProxyType(
 """For a `model_type`, the ways to a class with grouped attention, the best first; any other keeps its own class."""
 
 
+TRANSLATIONS: Mapping[tuple[str, str], Translation] = MappingProxyType(
+    {
+        (translation.model_type, translation.target): translation
+        for translation in (
+            *(step for routes in ROUTES.values() for route in routes for step in route),
+            *CROSS_LAYER.values(),
+        )
+    }
+)
+"""Every translation, by the `model_type` that it begins with and the one that it leads to."""
+
+
 def routes_of(model_type: object) -> tuple[Route, ...]:
     """The ways of a class to one with grouped attention, the best first; one that is not in the table keeps its own."""
     return ROUTES.get(str(model_type), (_OWN_CLASS,))
 
 
-def targets(checkpoint: Checkpoint) -> Iterator[Checkpoint | UnsupportedError]:
-    """The checkpoint as each class that may hold it, or why that one cannot, in the order of `ROUTES`."""
+def translated(checkpoint: Checkpoint, route: Iterable[str]) -> Checkpoint:
+    """The checkpoint after the translations that lead to these classes, one after the other.
+
+    Raises UnsupportedError where there is no such translation, or where it would not be exact.
+    """
+    for target in route:
+        model_type = str(checkpoint.config.get("model_type"))
+        if (model_type, target) not in TRANSLATIONS:
+            raise UnsupportedError(f"{checkpoint.name}: no translation leads from {model_type} to {target}")
+        checkpoint = TranslatedCheckpoint.of(checkpoint, TRANSLATIONS[model_type, target])
+    return checkpoint
+
+
+def targets(checkpoint: Checkpoint) -> Iterator[Source | UnsupportedError]:
+    """The checkpoint as each class that may hold it, or why that one cannot, in the order of `ROUTES`.
+
+    Raises UnsupportedError for an architecture that kvconvert does not know.
+    """
     for route in routes_of(checkpoint.config.get("model_type")):
         try:
-            view = checkpoint
-            for translation in route:
-                view = TranslatedCheckpoint.of(view, translation)
+            view = translated(checkpoint, [translation.target for translation in route])
         except UnsupportedError as error:
             yield error
         else:
-            yield view
+            yield Source.of(view)
 
 
-def as_target(checkpoint: Checkpoint, num_key_value_heads: int) -> Checkpoint:
+def as_target(checkpoint: Checkpoint, num_key_value_heads: int) -> Source:
     """The checkpoint as the first class of `ROUTES` that computes the same function and can have so many K/V heads.
 
-    That is the checkpoint itself if its own class can. Raises UnsupportedError, with the reason of the last class, if
-    none does, and for an architecture that kvconvert does not know.
+    That is its own class if that one can. Raises UnsupportedError, with the reason of the last class, if none does, and
+    for an architecture that kvconvert does not know.
     """
     refusal = UnsupportedError(f"{checkpoint.name}: no class holds it")
     for target in targets(checkpoint):
         if isinstance(target, UnsupportedError):
             refusal = target
             continue
-        reason = find_architecture(target).heads_refusal(target.config, num_key_value_heads)
+        reason = target.architecture.heads_refusal(target.checkpoint.config, num_key_value_heads)
         if reason is None:
             return target
         refusal = UnsupportedError(f"{checkpoint.name}: {reason}")
     raise refusal
 
 
-def as_cross_layer(checkpoint: Checkpoint) -> Checkpoint:
+def as_cross_layer(checkpoint: Checkpoint) -> Source:
     """The checkpoint as CrossLayerDecoder, every layer with keys and values of its own.
 
     Raises UnsupportedError for a class that it does not hold, and where layers share already.
     """
     refusal: UnsupportedError | None = None
-    for view in targets(checkpoint):
-        if isinstance(view, UnsupportedError):
-            refusal = refusal or view
+    for target in targets(checkpoint):
+        if isinstance(target, UnsupportedError):
+            refusal = refusal or target
             continue
-        architecture = find_architecture(view)
-        if architecture.model_type in CROSS_LAYER:
-            return TranslatedCheckpoint.of(view, CROSS_LAYER[architecture.model_type])
-        if architecture.model_type == CROSS_LAYER_DECODER:
-            if read_attention(view, architecture).layer_grouping is not None:
+        model_type = target.architecture.model_type
+        if model_type in CROSS_LAYER:
+            return Source.of(TranslatedCheckpoint.of(target.checkpoint, CROSS_LAYER[model_type]))
+        if model_type == CROSS_LAYER_DECODER:
+            if target.shape.layer_grouping is not None:
                 raise UnsupportedError(
                     f"{checkpoint.name}: its layers share keys and values already",
                     hint="convert the original, with a larger --share",
                 )
-            return view
+            return target
         refusal = UnsupportedError(
             f"{checkpoint.name}: no class lets layers of {checkpoint.config['model_type']} share keys and values",
             hint=f"these can: {', '.join(CROSS_LAYER)}",
@@ -122,18 +158,18 @@ def as_cross_layer(checkpoint: Checkpoint) -> Checkpoint:
     raise refusal or UnsupportedError(f"{checkpoint.name}: no class holds it")
 
 
-def as_latent_source(checkpoint: Checkpoint) -> Checkpoint:
+def as_latent_source(checkpoint: Checkpoint) -> Source:
     """The checkpoint in a class whose function multi-head latent attention can hold: that of `as_cross_layer`.
 
     Raises UnsupportedError for any other, with what would shrink its cache.
     """
-    for view in targets(checkpoint):
-        if not isinstance(view, UnsupportedError):
-            architecture = find_architecture(view)
+    for target in targets(checkpoint):
+        if not isinstance(target, UnsupportedError):
+            architecture = target.architecture
             if architecture.latent:
                 raise UnsupportedError(f"{checkpoint.name}: its cache holds a latent already")
             if architecture.model_type not in (*CROSS_LAYER, CROSS_LAYER_DECODER):
-                normalised = architecture.approximation(view)
+                normalised = architecture.approximation(target.checkpoint)
                 raise UnsupportedError(
                     f"{checkpoint.name}: deepseek_v3 does not hold {checkpoint.config['model_type']}"
                     + (f": {normalised}" if normalised else ""),

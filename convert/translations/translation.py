@@ -72,6 +72,11 @@ class TranslatedCheckpoint(Checkpoint):
             derived=derived,
         )
 
+    @property
+    def route(self) -> tuple[str, ...]:
+        """The classes that the translations before and this one led to."""
+        return (*self.source.route, str(self.config["model_type"]))
+
     def close(self) -> None:
         self.source.close()
 

@@ -1,0 +1,65 @@
+"""A checkpoint with what is known of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..algebra.attention_shape import AttentionShape
+from ..algebra.rotations import Rotary
+from ..checkpoint.tensors import Checkpoint
+from ..errors import UnsupportedError
+from .architecture import Architecture
+from .attention import read_attention
+from .rotary import read_rotary
+from .table import find_architecture
+
+__all__ = ["Source"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to convert, with its architecture; its attention's shape and RoPE are read once, when asked for.
+
+    Reading them raises CheckpointError where config and tensors contradict each other.
+    """
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Source:
+        """Raises UnsupportedError for an architecture that is not in the table."""
+        return cls(checkpoint, find_architecture(checkpoint))
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.checkpoint.close()
+
+    @property
+    def name(self) -> str:
+        return self.checkpoint.name
+
+    @cached_property
+    def shape(self) -> AttentionShape:
+        """The numbers of its attention, every layer's tensors checked against config.json."""
+        return read_attention(self.checkpoint, self.architecture)
+
+    @cached_property
+    def rotary(self) -> tuple[Rotary, ...]:
+        """How the keys of each layer rotate, as its class computes it."""
+        return tuple(read_rotary(self.checkpoint, self.architecture, self.shape))
+
+    @property
+    def longest_context(self) -> int:
+        """How many tokens the model takes, 2048 where its config does not say."""
+        name = self.architecture.config_name("max_position_embeddings")
+        return self.checkpoint.config_int(name, default=2048)
+
+    def require_convertible(self) -> None:
+        """Raise UnsupportedError for a quantised checkpoint, and for one whose cache holds a latent."""
+        refusal = self.architecture.refusal(self.checkpoint.config)
+        if refusal:
+            raise UnsupportedError(f"{self.name}: {refusal}")

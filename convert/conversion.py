@@ -1,0 +1,345 @@
+"""The conversion of a checkpoint, from its place to that of the result: what the commands call."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from typing_extensions import Doc
+
+from .architectures.source import Source
+from .calibration.statistics import (
+    LayerStatistics,
+    StatisticsOrigin,
+    fingerprint,
+    open_statistics,
+    statistics_bytes,
+)
+from .calibration.statistics import save_statistics as write_statistics
+from .calibration.text import CalibrationText, read_calibration_text
+from .checkpoint.opening import open_checkpoint
+from .checkpoint.output import check_file, check_free_space, check_output, existing_parent
+from .checkpoint.tensors import Checkpoint
+from .describe.engines import latent_kernels
+from .device import default_device, default_precision
+from .errors import InputError
+from .execute import DEFAULT_MAX_SHARD_BYTES, check_source, execute
+from .methods.cla import Cla
+from .methods.gqa import Gqa
+from .methods.mla import Mla
+from .methods.prepared import Hardware, LayerReport, Measurements, Prepared
+from .plan import ConversionPlan
+from .text.sources import TextSource
+
+__all__ = ["Calibration", "Conversion", "Method", "Progress", "convert", "default_output", "no_progress"]
+
+Method = Gqa | Cla | Mla
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
+"""Called with what is done and how much of it there is; gives a function that is called with how much is done since."""
+
+_LONGEST_SEQUENCE = 1024
+
+
+def no_progress(what: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
+    """Shows nothing."""
+    return nullcontext(lambda done: None)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a merge measures the model on: a text, statistics of an earlier run, or nothing but the weights.
+
+    Raises InputError unless it is exactly one of them.
+    """
+
+    data: Annotated[
+        str | Path | None,
+        Doc("Text to measure on: a .txt, .jsonl or .parquet file, a directory of them, or a dataset name."),
+    ] = None
+    num_tokens: Annotated[int, Doc("How many tokens of it.")] = 131072
+    sequence_length: Annotated[
+        int | None, Doc("Tokens of a sequence. Default: the longest that the model takes, at most 1024.")
+    ] = None
+    text_field: Annotated[str, Doc("Column that holds the text of a JSONL, parquet or dataset row.")] = "text"
+    split: Annotated[str, Doc("Split of a named dataset.")] = "train"
+    config: Annotated[str | None, Doc("Configuration of a named dataset.")] = None
+    precision: Annotated[
+        Literal["auto", "bf16", "fp32"],
+        Doc("bf16: autocast over float32 weights; auto: where the machine is fast at it."),
+    ] = "auto"
+    device: Annotated[str | None, Doc("Where the text runs: cpu, cuda, cuda:1 … Default: a GPU if there is one.")] = (
+        None
+    )
+    statistics: Annotated[Path | None, Doc("Measurements of an earlier run, in place of text.")] = None
+    save_statistics: Annotated[Path | None, Doc("Keep the measurements in this file.")] = None
+    weights_only: Annotated[bool, Doc("Merge by the weights alone, without a text.")] = False
+
+    def __post_init__(self) -> None:
+        if (self.data is not None) + (self.statistics is not None) + self.weights_only != 1:
+            raise InputError("a calibration is one of data, statistics and weights_only")
+        if self.save_statistics is not None and self.data is None:
+            raise InputError("statistics are measured on a text, and none was given")
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise InputError(f"precision is {self.precision!r}, expected 'auto', 'bf16' or 'fp32'")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that was carried out, or with a dry run planned.
+
+    `reports` says what merged heads kept, `calibration` what they were measured on and how they were made, and
+    `opened_as` names the class that opened the result, None after a dry run.
+    """
+
+    output: Path
+    plan: ConversionPlan
+    reports: tuple[LayerReport, ...] = ()
+    calibration: dict[str, Any] | None = None
+    opened_as: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        plan = self.plan
+        before, after = plan.cache_bytes_per_token
+        source, result = plan.source, plan.result
+        return {
+            "output": str(self.output),
+            "dry_run": self.opened_as is None,
+            **({} if self.calibration is None else {"calibration": self.calibration}),
+            **({} if result.latent is None else {"fast_kernels": latent_kernels(result.latent) is None}),
+            "target": plan.target,
+            "method": plan.method,
+            "model_type": plan.model_type,
+            "num_key_value_heads": {"source": source.num_key_value_heads, "result": result.num_key_value_heads},
+            "num_key_value_layers": {"source": source.num_key_value_layers, "result": result.num_key_value_layers},
+            "kv_source_layers": list(result.layer_grouping.sources) if result.layer_grouping else None,
+            "latent": asdict(result.latent) if result.latent else None,
+            "cache_bytes_per_token": {"source": before, "result": after},
+            "weight_bytes": {"source": plan.bytes_in, "result": plan.bytes_out},
+            "layers": [asdict(report) for report in self.reports],
+            **({"plan": plan.to_json()} if self.opened_as is None else {"opened_as": self.opened_as}),
+        }
+
+
+def convert(
+    model: str | Path,
+    method: Method,
+    output: str | Path | None = None,
+    *,
+    calibration: Calibration | None = None,
+    revision: str | None = None,
+    max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress = no_progress,
+    remark: Callable[[str], object] = lambda text: None,
+) -> Conversion:
+    """Convert the checkpoint in a directory, or of a hub id, and write the result to `output`, whole or not at all.
+
+    Without `output` it is beside a local checkpoint, or in the current directory, with a suffix that says what it is.
+    `calibration` is for methods that measure (merge="svd", Mla): without it they raise InputError. With `force` a
+    result that kvconvert wrote is replaced; with `dry_run` nothing is written. `remark` is called with what a person
+    should know. Raises InputError (of it UnsupportedError, CheckpointError, DataError and OutputError) for what cannot
+    be done, before anything is written.
+    """
+    headers_only = dry_run and not method.needs_measurements
+    with ExitStack() as stack:
+        # 1. what is refused before any work
+        checkpoint = open_checkpoint(model, revision=revision, headers_only=headers_only)
+        source = stack.enter_context(method.source(checkpoint))
+        method.check(source)
+        target = Path(output) if output is not None else default_output(source.checkpoint, method.suffix(source))
+        check_output(target, force=force, inputs=[source.checkpoint.path] if source.checkpoint.path else [])
+        _check_calibration(method, calibration)
+        # 2. the plan, where nothing has to be measured for it
+        resolved: Method | None = None if method.needs_choice else method.resolve(source)
+        plan = None if resolved is None else resolved.plan(source)
+        prepared, record = Prepared(), None
+        if method.needs_measurements and (plan is None or plan.changes_cache):
+            assert calibration is not None
+            job = _Measuring(source, target, calibration, write=not dry_run, progress=progress, remark=remark)
+            hardware = job.start(plan)
+            measurements, record = job.measure(method)
+            # 3. what is chosen by measurement, and the plan of that
+            if resolved is None:
+                with progress("choosing", source.shape.num_hidden_layers) as advance, _memory_errors(hardware):
+                    resolved = method.resolve(source, measurements, hardware, advance)
+                plan = resolved.plan(source)
+                job.check_space(plan)
+            # 4. the tensors that the plan reads beside the source's
+            record |= resolved.record(measurements, hardware)
+            if plan is not None and plan.overlay_bytes:
+                scratch = stack.enter_context(job.scratch())
+                prepared = job.prepare(resolved, measurements, hardware, scratch)
+                job.save_statistics(prepared, record)
+        # 5. the result
+        assert plan is not None
+        _remark_on(plan, remark)
+        if dry_run:
+            return Conversion(target, plan, prepared.reports, record)
+        with progress("converting", plan.bytes_out) as advance:
+            result = execute(
+                plan,
+                source.checkpoint,
+                target,
+                prepared.overlay,
+                max_shard_bytes=max_shard_bytes,
+                force=force,
+                calibration=record,
+                progress=advance,
+            )
+    return Conversion(target, plan, prepared.reports, record, result.opened_as)
+
+
+def default_output(checkpoint: Checkpoint, suffix: str) -> Path:
+    """Beside a local checkpoint, in the current directory for a hub id: `model_dir-gqa8`."""
+    local = Path(checkpoint.name).expanduser()
+    if local.is_dir():
+        absolute = Path(os.path.abspath(local))
+        return absolute.with_name(f"{absolute.name}-{suffix}")
+    return Path(f"{checkpoint.name.rpartition('/')[2]}-{suffix}")
+
+
+def _check_calibration(method: Method, calibration: Calibration | None) -> None:
+    """Raise InputError unless what is measured on is what the method can use."""
+    if not method.needs_measurements:
+        if calibration is not None:
+            raise InputError("nothing is measured for this conversion", hint="leave the calibration out")
+        return
+    if calibration is None:
+        raise InputError("this conversion measures the model on a text", hint="give a calibration")
+    if calibration.statistics is not None and not method.takes_statistics:
+        raise InputError("this conversion needs a text, and statistics of one do not do", hint="give a text")
+    if calibration.save_statistics is not None and not method.takes_statistics:
+        raise InputError("statistics of this conversion cannot be used again", hint="do not save them")
+    if calibration.weights_only and method.needs_text:
+        raise InputError("layers that share keys and values are merged on a text", hint="give a text")
+
+
+def _remark_on(plan: ConversionPlan, remark: Callable[[str], object]) -> None:
+    """Say what is not good about the sizes of a latent."""
+    latent = plan.result.latent
+    if latent is None:
+        return
+    if latent.num_cached >= plan.source.cached_values:
+        remark("the cache gets larger: ask for smaller sizes")
+    kernels = latent_kernels(latent)
+    if kernels is not None:
+        remark(f"no engine has a fast kernel for these sizes: {kernels}")
+
+
+@contextmanager
+def _memory_errors(hardware: Hardware) -> Iterator[None]:
+    """Raise InputError where the device's memory does not do."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"{hardware.device}: out of memory", hint="use another --device, for example cpu") from error
+
+
+@dataclass(frozen=True)
+class _Measuring:
+    """The part of a conversion that measures the model, and makes tensors of what it finds."""
+
+    source: Source
+    target: Path
+    calibration: Calibration
+    write: bool
+    progress: Progress
+    remark: Callable[[str], object]
+
+    def start(self, plan: ConversionPlan | None) -> Hardware:
+        """What runs the text. Raises InputError for a device that does not work, and for what is not possible here."""
+        import torch
+
+        device = self.calibration.device or str(default_device())
+        try:
+            torch.empty(1, device=device)
+        except (AssertionError, RuntimeError) as error:  # torch has no error of its own for this
+            raise InputError(
+                f"--device {device}: this machine has none that works ({str(error).splitlines()[0]})"
+            ) from error
+        check_source(self.source.checkpoint)
+        if plan is not None:
+            self.check_space(plan)
+        precision = default_precision() if self.calibration.precision == "auto" else self.calibration.precision
+        return Hardware(device, precision if self.calibration.data is not None else "fp32")
+
+    def check_space(self, plan: ConversionPlan) -> None:
+        """Raise OutputError where the tensors beside the source's, statistics and the result do not fit."""
+        beside = plan.overlay_bytes + (plan.bytes_out if self.write else 0)
+        save = self.calibration.save_statistics
+        if save is not None:
+            check_file(save, outside=self.target)
+            here, there = existing_parent(self.target), existing_parent(save)
+            kept = statistics_bytes(self.source.shape)
+            same_disk = here.stat().st_dev == there.stat().st_dev
+            check_free_space(save, kept + (beside + kept if same_disk else 0))
+            beside += kept
+        check_free_space(self.target, beside)
+
+    def measure(self, method: Method) -> tuple[Measurements, dict[str, Any]]:
+        """The text, or statistics of one, and what is noted of them."""
+        if self.calibration.weights_only:
+            worse = "much worse than with a text" if isinstance(method, Mla) else "can be worse than the mean"
+            self.remark(f"merging by the weights alone: that is {worse}")
+            return None, {"data": None, "num_tokens": 0}
+        if self.calibration.statistics is not None:
+            self.remark("statistics hold no text to fit o_proj to, which text would allow")
+            statistics = open_statistics(self.calibration.statistics, self.source)
+            return statistics, asdict(statistics.origin)
+        text = self._text()
+        if isinstance(method, Mla) or method.merge != "svd":
+            return text, {"data": text.description, "num_tokens": text.num_tokens}
+        return text, asdict(StatisticsOrigin(fingerprint(self.source), text.description, text.num_tokens))
+
+    def _text(self) -> CalibrationText:
+        wanted, data = self.calibration.num_tokens, self.calibration.data
+        length = self.calibration.sequence_length or min(_LONGEST_SEQUENCE, self.source.longest_context)
+        text = read_calibration_text(
+            self.source.checkpoint,
+            TextSource(
+                str(data),
+                text_field=self.calibration.text_field,
+                split=self.calibration.split,
+                config=self.calibration.config,
+            ),
+            num_tokens=wanted,
+            sequence_length=min(length, wanted),
+        )
+        if text.num_tokens <= wanted - text.token_ids.shape[1]:
+            self.remark(f"{data} gave {text.num_tokens} tokens, fewer than the {wanted} that were asked for")
+        return text
+
+    def scratch(self) -> AbstractContextManager[str]:
+        """A directory beside the target for tensors, which goes when the conversion is done."""
+        parent = existing_parent(self.target)
+        return tempfile.TemporaryDirectory(dir=parent, prefix=f".{self.target.name}.merging-")
+
+    def prepare(self, method: Method, measurements: Measurements, hardware: Hardware, scratch: str) -> Prepared:
+        """The method's tensors, in files in `scratch`."""
+        what = "compressing" if isinstance(method, Mla) else "merging"
+        with self.progress(what, self.source.shape.num_hidden_layers) as advance, _memory_errors(hardware):
+            return method.prepare(
+                self.source,
+                measurements,
+                Path(scratch),
+                hardware=hardware,
+                keep_gram=self.calibration.save_statistics is not None,
+                progress=advance,
+            )
+
+    def save_statistics(self, prepared: Prepared, record: dict[str, Any]) -> None:
+        """Keep the Gram matrices where that was asked for."""
+        save = self.calibration.save_statistics
+        if save is not None and prepared.gram is not None:
+            origin = StatisticsOrigin(*(record[name] for name in ("model", "data", "num_tokens")))
+            write_statistics(save, LayerStatistics(origin, prepared.gram), self.source.shape)

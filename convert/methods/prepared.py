@@ -1,0 +1,46 @@
+"""What a method makes before its plan can be carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..calibration.statistics import LayerStatistics
+from ..calibration.streams import CPU, Hardware
+from ..calibration.text import CalibrationText
+from ..checkpoint.overlay import Overlay
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["CPU", "Hardware", "LayerReport", "Measurements", "Prepared"]
+
+Measurements = CalibrationText | LayerStatistics | None
+"""What a merge knows of the inputs: text, statistics that were measured on one, or nothing, so that they are taken for
+white."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """The groups of heads that were merged, and the fraction of energy that keys and values of each kept.
+
+    `layers` share keys and values, which the first computes. Heads are numbered through all of them.
+    """
+
+    layers: tuple[int, ...]
+    groups: tuple[tuple[int, ...], ...]
+    keys_retained: tuple[float, ...]
+    values_retained: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The tensors that a plan reads beside the source's, and a report of how they were made for each merge of heads.
+
+    `gram` gives the Gram matrix of a layer's attention input, (hidden_size + 1, hidden_size + 1), if it was kept.
+    """
+
+    overlay: Overlay | None = None
+    reports: tuple[LayerReport, ...] = ()
+    gram: Callable[[int], Tensor] | None = None

@@ -1,0 +1,182 @@
+"""A conversion through the front door, and its plan carried out by another process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import LATENT, CheckpointFactory
+from kvconvert.convert import Calibration, Cla, Gqa, KvConvertError, Mla, convert, inspect, open_checkpoint
+from kvconvert.convert.conversion import Method
+from kvconvert.convert.errors import InputError, OutputError, UnsupportedError
+from kvconvert.convert.methods.prepared import Prepared
+from test_translations import GPT2, GPTJ
+
+METHODS: dict[str, tuple[str, dict[str, Any], Method]] = {
+    "mean": ("llama", {}, Gqa(2)),
+    "random": ("llama", {}, Gqa(2, merge="random")),
+    "translated": ("gptj", GPTJ, Gqa(2)),
+    "translated-twice": ("gpt2", GPT2, Gqa(1)),
+    "fused": ("phi3", {}, Gqa(2, merge="svd")),
+    "svd": ("llama", {"attention_bias": True}, Gqa(2, merge="svd")),
+    "layers": ("qwen3", {"num_hidden_layers": 4}, Cla(share=2)),
+    "layers-svd": ("llama", {"num_hidden_layers": 4}, Cla(share=2, num_key_value_heads=2, merge="svd")),
+    "latent": ("llama", {}, Mla(24, 4)),
+}
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+@pytest.mark.parametrize(("model_type", "overrides", "method"), METHODS.values(), ids=METHODS)
+def test_a_plan_written_as_json_gives_the_same_bytes_in_another_process(
+    model_type: str,
+    overrides: dict[str, Any],
+    method: Method,
+    make_checkpoint: CheckpointFactory,
+    tmp_path: Path,
+    prose_file: Path,
+) -> None:
+    source = make_checkpoint(model_type, with_tokenizer=True, max_shard_size="60KB", **overrides)
+    calibration = None
+    if method.needs_measurements:
+        calibration = Calibration(prose_file, num_tokens=256, sequence_length=64, device="cpu", precision="fp32")
+    here = convert(source, method, tmp_path / "here", calibration=calibration, max_shard_bytes=60_000)
+    scratch = tmp_path / "overlay"
+    scratch.mkdir()
+    with method.source(open_checkpoint(source)) as view:
+        text = None if calibration is None else read_text(view.checkpoint, prose_file)
+        prepared = method.resolve(view).prepare(view, text, scratch)
+    assert isinstance(prepared, Prepared)
+    (tmp_path / "plan.json").write_text(json.dumps(here.plan.to_json()))
+    (tmp_path / "record.json").write_text(json.dumps(here.calibration))
+    program = """
+        import json, sys
+        from pathlib import Path
+        from kvconvert.convert import ConversionPlan, Overlay, execute, open_checkpoint
+
+        folder, source = Path(sys.argv[1]), sys.argv[2]
+        plan = ConversionPlan.from_json(json.loads((folder / "plan.json").read_text()))
+        record = json.loads((folder / "record.json").read_text())
+        with open_checkpoint(source) as checkpoint:
+            overlay = Overlay.open(folder / "overlay")
+            execute(plan, checkpoint, folder / "there", overlay, max_shard_bytes=60_000, calibration=record)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program), tmp_path, source], check=True)
+    expected = files(tmp_path / "here")
+    assert any(name.endswith(".safetensors") for name in expected)
+    assert files(tmp_path / "there") == expected
+
+
+def read_text(checkpoint: Any, prose_file: Path) -> Any:
+    from kvconvert.convert.calibration.text import read_calibration_text
+    from kvconvert.convert.text.sources import TextSource
+
+    return read_calibration_text(checkpoint, TextSource(str(prose_file)), num_tokens=256, sequence_length=64)
+
+
+def test_places_may_be_texts_and_the_result_says_where_it_is(
+    make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    source = make_checkpoint()
+    result = convert(str(source), Gqa(2))
+    assert result.output == tmp_path / "model-gqa2"
+    assert result.opened_as == "LlamaForCausalLM"
+    assert result.plan.cache_bytes_per_token == (512, 128)
+    assert inspect(str(result.output)).num_key_value_heads == 2
+    assert convert(source, Gqa(1), dry_run=True).opened_as is None
+    assert not (tmp_path / "model-mqa").exists()
+
+
+def test_nothing_is_printed_and_what_is_done_is_told(
+    make_checkpoint: CheckpointFactory, prose_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = make_checkpoint(with_tokenizer=True)
+    capfd.readouterr()
+    seen: dict[str, list[int]] = {}
+    remarks: list[str] = []
+
+    class Bar:
+        def __init__(self, what: str, total: int) -> None:
+            seen[what] = [total, 0]
+            self.what = what
+
+        def __enter__(self) -> Any:
+            return self.add
+
+        def __exit__(self, *exc_info: object) -> None:
+            pass
+
+        def add(self, done: int) -> None:
+            seen[self.what][1] += done
+
+    calibration = Calibration(prose_file, num_tokens=10**6, device="cpu", precision="fp32")
+    result = convert(
+        source, Gqa(2, merge="svd"), tmp_path / "out", calibration=calibration, progress=Bar, remark=remarks.append
+    )
+    assert seen == {"merging": [2, 2], "converting": [result.plan.bytes_out] * 2}
+    assert len(remarks) == 1
+    assert "fewer than the 1000000 that were asked for" in remarks[0]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("method", "calibration", "message"),
+    [
+        (Gqa(2), Calibration("text.jsonl"), "nothing is measured for this conversion"),
+        (Gqa(2, merge="svd"), None, "measures the model on a text"),
+        (Mla(24, 4), Calibration(statistics=Path("kept")), "needs a text, and statistics of one do not do"),
+        (Cla(share=2, merge="svd"), Calibration(weights_only=True), "merged on a text"),
+        (Mla(24, 4), Calibration("text.jsonl", save_statistics=Path("kept")), "cannot be used again"),
+    ],
+)
+def test_a_calibration_that_does_not_fit_the_method_is_refused(
+    method: Method, calibration: Calibration | None, message: str, make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    source = make_checkpoint()
+    with pytest.raises(InputError, match=message):
+        convert(source, method, tmp_path / "out", calibration=calibration)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", [{}, {"data": "a", "weights_only": True}, {"data": "a", "statistics": Path("b")}])
+def test_a_calibration_is_one_thing(given: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="a calibration is one of data, statistics and weights_only"):
+        Calibration(**given)
+
+
+def test_layers_that_share_are_said_once() -> None:
+    with pytest.raises(InputError, match="say which layers share, by one of"):
+        Cla()
+    with pytest.raises(InputError, match="say which layers share, by one of"):
+        Cla(share=2, num_key_value_layers=1, pairs="auto")
+    with pytest.raises(InputError, match="is used where pairs is auto only"):
+        Cla(num_key_value_layers=1)
+    with pytest.raises(UnsupportedError, match="unknown method 'random'"):
+        Cla(share=2, merge="random")  # type: ignore[arg-type]
+
+
+def test_a_latent_source_is_refused_before_anything_is_written(
+    make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    source = make_checkpoint("deepseek_v3", **LATENT)
+    with pytest.raises(KvConvertError, match="its cache holds a latent"):
+        convert(source, Gqa(1), tmp_path / "out")
+    with pytest.raises(OutputError, match=r"is .*model, which is read"):
+        convert(make_checkpoint(name="other-model"), Gqa(2), tmp_path / "other-model", force=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_of_a_latent_has_the_result_s_own_numbers(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    """The padded size of values is its head_dim, and no layer has a window."""
+    source = make_checkpoint("mistral", sliding_window=128)
+    method = Mla(24, 4, v_head_dim=16)
+    plan = convert(source, method, tmp_path / "out", calibration=Calibration(weights_only=True), dry_run=True).plan
+    assert (plan.source.head_dim, plan.source.windows) == (8, (128, 128))
+    assert (plan.result.head_dim, plan.result.windows) == (16, (None, None))
