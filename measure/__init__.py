@@ -1,1 +1,33 @@
-"""Numbers about a model, alone or against its original."""
+"""Numbers about a model, alone or against its original.
+
+    from kvconvert.measure import evaluate
+
+    evaluate("recovered", "held_out.jsonl", against="model_dir").against.excess_nats_per_token
+
+Prints nothing; docs/library.md explains it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .evaluation import EvaluationSettings, evaluate
+    from .perplexity import Comparison, Evaluation
+
+__all__ = ["Comparison", "Evaluation", "EvaluationSettings", "evaluate"]
+
+# where each name is defined: numbers about a model need torch, which takes seconds, and is imported when asked for
+_HOMES = {
+    "Comparison": ".perplexity",
+    "Evaluation": ".perplexity",
+    "EvaluationSettings": ".evaluation",
+    "evaluate": ".evaluation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)

@@ -639,7 +639,7 @@ def test_the_command_chooses_layers(
         (("--share", 2, "--calibration-tokens", 9), "--calibration-tokens belongs to --method svd"),
         (("--kv-source-layers", "0,0,x"), "--kv-source-layers 0,0,x: invalid literal"),
         (("--kv-source-layers", "0,2,2,3"), "layer 1 cannot read keys and values of layer 2"),
-        (("--kv-source-layers", "0,0,2,2", "--keep-last", 1), "--keep-last belongs to --share"),
+        (("--kv-source-layers", "0,0,2,2", "--keep-last", 1), "--keep-last has no part in --kv-source-layers"),
     ],
 )
 def test_bad_requests_give_one_line(

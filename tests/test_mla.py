@@ -965,7 +965,10 @@ def test_the_command_without_text_and_its_errors(
     assert kvconvert("mha2mla", source, *sizes, "--output", tmp_path / "mla").returncode == 0
     assert error_of(source, tmp_path / "mla") < EXACT
     for options, says in (
-        ((*sizes, "--calibration", "text.jsonl"), "--calibration belongs to"),
+        (
+            (*sizes, "--calibration", "text.jsonl"),
+            "--calibration is about a calibration text, and --no-calib",
+        ),
         (("--kv-lora-rank", 99, *sizes[2:]), "use 2 to 17"),
         ((*sizes[:3], 7, *sizes[4:]), "use an even number"),
     ):

@@ -1,0 +1,97 @@
+"""The evaluation of a checkpoint on held-out text: what the command calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from typing_extensions import Doc
+
+from ..convert.checkpoint.opening import open_checkpoint
+from ..convert.conversion import Progress, no_progress
+from ..convert.device import default_device
+from ..convert.errors import InputError
+from ..convert.text.sources import TextSource
+
+if TYPE_CHECKING:
+    from .perplexity import Evaluation
+
+__all__ = ["EvaluationSettings", "evaluate"]
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How held-out text is read, cut into windows and scored. Raises InputError for sizes that cannot be."""
+
+    window: Annotated[int, Doc("Tokens per window.")] = 512
+    stride: Annotated[int | None, Doc("Tokens between the beginnings of windows. Default: no overlap.")] = None
+    bos: Annotated[Literal["auto", "always", "never"], Doc("BOS before each window; auto: as the tokenizer does.")] = (
+        "auto"
+    )
+    max_windows: Annotated[int | None, Doc("Score only the first windows. Default: all.")] = None
+    text_field: Annotated[str, Doc("Column that holds the text of a JSONL, parquet or dataset row.")] = "text"
+    split: Annotated[str, Doc("Split of a named dataset.")] = "test"
+    config: Annotated[str | None, Doc("Configuration of a named dataset.")] = None
+    batch_size: Annotated[int, Doc("Windows per forward pass.")] = 8
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Doc("Precision of the models; auto: float32 on a CPU, the checkpoint's on a GPU."),
+    ] = "auto"
+
+    def __post_init__(self) -> None:
+        for name, least in (("window", 2), ("stride", 1), ("max_windows", 1), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name} is {value}, expected {least} or more")
+
+    @property
+    def precision(self) -> str:
+        """The dtype that "auto" stands for on this machine; "auto" itself where it is the checkpoint's own."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "float32" if default_device().type == "cpu" else "auto"
+
+
+def evaluate(
+    model: str | Path,
+    data: str | Path,
+    *,
+    against: str | Path | None = None,
+    settings: EvaluationSettings = EvaluationSettings(),
+    revision: str | None = None,
+    progress: Progress = no_progress,
+) -> Evaluation:
+    """Perplexity of a checkpoint, a directory or a hub id, on held-out text, alone or against its original.
+
+    `data` is a text, JSONL or parquet file, a directory of them, or the name of a dataset. Raises InputError (of it
+    CheckpointError and DataError) for what cannot be read, or whose vocabularies differ.
+    """
+    import torch
+
+    from .held_out import evaluate_checkpoint, load_windows
+
+    with open_checkpoint(model, revision=revision) as checkpoint:
+        directory = checkpoint.directory
+    original = None
+    if against is not None:
+        with open_checkpoint(against) as opened:
+            original = opened.directory
+    windows = load_windows(
+        directory,
+        TextSource(str(data), text_field=settings.text_field, split=settings.split, config=settings.config),
+        window=settings.window,
+        stride=settings.stride,
+        bos=settings.bos,
+        max_windows=settings.max_windows,
+    )
+    precision = settings.precision
+    with progress("evaluating", len(windows.input_ids)) as advance:
+        return evaluate_checkpoint(
+            directory,
+            windows,
+            against=original,
+            dtype=precision if precision == "auto" else getattr(torch, precision),
+            batch_size=settings.batch_size,
+            progress=advance,
+        )
