@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..algebra.projections import Projections
 from .attention_shape import AttentionShape
 from .heads import HeadGrouping
+from .linear import solve_ridge
 from .merge import ExpectedRotations, Merged, merge_at_distances, merge_linear, merge_mean, merge_rotary, pair_losses
+from .projections import Projections
 from .rotations import ExpectedRotation, Rotary, expected_rotation
 
 if TYPE_CHECKING:
@@ -211,10 +212,7 @@ def predicted_input(cross: Tensor, gram: Tensor, pull: float) -> Tensor:
 
     power = gram.diagonal().clamp(min=1e-300)
     strength = pull * power.mean()
-    damped = gram + strength * torch.eye(len(gram), dtype=gram.dtype)
-    pulled = cross + strength * torch.diag(cross.diagonal() / power)
-    solution: Tensor = torch.linalg.solve(damped, pulled.T).T
-    return solution
+    return solve_ridge(cross + strength * torch.diag(cross.diagonal() / power), gram, strength)
 
 
 class _Own(NamedTuple):

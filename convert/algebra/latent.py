@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..algebra.projections import Projections
 from .attention_shape import AttentionShape
-from .merge import ExpectedRotations, Merged, merge_at_distances, root_and_inverse
+from .linear import align_phase, floored_roots, pseudo_inverse, root_and_inverse, scale_between, solve_ridge
+from .merge import ExpectedRotations, Merged, merge_at_distances
+from .projections import Projections
 from .rotations import Rotary, expected_rotation, expected_rotation_between, mean_phases, mean_rotation
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ __all__ = [
 RopePair = tuple[int, int]
 """A pair of the shared rotary key: the index of its frequency, and its rank among the shared keys of that frequency."""
 
-_SMALLEST = 1e-13  # of the largest eigenvalue: below it a direction is not there
+_TOLERANCE = 1e-13  # of the largest eigenvalue: a smaller one counts as zero
 _FRAGILE = 0.01  # of the energy that is left to the latent counts as an error: it is not kept exactly
 _NORM_STEPS, _NORM_ROUNDS = 5, 20  # of L-BFGS
 _NORM_RIDGE = 1e-9
@@ -183,7 +184,7 @@ def without_constant(projections: Projections, gram: Tensor) -> Projections:
     """The projections without biases, in whose place is what x alone predicts of them: the least squares of 1 on x."""
     import torch
 
-    predicted = _inverse(gram[:-1, :-1]) @ gram[:-1, -1]  # (D,)
+    predicted = pseudo_inverse(gram[:-1, :-1], tolerance=_TOLERANCE) @ gram[:-1, -1]  # (D,)
 
     def without(rows: Tensor) -> Tensor:
         return torch.cat([rows[:, :-1] + rows[:, -1:] * predicted, torch.zeros_like(rows[:, -1:])], dim=1)
@@ -210,8 +211,8 @@ def normalised(layer: LatentAttention, inputs: Tensor, weights: Tensor) -> Laten
     shaped = shaped / shaped.square().mean(1, keepdim=True).sqrt()
     weighted = weights.double().cpu()[:, None] * shaped
     moment = shaped.T @ weighted
-    ridge = _NORM_RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
-    back = torch.linalg.solve(moment + ridge, weighted.T @ tokens).T  # tokens ≈ back · shaped
+    ridge = _NORM_RIDGE * moment.diagonal().mean()
+    back = solve_ridge((weighted.T @ tokens).T, moment, ridge)  # tokens ≈ back · shaped
     latent = chosen.T @ layer.latent
     return replace(layer, latent=latent, key_up=layer.key_up @ back, value_up=layer.value_up @ back)
 
@@ -281,15 +282,9 @@ def _shared_keys(heads: _Heads, gram: Tensor) -> _Shared:
 
     num_pairs = len(heads.powers)
     keys = torch.complex(heads.keys[:, :num_pairs], heads.keys[:, num_pairs : 2 * num_pairs]).transpose(0, 1)
-    keys = _roots(heads)[..., None] * keys
+    keys = floored_roots(heads.powers, tolerance=_TOLERANCE)[..., None] * keys
     energies, directions = torch.linalg.eigh(keys @ gram.to(keys.dtype) @ keys.mH)
     return _Shared(keys, directions.flip(2), energies.flip(1).clamp(min=0))
-
-
-def _roots(heads: _Heads) -> Tensor:
-    """√powers, (F, G), none of them so small that dividing by it would not do."""
-    smallest = _SMALLEST * heads.powers.max().clamp(min=1e-300) if heads.powers.numel() else 0.0
-    return heads.powers.clamp(min=smallest).sqrt()
 
 
 def _rope_key(
@@ -335,27 +330,22 @@ def _start(heads: _Heads, gram: Tensor, rope_pairs: Sequence[RopePair]) -> Merge
     """The best complex key of each pair, (2 S, D + 1), with the rms of the heads' keys: safe in 16 bits."""
     import torch
 
-    shared, roots = _shared_keys(heads, gram), _roots(heads)
+    shared, roots = _shared_keys(heads, gram), floored_roots(heads.powers, tolerance=_TOLERANCE)
     frequencies, ranks = [frequency for frequency, _ in rope_pairs], [rank for _, rank in rope_pairs]
-    directions = shared.directions[frequencies, :, ranks]  # (S, G)
-    # the phase of an eigenvector is free: the head that counts most reads its own key unturned
-    leader = directions.gather(1, directions.abs().argmax(1, keepdim=True))
-    directions = directions * (leader.conj() / leader.abs())
+    directions = align_phase(shared.directions[frequencies, :, ranks])  # (S, G)
     weighted = shared.keys[frequencies]  # (S, G, D + 1)
     keys = (directions.conj()[..., None] * weighted).sum(1)
     own = weighted / roots[frequencies][..., None]
     complex_gram = gram.to(keys.dtype)
     power = ((keys @ complex_gram) * keys.conj()).sum(1).real
     wanted = ((own @ complex_gram) * own.conj()).sum(2).real.mean(1)
-    usable = (power > 0) & (wanted > 0)
-    scale = torch.where(usable, (wanted / power.clamp(min=1e-300)).sqrt(), torch.ones_like(power))
-    keys = scale[:, None] * keys
+    keys = scale_between(wanted, power)[:, None] * keys
     return Merged(torch.cat([keys.real, keys.imag]), [], 0.0, 0.0)
 
 
 def _best_ups(parts: Tensor, latent: Tensor, gram: Tensor) -> Tensor:
     """For each part, (d, D + 1), the map of the latent, (d, R), that is nearest to it under the Gram matrix."""
-    ups: Tensor = parts @ gram @ latent.T @ _inverse(latent @ gram @ latent.T)
+    ups: Tensor = parts @ gram @ latent.T @ pseudo_inverse(latent @ gram @ latent.T, tolerance=_TOLERANCE)
     return ups
 
 
@@ -374,17 +364,10 @@ def _top_rows(parts: Tensor, weights: Tensor, gram: Tensor, rank: int) -> Tensor
         values, vectors = torch.linalg.eigh(rows @ gram @ rows.T)
         combined, powers = vectors.T @ rows, -0.5
     values, combined = values.flip(0)[:rank], combined.flip(0)[:rank]
-    present = values > _SMALLEST * values[:1].clamp(min=1e-300)
+    present = values > _TOLERANCE * values[:1].clamp(min=1e-300)
     scales = torch.where(present, values.clamp(min=1e-300) ** powers, torch.zeros_like(values))
     top = scales[:, None] * combined
     return torch.cat([top, top.new_zeros(rank - len(top), top.shape[1])])
-
-
-def _inverse(matrix: Tensor) -> Tensor:
-    import torch
-
-    inverse: Tensor = torch.linalg.pinv(matrix, hermitian=True, rtol=_SMALLEST)
-    return inverse
 
 
 def _energy(parts: Tensor, weights: Tensor, gram: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .linear import align_phase, floored_roots, pseudo_inverse, root_and_inverse, scale_between
 from .rotations import ExpectedRotation
 
 if TYPE_CHECKING:
@@ -24,11 +25,10 @@ __all__ = [
     "merge_mean",
     "merge_rotary",
     "pair_losses",
-    "root_and_inverse",
 ]
 
 _ROUNDS = 20  # the error falls by less than 1 % from the fifth on
-_SMALLEST = 1e-12  # of the largest eigenvalue: below it a direction is not there
+_TOLERANCE = 1e-12  # of the largest eigenvalue: a smaller one counts as zero
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,12 @@ def merge_rotary(heads: Sequence[Tensor], powers: Sequence[Tensor], gram: Tensor
 
     num_pairs = heads[0].shape[0] // 2
     keys = torch.stack([torch.complex(head[:num_pairs], head[num_pairs:]) for head in heads], dim=1)  # (F, m, D + 1)
-    power = torch.stack(list(powers), dim=1)  # (F, m)
-    power = power.clamp(min=_SMALLEST * float(power.max().clamp(min=1e-300)))
-    weighted = power.sqrt()[..., None] * keys
+    roots = floored_roots(torch.stack(list(powers), dim=1), tolerance=_TOLERANCE)  # (F, m)
+    weighted = roots[..., None] * keys
     values, vectors = torch.linalg.eigh(weighted @ gram.to(weighted.dtype) @ weighted.mH)  # of (F, m, m)
-    top = vectors[..., -1]  # (F, m)
-    # the phase of an eigenvector is free: the head that counts most reads its own key unturned
-    leader = top.abs().argmax(-1, keepdim=True)
-    top = top * (top.gather(-1, leader).conj() / top.gather(-1, leader).abs())
+    top = align_phase(vectors[..., -1])  # (F, m)
     shared = (top.conj()[..., None] * weighted).sum(1)  # (F, D + 1)
-    scalars = top / power.sqrt()  # (F, m)
+    scalars = top / roots  # (F, m)
     merged = Merged(
         torch.cat([shared.real, shared.imag]),
         [_rotation(scalars[:, head]) for head in range(len(heads))],
@@ -136,7 +132,7 @@ def merge_at_distances(
         readers = _best_readers(own, cross, rotations)
         seen = [(reader.T @ weight, reader) for reader, weight in zip(readers, weights, strict=True)]
         read = torch.stack([left @ reader for left, reader in seen]).sum(0)
-        inverse = _pseudo_inverse(rotations.shared.mean_back(read))
+        inverse = pseudo_inverse(rotations.shared.mean_back(read), tolerance=_TOLERANCE)
         mixes = [inverse @ rotations.cross.mean_back(left) for left, _ in seen]
         cross = list(torch.einsum("gij,ghjk->hik", torch.stack(mixes), joint))
         own = torch.stack([part @ mix.T for part, mix in zip(cross, mixes, strict=True)]).sum(0)
@@ -152,7 +148,7 @@ def merge_at_distances(
 
 def _best_readers(own: Tensor, cross: Sequence[Tensor], rotations: ExpectedRotations) -> list[Tensor]:
     """For each head argmin over B of E‖R head − B S shared‖², from E[shared sharedᵀ] and E[shared headᵀ]."""
-    inverse = _pseudo_inverse(rotations.shared.mean(own))
+    inverse = pseudo_inverse(rotations.shared.mean(own), tolerance=_TOLERANCE)
     return [rotations.cross.mean(part).T @ inverse for part in cross]
 
 
@@ -219,28 +215,7 @@ def _with_scale_of(heads: Sequence[Tensor], gram: Tensor, merged: Merged, *, per
             return pairs.repeat(2)
         return rows.mean().expand(len(merged.shared))
 
-    wanted = torch.stack([power(head) for head in heads]).mean(0)
-    found = power(merged.shared)
-    usable = (wanted > 0) & (found > 0)
-    scale = torch.where(usable, (wanted / found.clamp(min=1e-300)).sqrt(), torch.ones_like(found))
+    scale = scale_between(torch.stack([power(head) for head in heads]).mean(0), power(merged.shared))
     return Merged(
         scale[:, None] * merged.shared, [reader / scale for reader in merged.readers], merged.kept, merged.total
     )
-
-
-def _pseudo_inverse(matrix: Tensor) -> Tensor:
-    import torch
-
-    inverse: Tensor = torch.linalg.pinv(matrix, hermitian=True, rtol=_SMALLEST)
-    return inverse
-
-
-def root_and_inverse(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric square root of a positive semidefinite matrix, and its pseudo-inverse."""
-    import torch
-
-    values, vectors = torch.linalg.eigh(weight)
-    roots = values.clamp(min=0).sqrt()
-    present = roots > _SMALLEST**0.5 * roots.max()
-    inverse = torch.where(present, 1 / roots.clamp(min=1e-300), torch.zeros_like(roots))
-    return vectors * roots @ vectors.T, vectors * inverse @ vectors.T

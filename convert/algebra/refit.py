@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .linear import solve_ridge
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -16,9 +18,7 @@ def refitted(original: Tensor, closed_form: Tensor, cross: Tensor, normal: Tenso
     z are the original's head outputs, z' the merged model's; `cross` is E[z z'ᵀ] and `normal` E[z' z'ᵀ], (heads ·
     head_dim) squared; λ = ridge · mean diagonal of `normal`. In the dtype of the closed form.
     """
-    import torch
-
     strength = ridge * normal.diagonal().mean()
     right = original @ cross + strength * closed_form.double()
-    solution: Tensor = torch.linalg.solve(normal + strength * torch.eye(len(normal)), right.T).T
-    return solution.to(closed_form.dtype).contiguous()
+    # the diagonal gets λ rounded to float32: all measured results were computed so
+    return solve_ridge(right, normal, strength.float()).to(closed_form.dtype).contiguous()
