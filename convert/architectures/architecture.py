@@ -59,7 +59,7 @@ class HeadTensor:
     name: str
     num_query_heads: int = 0
     num_runs: int = 1
-    interleaved: bool = False
+    qkv_interleaved: bool = False
     is_norm: bool = False
 
 
@@ -98,7 +98,7 @@ class Architecture:
     v_proj: str = "v_proj"
     o_proj: str = "o_proj"
     qkv_proj: str | None = None
-    interleaved: bool = False
+    qkv_interleaved: bool = False
     key_norm: str | None = None
     query_norm: str | None = None
     input_norm: str = "input_layernorm"
@@ -174,7 +174,7 @@ class Architecture:
                     self.tensor_name(layer, "qkv_proj", kind, attention=attention),
                     shape.num_attention_heads,
                     num_runs=2,
-                    interleaved=self.interleaved,
+                    qkv_interleaved=self.qkv_interleaved,
                 )
                 for attention in self.attentions
                 for kind in ("weight", "bias")

@@ -45,7 +45,7 @@ def projection_tensors(projections: Projections, source: Source, layer: int) -> 
     parts = {"q_proj": projections.q, "k_proj": projections.k, "v_proj": projections.v}
     if architecture.qkv_proj is not None:
         fused = torch.cat(list(parts.values()))
-        if architecture.interleaved:
+        if architecture.qkv_interleaved:
             fused = interleave_heads(fused, shape.num_attention_heads, len(projections.k) // shape.head_dim)
         parts = {"qkv_proj": fused}
     rows = {f"{part}.weight": matrix[:, :-1] for part, matrix in parts.items()}
@@ -74,7 +74,7 @@ def read_projections(source: Source, layer: int) -> Projections:
     if architecture.qkv_proj is None:
         return Projections(read("q_proj"), read("k_proj"), read("v_proj"), o)
     fused = read("qkv_proj")
-    if architecture.interleaved:
+    if architecture.qkv_interleaved:
         fused = stack_heads(fused, shape.num_attention_heads, shape.num_key_value_heads)
     query_rows = shape.num_attention_heads * shape.head_dim
     kv_rows = shape.num_key_value_heads * shape.head_dim

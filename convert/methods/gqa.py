@@ -220,7 +220,7 @@ class Gqa:
             grouping,
             num_query_heads=tensor.num_query_heads,
             num_runs=tensor.num_runs,
-            qkv_interleaved=tensor.interleaved,
+            qkv_interleaved=tensor.qkv_interleaved,
             std=std,
             seed=seed,
         )

@@ -42,9 +42,9 @@ class _LlamaShaped:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def translation(self) -> Translation:
-        return Translation(self.model_type, CROSS_LAYER_DECODER, self.config, self.tensors, token_ids=self.token_ids)
+        return Translation(self.model_type, CROSS_LAYER_DECODER, self.make_config, self.make_tensors, token_ids=self.token_ids)
 
-    def config(self, checkpoint: Checkpoint) -> dict[str, Any]:
+    def make_config(self, checkpoint: Checkpoint) -> dict[str, Any]:
         runtime = RUNTIME_CLASSES[CROSS_LAYER_DECODER]
         config = {**self.defaults, **checkpoint.config}
         architecture = find_architecture(checkpoint)
@@ -75,7 +75,7 @@ class _LlamaShaped:
             "rope_parameters": rope_parameters,
         }
 
-    def tensors(self, checkpoint: Checkpoint) -> dict[str, Derived]:
+    def make_tensors(self, checkpoint: Checkpoint) -> dict[str, Derived]:
         tensors: dict[str, Derived] = {}
         shape = read_attention(checkpoint, find_architecture(checkpoint))
         rows = {

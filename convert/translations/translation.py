@@ -40,8 +40,8 @@ class Translation:
 
     model_type: str
     target: str
-    config: Callable[[Checkpoint], dict[str, Any]]
-    tensors: Callable[[Checkpoint], Mapping[str, Derived]]
+    make_config: Callable[[Checkpoint], dict[str, Any]]
+    make_tensors: Callable[[Checkpoint], Mapping[str, Derived]]
     refusal: Callable[[Checkpoint], str | None] = lambda checkpoint: None
     token_ids: tuple[int | None, int | None, int | None] | None = None
 
@@ -59,7 +59,7 @@ class TranslatedCheckpoint(Checkpoint):
         refusal = quantised_refusal(source.config) or translation.refusal(source)
         if refusal:
             raise UnsupportedError(f"{source.name}: {refusal}")
-        derived = translation.tensors(source)
+        derived = translation.make_tensors(source)
         _check_complete(source, derived)
         tensors = {name: _info(source, name, tensor) for name, tensor in derived.items()}
         return cls(
@@ -116,7 +116,7 @@ def _completed(translation: Translation, source: Checkpoint, derived: Mapping[st
 
     Where a base class saved the source, without a head, it names the target's base class.
     """
-    config = translation.config(source)
+    config = translation.make_config(source)
     if translation.token_ids is not None:
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         for name, default in zip(names, translation.token_ids, strict=True):
