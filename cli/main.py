@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from types import FrameType
@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from ..convert.errors import KvConvertError
+from ..convert.errors import InputError, KvConvertError, first_line, is_out_of_memory
 from .demo import demo
 from .evaluate import evaluate
 from .inspect import inspect
@@ -25,18 +25,28 @@ from .options import Command
 from .refresh import refresh
 from .uptrain import uptrain
 
-__all__ = ["app"]
+__all__ = ["OPTION_NAMES", "app"]
 
 _INTERRUPTED = 130
 _TERMINATED = 143
+
+OPTION_NAMES = {"num_key_value_heads": "groups", "merge": "method"}
+"""Settings of the library that an option of another name fills."""
 
 
 class _Commands(TyperGroup):
     """Turns errors into one line on stderr, an optional hint, and the documented exit code."""
 
     def invoke(self, ctx: Any) -> Any:
-        with _errors_for_people(debug=bool(ctx.params.get("debug"))):
+        with _errors_for_people(debug=bool(ctx.params.get("debug")), flags=lambda names: self._flags(ctx, names)):
             return super().invoke(ctx)
+
+    def _flags(self, ctx: Any, settings: Sequence[str]) -> list[str]:
+        """The options of the command that ran which fill these settings of the library; none for others."""
+        command = self.commands.get(ctx.invoked_subcommand)
+        options = {parameter.name: max(parameter.opts, key=len) for parameter in command.params} if command else {}
+        names = [OPTION_NAMES.get(setting, setting) for setting in settings]
+        return [options[name] for name in names if options.get(name, "").startswith("--")]
 
 
 app = typer.Typer(
@@ -67,12 +77,12 @@ def kvconvert(
 
 
 @contextmanager
-def _errors_for_people(*, debug: bool) -> Iterator[None]:
+def _errors_for_people(*, debug: bool, flags: Callable[[Sequence[str]], list[str]]) -> Iterator[None]:
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
     except KvConvertError as error:
-        _fail(str(error), error.hint, error.exit_code, debug)
+        _fail(str(error), _hint(error.hint, flags(error.settings)), error.exit_code, debug)
     except KeyboardInterrupt:
         _fail("interrupted", None, _INTERRUPTED, debug)
     except (typer.Exit, typer.Abort, SystemExit):
@@ -80,10 +90,21 @@ def _errors_for_people(*, debug: bool) -> Iterator[None]:
     except Exception as error:
         if _is_usage_error(error):
             raise
+        if is_out_of_memory(error):
+            during = " ".join(["", *getattr(error, "__notes__", [])])
+            hint = "take a machine, or a device, with more memory"
+            _fail(f"out of memory{during} ({first_line(error)})", hint, InputError.exit_code, debug)
         hint = "this is a bug: run again with `kvconvert --debug …` and report the traceback"
         _fail(f"unexpected {type(error).__name__}: {error}", None if debug else hint, 1, debug)
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _hint(hint: str | None, flags: Sequence[str]) -> str | None:
+    """The hint, and how to type what it says."""
+    if hint is None or not flags:
+        return hint
+    return f"{hint} ({', '.join(flags)})"
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

@@ -18,7 +18,7 @@ from .checkpoint.opening import open_checkpoint
 from .checkpoint.output import disk_errors
 from .checkpoint.runtime_code import BesideState, CodeBeside, code_beside, replace_code
 from .checkpoint.tensors import Checkpoint
-from .errors import CheckpointError, OutputError, UnsupportedError
+from .errors import CheckpointError, OutputError, UnsupportedError, in_one_line, is_out_of_memory
 from .runtime import RUNTIME_CLASSES
 
 if TYPE_CHECKING:
@@ -66,7 +66,10 @@ def check_cache(directory: Path, *, name: str | None = None, beside: CodeBeside 
                 layers, forward = _open(checkpoint, beside)
                 alone, stepwise = _run(forward)
         except Exception as error:  # what a class and a version make of each other has no words of its own
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            if is_out_of_memory(error):
+                error.add_note(f"while a few tokens ran through {name}")
+                raise
+            reason = in_one_line(error, max_characters=300)
             message = f"{name}: {class_name} cannot run a few tokens ({reason}; {_versions(beside)})"
             raise CheckpointError(message, hint=_hint(name, beside)) from error
     difference = (alone - stepwise).nan_to_num(0.0).abs().max().item()
@@ -108,7 +111,8 @@ def refresh(directory: Path, *, force: bool = False) -> tuple[str, ...]:
     if beside.state is BesideState.OTHER and not force:
         raise OutputError(
             f"{directory}: the code beside its weights is none that this kvconvert knows; it may have been changed",
-            hint="keep a copy if you need it, and pass --force",
+            hint="keep a copy if you need it, and allow it to be replaced",
+            settings=("force",),
         )
     check_cache(directory)
     with disk_errors(directory):
@@ -258,4 +262,4 @@ def _versions(beside: CodeBeside | None) -> str:
 def _hint(name: str, beside: CodeBeside | None) -> str:
     if beside is None:
         return "install a version of transformers that it was tested with, or a newer kvconvert"
-    return f"`kvconvert refresh {name}` renews the code beside the weights"
+    return f"`refresh` renews the code beside the weights of {name}"

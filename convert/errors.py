@@ -21,17 +21,25 @@ __all__ = [
     "PreemptedError",
     "QualityGateError",
     "UnsupportedError",
+    "first_line",
+    "in_one_line",
+    "is_out_of_memory",
 ]
 
 
 class KvConvertError(Exception):
-    """One line for a person, an optional hint that says what to do, and the exit code of the command."""
+    """One line for a person, an optional hint that says what to do, and the exit code of the command.
+
+    `settings` names the arguments or fields that the hint asks to set, as the library spells them (`text_field`). A
+    caller with another spelling, such as the command line with its options, adds its own.
+    """
 
     exit_code = 1
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, settings: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.hint = hint
+        self.settings = settings
 
 
 class InputError(KvConvertError):
@@ -64,3 +72,24 @@ class DivergedError(KvConvertError):
 
 class PreemptedError(KvConvertError):
     exit_code = 75
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or the name of its class where it has no message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def in_one_line(error: BaseException, *, max_characters: int = 200) -> str:
+    """Return the class and the whole message of an exception as one line, cut to `max_characters`."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:max_characters]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out: Python's own error, torch's for an accelerator, or torch's for the CPU.
+
+    torch is not imported: its class is known by name, and its error on the CPU is a RuntimeError known by its text.
+    """
+    names = {base.__name__ for base in type(error).__mro__}
+    on_cpu = "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return on_cpu or bool(names & {"MemoryError", "OutOfMemoryError"})

@@ -207,7 +207,7 @@ def test_earlier_code_works_with_its_transformers_and_is_refused_with_later_ones
             match=r"with a cache, .* computes something else than without: .*its code works with 5\.23 and earlier",
         ) as raised:
             check_runtime(model)
-        assert raised.value.hint == f"`kvconvert refresh {model}` renews the code beside the weights"
+        assert raised.value.hint == f"`refresh` renews the code beside the weights of {model}"
     refresh(model)
     assert check_runtime(model) is not None
 
@@ -293,4 +293,4 @@ def test_evaluate_and_uptrain_refuse_code_that_no_longer_works(tmp_path: Path, p
             assert outcome.exit_code == 0, outcome.stderr
         else:
             assert outcome.exit_code == 2
-            assert f"hint: `kvconvert refresh {model}` renews the code beside the weights" in outcome.stderr
+            assert f"hint: `refresh` renews the code beside the weights of {model}" in outcome.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import CheckpointFactory, Command
@@ -60,12 +61,67 @@ def test_the_card_of_a_class_of_ours_says_how_to_open_it(tmp_path: Path) -> None
     assert "vLLM" not in card  # which has no ALiBi in its Transformers backend
 
 
-@pytest.mark.parametrize("text", ["", "no metadata", "---\n: : [\n---\n"])
-def test_any_text_may_be_the_card_of_the_source(text: str, tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text(text)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    write_card(tmp_path, tmp_path, PROVENANCE)
-    assert ModelCard.load(tmp_path / "README.md").data.license is None
+def card_after(text: str | bytes, directory: Path) -> Any:
+    """The card of a result, where `text` was that of the source."""
+    (directory / "README.md").write_bytes(text if isinstance(text, bytes) else text.encode())
+    (directory / "config.json").write_text('{"model_type": "llama"}')
+    write_card(directory, directory, PROVENANCE)
+    return ModelCard.load(directory / "README.md")
+
+
+@pytest.mark.parametrize("text", ["", "no metadata", "---\nlanguage: en\n---\n"])
+def test_a_card_without_a_licence_is_no_problem(text: str, tmp_path: Path) -> None:
+    card = card_after(text, tmp_path)
+    assert card.data.license is None
+    assert "could not be read" not in card.text
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "license: mit\nwidget: [",
+        "widget: a: b\nlicense: mit\nlanguage:\n- en\n- de\n",
+        b"title: [caf\xe9\nlicense: mit",
+    ],
+)
+def test_the_licence_of_a_broken_card_is_kept(metadata: str | bytes, tmp_path: Path) -> None:
+    block = metadata if isinstance(metadata, bytes) else metadata.encode()
+    card = card_after(b"---\n" + block + b"\n---\n# The original\n", tmp_path)
+    assert card.data.license == "mit"
+    assert card.data.language == (["en", "de"] if b"language" in block else None)
+    assert "model card could not be read as a whole. Its licence was read; compare" in card.text
+
+
+def test_wrong_results_in_a_card_do_not_cost_its_licence(tmp_path: Path) -> None:
+    assert card_after("---\nlicense: mit\nmodel-index: 3\n---\n", tmp_path).data.license == "mit"
+
+
+@pytest.mark.parametrize("metadata", [": : [", "license: [mit\nlanguage: en"])
+def test_a_licence_that_cannot_be_read_is_said_to_be_missing(metadata: str, tmp_path: Path) -> None:
+    card = card_after(f"---\n{metadata}\n---\n", tmp_path)
+    assert card.data.license is None
+    assert "so no licence is declared above. The licence of the original holds: see there." in card.text
+
+
+def test_a_card_that_cannot_be_opened_is_said_to_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, **options: object) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    source, target = tmp_path / "source", tmp_path / "target"
+    for directory in (source, target):
+        directory.mkdir()
+    (source / "README.md").touch()
+    (target / "config.json").write_text('{"model_type": "llama"}')
+    read = Path.read_text
+    monkeypatch.setattr(
+        Path, "read_text", lambda path, **options: (refuse if path.parent == source else read)(path, **options)
+    )
+    write_card(source, target, PROVENANCE)
+    monkeypatch.undo()
+    assert (
+        "The original's model card could not be read (Permission denied), so no licence"
+        in (target / "README.md").read_text()
+    )
 
 
 def test_remote_code_runs_only_if_it_is_trusted(

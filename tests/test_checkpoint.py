@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from kvconvert.convert import open_checkpoint
 from kvconvert.convert.algebra.kv_cache import kv_cache_bytes, kv_cache_bytes_per_token
 from kvconvert.convert.architectures.attention import read_attention
 from kvconvert.convert.architectures.table import find_architecture
+from kvconvert.convert.checkpoint.loading import load_model
 from kvconvert.convert.describe.inspection import inspect_checkpoint
 from kvconvert.convert.errors import CheckpointError, UnsupportedError
 from safetensors.torch import load_file, save_file
@@ -219,6 +224,7 @@ class _Hub(SimpleHTTPRequestHandler):
 
     repository: Path
     num_weight_bytes_sent = 0
+    refusals: ClassVar[dict[str, tuple[int, str]]] = {}
 
     def do_HEAD(self) -> None:
         self._answer(with_body=False)
@@ -228,6 +234,13 @@ class _Hub(SimpleHTTPRequestHandler):
 
     def _answer(self, *, with_body: bool) -> None:
         path = self.path.partition("?")[0]
+        for name, (status, code) in self.refusals.items():
+            if f"/{name}/" in f"{path}/":
+                self.send_response(status)
+                self.send_header("X-Error-Code", code)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
         if path.startswith("/api/models/org/tiny"):
             self._send_json({"id": "org/tiny", "sha": "0" * 40, "siblings": self._siblings()}, path)
             return
@@ -276,8 +289,8 @@ class _Hub(SimpleHTTPRequestHandler):
 
 
 @contextmanager
-def serve(repository: Path) -> Iterator[tuple[str, type[_Hub]]]:
-    handler = type("Hub", (_Hub,), {"repository": repository})
+def serve(repository: Path, refusals: dict[str, tuple[int, str]] | None = None) -> Iterator[tuple[str, type[_Hub]]]:
+    handler = type("Hub", (_Hub,), {"repository": repository, "refusals": refusals or {}})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -312,8 +325,99 @@ def test_a_hub_id_is_inspected_downloaded_once_and_then_used_offline(
     assert json.loads((working_directory / "tiny-mqa" / "kvconvert.json").read_text())["source"] == "org/tiny"
 
 
+_REFUSALS = {
+    "org/gated": (403, "GatedRepo"),
+    "org/private": (401, "RepoNotFound"),
+    "org/none": (404, "RepoNotFound"),
+    "org/branch": (404, "RevisionNotFound"),
+    "org/forbidden": (403, ""),
+    "org/down": (500, ""),
+}
+_OPENS = """
+import json, sys
+from kvconvert.convert import open_checkpoint
+from kvconvert.convert.errors import CheckpointError
+said = {}
+for name, headers_only in json.loads(sys.argv[1]):
+    try:
+        open_checkpoint(name, headers_only=headers_only, revision="v1")
+    except CheckpointError as error:
+        said[f"{name} {headers_only}"] = [str(error), error.hint]
+print(json.dumps(said))
+"""
+
+
+def opened_in_a_process(names: Iterable[str], **environment: str) -> dict[str, tuple[str, str]]:
+    """What opening these hub ids says, by headers only and whole; the hub's address is read when a process starts."""
+    asked = json.dumps([(name, headers_only) for name in names for headers_only in (True, False)])
+    outcome = subprocess.run(
+        [sys.executable, "-c", _OPENS, asked],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "0", **environment},
+        check=False,
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    return {name: (message, hint) for name, (message, hint) in json.loads(outcome.stdout).items()}
+
+
+def test_why_the_hub_does_not_give_a_model(tmp_path: Path) -> None:
+    with serve(tmp_path, _REFUSALS) as (endpoint, _):
+        said = opened_in_a_process(_REFUSALS, HF_HOME=str(tmp_path / "hf-home"), HF_ENDPOINT=endpoint)
+    login = "log in with `hf auth login` or set HF_TOKEN"
+    wanted = {
+        "org/gated": ("the hub gives this model only to people who were granted access", login),
+        "org/private": ("the hub has no model of this name, or it is private", login),
+        "org/none": ("the hub has no model of this name, or it is private", "check the spelling"),
+        "org/branch": ("the model on the hub has no revision 'v1'", "give a branch, a tag or a commit"),
+        "org/forbidden": ("the hub refuses access (HTTP 403)", login),
+        "org/down": ("the hub answered with an error (HTTP 500)", "try again later"),
+    }
+    for name, (reason, hint) in wanted.items():
+        for headers_only in (True, False):
+            message, found = said[f"{name} {headers_only}"]
+            assert message == f"{name}: {reason}; there is no directory of this name either"
+            assert hint in found
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
+    said = opened_in_a_process(["org/any"], HF_HOME=str(tmp_path / "hf-home"), HF_ENDPOINT="http://127.0.0.1:1")
+    for message, hint in said.values():
+        assert re.fullmatch(r"org/any: the hub cannot be reached \(.*\); there is no directory of .*", message)
+        assert hint.startswith("check the network")
+
+
 def test_a_hub_id_that_is_not_cached_fails_offline(kvconvert: Command, tmp_path: Path) -> None:
     outcome = kvconvert("inspect", "org/none", env={"HF_HOME": str(tmp_path / "hf-home")})
     assert outcome.returncode == 2
-    assert outcome.stderr.startswith("error: org/none: ")
-    assert os.linesep not in outcome.stderr.splitlines()[0]
+    assert outcome.stderr.splitlines() == [
+        "error: org/none: it is not in the cache of this machine, and HF_HUB_OFFLINE forbids to ask the hub; "
+        "there is no directory of this name either",
+        "hint: unset HF_HUB_OFFLINE, or download it where there is a network and copy the cache",
+    ]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_a_model_that_does_not_fit_is_no_broken_checkpoint(
+    error: BaseException, make_checkpoint: CheckpointFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*arguments: object, **options: object) -> None:
+        raise error
+
+    source = make_checkpoint()
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", run_out)
+    with pytest.raises(type(error)) as raised:
+        load_model(source, dtype=torch.float32, device="cpu")
+    assert raised.value.__notes__ == [f"while {source} was loaded"]
+
+
+def test_what_transformers_cannot_open_is_still_said_so(
+    make_checkpoint: CheckpointFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("shapes\n differ")
+
+    source = make_checkpoint()
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
+    with pytest.raises(CheckpointError, match=r"transformers cannot open it \(RuntimeError: shapes differ\)"):
+        load_model(source, dtype=torch.float32, device="cpu")

@@ -84,6 +84,13 @@ def test_unusable_files(name: str, content: bytes, message: str, tmp_path: Path)
         read(tmp_path / name)
 
 
+def test_a_missing_field_asks_for_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}')
+    with pytest.raises(DataError) as raised:
+        read(tmp_path / "a.jsonl")
+    assert (raised.value.hint, raised.value.settings) == ("name the column that holds the text", ("text_field",))
+
+
 def test_a_column_of_numbers_is_not_text(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"text": [1, 2]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="field 'text' is int, not text"):
@@ -152,17 +159,36 @@ def test_a_directory_of_empty_documents(tmp_path: Path) -> None:
         list(read_interleaved(TextSource(str(tmp_path)), seed=0))
 
 
+class TransportError(Exception):
+    """Stands for the class of that name in the HTTP library behind the hub, which is no OSError."""
+
+
 def test_a_dataset_is_pinned_to_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Api:
         def dataset_info(self, name: str, *, revision: str | None) -> SimpleNamespace:
             if name == "unreachable":
-                raise ConnectionError
+                raise TransportError("no route to host")
+            if name == "hub/none":
+                raise ValueError("unexpected")
             return SimpleNamespace(sha=f"commit of {revision} of {name}")
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    assert pin_revision(TextSource("hub/name", revision="v1")).revision == "commit of v1 of hub/name"
+    remarks: list[str] = []
+
+    def pinned(location: str, revision: str | None = None) -> str | None:
+        return pin_revision(TextSource(location, revision=revision), remark=remarks.append).revision
+
+    assert pinned("hub/name", "v1") == "commit of v1 of hub/name"
+    assert pinned(str(tmp_path)) is None
+    assert remarks == []
+    assert pinned("unreachable", "v1") == "v1"
+    assert pinned("hub/none") is None
+    unpinned = "is read without a fixed commit, so it may change between runs"
+    assert remarks == [
+        f"unreachable {unpinned}: the hub cannot be reached (no route to host)",
+        f"hub/none {unpinned}: the hub did not give it (unexpected)",
+    ]
     assert pin_revision(TextSource("unreachable", revision="v1")).revision == "v1"
-    assert pin_revision(TextSource(str(tmp_path))).revision is None
     assert text_bytes(TextSource("hub/name")) is None
 
 

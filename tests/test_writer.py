@@ -1,16 +1,24 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from kvconvert.convert.checkpoint.opening import open_checkpoint
-from kvconvert.convert.checkpoint.output import check_free_space, check_output, staged_directory, write_text
+from kvconvert.convert.checkpoint.output import (
+    check_free_space,
+    check_output,
+    disk_errors,
+    staged_directory,
+    write_text,
+)
 from kvconvert.convert.checkpoint.writer import CheckpointWriter, TensorSpec
-from kvconvert.convert.errors import OutputError
+from kvconvert.convert.errors import InputError, OutputError
 from safetensors.torch import load_file, save_file
 
 TENSORS = {
@@ -135,7 +143,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
     program = f"""
 import resource, signal
 from pathlib import Path
-from kvconvert.convert.output import staged_directory
+from kvconvert.convert.checkpoint.output import staged_directory
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 with staged_directory(Path({str(tmp_path / "out")!r})) as staging, (staging / "big").open("wb") as file:
@@ -145,6 +153,46 @@ with staged_directory(Path({str(tmp_path / "out")!r})) as staging, (staging / "b
     assert "OutputError" in outcome.stderr
     assert "the disk is full" in outcome.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), NotADirectoryError(20, "Not a directory")])
+def test_a_file_that_is_read_is_not_taken_for_the_output(error: OSError, tmp_path: Path) -> None:
+    """The source lies beside the output; only what belongs to the output is blamed on it."""
+    output, shard = tmp_path / "model-gqa2", tmp_path / "model" / "model-00001-of-00002.safetensors"
+    said = f"{shard}: cannot be opened ({error.strerror})"
+    with pytest.raises(InputError, match=re.escape(said)) as raised, staged_directory(output):
+        raise type(error)(error.errno, error.strerror, str(shard))
+    assert not isinstance(raised.value, OutputError)
+    assert raised.value.hint == "check the file and its permissions"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_the_outputs(tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "out"
+    for place in (output, output / "config.json", output.parent, output.with_name(".out.partial-7") / "model", None):
+        with pytest.raises(OutputError, match=re.escape(f"{output}: cannot be written (")), disk_errors(output):
+            raise PermissionError(13, "Permission denied", *([str(place)] if place else []))
+
+
+def test_a_source_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As open() says it to people who are not root."""
+    source = tmp_path / "model"
+    source.mkdir()
+    (source / "config.json").touch()
+    opened = Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.parent == source:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with (
+        pytest.raises(InputError, match=re.escape(f"{source / 'config.json'}: cannot be opened (Permission denied)")),
+        staged_directory(tmp_path / "out") as staging,
+        (source / "config.json").open("rb") as file,
+    ):
+        (staging / "config.json").write_bytes(file.read())
 
 
 def test_written_shards_open_as_a_checkpoint(tmp_path: Path) -> None:

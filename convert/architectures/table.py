@@ -246,7 +246,7 @@ def _reasons() -> dict[str, str]:
         "this version does not know its encoder-decoder class": "blenderbot m2m_100 marian mbart pegasus umt5",
         "its cache holds a latent, not keys and values": "deepseek_v2 minicpm3",
         # these have a route in translations.routes; a test holds that they are the same
-        "its class has no grouped keys and values; mha2gqa or mha2mqa converts it to one that has": (
+        "its class has no grouped keys and values; a conversion to GQA or MQA gives it one that has": (
             "bart biogpt bloom codegen gpt2 gpt_neo gpt_neox gptj mpt mt5 opt persimmon qwen t5 whisper xglm"
         ),
     }

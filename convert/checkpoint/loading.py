@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import CheckpointError, UnsupportedError, in_one_line, is_out_of_memory
 from ..runtime import RUNTIME_CLASSES
 from .remote_code import remote_code_allowed
 
@@ -62,7 +62,7 @@ def load_model(model: str | Path, *, dtype: Any, device: Any, distributed_config
     if loaded.get_output_embeddings() is None:
         raise CheckpointError(
             f"{model}: was saved as {type(loaded).__name__}, without the head that predicts tokens",
-            hint="save it with its ForCausalLM class; mha2gqa and mha2mqa take it as it is",
+            hint="save it with its ForCausalLM class; a conversion to GQA or MQA takes it as it is",
         )
     return (loaded if sharding else loaded.to(device)).eval()
 
@@ -144,9 +144,14 @@ def _open(model: str | Path, **options: Any) -> tuple[Any, str | None]:
                 **options,
             )
     except Exception as error:  # a config can be wrong in more ways than transformers has words for
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        hint = "pass --trust-remote-code if you trust the code beside it" if "trust_remote_code" in reason else None
-        raise CheckpointError(f"{model}: transformers cannot open it ({reason[:200]})", hint=hint) from error
+        if is_out_of_memory(error):
+            error.add_note(f"while {model} was loaded")
+            raise
+        reason = f"{model}: transformers cannot open it ({in_one_line(error)})"
+        if "trust_remote_code" in str(error):
+            hint = "allow the code beside it to run, if you trust it"
+            raise CheckpointError(reason, hint=hint, settings=("trust_remote_code",)) from error
+        raise CheckpointError(reason) from error
     loaded, info = opened
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(str(key) for key in info[problem])

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..errors import CheckpointError, KvConvertError, UnsupportedError
+from ..errors import CheckpointError, KvConvertError, UnsupportedError, first_line, is_out_of_memory
+from .hub import hub_refusal
 from .tensors import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -120,8 +121,10 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
         is_zip = zipfile.is_zipfile(path)  # torch before 1.6 wrote a format that cannot be mapped
         state = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
     except Exception as error:  # zip, pickle and torch each have errors of their own
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(
-            f"{path}: not a file of tensors that torch reads without running code ({_first_line(error)[:200]})",
+            f"{path}: not a file of tensors that torch reads without running code ({first_line(error)[:200]})",
             hint="download it again, or save the model as safetensors",
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
@@ -145,9 +148,11 @@ def _read_header(path: Path) -> Iterator[TensorInfo]:
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(header_bytes))
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})", hint="check its permissions") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: not a valid safetensors file, or truncated ({_first_line(error)})",
+            f"{path}: not a valid safetensors file, or truncated ({first_line(error)})",
             hint="download the file again",
         ) from error
     header.pop("__metadata__", None)
@@ -159,7 +164,7 @@ def _read_header(path: Path) -> Iterator[TensorInfo]:
 
 def _open_hub(repo_id: str, revision: str | None, headers_only: bool) -> Checkpoint:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, NotASafetensorsRepoError
+    from huggingface_hub.errors import NotASafetensorsRepoError
 
     skipped = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "original/*", "onnx/*"]
     try:
@@ -172,14 +177,14 @@ def _open_hub(repo_id: str, revision: str | None, headers_only: bool) -> Checkpo
         metadata = HfApi().get_safetensors_metadata(repo_id, revision=revision)
     except KvConvertError:
         raise
-    except EntryNotFoundError as error:
-        raise CheckpointError(f"{repo_id}: {_first_line(error)}", hint=_MISSING_DIRECTORY_HINT) from error
     except NotASafetensorsRepoError:
         return _open_hub(repo_id, revision, headers_only=False)  # pickles have no headers that could be read alone
     except Exception as error:  # the HTTP library behind the hub has errors of its own
+        if is_out_of_memory(error):
+            raise
+        reason, hint = hub_refusal(error, "model", revision)
         raise CheckpointError(
-            f"{repo_id}: no such directory here, and the hub did not give it ({_first_line(error)})",
-            hint=_MISSING_DIRECTORY_HINT,
+            f"{repo_id}: {reason}; there is no directory of this name either", hint=hint or _MISSING_DIRECTORY_HINT
         ) from error
     tensors = {
         name: TensorInfo(name, info.dtype, tuple(info.shape), file, *info.data_offsets)
@@ -199,12 +204,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({_first_line(error)})") from error
+        raise CheckpointError(f"{path}: not readable as JSON ({first_line(error)})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return content
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import KvConvertError, OutputError
+from ..errors import InputError, KvConvertError, OutputError
 
 __all__ = [
     "CARD_NAME",
@@ -31,7 +31,7 @@ CARD_NAME = "README.md"
 PROVENANCE_NAME = "kvconvert.json"  # every directory that kvconvert wrote holds it
 
 _SPARE_BYTES = 64 * 2**20  # tokenizer, configs, index and file-system overhead
-_ELSEWHERE = "choose another place with --output"
+_ELSEWHERE = "choose another output"
 _DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # libraries in Rust and C++ hand the operating system's message on inside exceptions of their own
 _DISK_FULL_TEXTS = (
@@ -56,15 +56,18 @@ def check_output(output: Path, *, force: bool, inputs: Sequence[Path] = ()) -> N
     """
     check_apart(output, inputs)
     if output.is_symlink():
-        raise OutputError(f"{output} is a symbolic link", hint=_ELSEWHERE)
+        raise OutputError(f"{output} is a symbolic link", hint=_ELSEWHERE, settings=("output",))
     if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file, not a directory", hint=_ELSEWHERE)
+        raise OutputError(f"{output} is a file, not a directory", hint=_ELSEWHERE, settings=("output",))
     if output.exists() and not force:
-        raise OutputError(f"{output} already exists", hint=f"{_ELSEWHERE}, or pass --force")
+        raise OutputError(
+            f"{output} already exists", hint=f"{_ELSEWHERE}, or let it be replaced", settings=("output", "force")
+        )
     if output.exists() and any(output.iterdir()) and not (output / PROVENANCE_NAME).exists():
         raise OutputError(
-            f"{output} was not written by kvconvert (it holds no {PROVENANCE_NAME}), so --force does not replace it",
+            f"{output} was not written by kvconvert (it holds no {PROVENANCE_NAME}), so it is not replaced",
             hint=f"remove it yourself, or {_ELSEWHERE}",
+            settings=("output",),
         )
     parent = existing_parent(output)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -76,7 +79,7 @@ def check_apart(place: Path, inputs: Sequence[Path]) -> None:
     for path in inputs:
         if place.resolve() in (path.resolve(), *path.resolve().parents):
             what = "is" if place.resolve() == path.resolve() else "holds"
-            raise OutputError(f"{place} {what} {path}, which is read", hint=_ELSEWHERE)
+            raise OutputError(f"{place} {what} {path}, which is read", hint=_ELSEWHERE, settings=("output",))
 
 
 def check_free_space(output: Path, num_bytes: int) -> None:
@@ -87,6 +90,7 @@ def check_free_space(output: Path, num_bytes: int) -> None:
         raise OutputError(
             f"{output}: needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free",
             hint="free some space, or choose another disk",
+            settings=("output",),
         )
 
 
@@ -103,7 +107,11 @@ def check_file(path: Path, *, outside: Path) -> None:
 
 @contextmanager
 def disk_errors(output: Path) -> Iterator[None]:
-    """Turn what the operating system says of a full disk or a forbidden place into OutputError."""
+    """Turn what the operating system says of files into errors for people, while `output` is written.
+
+    A full disk is an OutputError about `output`, and so is a place that cannot be written. A failure at any other file,
+    one of the source for example, is an InputError that names that file.
+    """
     try:
         yield
     except KvConvertError:
@@ -112,11 +120,28 @@ def disk_errors(output: Path) -> Iterator[None]:
         full = isinstance(error, OSError) and error.errno in _DISK_FULL_ERRNOS
         if full or any(text in str(error) for text in _DISK_FULL_TEXTS):
             raise OutputError(
-                f"{output}: the disk is full ({error})", hint="free some space, or choose another disk with --output"
+                f"{output}: the disk is full ({error})",
+                hint="free some space, or choose another disk",
+                settings=("output",),
             ) from error
         if isinstance(error, PermissionError | FileExistsError | NotADirectoryError):
-            raise OutputError(f"{output}: cannot be written ({error})") from error
+            if isinstance(error.filename, str) and not _belongs_to(Path(error.filename), output):
+                raise InputError(
+                    f"{error.filename}: cannot be opened ({error.strerror})", hint="check the file and its permissions"
+                ) from error
+            raise OutputError(f"{output}: cannot be written ({error})", settings=("output",)) from error
         raise
+
+
+def _belongs_to(path: Path, output: Path) -> bool:
+    """Whether a path is `output`, in it, above it, or in one of the hidden neighbours that become it."""
+    path, output = Path(os.path.abspath(path)), Path(os.path.abspath(output))
+    if path == output or path in output.parents:
+        return True
+    if output.parent not in path.parents:
+        return False
+    beside = path.relative_to(output.parent).parts[0]
+    return beside == output.name or beside.startswith(f".{output.name}.")
 
 
 @contextmanager
@@ -157,7 +182,7 @@ def _publish(staging: Path, output: Path, *, force: bool) -> None:
         staging.rename(output)
         return
     if not force:
-        raise OutputError(f"{output} appeared while it was being written", hint=_ELSEWHERE)
+        raise OutputError(f"{output} appeared while it was being written", hint=_ELSEWHERE, settings=("output",))
     replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
     output.rename(replaced)
     try:

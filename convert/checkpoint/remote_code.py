@@ -1,4 +1,4 @@
-"""Whether code that lies beside a checkpoint may run: never, unless the user said so with --trust-remote-code."""
+"""Whether code that lies beside a checkpoint may run: only after the user allowed it with `allow_remote_code`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ _ALLOWED: ContextVar[bool] = ContextVar("kvconvert_remote_code_allowed", default
 
 
 def allow_remote_code(allowed: bool = True) -> bool:
-    """For the rest of this context; returns `allowed`, as a callback of an option does."""
+    """Allow such code, or forbid it again, for the rest of this context (`contextvars`); returns `allowed`."""
     _ALLOWED.set(allowed)
     return allowed
 
 
 def remote_code_allowed() -> bool:
+    """Return whether `allow_remote_code` was called in this context."""
     return _ALLOWED.get()

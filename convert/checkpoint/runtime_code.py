@@ -23,7 +23,7 @@ from .remote_code import remote_code_allowed
 __all__ = ["BesideState", "CodeBeside", "code_beside", "copy_runtime_code", "replace_code"]
 
 # SHA-256 of what earlier versions of kvconvert wrote, with the versions of transformers that it works with. Their code
-# is ours, so it runs without --trust-remote-code. Add the files of a release here before they change.
+# is ours, so it runs without `allow_remote_code`. Add the files of a release here before they change.
 _EARLIER = "5.23 and earlier"
 EARLIER_CODE: Mapping[str, str] = MappingProxyType(
     dict.fromkeys(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import DataError
+from ..errors import DataError, in_one_line, is_out_of_memory
 from .remote_code import remote_code_allowed
 
 if TYPE_CHECKING:
@@ -43,5 +43,6 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
         place = directory if directory.is_dir() else str(model)
         return AutoTokenizer.from_pretrained(place, trust_remote_code=remote_code_allowed())
     except Exception as error:  # the files of a tokenizer can be wrong in more ways than its library has words for
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise DataError(f"{model}: the tokenizer cannot be loaded ({reason})") from error
+        if is_out_of_memory(error):
+            raise
+        raise DataError(f"{model}: the tokenizer cannot be loaded ({in_one_line(error)})") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,40 +17,68 @@ from .engines import engines_line, serving
 __all__ = ["write_card"]
 
 _INHERITED = ("license", "license_name", "license_link", "language", "datasets")  # of the source's card
+_METADATA = re.compile(r"\A\s*---\s*\n(.*?)^---\s*$", re.DOTALL | re.MULTILINE)
+_ENTRY = re.compile(r"^(?=[A-Za-z_][\w-]*\s*:)", re.MULTILINE)  # where a key of the outermost level begins
 
 
 def write_card(source: Path, target: Path, provenance: Mapping[str, Any]) -> None:
-    """Write the card of the checkpoint in `target`, made from the one in `source`.
+    """Write the card (README.md) of the checkpoint in `target`, which was made from the one in `source`.
 
-    It says what config.json and `kvconvert.json`, whose content is `provenance`, say of it.
+    The card says what config.json says of the result, and `provenance`, the content of `kvconvert.json`. It declares
+    the licence, language and datasets that the card in `source` declares. Where that card cannot be read, the new one
+    says so in words, so that nobody takes the result for free of a licence.
     """
     from huggingface_hub import ModelCardData
 
     config = json.loads((target / CONFIG_NAME).read_text(encoding="utf-8"))
     name = str(provenance.get("source", source.name))
+    inherited, problem = _inherited(source / CARD_NAME)
     data = ModelCardData(
         base_model=name if "/" in name else None,
         library_name="transformers",
         tags=["kvconvert", *([str(provenance["target"])] if "target" in provenance else [])],
-        **_inherited(source / CARD_NAME),
+        **inherited,
     )
-    write_text(target / CARD_NAME, f"---\n{data.to_yaml()}\n---\n\n{_text(name, config, provenance)}")
+    write_text(target / CARD_NAME, f"---\n{data.to_yaml()}\n---\n\n{_text(name, config, provenance, problem)}")
 
 
-def _inherited(card: Path) -> dict[str, Any]:
-    """The licence and language that the source's card declares, if it is there and can be read."""
+def _inherited(card: Path) -> tuple[dict[str, Any], str | None]:
+    """What the source's card declares of licence, language and datasets, and a sentence where not all could be read."""
+    if not card.is_file():
+        return {}, None
+    try:
+        text = card.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        return {}, _unread(f"The original's model card could not be read ({error.strerror})", {})
+    block = _METADATA.match(text)
+    if block is None:
+        return {}, None
+    declared = _parsed(block[1])
+    if declared is not None:
+        return {key: declared[key] for key in _INHERITED if key in declared}, None
+    # one wrong entry makes the whole unreadable: each is read by itself
+    entries = [entry for entry in map(_parsed, _ENTRY.split(block[1])) if entry]
+    found = {key: entry[key] for key in _INHERITED for entry in entries if key in entry}
+    return found, _unread("The metadata of the original's model card could not be read as a whole", found)
+
+
+def _parsed(metadata: str) -> dict[str, Any] | None:
+    """The metadata of a card as its library reads them, or None if it cannot."""
     from huggingface_hub import ModelCard
 
-    if not card.is_file():
-        return {}
     try:
-        declared = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # a card is free text, and none of it is needed
-        return {}
-    return {key: declared[key] for key in _INHERITED if key in declared}
+        return dict(ModelCard(f"---\n{metadata}\n---\n", ignore_metadata_errors=True).data.to_dict())
+    except Exception:  # the parser behind the library has errors of its own
+        return None
 
 
-def _text(name: str, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
+def _unread(problem: str, found: Mapping[str, Any]) -> str:
+    if "license" in found:
+        return f"{problem}. Its licence was read; compare what is declared above with the original."
+    return f"{problem}, so no licence is declared above. The licence of the original holds: see there."
+
+
+def _text(name: str, config: Mapping[str, Any], provenance: Mapping[str, Any], problem: str | None) -> str:
     model_type = str(config.get("model_type"))
     architecture = known_architecture(model_type)
     seq2seq = architecture is not None and architecture.cross_attention is not None
@@ -75,6 +104,8 @@ def _text(name: str, config: Mapping[str, Any], provenance: Mapping[str, Any]) -
             "with `trust_remote_code=True`, or `import kvconvert.convert` first.",
             "",
         ]
+    if problem is not None:
+        lines += [problem, ""]
     if architecture is not None:
         lines += [f"Served by: {engines_line(serving(model_type, config))}.", ""]
     return "\n".join(lines)

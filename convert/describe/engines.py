@@ -84,7 +84,7 @@ def latent_kernels(latent: LatentSizes) -> str | None:
         if not wanted:
             sizes = ", ".join(str(qk) for qk, _ in _KERNEL_HEADS)
             return f"a head_dim of {latent.qk_nope_head_dim}, and they take {sizes}"
-        return f"a v_head_dim of {latent.v_head_dim}, and they take {wanted[0]}: add --v-head-dim {wanted[0]}"
+        return f"a v_head_dim of {latent.v_head_dim}, and they take {wanted[0]}: set v_head_dim = {wanted[0]}"
     return None
 
 
@@ -107,7 +107,7 @@ _OWN_LATENT_CLASS = "in sizes with kernels, without biases and with a RoPE of th
 
 
 def _latent(config: Mapping[str, Any] | None) -> dict[str, Serving]:
-    """DeepSeek-V3: as `mha2mla` writes it, without experts, or another."""
+    """How engines serve DeepSeek-V3: as a conversion to MLA writes it, without experts, or another."""
     if config is None:
         return {
             "vLLM": Serving("vLLM", True, "read", f"its own class {_OWN_LATENT_CLASS}"),

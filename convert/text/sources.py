@@ -8,14 +8,14 @@ import random
 import re
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError
+from ..checkpoint.hub import hub_refusal
+from ..errors import DataError, is_out_of_memory
 from .tokens import encode_batch
 
 if TYPE_CHECKING:
@@ -125,15 +125,23 @@ def estimate_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> i
     return round(num_tokens / num_bytes * sum(file.stat().st_size for file in files))
 
 
-def pin_revision(source: TextSource) -> TextSource:
-    """The source with the commit that its dataset is at now; unchanged for files and where the hub cannot be asked."""
+def pin_revision(source: TextSource, *, remark: Callable[[str], object] = lambda text: None) -> TextSource:
+    """Return the source with `revision` set to the commit that its dataset is at now; files are returned unchanged.
+
+    A dataset that the hub does not tell the commit of is returned unchanged too, since it may be in the cache, and
+    `remark` is called with one sentence that says so and why: read again later, such text may be another one.
+    """
     if source.path.exists():
         return source
     from huggingface_hub import HfApi
 
-    # what cannot be asked may still be in the cache; if it is not, reading it says why
-    with suppress(OSError, ValueError):
+    try:
         return replace(source, revision=HfApi().dataset_info(source.location, revision=source.revision).sha)
+    except Exception as error:  # the HTTP library behind the hub has errors of its own
+        if is_out_of_memory(error):
+            raise
+        reason, _ = hub_refusal(error, "dataset", source.revision)
+        remark(f"{source.location} is read without a fixed commit, so it may change between runs: {reason}")
     return source
 
 
@@ -235,5 +243,7 @@ def _text_of(record: Any, text_field: str, where: str) -> str:
 
 def _no_field(where: str, text_field: str, fields: list[str]) -> DataError:
     return DataError(
-        f"{where}: no field {text_field!r} (there is {', '.join(fields) or 'none'})", hint="use --text-field"
+        f"{where}: no field {text_field!r} (there is {', '.join(fields) or 'none'})",
+        hint="name the column that holds the text",
+        settings=("text_field",),
     )

@@ -42,7 +42,9 @@ class _LlamaShaped:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def translation(self) -> Translation:
-        return Translation(self.model_type, CROSS_LAYER_DECODER, self.make_config, self.make_tensors, token_ids=self.token_ids)
+        return Translation(
+            self.model_type, CROSS_LAYER_DECODER, self.make_config, self.make_tensors, token_ids=self.token_ids
+        )
 
     def make_config(self, checkpoint: Checkpoint) -> dict[str, Any]:
         runtime = RUNTIME_CLASSES[CROSS_LAYER_DECODER]

@@ -148,7 +148,8 @@ def as_cross_layer(checkpoint: Checkpoint) -> Source:
             if target.shape.layer_grouping is not None:
                 raise UnsupportedError(
                     f"{checkpoint.name}: its layers share keys and values already",
-                    hint="convert the original, with a larger --share",
+                    hint="convert the original, with more layers in a group",
+                    settings=("share",),
                 )
             return target
         refusal = UnsupportedError(
@@ -173,6 +174,6 @@ def as_latent_source(checkpoint: Checkpoint) -> Source:
                 raise UnsupportedError(
                     f"{checkpoint.name}: deepseek_v3 does not hold {checkpoint.config['model_type']}"
                     + (f": {normalised}" if normalised else ""),
-                    hint=f"mha2gqa and mha2mqa can shrink its cache; mha2mla takes {', '.join(LATENT_SOURCES)}",
+                    hint=f"GQA and MQA can shrink its cache; MLA takes {', '.join(LATENT_SOURCES)}",
                 )
     return as_cross_layer(checkpoint)

@@ -1,0 +1,80 @@
+"""Why the hub did not give what was asked for, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..errors import first_line
+
+__all__ = ["hub_refusal"]
+
+_ACCESS_HINT = "ask for access on its page, and log in with `hf auth login` or set HF_TOKEN"
+# huggingface_hub's classes, the more special ones first: what each means, and what to do
+_MEANINGS: dict[str, tuple[str, str | None]] = {
+    "GatedRepoError": ("the hub gives this {kind} only to people who were granted access", _ACCESS_HINT),
+    "RepositoryNotFoundError": (
+        "the hub has no {kind} of this name, or it is private",
+        "check the spelling; for a private one log in with `hf auth login` or set HF_TOKEN",
+    ),
+    "RevisionNotFoundError": (
+        "the {kind} on the hub has no revision {revision!r}",
+        "give a branch, a tag or a commit that it has",
+    ),
+    "HFValidationError": ("this is no name of a {kind} on the hub ({message})", None),
+    "OfflineModeIsEnabled": (
+        "it is not in the cache of this machine, and HF_HUB_OFFLINE forbids to ask the hub",
+        "unset HF_HUB_OFFLINE, or download it where there is a network and copy the cache",
+    ),
+}
+
+
+def hub_refusal(error: BaseException, kind: str, revision: str | None = None) -> tuple[str, str | None]:
+    """Return a clause that says why huggingface_hub raised `error`, and a hint or None.
+
+    kind: "model" or "dataset". huggingface_hub raises one class for a server that fails, a network that is down and a
+    cache without the files, with the cause behind it, so that the errors behind `error` are looked at too.
+    """
+    causes = list(_causes(error))
+    for cause in causes:
+        names = [base.__name__ for base in type(cause).__mro__]
+        for name, (clause, hint) in _MEANINGS.items():
+            if name in names:
+                return clause.format(kind=kind, revision=revision, message=first_line(cause)), hint
+    status = next((status for cause in causes if (status := _status(cause)) is not None), None)
+    if status is not None:
+        return _meaning_of(status, kind, first_line(error))
+    if any(_is_network(cause) for cause in causes):
+        return (
+            f"the hub cannot be reached ({first_line(causes[-1])})",
+            "check the network and its proxy, or set HF_HUB_OFFLINE=1 to use what is in the cache",
+        )
+    return f"the hub did not give it ({first_line(error)})", None
+
+
+def _meaning_of(status: int, kind: str, message: str) -> tuple[str, str | None]:
+    """What an HTTP status means that has no class of its own, and what to do."""
+    if status in (401, 403):
+        return f"the hub refuses access (HTTP {status})", _ACCESS_HINT
+    if status == 404:
+        return f"the {kind} on the hub lacks a file that is needed ({message})", None
+    return f"the hub answered with an error (HTTP {status})", "try again later"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, then the one that it was raised from or during, and so on."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _status(error: BaseException) -> int | None:
+    """The status of the hub's answer, where there was one."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _is_network(error: BaseException) -> bool:
+    """Whether no answer came. The HTTP library's classes are known by name: huggingface_hub changes that library."""
+    names = {base.__name__ for base in type(error).__mro__}
+    return isinstance(error, ConnectionError | TimeoutError) or bool(names & {"TransportError", "ConnectionError"})
