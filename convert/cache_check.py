@@ -1,7 +1,7 @@
 """Whether a checkpoint computes with a cache, token by token, what it computes without one.
 
-Generation stands on it, and interfaces of transformers change: a class that overlooks the cache it is handed goes on
-without it, and generates nonsense without an error.
+Generation depends on it, and the interfaces of transformers change between versions: a class that overlooks the cache
+it is given computes without it, and generates nonsense without an error.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ Forward = Callable[..., Any]  # (tokens from, to, use_cache=…, and the cache u
 
 @dataclass(frozen=True)
 class CacheCheck:
-    """What was compared: `layers` ran, and outputs differ by at most `difference`, where the largest is `scale`."""
+    """The result of a check that passed.
+
+    `layers` are those that ran. Outputs with and without a cache differ by at most `difference`, where the largest
+    absolute output is `scale`.
+    """
 
     layers: tuple[int, ...]
     difference: float
@@ -47,14 +51,15 @@ class CacheCheck:
 
 
 def check_cache(directory: Path, *, name: str | None = None, beside: CodeBeside | None = None) -> CacheCheck:
-    """Run a few tokens on the checkpoint's class, at once without a cache, then part by part with one.
+    """Run a few tokens through the checkpoint's class twice, all at once without a cache and part by part with one.
 
-    A model of up to MAX_WHOLE_PARAMETERS runs whole, and its logits are compared. Of a larger one the first layer of
-    each kind runs, in float32 on random embeddings, with what the decoder has around its layers, and the hidden states
-    that leave it are compared: embeddings and head, often the largest tensors, are not read.
+    A model of up to MAX_WHOLE_PARAMETERS parameters runs whole, and its logits are compared. Of a larger one only the
+    first layer of each kind runs, in float32 on random embeddings, with the decoder's modules around it, and the hidden
+    states after it are compared: embeddings and head, often the largest tensors, are not read.
 
-    With `beside` the class is that of the code beside the weights, not the installed one. Raises CheckpointError, with
-    `name` in place of the directory, where the two differ or the class cannot run.
+    With `beside`, the class is that of the code beside the weights instead of the installed one. Raises
+    CheckpointError, with `name` in place of the directory, where the outputs differ or the class cannot run. An error
+    of memory that ran out is raised as it is.
     """
     import torch
 
@@ -84,10 +89,10 @@ def check_cache(directory: Path, *, name: str | None = None, beside: CodeBeside 
 
 
 def check_runtime(model: str | Path) -> CacheCheck | None:
-    """Check a checkpoint, a directory or a hub id, whose class is ours; None of any other.
+    """Check the cache of a checkpoint in one of kvconvert's classes, and return None for one in any other class.
 
-    Code beside the weights runs where it is an earlier kvconvert's, or trusted by the user; else the installed class.
-    Raises CheckpointError as `check_cache` does.
+    model: a directory or a hub id. The code beside the weights runs where an earlier kvconvert wrote it or the user
+    allowed it, otherwise the installed class. Raises CheckpointError as `check_cache` does.
     """
     beside = _code_of(model)
     if beside is None:
@@ -96,12 +101,12 @@ def check_runtime(model: str | Path) -> CacheCheck | None:
 
 
 def refresh(directory: Path, *, force: bool = False) -> tuple[str, ...]:
-    """Renew the code beside the weights, each file at once or not at all, and nothing else; returns the files' names.
+    """Replace the code beside the weights by the installed code, and return the names of the files that changed.
 
-    The installed class is checked on the weights first (`check_cache`). Code that no kvconvert wrote as it is, somebody
-    having changed it, is replaced with `force` only. Raises UnsupportedError for a checkpoint that needs no code,
-    CheckpointError where the installed class does not work with this version of transformers, OutputError where the
-    files cannot be written.
+    The installed class is first checked on the weights (`check_cache`). Each file is replaced whole or not at all, and
+    no other file changes. Code that no version of kvconvert wrote, since somebody changed it, is replaced only with
+    `force`. Raises UnsupportedError for a checkpoint without such code, CheckpointError where the installed class does
+    not work with this version of transformers, and OutputError where the files cannot be written.
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory", hint="refresh renews a directory on this machine")

@@ -43,34 +43,42 @@ class KvConvertError(Exception):
 
 
 class InputError(KvConvertError):
+    """Unusable input: an argument, a checkpoint, a text, or a place for the output."""
+
     exit_code = 2
 
 
 class CheckpointError(InputError):
-    pass
+    """A checkpoint that is missing or damaged, or contradicts itself."""
 
 
 class UnsupportedError(InputError):
-    pass
+    """A checkpoint or request that is sound and cannot be converted or trained."""
 
 
 class OutputError(InputError):
-    pass
+    """A place that cannot be written."""
 
 
 class DataError(InputError):
-    pass
+    """A text or tokenizer that is missing, unreadable, empty or too short."""
 
 
 class QualityGateError(KvConvertError):
+    """A quality gate that a result did not pass; the result is kept."""
+
     exit_code = 3
 
 
 class DivergedError(KvConvertError):
+    """A training run whose loss or gradient became infinite or not a number."""
+
     exit_code = 4
 
 
 class PreemptedError(KvConvertError):
+    """A training run that was told to stop, saved its state, and can be resumed."""
+
     exit_code = 75
 
 

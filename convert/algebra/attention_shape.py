@@ -1,4 +1,4 @@
-"""The numbers of a model's attention."""
+"""The sizes of a model's attention: heads, dims, windows, and what its layers share or compress."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ __all__ = ["AttentionShape", "LatentSizes"]
 
 @dataclass(frozen=True)
 class LatentSizes:
-    """The numbers of multi-head latent attention, as DeepSeek's config calls them."""
+    """The sizes of multi-head latent attention (MLA, arXiv 2405.04434), as DeepSeek-V3's config calls them.
+
+    A layer caches, of each token, a latent of `kv_lora_rank` numbers and a rotary key of `qk_rope_head_dim` that all
+    heads share. Per head, `qk_nope_head_dim` dims of the key and `v_head_dim` dims of the value are made of the latent.
+    """
 
     kv_lora_rank: int
     qk_rope_head_dim: int
@@ -20,17 +24,18 @@ class LatentSizes:
 
     @property
     def num_cached(self) -> int:
-        """How many numbers a layer keeps of a token."""
+        """How many numbers a layer caches of a token: the latent and the rotary key."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """The numbers of a model's attention, as its tensors and its config agree on them.
+    """The sizes of a model's attention, which are the same in all its layers.
 
-    `windows` holds, per layer, the sliding window in tokens or None for full attention. With `cross_attention` the
-    cache holds as much again for each token of the encoder. `layer_grouping` says which layers share keys and values;
-    without it each has its own. With `latent` the cache holds that and a rotary key in place of keys and values.
+    `windows` holds one entry per layer: its sliding window in tokens, or None for full attention. With
+    `cross_attention`, the model is a decoder with an encoder, and its cache holds as much again for each token of the
+    encoder. `layer_grouping` says which layers share keys and values; where it is None, each layer computes its own.
+    Where `latent` is not None, a layer caches a latent and a rotary key in place of keys and values.
     """
 
     hidden_size: int
@@ -44,29 +49,31 @@ class AttentionShape:
 
     @property
     def cached_values(self) -> int:
-        """How many numbers a layer with a cache of its own keeps there for a token."""
+        """How many numbers a layer caches of a token, if it has a cache: a layer that reads another's has none."""
         if self.latent is not None:
             return self.latent.num_cached
         return 2 * self.num_key_value_heads * self.head_dim
 
     @property
     def num_hidden_layers(self) -> int:
+        """The number of layers."""
         return len(self.windows)
 
     @property
     def key_value_windows(self) -> tuple[int | None, ...]:
-        """The windows of the layers that have keys and values of their own, and so a cache."""
+        """The windows of those layers that compute keys and values, and so have a cache."""
         if self.layer_grouping is None:
             return self.windows
         return tuple(self.windows[group[0]] for group in self.layer_grouping.groups)
 
     @property
     def num_key_value_layers(self) -> int:
+        """The number of layers that compute keys and values, and so have a cache."""
         return len(self.key_value_windows)
 
     @property
     def kind(self) -> str:
-        """The usual name: MHA, GQA or MQA, CLA where layers share keys and values, or MLA."""
+        """The usual name: MLA, or MHA, GQA or MQA, followed by " + CLA" where layers share keys and values."""
         if self.latent is not None:
             return "MLA"
         if self.num_key_value_heads == self.num_attention_heads:

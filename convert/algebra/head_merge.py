@@ -1,4 +1,4 @@
-"""The merge of heads, of one layer or of several that share: every group's keys and values, and which heads form it."""
+"""The merge of K/V heads, of one layer or of several layers that are to share keys and values, group by group."""
 
 from __future__ import annotations
 
@@ -31,7 +31,13 @@ PREDICTION_PULL = 1.0  # docs/measurements.md has others
 
 @dataclass(frozen=True)
 class FreeTransformations:
-    """What a merge may change in a layer without changing its function; a side that is not free takes the mean."""
+    """The invertible maps of keys and of values that a layer's function does not depend on.
+
+    Where nothing but linear maps lies between k_proj and the scores, a head's keys may be mapped by any matrix that
+    commutes with its rotary rotations if its queries are mapped by the inverse. Likewise its values, if o_proj is. A
+    merge then chooses the best maps in closed form. Where `keys` or `values` is False, a norm, a clip or another
+    non-linear step is in between, and that side takes the mean of the heads instead. `rotary` says how keys rotate.
+    """
 
     rotary: Rotary
     keys: bool = True
@@ -40,20 +46,23 @@ class FreeTransformations:
 
 @dataclass(frozen=True)
 class LayerInput:
-    """A layer's projections and what its attention reads, x with a 1 appended: (hidden_size + 1,).
+    """A layer's projections, and second moments of the input x of its attention, with a 1 appended.
 
-    gram: E[x xᵀ]. cross: for a layer that takes keys and values from another, E[x x'ᵀ] with the x' that the other one
-    reads. Both (hidden_size + 1, hidden_size + 1), float64.
+    gram: E[x xᵀ]. cross: E[x x'ᵀ], where the layer is to read the keys and values of an earlier one, whose attention
+    has the input x'; None for the layer that computes them.
     """
 
     projections: Projections
-    gram: Tensor
-    cross: Tensor | None = None
+    gram: Tensor  # (hidden_size + 1, hidden_size + 1), float64
+    cross: Tensor | None = None  # (hidden_size + 1, hidden_size + 1), float64
 
 
 @dataclass(frozen=True)
 class LayerMerge:
-    """Layers with the heads of each group made equal, and the fraction of its energy that each group keeps."""
+    """Layers whose heads are equal within each group, and how much of its energy each group keeps.
+
+    keys_retained and values_retained: one fraction per group, 1 where the merge loses nothing (`Merged.retained`).
+    """
 
     projections: tuple[Projections, ...]
     grouping: HeadGrouping
@@ -62,11 +71,11 @@ class LayerMerge:
 
 
 def merge_layers(heads: Heads, grouping: HeadGrouping) -> LayerMerge:
-    """Merge the K/V heads of each group.
+    """Merge the K/V heads of each group into one key and one value, which the group's query heads read.
 
-    Each layer of the result has one K/V head for each group, which its query heads read: those of a group's heads stand
-    next to one another, in `grouping`'s order. Keys and values, the same for all layers, are functions of what the
-    first layer's attention reads.
+    Each layer of the result has one K/V head per group. The query heads that read it stand next to one another, in the
+    order of `grouping`. Keys and values are the same for all layers, and are computed from the attention input of the
+    first.
     """
     import torch
 
@@ -90,13 +99,13 @@ def merge_layers(heads: Heads, grouping: HeadGrouping) -> LayerMerge:
 
 
 class Heads:
-    """The K/V heads of one layer, or of several that are to share keys and values, numbered through.
+    """The K/V heads of one layer, or of several that are to share keys and values, numbered layer after layer.
 
-    queries[h] and outputs[h] are those of the query heads that read K/V head h, (head_dim, hidden_size + 1) and
-    (hidden_size, head_dim) each. The keys and values of layers after the first are predicted from what the first one's
-    attention reads, pulled by `prediction_pull` (docs/merging.md, "Layers that share"). What merges need of the inputs,
-    the covariances of all keys and of all values, is computed once. Without `at_distances` keys that rotate are merged
-    as if every angle between a query and a key were as likely.
+    queries[h] and outputs[h] list the query heads that read K/V head h: their rows of q_proj, (head_dim,
+    hidden_size + 1), and their columns of o_proj, (hidden_size, head_dim). Keys and values of the layers after the
+    first are linear predictions from the attention input of the first (`predicted_input`, with `prediction_pull`). The
+    covariances of all keys and of all values, which every candidate group needs, are computed once. Without
+    `at_distances`, keys that rotate are merged as if all angles between query and key were equally likely.
     """
 
     def __init__(
@@ -120,8 +129,8 @@ class Heads:
         self._rotation_of_keys = expected_rotation(rotary, shape.head_dim) if rotary.dims and free.keys else None
         self._key_weights: list[Tensor] = []
         keys, values = [], []
-        self._own_keys: list[_Own] = []
-        self._own_values: list[_Own] = []
+        self._key_moments: list[_HeadMoments] = []
+        self._value_moments: list[_HeadMoments] = []
         for layer in layers:
             source = layer.projections
             queries = source.q.unflatten(0, (shape.num_key_value_heads, size, shape.head_dim))
@@ -136,8 +145,8 @@ class Heads:
             keys.append(rotary.half_split(heads).transpose(0, 1))  # (heads, head_dim, hidden_size + 1)
             values.append(source.v.unflatten(0, (-1, shape.head_dim)))
             if len(layers) > 1:
-                self._own_keys += _own(keys[-1], layer, gram)
-                self._own_values += _own(values[-1], layer, gram)
+                self._key_moments += _moments(keys[-1], layer, gram)
+                self._value_moments += _moments(values[-1], layer, gram)
             if layer.cross is not None:
                 predicted = predicted_input(layer.cross, gram, prediction_pull)
                 keys[-1], values[-1] = keys[-1] @ predicted, values[-1] @ predicted
@@ -147,11 +156,11 @@ class Heads:
         self._value_weights = [_sum(output.T @ output for output in group) for group in self.outputs]
 
     def layer(self, head: int) -> int:
-        """The layer of a head, counted from the first."""
+        """Return the layer of a head: 0 for the first of these layers."""
         return head * self.num_layers // len(self)
 
     def in_order(self, num_groups: int) -> HeadGrouping:
-        """Neighbouring heads of a layer form a group, with those in the same place of the other layers."""
+        """Return groups of neighbouring heads of a layer, each with the same heads of the other layers."""
         size = len(self) // self.num_layers
         groups = HeadGrouping.contiguous(size, num_groups).groups
         return HeadGrouping(
@@ -159,9 +168,11 @@ class Heads:
         )
 
     def __len__(self) -> int:
+        """Return the number of K/V heads of all layers."""
         return len(self._keys)
 
     def merged_values(self, group: tuple[int, ...]) -> Merged:
+        """Merge the values of a group's heads: in closed form (`merge_linear`), or by their mean."""
         weights = [self._value_weights[head] for head in group]
         covariance, rows = _within(self._value_covariances, group)
         if self.free.values:
@@ -170,11 +181,15 @@ class Heads:
             merged = merge_mean(rows, weights, covariance)
         merged = _of_rows(merged, self._values[list(group)])
         if self.num_layers > 1:
-            merged = _measured(merged, [self._own_values[head] for head in group], weights, self._gram)
+            merged = _measured(merged, [self._value_moments[head] for head in group], weights, self._gram)
         return merged
 
     def merged_keys(self, group: tuple[int, ...]) -> Merged:
-        """In the order of the class's rotary pairs."""
+        """Merge the keys of a group's heads, whose dims have the class's own order of rotary pairs in the result.
+
+        Keys that rotate are merged by `merge_at_distances`, others by `merge_linear`, and by their mean where a norm or
+        a clip follows the projection.
+        """
         rotary = self.free.rotary
         weights = [self._key_weights[head] for head in group]
         covariance, rows = _within(self._key_covariances, group)
@@ -190,23 +205,25 @@ class Heads:
         merged = _of_rows(merged, self._keys[list(group)])
         if self.num_layers > 1:
             merged = _measured(
-                merged, [self._own_keys[head] for head in group], weights, self._gram, self._rotation_of_keys
+                merged, [self._key_moments[head] for head in group], weights, self._gram, self._rotation_of_keys
             )
         readers = [rotary.original(rotary.original(reader).T).T for reader in merged.readers]
         return Merged(rotary.original(merged.shared), readers, merged.kept, merged.total)
 
     def pair_losses(self) -> Tensor:
-        """What merging two heads loses, of the energies of all keys and of all values, added: (heads, heads)."""
+        """Return what merging two heads loses, (heads, heads): the fraction of keys' energy plus that of values'."""
         keys = pair_losses(self._key_covariances, self._key_weights, self._rotation_of_keys)
         return keys + pair_losses(self._value_covariances, self._value_weights)
 
 
 def predicted_input(cross: Tensor, gram: Tensor, pull: float) -> Tensor:
-    """argmin over A of E‖x − A x'‖² + λ ‖A − D‖², from cross = E[x x'ᵀ] and gram = E[x' x'ᵀ].
+    """Return the A that minimises E‖x − A x'‖² + λ ‖A − D‖², from cross = E[x x'ᵀ] and gram = E[x' x'ᵀ].
 
-    D is diagonal, each dim's best multiple of the same dim of x', which has most of the residual stream in common with
-    x. λ is a fraction of the mean diagonal of gram. Least squares alone shrinks whatever it cannot foresee of a single
-    token, and attention, which averages over tokens, would find it shrunk.
+    All three are (hidden_size + 1) squared, float64, for inputs with a 1 appended. D is diagonal: it predicts each dim
+    of x by the best multiple of the same dim of x', which has most of the residual stream in common with x. λ is `pull`
+    times the mean diagonal of gram. Least squares without that term (λ = 0)
+    shrinks whatever it cannot predict of a single token; attention averages over tokens, and the average would be
+    too small.
     """
     import torch
 
@@ -215,33 +232,37 @@ def predicted_input(cross: Tensor, gram: Tensor, pull: float) -> Tensor:
     return solve_ridge(cross + strength * torch.diag(cross.diagonal() / power), gram, strength)
 
 
-class _Own(NamedTuple):
-    """A head as its own layer computes it: E[z zᵀ], (head_dim, head_dim), and E[z x'ᵀ] with the first layer's x'."""
+class _HeadMoments(NamedTuple):
+    """Of a key or value z as the head's layer computes it, before any prediction from the first layer's input x'.
+
+    covariance: E[z zᵀ], (head_dim, head_dim). cross: E[z x'ᵀ], (head_dim, hidden_size + 1).
+    """
 
     covariance: Tensor
     cross: Tensor
 
 
-def _own(heads: Tensor, layer: LayerInput, gram: Tensor) -> list[_Own]:
+def _moments(heads: Tensor, layer: LayerInput, gram: Tensor) -> list[_HeadMoments]:
+    """The moments of a layer's keys or values, (heads, head_dim, hidden_size + 1)."""
     cross = heads @ (gram if layer.cross is None else layer.cross)
-    return [_Own(*parts) for parts in zip(heads @ layer.gram @ heads.mT, cross, strict=True)]
+    return [_HeadMoments(*parts) for parts in zip(heads @ layer.gram @ heads.mT, cross, strict=True)]
 
 
 def _measured(
     merged: Merged,
-    own: Sequence[_Own],
+    moments: Sequence[_HeadMoments],
     weights: Sequence[Tensor],
     gram: Tensor,
     rotation: ExpectedRotation | None = None,
 ) -> Merged:
-    """The same with the energies of what heads compute in their own layers, and of what the shared one keeps of it."""
+    """The merge with its energies measured against what the heads compute in their layers, not against predictions."""
 
     def mean(matrix: Tensor) -> Tensor:
         return matrix if rotation is None else rotation.mean(matrix)
 
     power = mean(merged.shared @ gram @ merged.shared.T)
     total = error = 0.0
-    for reader, head, weight in zip(merged.readers, own, weights, strict=True):
+    for reader, head, weight in zip(merged.readers, moments, weights, strict=True):
         covariance, read = mean(head.covariance), reader @ mean(merged.shared @ head.cross.T)
         total += float((weight * covariance).sum())
         error += float((weight * (covariance - 2 * read + reader @ power @ reader.T)).sum())
@@ -249,7 +270,7 @@ def _measured(
 
 
 def _covariances(heads: Tensor, gram: Tensor) -> Tensor:
-    """Of every two heads, (heads, heads, head_dim, head_dim)."""
+    """E[z_i z_jᵀ] of the keys or values of every two heads, (heads, heads, head_dim, head_dim)."""
     num_heads, head_dim, _ = heads.shape
     rows = heads.flatten(0, 1)
     blocks: Tensor = (rows @ gram @ rows.T).view(num_heads, head_dim, num_heads, head_dim).transpose(1, 2)
@@ -257,7 +278,7 @@ def _covariances(heads: Tensor, gram: Tensor) -> Tensor:
 
 
 def _within(covariances: Tensor, group: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
-    """The joint covariance of a group's heads, and each head's rows in terms of all of theirs: rows of an identity."""
+    """The joint covariance of a group's m heads, (m · head_dim) squared, and each head's rows of the identity."""
     import torch
 
     chosen = covariances[list(group)][:, list(group)].transpose(1, 2).flatten(2, 3).flatten(0, 1)
@@ -265,12 +286,12 @@ def _within(covariances: Tensor, group: tuple[int, ...]) -> tuple[Tensor, list[T
 
 
 def _of_rows(merged: Merged, heads: Tensor) -> Merged:
-    """The same with the shared head as a weight: `heads`, (m, head_dim, D + 1), are what its rows combine."""
+    """The merge with its shared head as a weight: a combination of `heads`, (m, head_dim, D + 1), as its rows say."""
     return Merged(merged.shared @ heads.flatten(0, 1), merged.readers, merged.kept, merged.total)
 
 
 def _at_any_angle(heads: Sequence[Tensor], weights: Sequence[Tensor], gram: Tensor, rotating: int) -> Merged:
-    """The merge whose readers commute with every rotation, half-split: rotating dims and still ones apart."""
+    """The merge whose readers commute with every rotation: the rotating dims, the first ones, apart from the others."""
     import torch
 
     powers = [weight.diagonal()[:rotating].unflatten(0, (2, -1)).sum(0) for weight in weights]

@@ -1,4 +1,4 @@
-"""Which K/V heads form a group: those that lose least together."""
+"""Search for the groups of K/V heads that lose least when each group becomes one head."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ Groups = tuple[tuple[int, ...], ...]
 
 
 def best_grouping(heads: Heads, num_groups: int) -> HeadGrouping:
-    """The groups, of equal size, that lose the least: the lost fractions of the energies of keys and of values, added.
+    """Return groups of equal size with a small loss: the lost fraction of the keys' energy plus that of the values'.
 
-    Both sides must be free. A group has as many heads of every layer. What it loses is taken for the sum of what its
-    pairs would, each computed once. Groups grow greedily from every head as seed, and heads are swapped until no swap
-    helps (QCQA, arXiv 2406.10247, searches groups too, for the mean).
+    A group's loss is estimated as the sum over its pairs of heads of what merging the pair alone would lose
+    (`Heads.pair_losses`), so that each pair is computed once. Each group gets the same number of heads of every layer.
+    From each head as seed, groups are filled greedily, then heads are swapped between groups until no swap helps; the
+    best result is returned, neighbouring heads being one of the candidates. QCQA (arXiv 2406.10247) searches groups
+    too, for the mean of heads. The losses suppose that keys and values are both merged in closed form
+    (`FreeTransformations`).
     """
     losses: list[list[float]] = heads.pair_losses().tolist()
 
@@ -34,7 +37,7 @@ def best_grouping(heads: Heads, num_groups: int) -> HeadGrouping:
 
 
 def _grown(heads: Heads, seed: int, size: int, loss: Callable[[Iterable[int]], float]) -> Groups:
-    """Groups filled one after the other, each with the head that costs least, the first from `seed`."""
+    """Fill groups one after the other with the head that adds least to the loss; the first begins with `seed`."""
     free = set(range(len(heads)))
     groups: list[tuple[int, ...]] = []
     while free:
@@ -50,7 +53,7 @@ def _grown(heads: Heads, seed: int, size: int, loss: Callable[[Iterable[int]], f
 
 
 def _swapped(groups: Groups, heads: Heads, loss: Callable[[Iterable[int]], float]) -> Groups:
-    """The groups after swaps of two heads of a layer, as long as one lowers the loss."""
+    """Swap two heads of one layer between groups as long as a swap lowers the loss."""
     current = [list(group) for group in groups]
     improved = True
     while improved:

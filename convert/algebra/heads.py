@@ -1,4 +1,4 @@
-"""Head surgery on plain tensors: which heads form a group, and what one head per group becomes."""
+"""K/V heads in groups, and what the one head is that takes the place of a group's heads."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class HeadGrouping:
-    """Which source K/V heads become which result head: `groups[g]` lists the source heads of result head g.
+    """Which K/V heads of the source become which head of the result: those in `groups[g]` become head g.
 
-    Raises ValueError unless the groups are of equal size and hold every source head exactly once.
+    Raises ValueError unless the groups are of equal size and hold every head of the source exactly once.
     """
 
     groups: tuple[tuple[int, ...], ...]
@@ -41,7 +41,10 @@ class HeadGrouping:
 
     @classmethod
     def contiguous(cls, num_heads: int, num_groups: int) -> HeadGrouping:
-        """Neighbouring heads form a group, as in the GQA paper. Raises UnsupportedError unless groups divide heads."""
+        """Return groups of neighbouring heads, as in the GQA paper.
+
+        Raises UnsupportedError unless `num_groups` divides `num_heads`.
+        """
         if num_groups < 1 or num_heads % num_groups:
             possible = ", ".join(str(n) for n in range(1, num_heads + 1) if num_heads % n == 0)
             raise UnsupportedError(
@@ -53,13 +56,15 @@ class HeadGrouping:
 
     @property
     def num_heads(self) -> int:
+        """The number of K/V heads of the source."""
         return sum(len(group) for group in self.groups)
 
 
 def stack_heads(fused: Tensor, num_query_heads: int, num_key_value_heads: int) -> Tensor:
-    """Rows [q; k; v] of a fused projection whose rows are, for each K/V head, its query heads, its key and its value.
+    """Reorder the rows of a fused projection from K/V head by K/V head to [q; k; v].
 
-    fused: ((num_query_heads + 2 · num_key_value_heads) · head_dim, …); the result has the same shape.
+    fused: ((num_query_heads + 2 · num_key_value_heads) · head_dim, …), whose rows are, for each K/V head, its query
+    heads, then its key, then its value. Returns the same shape and dtype.
     """
     import torch
 
@@ -69,7 +74,7 @@ def stack_heads(fused: Tensor, num_query_heads: int, num_key_value_heads: int) -
 
 
 def interleave_heads(stacked: Tensor, num_query_heads: int, num_key_value_heads: int) -> Tensor:
-    """The inverse of `stack_heads`."""
+    """Reorder the rows [q; k; v] of a fused projection K/V head by K/V head: the inverse of `stack_heads`."""
     import torch
 
     heads = stacked.reshape(num_query_heads + 2 * num_key_value_heads, -1, *stacked.shape[1:])
@@ -79,11 +84,11 @@ def interleave_heads(stacked: Tensor, num_query_heads: int, num_key_value_heads:
 
 
 def mean_heads(projection: Tensor, grouping: HeadGrouping) -> Tensor:
-    """Mean of the heads of each group (Ainslie et al. 2023, arXiv 2305.13245, §2.1).
+    """Return the mean of the heads of each group (Ainslie et al. 2023, arXiv 2305.13245, §2.1).
 
     projection: a k_proj or v_proj weight (num_heads · head_dim, hidden_size) or bias (num_heads · head_dim,), any
     float dtype. Returns (num_groups · head_dim, …) in the same dtype. The mean is taken in float64, group by group,
-    so that the result is rounded once.
+    so that the result is rounded once. Raises ValueError where the rows do not split into the heads.
     """
     heads = _split_heads(projection, grouping)  # (K, D, …)
     pooled = [heads[list(group)].double().mean(0) for group in grouping.groups]
@@ -91,15 +96,18 @@ def mean_heads(projection: Tensor, grouping: HeadGrouping) -> Tensor:
 
 
 def first_heads(projection: Tensor, grouping: HeadGrouping) -> Tensor:
-    """The first head of each group, unchanged (the "first" ablation of the GQA paper, §3.3). Shapes as mean_heads."""
+    """Return the first head of each group, unchanged: the GQA paper's "first" ablation (§3.3).
+
+    Shapes are those of `mean_heads`.
+    """
     heads = _split_heads(projection, grouping)
     return _join_heads([heads[group[0]] for group in grouping.groups], projection)
 
 
 def random_heads(projection: Tensor, grouping: HeadGrouping, *, std: float, seed: int) -> Tensor:
-    """Fresh heads from N(0, std²), biases zero (the "random" ablation of the GQA paper, §3.3). Shapes as mean_heads.
+    """Return fresh heads from N(0, std²) with biases of zero: the GQA paper's "random" ablation (§3.3).
 
-    The same `seed` gives the same values on every machine.
+    Shapes are those of `mean_heads`. The same `seed` gives the same values on every machine.
     """
     import torch
 

@@ -1,8 +1,8 @@
 """Multi-head attention as multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), with the least error.
 
-docs/merging.md derives it. Everything here is float64. Shapes: D hidden_size, d head_dim, H query heads, G K/V heads,
-F rotary pairs of a head, S = qk_rope_head_dim / 2 pairs of the shared rotary key, R kv_lora_rank. `gram` is E[x xᵀ] of
-the attention's input x with a 1 appended, (D + 1, D + 1); weights have their bias as last column.
+docs/merging.md derives the formulas. Everything here is float64. Shapes: D hidden_size, d head_dim, H query heads, G
+K/V heads, F rotary pairs of a head, S = qk_rope_head_dim / 2 pairs of the shared rotary key, R kv_lora_rank. `gram` is
+E[x xᵀ] of the attention's input x with a 1 appended, (D + 1, D + 1); weights have their bias as last column.
 """
 
 from __future__ import annotations
@@ -31,67 +31,71 @@ __all__ = [
 ]
 
 RopePair = tuple[int, int]
-"""A pair of the shared rotary key: the index of its frequency, and its rank among the shared keys of that frequency."""
+"""A pair of dims of the shared rotary key: the index of its frequency, and which of that frequency's pairs it is.
+
+Pairs of one frequency are numbered from 0, the one that keeps most of the heads' keys, in descending order.
+"""
 
 _TOLERANCE = 1e-13  # of the largest eigenvalue: a smaller one counts as zero
-_FRAGILE = 0.01  # of the energy that is left to the latent counts as an error: it is not kept exactly
+_NOT_KEPT = 0.01  # of the energy that is left to the latent counts as an error, since it is not kept exactly there
 _NORM_STEPS, _NORM_ROUNDS = 5, 20  # of L-BFGS
 _NORM_RIDGE = 1e-9
 
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """One layer's attention over a latent.
+    """The weights of one layer's attention over a latent.
 
-    q: (H, d + 2 S, D + 1), per head what meets the latent's keys, then what meets the rotary key, whose pairs are
-    (i, i + S). rope_key: (2 S, D + 1). latent: (R, D + 1), what is cached of x. key_up and value_up: (G, d, R), which
-    make the heads' keys and values of it. o: (D, H · d). `keys_retained` and `values_retained` are the fractions kept
-    of the energy of scores, at the distances that occur, and of outputs.
+    `latent` and `rope_key` map x to what is cached; `key_up` and `value_up` make the K/V heads' keys and values of the
+    latent. The first d rows of a head in `q` are scored against its keys, the other 2 S against the rotary key, whose
+    pairs are dims (i, i + S). `keys_retained` and `values_retained` are the fractions kept of the energy of scores, at
+    the distances that occur, and of that of outputs.
     """
 
-    q: Tensor
-    rope_key: Tensor
-    latent: Tensor
-    key_up: Tensor
-    value_up: Tensor
-    o: Tensor
+    q: Tensor  # (H, d + 2 S, D + 1)
+    rope_key: Tensor  # (2 S, D + 1)
+    latent: Tensor  # (R, D + 1)
+    key_up: Tensor  # (G, d, R)
+    value_up: Tensor  # (G, d, R)
+    o: Tensor  # (D, H · d)
     keys_retained: float
     values_retained: float
 
 
 @dataclass(frozen=True)
 class _Heads:
-    """queries: (H, d, D + 1), keys and values: (G, d, D + 1), queries and keys half-split.
+    """The heads of a layer, queries and keys half-split, and how much errors of their keys and values count.
 
-    key_weights: (G, d, d), what an error of a head's key costs: E[q qᵀ] of each of its query heads times the power of
-    that head's output, over d, so that keys count as values do. value_weights: (G, d, d), Σ W_oᵀ W_o. powers: (F, G),
-    that of a frequency's pair.
+    key_weights: Σ over the query heads of a K/V head of E[q qᵀ] times the power of that query head's output over d, so
+    that keys count in the same unit as values. value_weights: Σ W_oᵀ W_o. powers: the mean key weight of each pair.
     """
 
-    queries: Tensor
-    keys: Tensor
-    values: Tensor
-    key_weights: Tensor
-    value_weights: Tensor
-    powers: Tensor
+    queries: Tensor  # (H, d, D + 1)
+    keys: Tensor  # (G, d, D + 1)
+    values: Tensor  # (G, d, D + 1)
+    key_weights: Tensor  # (G, d, d)
+    value_weights: Tensor  # (G, d, d)
+    powers: Tensor  # (F, G)
 
 
 @dataclass(frozen=True)
 class _Shared:
-    """Keys that heads share, per frequency. keys: (F, G, D + 1) complex, the weighted heads'. directions: (F, G, G),
-    in its columns what the 1st, 2nd … shared key is made of. energies: (F, G), what each keeps, descending.
+    """The principal components of the heads' keys, for each frequency apart: the candidates for shared keys.
+
+    keys: the heads' keys as complex numbers, weighted by the root of their powers. directions: eigenvectors in columns,
+    of which the first combines the keys into the shared key that keeps most. energies: what each keeps, descending.
     """
 
-    keys: Tensor
-    directions: Tensor
-    energies: Tensor
+    keys: Tensor  # (F, G, D + 1), complex
+    directions: Tensor  # (F, G, G), complex
+    energies: Tensor  # (F, G)
 
 
 def rope_pair_gains(projections: Projections, shape: AttentionShape, rotary: Rotary, gram: Tensor) -> Tensor:
-    """What the layer would lose without each possible pair of the rotary key, (F, G), of its keys' energy.
+    """Return the fraction of its keys' energy that the layer would lose without each possible `RopePair`: (F, G).
 
-    A pair without position keeps the square of its mean rotation, so that slow frequencies hardly need one. What the
-    keys of all tokens have in common is left out.
+    Left to the latent, which has no position, a pair of frequency ω keeps |E e^{iωn}|² of its energy over the distances
+    n that occur: slow frequencies lose little. The mean key of all tokens does not count.
     """
     import torch
 
@@ -104,14 +108,15 @@ def rope_pair_gains(projections: Projections, shape: AttentionShape, rotary: Rot
 
 @dataclass(frozen=True)
 class LatentObjective:
-    """What `latent_attention` cannot know from second moments, so that several are tried.
+    """Two choices of `latent_attention` that second moments do not decide, so that callers try several on a text.
 
-    `still`: the rotary key may leave to the latent what does not rotate. `keys`: how much keys count in the latent
-    beside values.
+    `mean_in_latent`: whether the rotary key is fitted to what is left of keys after their mean rotation, which needs no
+    position and can be held by the latent; otherwise it is fitted to whole keys. `key_weight`: how much errors of keys
+    count beside those of values when the latent is chosen.
     """
 
-    still: bool = True
-    keys: float = 1.0
+    mean_in_latent: bool = True
+    key_weight: float = 1.0
 
 
 def latent_attention(
@@ -125,26 +130,31 @@ def latent_attention(
     constant: bool,
     objective: LatentObjective = LatentObjective(),
 ) -> LatentAttention:
-    """The layer with a latent of `kv_lora_rank` and a shared rotary key of len(rope_pairs) pairs.
+    """Return the layer with a latent of `kv_lora_rank` and a shared rotary key with the frequencies of `rope_pairs`.
 
-    The rotary key, with the frequencies of `rope_pairs`, is the best that heads can share at the distances that occur.
-    What is left of the keys loses its position: the mean over the distances of what the rotary key leaves goes into
-    the latent with the values, weighted by what reads them: the top directions of their joint covariance. With
-    `constant` the last channel of the latent is 1 and carries means and biases. The other channels have an rms of 1.
+    1. The rotary key and the maps through which heads read it are those with the least error at the distances that
+       occur (`merge_at_distances`).
+    2. What the rotary key leaves of a head's key has no position any more: its mean over the distances is taken.
+    3. The latent holds the top directions of the joint covariance of these keys and of all values, each weighted by the
+       queries or outputs that read it. Its channels have an rms of 1.
+
+    With `constant`, the last channel of the latent is the constant 1, which carries means and biases.
     """
     import torch
 
     heads = _heads(projections, shape, rotary, gram)
     per_head = shape.num_attention_heads // shape.num_key_value_heads
     shared = Rotary(tuple(rotary.frequencies[frequency] for frequency, _ in rope_pairs), longest=rotary.longest)
-    rope_key, readers, keys = _rope_key(heads, rotary, shared, gram, rope_pairs, still=objective.still)
+    rope_key, readers, keys = _rope_key(
+        heads, rotary, shared, gram, rope_pairs, mean_in_latent=objective.mean_in_latent
+    )
     means = gram[:, -1]
     centred = gram - torch.outer(means, means)
-    # what all tokens' keys have in common adds the same to all scores of a query
+    # the mean key of all tokens adds the same to all scores of a query, which softmax ignores
     keys[..., -1] -= keys @ means
 
     parts = torch.cat([keys, heads.values])
-    counted = torch.cat([objective.keys * heads.key_weights, heads.value_weights])
+    counted = torch.cat([objective.key_weight * heads.key_weights, heads.value_weights])
     value_gram = centred if constant else gram
     latent = _top_rows(parts, counted, value_gram, kv_lora_rank - constant)
     latent[:, -1] = 0
@@ -165,8 +175,8 @@ def latent_attention(
     key_error = _rotation_error(heads, rotary, shared, rope_key, readers, gram)
     key_error += _energy(keys - key_up @ latent, heads.key_weights, centred)
     value_error = _energy(heads.values - value_up @ latent, heads.value_weights, gram)
-    turned = expected_rotation(rotary, shape.head_dim).mean(heads.keys @ gram @ heads.keys.mT)
-    key_energy = (heads.key_weights * turned).sum().clamp(min=1e-300)
+    rotated = expected_rotation(rotary, shape.head_dim).mean(heads.keys @ gram @ heads.keys.mT)
+    key_energy = (heads.key_weights * rotated).sum().clamp(min=1e-300)
     value_energy = _energy(heads.values, heads.value_weights, gram).clamp(min=1e-300)
     return LatentAttention(
         q=torch.cat([heads.queries, queries], dim=1) * scale,
@@ -181,7 +191,10 @@ def latent_attention(
 
 
 def without_constant(projections: Projections, gram: Tensor) -> Projections:
-    """The projections without biases, in whose place is what x alone predicts of them: the least squares of 1 on x."""
+    """Return the projections with biases of zero, each bias replaced by its best prediction from x, a linear map.
+
+    A bias is a multiple of the constant 1, so that the least-squares prediction of 1 from x stands in its place.
+    """
     import torch
 
     predicted = pseudo_inverse(gram[:-1, :-1], tolerance=_TOLERANCE) @ gram[:-1, -1]  # (D,)
@@ -193,11 +206,12 @@ def without_constant(projections: Projections, gram: Tensor) -> Projections:
 
 
 def normalised(layer: LatentAttention, inputs: Tensor, weights: Tensor) -> LatentAttention:
-    """The layer for a class that divides each token's latent by its rms.
+    """Return the layer for a class that divides each token's latent by its rms, as DeepSeek's does (RMSNorm).
 
-    `inputs` are some of its x, (tokens, D + 1), and `weights`, (tokens,), with the sum 1, say how much each counts. The
-    latent is free up to an invertible map, which is chosen so that its rms is nearly 1 for every token. That goes far,
-    since x comes from a norm itself. What reads the latent is then fitted to the normalised one.
+    inputs: some attention inputs x with a 1 appended, (tokens, D + 1). weights: how much each counts, (tokens,), with
+    the sum 1. The latent may be multiplied by any invertible matrix if what reads it is multiplied by the inverse: the
+    matrix is chosen so that the rms is nearly 1 for every token (`_constant_norm`), which is possible to a good part
+    because x comes from a norm itself. `key_up` and `value_up` are then fitted to the normalised latent.
     """
     import torch
 
@@ -218,10 +232,10 @@ def normalised(layer: LatentAttention, inputs: Tensor, weights: Tensor) -> Laten
 
 
 def _constant_norm(tokens: Tensor, weights: Tensor, start: Tensor) -> Tensor:
-    """The map, (R, R), from `start` on, after which tokens, (n, R), have nearly the same rms, 1.
+    """The matrix, (R, R), after which the latents of all tokens, (n, R), have nearly the same rms, 1.
 
-    By L-BFGS on the weighted mean of log² rms², as long as its plain mean over every eighth token, which is left out,
-    gets less too.
+    L-BFGS minimises the weighted mean of log² (mean square) from `start` on. Every eighth token is held out, and the
+    fit ends when the unweighted mean over those stops falling.
     """
     import torch
 
@@ -253,6 +267,7 @@ def _constant_norm(tokens: Tensor, weights: Tensor, start: Tensor) -> Tensor:
 
 
 def _heads(projections: Projections, shape: AttentionShape, rotary: Rotary, gram: Tensor) -> _Heads:
+    """The heads of a layer with their weights."""
     import torch
 
     size, num_heads, num_shared = shape.head_dim, shape.num_attention_heads, shape.num_key_value_heads
@@ -278,6 +293,7 @@ def _heads(projections: Projections, shape: AttentionShape, rotary: Rotary, gram
 
 
 def _shared_keys(heads: _Heads, gram: Tensor) -> _Shared:
+    """The candidates for shared keys, by an eigendecomposition for each frequency."""
     import torch
 
     num_pairs = len(heads.powers)
@@ -288,13 +304,13 @@ def _shared_keys(heads: _Heads, gram: Tensor) -> _Shared:
 
 
 def _rope_key(
-    heads: _Heads, rotary: Rotary, shared: Rotary, gram: Tensor, rope_pairs: Sequence[RopePair], *, still: bool
+    heads: _Heads, rotary: Rotary, shared: Rotary, gram: Tensor, rope_pairs: Sequence[RopePair], *, mean_in_latent: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The rotary key, (2 S, D + 1), how heads read it, (G, d, 2 S), and what is left of their keys, (G, d, D + 1)."""
+    """The rotary key, (2 S, D + 1), heads' maps of it, (G, d, 2 S), and the keys that it leaves, (G, d, D + 1)."""
     import torch
 
-    dims = rotary.dims  # the others do not turn, and need no position
-    rotations = _expected_rotations(shared, rotary, dims, centred=1 - _FRAGILE if still else 0.0)
+    dims = rotary.dims  # the others do not rotate, and need no position
+    rotations = _expected_rotations(shared, rotary, dims, centred=1 - _NOT_KEPT if mean_in_latent else 0.0)
     keys, weights = heads.keys[:, :dims], heads.key_weights[:, :dims, :dims]
     merged = merge_at_distances(_start(heads, gram, rope_pairs), list(keys), list(weights), gram, rotations)
     readers = torch.stack(merged.readers)
@@ -306,19 +322,20 @@ def _rope_key(
 def _rotation_error(
     heads: _Heads, rotary: Rotary, shared: Rotary, rope_key: Tensor, readers: Tensor, gram: Tensor
 ) -> Tensor:
-    """Σ_h E tr(weights_h e gram eᵀ), where e is what the rotary key leaves of a head's key at a random distance, less
-    its mean: the part that no key without position makes up for.
+    """Σ_h E tr(weights_h e_h gram e_hᵀ), where e_h is what the rotary key leaves of head h's key at a random distance,
+    less its mean over the distances: the part that no key without position can make up for.
     """
     rotations = _expected_rotations(shared, rotary, heads.keys.shape[1], centred=1.0)
-    own = rotations.shared.mean(rope_key @ gram @ rope_key.T)  # (2 S, 2 S)
+    power = rotations.shared.mean(rope_key @ gram @ rope_key.T)  # (2 S, 2 S)
     cross = rotations.cross.mean(rope_key @ gram @ heads.keys.mT)  # (G, 2 S, d)
     keys = rotations.heads.mean(heads.keys @ gram @ heads.keys.mT)  # (G, d, d)
-    errors = keys - 2 * readers @ cross + readers @ own @ readers.mT  # as their trace with symmetric weights counts
+    errors = keys - 2 * readers @ cross + readers @ power @ readers.mT  # as their trace with symmetric weights counts
     error: Tensor = (heads.key_weights * errors).sum()
     return error
 
 
 def _expected_rotations(shared: Rotary, rotary: Rotary, dims: int, centred: float) -> ExpectedRotations:
+    """The expected rotations of a shared key and of heads with `dims` dims; see `expected_rotation_between`."""
     return ExpectedRotations(
         expected_rotation_between(shared, shared.dims, shared, shared.dims, centred),
         expected_rotation_between(shared, shared.dims, rotary, dims, centred),
@@ -327,7 +344,7 @@ def _expected_rotations(shared: Rotary, rotary: Rotary, dims: int, centred: floa
 
 
 def _start(heads: _Heads, gram: Tensor, rope_pairs: Sequence[RopePair]) -> Merged:
-    """The best complex key of each pair, (2 S, D + 1), with the rms of the heads' keys: safe in 16 bits."""
+    """The best shared key for rotations by any angle, (2 S, D + 1), with the rms of the heads' keys."""
     import torch
 
     shared, roots = _shared_keys(heads, gram), floored_roots(heads.powers, tolerance=_TOLERANCE)
@@ -335,23 +352,26 @@ def _start(heads: _Heads, gram: Tensor, rope_pairs: Sequence[RopePair]) -> Merge
     directions = align_phase(shared.directions[frequencies, :, ranks])  # (S, G)
     weighted = shared.keys[frequencies]  # (S, G, D + 1)
     keys = (directions.conj()[..., None] * weighted).sum(1)
-    own = weighted / roots[frequencies][..., None]
+    unweighted = weighted / roots[frequencies][..., None]
     complex_gram = gram.to(keys.dtype)
     power = ((keys @ complex_gram) * keys.conj()).sum(1).real
-    wanted = ((own @ complex_gram) * own.conj()).sum(2).real.mean(1)
+    wanted = ((unweighted @ complex_gram) * unweighted.conj()).sum(2).real.mean(1)
     keys = scale_between(wanted, power)[:, None] * keys
     return Merged(torch.cat([keys.real, keys.imag]), [], 0.0, 0.0)
 
 
 def _best_ups(parts: Tensor, latent: Tensor, gram: Tensor) -> Tensor:
-    """For each part, (d, D + 1), the map of the latent, (d, R), that is nearest to it under the Gram matrix."""
+    """For each part, (d, D + 1), the least-squares map of the latent to it, (d, R), under the moments `gram`."""
     ups: Tensor = parts @ gram @ latent.T @ pseudo_inverse(latent @ gram @ latent.T, tolerance=_TOLERANCE)
     return ups
 
 
 def _top_rows(parts: Tensor, weights: Tensor, gram: Tensor, rank: int) -> Tensor:
-    """`rank` combinations of all rows of `parts`, (n, d, D + 1), that keep most of them as `weights` count it, each of
-    rms 1 (0 where nothing is left to keep)."""
+    """The `rank` combinations of the rows of `parts`, (n, d, D + 1), that keep most of their energy: (rank, D + 1).
+
+    `weights`, (n, d, d), say how much an error of each row counts. Each combination has an rms of 1, or is 0 where
+    there are fewer independent directions.
+    """
     import torch
 
     rows = torch.cat([root_and_inverse(weight)[0] @ part for part, weight in zip(parts, weights, strict=True)])
@@ -371,6 +391,6 @@ def _top_rows(parts: Tensor, weights: Tensor, gram: Tensor, rank: int) -> Tensor
 
 
 def _energy(parts: Tensor, weights: Tensor, gram: Tensor) -> Tensor:
-    """Σ tr(weight · part · gram · partᵀ)."""
+    """The energy Σ tr(weight · part · gram · partᵀ) of parts, (n, d, D + 1), with weights, (n, d, d)."""
     energy: Tensor = (weights * (parts @ gram @ parts.mT)).sum()
     return energy

@@ -11,9 +11,10 @@ __all__ = ["LayerGrouping"]
 
 @dataclass(frozen=True)
 class LayerGrouping:
-    """Layer i attends to the keys and values of layer `sources[i]`, itself or an earlier one.
+    """Which layer's keys and values each layer reads: layer i reads those of `sources[i]`, itself or an earlier layer.
 
-    Raises ValueError unless every source computes its own.
+    Cross-layer attention (CLA, Brandon et al. 2024, arXiv 2405.12981) is the case where some layers read those of an
+    earlier one. Raises ValueError where a source lies after its reader, or reads another layer's itself.
     """
 
     sources: tuple[int, ...]
@@ -27,7 +28,7 @@ class LayerGrouping:
 
     @classmethod
     def of_sizes(cls, sizes: tuple[int, ...]) -> LayerGrouping:
-        """Neighbouring layers, so many in each group."""
+        """Return the grouping of neighbouring layers in which group g has `sizes[g]` layers, all reading its first."""
         sources: list[int] = []
         for size in sizes:
             sources += [len(sources)] * size
@@ -35,10 +36,10 @@ class LayerGrouping:
 
     @classmethod
     def uniform(cls, num_layers: int, share: int, *, keep_first: int = 0, keep_last: int = 0) -> LayerGrouping:
-        """`share` neighbours in each group, the last one smaller if they do not divide, as the paper's CLA3.
+        """Return the grouping of `share` neighbours each (the paper's CLA2 for 2), the last group taking the remainder.
 
-        The first `keep_first` and the last `keep_last` layers keep their own (the paper's dense front and back).
-        Raises UnsupportedError where nothing is left to share.
+        The first `keep_first` and the last `keep_last` layers share with none (the paper's dense front and back).
+        Raises UnsupportedError where fewer than two layers are left between them, or `share` is below 2.
         """
         between = num_layers - keep_first - keep_last
         if share < 2 or between < 2:
@@ -51,7 +52,7 @@ class LayerGrouping:
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """The layers of each group, first the one that computes keys and values."""
+        """The layers of each group in order. The first of a group computes the keys and values that all of it read."""
         return tuple(
             tuple(layer for layer, source in enumerate(self.sources) if source == first)
             for first in sorted(set(self.sources))

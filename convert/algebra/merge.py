@@ -1,8 +1,9 @@
-"""Merging heads with the least error: closed forms for keys and values on covariances of calibration text.
+"""Merging the heads of a group into one with the least error, in closed form, from second moments of a text.
 
-docs/merging.md derives them. Everything here is float64. Shapes: D hidden_size, d head_dim, m heads of a group. `gram`
-is E[x xᵀ] of the attention's input x with a 1 appended, (D + 1, D + 1), so that a weight with its bias as last column
-has the covariance W · gram · Wᵀ.
+docs/merging.md derives the formulas. Everything here is float64. Shapes: D hidden_size, d head_dim, m heads of a group.
+`gram` is E[x xᵀ] of the attention's input x with a 1 appended, (D + 1, D + 1), so that a weight W with its bias as last
+column has the covariance W · gram · Wᵀ. The energy of a head is tr(weight · covariance), where the weight, (d, d), says
+how much an error of each of its dims counts.
 """
 
 from __future__ import annotations
@@ -33,29 +34,29 @@ _TOLERANCE = 1e-12  # of the largest eigenvalue: a smaller one counts as zero
 
 @dataclass(frozen=True)
 class Merged:
-    """What a group's heads become: `shared`, and how each head reads it.
+    """The one key or value that a group's heads share, and the map through which each head reads it.
 
-    shared: (r, D + 1), the rows of the one key or value. readers[h]: (d, r), so that head h ≈ readers[h] · shared; for
-    rotary pairs r = d and the reader commutes with the rotations. `kept` of `total` is the weighted energy retained.
+    Head h is approximated by readers[h] · shared, which has r rows. `kept` is the part of the heads' energy, `total`,
+    that the approximation retains.
     """
 
-    shared: Tensor
-    readers: list[Tensor]
+    shared: Tensor  # (r, D + 1)
+    readers: list[Tensor]  # of m heads, (d, r) each
     kept: float
     total: float
 
     @property
     def retained(self) -> float:
-        """The fraction of the energy that is kept."""
+        """The fraction of the heads' energy that is kept, from 0 to 1; 1 where there is none."""
         return self.kept / self.total if self.total > 0 else 1.0
 
 
 def merge_linear(heads: Sequence[Tensor], weights: Sequence[Tensor], gram: Tensor, rank: int) -> Merged:
-    """The best shared rows where every invertible map of a head is free: values, and keys that do not rotate.
+    """Merge values, or keys that do not rotate: each head may read the shared rows through any matrix.
 
-    heads: m tensors (d, D + 1). weights: m tensors (d, d), the metric in which head h's error counts: Σ W_oᵀ W_o of its
-    query heads for values, Σ E[q qᵀ] for keys. Minimises Σ_h ‖weights_h^½ (head_h − reader_h · shared) gram^½‖² by the
-    top `rank` eigenvectors of the heads' joint weighted covariance.
+    heads: m tensors (d, D + 1). weights: m tensors (d, d), the metric in which head h's error counts: Σ W_oᵀ W_o over
+    the query heads of h for values, Σ E[q qᵀ] for keys. The top `rank` eigenvectors of the heads' joint weighted
+    covariance minimise Σ_h ‖weights_h^½ (head_h − reader_h · shared) gram^½‖². Returns `rank` shared rows.
     """
     import torch
 
@@ -70,11 +71,12 @@ def merge_linear(heads: Sequence[Tensor], weights: Sequence[Tensor], gram: Tenso
 
 
 def merge_rotary(heads: Sequence[Tensor], powers: Sequence[Tensor], gram: Tensor) -> Merged:
-    """The best shared key where only a complex scalar per rotary pair and head is free.
+    """Merge keys that rotate so that readers commute with every rotation: one complex scalar per pair and head.
 
-    heads: m tensors (2 · F, D + 1), rows i and i + F a pair. powers: m tensors (F,), E|q|² of each pair, summed over
-    the query heads of the head. Per pair, with the heads' keys as complex numbers z ∈ C^m, the shared key is the top
-    eigenvector of D^½ E[z zᴴ] D^½ and head h reads it through the scalar u_h / √D_h.
+    heads: m tensors (2 · F, D + 1), of which rows i and i + F are a rotary pair. powers: m tensors (F,), E|q|² of each
+    pair, summed over the query heads of the head. For each pair, let z ∈ Cᵐ be the heads' keys as complex numbers and
+    P the diagonal matrix of the heads' powers: the shared key is made by u, the top eigenvector of P^½ E[z zᴴ] P^½, and
+    head h reads it through the scalar u_h / √P_h. Returns 2 · F shared rows.
     """
     import torch
 
@@ -97,7 +99,7 @@ def merge_rotary(heads: Sequence[Tensor], powers: Sequence[Tensor], gram: Tensor
 
 @dataclass(frozen=True)
 class ExpectedRotations:
-    """The rotations of a shared key with itself, of it with the heads' keys, and of these with themselves."""
+    """Expected rotations of a shared key with itself, of it with the heads' keys, and of those with themselves."""
 
     shared: ExpectedRotation
     cross: ExpectedRotation
@@ -105,38 +107,38 @@ class ExpectedRotations:
 
     @classmethod
     def same(cls, rotation: ExpectedRotation) -> ExpectedRotations:
-        """Of a shared key with the heads' rotations."""
+        """Return those of a shared key that rotates as the heads' keys do."""
         return cls(rotation, rotation, rotation)
 
 
 def merge_at_distances(
     start: Merged, heads: Sequence[Tensor], weights: Sequence[Tensor], gram: Tensor, rotations: ExpectedRotations
 ) -> Merged:
-    """`start` improved for keys that turn by the distances that occur, instead of by any angle.
+    """Improve the merge `start` of keys that rotate, for the distances between query and key that occur.
 
     heads: m tensors (d, D + 1). weights: m tensors (d, d), E[q qᵀ] summed over the query heads of head h. With R the
-    rotation of the heads by a random distance and S that of the shared key, lowers
-    Σ_h E tr(weights_h (R head_h − reader_h S shared) gram (…)ᵀ) by turns, each one exact: the readers for the shared
-    key, the shared key for the readers. Readers need not commute with rotations here: pairs that hardly turn within the
-    distances that occur mix almost freely.
+    rotation of the heads by a random distance and S that of the shared key, minimises
+    Σ_h E tr(weights_h e_h gram e_hᵀ), where e_h = R head_h − reader_h S shared, by alternating two exact steps: the
+    best readers for the shared key, then the best shared key for the readers. Readers need not commute with the
+    rotations: pairs that rotate little within these distances can be mixed almost as if they did not rotate.
     """
     import torch
 
     size = len(heads[0])
     stacked = torch.cat(list(heads))
     joint = (stacked @ gram @ stacked.T).unflatten(0, (-1, size)).unflatten(2, (-1, size)).transpose(1, 2)
-    own = start.shared @ gram @ start.shared.T
+    power = start.shared @ gram @ start.shared.T  # E[shared sharedᵀ]
     cross = [start.shared @ gram @ head.T for head in heads]
     mixes: list[Tensor] = []
     for _ in range(_ROUNDS):
-        readers = _best_readers(own, cross, rotations)
-        seen = [(reader.T @ weight, reader) for reader, weight in zip(readers, weights, strict=True)]
-        read = torch.stack([left @ reader for left, reader in seen]).sum(0)
+        readers = _best_readers(power, cross, rotations)
+        weighted = [(reader.T @ weight, reader) for reader, weight in zip(readers, weights, strict=True)]
+        read = torch.stack([left @ reader for left, reader in weighted]).sum(0)
         inverse = pseudo_inverse(rotations.shared.mean_back(read), tolerance=_TOLERANCE)
-        mixes = [inverse @ rotations.cross.mean_back(left) for left, _ in seen]
+        mixes = [inverse @ rotations.cross.mean_back(left) for left, _ in weighted]
         cross = list(torch.einsum("gij,ghjk->hik", torch.stack(mixes), joint))
-        own = torch.stack([part @ mix.T for part, mix in zip(cross, mixes, strict=True)]).sum(0)
-    readers = _best_readers(own, cross, rotations)
+        power = torch.stack([part @ mix.T for part, mix in zip(cross, mixes, strict=True)]).sum(0)
+    readers = _best_readers(power, cross, rotations)
     shared = torch.stack([mix @ head for mix, head in zip(mixes, heads, strict=True)]).sum(0)
     kept = [
         (weight * (rotations.cross.mean(part).T @ reader.T)).sum()
@@ -146,17 +148,18 @@ def merge_at_distances(
     return _with_scale_of(heads, gram, Merged(shared, readers, float(sum(kept)), float(sum(total))))
 
 
-def _best_readers(own: Tensor, cross: Sequence[Tensor], rotations: ExpectedRotations) -> list[Tensor]:
-    """For each head argmin over B of E‖R head − B S shared‖², from E[shared sharedᵀ] and E[shared headᵀ]."""
-    inverse = pseudo_inverse(rotations.shared.mean(own), tolerance=_TOLERANCE)
+def _best_readers(power: Tensor, cross: Sequence[Tensor], rotations: ExpectedRotations) -> list[Tensor]:
+    """For each head the B that minimises E‖R head − B S shared‖², from E[shared sharedᵀ] and E[shared headᵀ]."""
+    inverse = pseudo_inverse(rotations.shared.mean(power), tolerance=_TOLERANCE)
     return [rotations.cross.mean(part).T @ inverse for part in cross]
 
 
 def pair_losses(covariances: Tensor, weights: Sequence[Tensor], rotation: ExpectedRotation | None = None) -> Tensor:
-    """What merging two heads loses at least, of the energy of all, (m, m): exactly what `merge_linear` does.
+    """Return the fraction of all heads' energy that merging two of them loses at least: (m, m), 0 on the diagonal.
 
-    covariances: of every two heads, (m, m, d, d). With `rotation` heads are keys at random distances, and the shared
-    key may mix all that they are there: more than `merge_at_distances` can, so that this is its lower bound.
+    covariances: E[z_i z_jᵀ] of every two heads, (m, m, d, d). weights: m tensors (d, d). Without `rotation` the loss is
+    that of `merge_linear`. With it, heads are keys at random distances, and the loss is a lower bound for
+    `merge_at_distances`, since the shared key may here be any combination of the keys after their rotation.
     """
     import torch
 
@@ -166,21 +169,24 @@ def pair_losses(covariances: Tensor, weights: Sequence[Tensor], rotation: Expect
     def weighed(blocks: Tensor, one: Tensor, other: Tensor) -> Tensor:
         return one @ (rotation.mean(blocks) if rotation is not None else blocks) @ other
 
-    own = weighed(covariances.diagonal().permute(2, 0, 1), roots, roots)
-    losses = torch.zeros(num_heads, num_heads, dtype=own.dtype)
+    alone = weighed(covariances.diagonal().permute(2, 0, 1), roots, roots)  # (m, d, d)
+    losses = torch.zeros(num_heads, num_heads, dtype=alone.dtype)
     for one in range(num_heads - 1):
         others = range(one + 1, num_heads)
         cross = weighed(covariances[one, one + 1 :], roots[one], roots[one + 1 :])
-        upper = torch.cat([own[one].expand(len(others), -1, -1), cross], dim=2)
-        lower = torch.cat([cross.mT, own[one + 1 :]], dim=2)
+        upper = torch.cat([alone[one].expand(len(others), -1, -1), cross], dim=2)
+        lower = torch.cat([cross.mT, alone[one + 1 :]], dim=2)
         losses[one, one + 1 :] = torch.linalg.eigvalsh(torch.cat([upper, lower], dim=1))[:, :size].clamp(min=0).sum(1)
-    total = own.diagonal(dim1=1, dim2=2).sum().clamp(min=1e-300)
+    total = alone.diagonal(dim1=1, dim2=2).sum().clamp(min=1e-300)
     fractions: Tensor = (losses + losses.T) / total
     return fractions
 
 
 def merge_mean(heads: Sequence[Tensor], weights: Sequence[Tensor], gram: Tensor) -> Merged:
-    """The heads' mean, which each reads as it is: where nothing is free. Arguments as those of `merge_linear`."""
+    """Merge heads into their mean, which each reads unchanged, for keys or values that may not be mapped.
+
+    heads, weights and gram are those of `merge_linear`. Returns d shared rows.
+    """
     import torch
 
     shared = torch.stack(list(heads)).mean(0)
@@ -205,7 +211,10 @@ def _rotation(scalars: Tensor) -> Tensor:
 
 
 def _with_scale_of(heads: Sequence[Tensor], gram: Tensor, merged: Merged, *, per_pair: bool = False) -> Merged:
-    """The same with a shared head of the heads' rms, over all rows or pair by pair: safe in 16 bits."""
+    """The merge with the shared head scaled to the heads' rms, which is safe in 16 bits, and readers by the inverse.
+
+    The scale is one for all rows or, `per_pair`, one for each rotary pair, which readers commute with.
+    """
     import torch
 
     def power(head: Tensor) -> Tensor:

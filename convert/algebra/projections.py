@@ -13,20 +13,20 @@ __all__ = ["Projections", "repeat_key_value_heads"]
 
 @dataclass(frozen=True)
 class Projections:
-    """Float64 projections of a layer: q, k and v with their bias (or zeros) as last column.
+    """The weights of one attention layer in float64, the bias of q, k and v (or zeros) as their last column.
 
-    q: (num_attention_heads · head_dim, hidden_size + 1). k and v: (num_key_value_heads · head_dim, hidden_size + 1).
-    o: (hidden_size, num_attention_heads · head_dim), without its bias, which no merge touches.
+    With a 1 appended to the input x, q · x is then the biased projection. The bias of o is left out, since no merge
+    changes it.
     """
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
+    q: Tensor  # (num_attention_heads · head_dim, hidden_size + 1)
+    k: Tensor  # (num_key_value_heads · head_dim, hidden_size + 1)
+    v: Tensor  # (num_key_value_heads · head_dim, hidden_size + 1)
+    o: Tensor  # (hidden_size, num_attention_heads · head_dim)
 
 
 def repeat_key_value_heads(projections: Projections, num_key_value_heads: int, head_dim: int) -> Projections:
-    """The same function with more K/V heads, each standing several times in a row: a class with so many can run it."""
+    """Return projections with `num_key_value_heads` K/V heads, each repeated in a row, that compute the same function."""
 
     def repeated(rows: Tensor) -> Tensor:
         heads = rows.unflatten(0, (-1, head_dim))  # (K, D, E + 1)

@@ -1,4 +1,4 @@
-"""An output projection fitted to what the original's attention gave."""
+"""The output projection of a changed layer, fitted to what the original layer gives on a text."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ __all__ = ["refitted"]
 
 
 def refitted(original: Tensor, closed_form: Tensor, cross: Tensor, normal: Tensor, ridge: float) -> Tensor:
-    """argmin over W of E‖W_o z − W z'‖² + λ‖W − W'‖², with W_o the original's o_proj and W' the closed form's.
+    """Return the W that minimises E‖W_o z − W z'‖² + λ‖W − W'‖², a ridge regression that shrinks towards W'.
 
-    z are the original's head outputs, z' the merged model's; `cross` is E[z z'ᵀ] and `normal` E[z' z'ᵀ], (heads ·
-    head_dim) squared; λ = ridge · mean diagonal of `normal`. In the dtype of the closed form.
+    W_o is `original`, the o_proj of the source, and W' is `closed_form`, that of the result, both (hidden_size,
+    num_attention_heads · head_dim). z are the outputs of all heads of the source on a text, z' those of the result.
+    cross: E[z z'ᵀ] and normal: E[z' z'ᵀ], float64, (num_attention_heads · head_dim) squared. λ is `ridge` times the
+    mean diagonal of `normal`. Returns the shape and dtype of `closed_form`.
     """
     strength = ridge * normal.diagonal().mean()
     right = original @ cross + strength * closed_form.double()

@@ -1,4 +1,4 @@
-"""Which dims of a head rotate with the position, how fast, and in which order its pairs lie."""
+"""Rotary positions (RoPE): which dims of a head rotate, how fast, and what that does to keys on average."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ _DISTANCES_AT_ONCE = 8192
 
 @dataclass(frozen=True)
 class ExpectedRotation:
-    """The rotations R of one head and S of another between a query and the keys before it, at random distances.
+    """The expectation over random distances of R M Sᵀ, with R and S the rotations of two kinds of key by a distance.
 
-    left: (m, m) and right: (n, n), complex and unitary; the rotations by one position are diagonal in them, with
-    e^{iω}. coherence: (m, n), E e^{i (ω_a − ω_b) distance}.
+    R and S are diagonal in the bases `left` and `right`, which are unitary, with entries e^{iωn} for the distance n.
+    coherence[a, b] is E e^{i (ω_a − ω_b) n}, by which R M Sᵀ is multiplied there on average.
     """
 
-    left: Tensor
-    right: Tensor
-    coherence: Tensor
+    left: Tensor  # (m, m), complex
+    right: Tensor  # (n, n), complex
+    coherence: Tensor  # (m, n), complex
 
     def mean(self, matrix: Tensor) -> Tensor:
-        """E[R matrix Sᵀ]; matrix is (…, m, n)."""
+        """Return E[R matrix Sᵀ], real, in the shape of `matrix`: (…, m, n)."""
         return self._mean(matrix, self.coherence)
 
     def mean_back(self, matrix: Tensor) -> Tensor:
-        """E[Rᵀ matrix S]."""
+        """Return E[Rᵀ matrix S], real, in the shape of `matrix`: (…, m, n)."""
         return self._mean(matrix, self.coherence.conj())
 
     def _mean(self, matrix: Tensor, coherence: Tensor) -> Tensor:
-        turned = coherence * (self.left @ matrix.to(self.left.dtype) @ self.right.mH)
-        mean: Tensor = (self.left.mH @ turned @ self.right).real
+        rotated = coherence * (self.left @ matrix.to(self.left.dtype) @ self.right.mH)
+        mean: Tensor = (self.left.mH @ rotated @ self.right).real
         return mean
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """The first dims of a head rotate, two for each of `frequencies`, in radians per position.
+    """How the keys of a head rotate: pairs of its first dims, one pair for each of `frequencies`, in radians per token.
 
-    Pairs are (i, i + half of the dims), or if `interleaved` (2i, 2i + 1). `longest` is the longest distance between a
-    query and a key.
+    The pairs are dims (i, i + half of the rotating dims), which is called half-split, or (2i, 2i + 1) if `interleaved`.
+    `longest` is the greatest distance between a query and a key, in tokens.
     """
 
     frequencies: tuple[float, ...]
@@ -62,14 +62,15 @@ class Rotary:
 
     @property
     def dims(self) -> int:
+        """The number of dims that rotate."""
         return 2 * len(self.frequencies)
 
     def half_split(self, head: Tensor) -> Tensor:
-        """The rows of a head, (head_dim, …), with rotary pairs (i, i + dims / 2) whatever their order."""
+        """Return the rows of a head, (head_dim, …), reordered so that its rotary pairs are (i, i + dims / 2)."""
         return head[self._order(head)]
 
     def original(self, head: Tensor) -> Tensor:
-        """The inverse of `half_split`."""
+        """Return half-split rows, (head_dim, …), in the class's own order: the inverse of `half_split`."""
         return head[self._order(head).argsort()]
 
     def _order(self, head: Tensor) -> Tensor:
@@ -82,7 +83,11 @@ class Rotary:
 
 
 def expected_rotation(rotary: Rotary, head_dim: int) -> ExpectedRotation:
-    """Of a half-split head with itself, at distances below `longest`, a distance n as likely as 1 / (n + 1)."""
+    """Return the expected rotation of a half-split head with itself.
+
+    Distances are whole numbers below `longest`, and n is drawn with a probability proportional to 1 / (n + 1), since
+    attention looks at near tokens more than at far ones.
+    """
     return expected_rotation_between(rotary, head_dim, rotary, head_dim)
 
 
@@ -90,9 +95,11 @@ def expected_rotation(rotary: Rotary, head_dim: int) -> ExpectedRotation:
 def expected_rotation_between(
     one: Rotary, one_dim: int, other: Rotary, other_dim: int, centred: float = 0.0
 ) -> ExpectedRotation:
-    """Of two half-split heads, at the distances of `expected_rotation` that the first has.
+    """Return the expected rotation of two half-split heads, of `one_dim` and `other_dim` dims, with each other.
 
-    `centred`: with so much of their mean left out, which a key without position can make up for.
+    Distances are drawn as in `expected_rotation`, below the `longest` of `one`. `centred` is the fraction, from 0 to
+    1, of the product of the two mean rotations that is subtracted: that part needs no position, and a latent without
+    one can hold it.
     """
     import torch
 
@@ -102,12 +109,12 @@ def expected_rotation_between(
         phases = torch.exp(1j * angular[:, None] * distances)
         coherence += (phases * likelihood) @ torch.exp(1j * others[:, None] * distances).mH
     if centred:
-        coherence -= centred * torch.outer(_mean_turn(one, one_dim), _mean_turn(other, other_dim).conj())
+        coherence -= centred * torch.outer(_mean_in_basis(one, one_dim), _mean_in_basis(other, other_dim).conj())
     return ExpectedRotation(_basis(one, one_dim), _basis(other, other_dim), coherence)
 
 
-def _mean_turn(rotary: Rotary, head_dim: int) -> Tensor:
-    """E of the rotation, on the diagonal of `_basis`."""
+def _mean_in_basis(rotary: Rotary, head_dim: int) -> Tensor:
+    """The expected rotation, which is diagonal in `_basis`: its entries, (head_dim,) complex."""
     import torch
 
     phases = mean_phases(rotary)
@@ -115,14 +122,14 @@ def _mean_turn(rotary: Rotary, head_dim: int) -> Tensor:
 
 
 def mean_rotation(rotary: Rotary, head_dim: int) -> Tensor:
-    """E of the rotation of a half-split head by the distances of `expected_rotation`, (head_dim, head_dim)."""
+    """Return the mean rotation of a half-split head, (head_dim, head_dim), at the distances of `expected_rotation`."""
     basis = _basis(rotary, head_dim)
-    mean: Tensor = (basis.mH @ (_mean_turn(rotary, head_dim)[:, None] * basis)).real
+    mean: Tensor = (basis.mH @ (_mean_in_basis(rotary, head_dim)[:, None] * basis)).real
     return mean
 
 
 def _angular(rotary: Rotary, head_dim: int) -> Tensor:
-    """By how much each dim of `_basis` turns per position: a key n positions before the query is turned back by n."""
+    """The angle by which each dim of `_basis` rotates per token, negative for a key that lies before the query."""
     import torch
 
     angular = torch.tensor(rotary.frequencies, dtype=torch.float64)
@@ -130,6 +137,7 @@ def _angular(rotary: Rotary, head_dim: int) -> Tensor:
 
 
 def _basis(rotary: Rotary, head_dim: int) -> Tensor:
+    """The complex basis, (head_dim, head_dim), in which the rotations of a half-split head are diagonal."""
     import torch
 
     pairs = torch.eye(len(rotary.frequencies), dtype=torch.complex128) / 2**0.5
@@ -142,7 +150,7 @@ def _basis(rotary: Rotary, head_dim: int) -> Tensor:
 
 @cache
 def mean_phases(rotary: Rotary) -> Tensor:
-    """E e^{iω distance} of each frequency, (F,), at the distances of `expected_rotation`."""
+    """Return E e^{iωn} for each frequency ω, (F,) complex128, over the distances n of `expected_rotation`."""
     import torch
 
     angular = torch.tensor(rotary.frequencies, dtype=torch.float64)
@@ -153,7 +161,7 @@ def mean_phases(rotary: Rotary) -> Tensor:
 
 
 def _distances(longest: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The distances below `longest`, in parts, and how likely each is."""
+    """The distances below `longest`, in parts that fit in memory, and the probability of each."""
     import torch
 
     total = (1 / torch.arange(1, longest + 1, dtype=torch.float64)).sum()

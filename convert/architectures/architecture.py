@@ -1,4 +1,4 @@
-"""What kvconvert must know about a `model_type`, and what a checkpoint says about its own attention."""
+"""What kvconvert must know of a `model_type`: where its attention tensors are, and how its config and class differ."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ Config = Mapping[str, Any]
 
 
 def no_sliding_window(config: Config, layer: int) -> bool:
-    """For architectures whose layers all attend to the whole context."""
+    """Return False: no layer has a sliding window. The default of `Architecture.is_sliding`."""
     return False
 
 
 def every_layer_rotates(config: Any, layer: int) -> bool:
-    """For architectures whose every layer has rotary positions."""
+    """Return True: every layer has rotary positions. The default of `Architecture.rotates`."""
     return True
 
 
 def no_layer_rotates(config: Any, layer: int) -> bool:
-    """For architectures without rotary positions."""
+    """Return False: no layer has rotary positions."""
     return False
 
 
 def unordered_heads(config: Config) -> bool:
-    """For architectures whose heads may change places."""
+    """Return False: what a head does does not depend on its number. The default of `Architecture.ordered_heads`."""
     return False
 
 
 def any_number(config: Config, num_key_value_heads: int) -> str | None:
-    """For architectures that can have every number of K/V heads that divides the query heads."""
+    """Return None: every number of K/V heads that divides the query heads is possible."""
     return None
 
 
 def quantised_refusal(config: Config) -> str | None:
-    """Why a quantised checkpoint cannot be converted; None for others."""
+    """Return why a quantised checkpoint cannot be converted, or None for one that is not quantised."""
     if config.get("quantization_config"):
         return "the checkpoint is quantised; convert the unquantised original, then quantise the result"
     return None
@@ -49,11 +49,11 @@ def quantised_refusal(config: Config) -> str | None:
 
 @dataclass(frozen=True)
 class HeadTensor:
-    """A tensor whose rows are heads, one after the other: first `num_query_heads` of them, then the K/V heads.
+    """A tensor whose rows are heads one after the other: first `num_query_heads` query heads, then all K/V heads.
 
-    `num_runs` says how often all K/V heads follow: twice where keys and values are in one tensor. `interleaved`: the
-    rows are, for each K/V head, the query heads that read it, its key and its value. `is_norm` marks the gains of a
-    norm.
+    All K/V heads follow `num_runs` times: twice where keys and values are in one tensor. Where `qkv_interleaved`, the
+    rows are in another order: for each K/V head the query heads that read it, then its key, then its value. `is_norm`
+    marks the gains of a norm, which are one row per head too.
     """
 
     name: str
@@ -65,29 +65,28 @@ class HeadTensor:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where the attention tensors of one `model_type` are, and how its config differs.
+    """A `model_type`: where its attention tensors are, how its config differs from the usual one, what its class does.
 
-    `cross_attention` is where a decoder's second attention is, with the same names of projections. `qkv_proj` names
-    the fused projection of an architecture that has one in place of q, k and v: rows [q; k; v], or, if `interleaved`,
-    for each K/V head its query heads, key and value. `key_norm` names the norm of the projected keys, `{head}` in it a
-    tensor per K/V head; where `always_normalised`, there is one without a tensor. `query_norm`, and `input_norm` before
-    the attention, are asked for where layers share keys and values only.
+    **Tensors.** `attention` is the module of a layer's self-attention, and `cross_attention` that of a decoder's second
+    attention, whose projections have the same names. `qkv_proj` names the fused projection of a class that has one in
+    place of q_proj, k_proj and v_proj; its rows are [q; k; v], or, where `qkv_interleaved`, for each K/V head its query
+    heads, its key and its value. `key_norm` names the norm of the projected keys; with `{head}` in the name there is
+    one tensor per K/V head. A class that normalises keys without a tensor is `always_normalised`. `query_norm`, and
+    `input_norm` before the attention, are used only where layers come to share keys and values.
 
-    For merges that use what a model leaves free: `interleaved_rotary` has rotary pairs (2i, 2i + 1) in place of
-    (i, i + half); `rotates(config, layer)`, given the class's config object, says whether a layer has rotary positions;
-    not `free_values`: something other than a linear map lies between the heads' outputs and o_proj;
-    `ordered_heads(config)`: what heads do depends on their position among the others.
+    **Computation.** `rotates(config, layer)`, which gets the class's config object, says whether a layer has rotary
+    positions; their pairs are dims (2i, 2i + 1) where `interleaved_rotary`, else (i, i + half). Where `free_values` is
+    False, something other than a linear map lies between the heads' outputs and o_proj, so that values cannot be
+    merged in closed form. `ordered_heads(config)` says whether what a head does depends on its number (ALiBi), so that
+    heads cannot be reordered. Where `latent`, keys and values are made of a cached latent (MLA).
 
-    not `autocasts`: the class does not run under autocast. `latent`: keys and values are made of a cached latent (MLA).
+    **Training.** A class that cannot run under autocast has `autocasts` False. Where `separates_documents`, the class
+    tells documents that share a sequence apart by position_ids that restart, without an attention mask.
 
-    `separates_documents`: without an attention mask the class tells documents that share a sequence apart by their
-    position_ids.
-
-    `config_names` translates the usual names of config.json (a dot leads into a section). Where that is not enough,
-    `read_heads(config)` gives the number of K/V heads, and `write_heads(config, number)` what the config of a result
-    has otherwise. `heads_refusal(config, number)` says why the class cannot have so many, or None.
-    `is_sliding(config, layer)` says whether a layer uses config's sliding_window when the config does not list
-    `layer_types`.
+    **Config.** `config_names` translates the usual names of config.json; a dot leads into a section. Where that does
+    not do, `read_heads(config)` gives the number of K/V heads and `write_heads(config, number)` the entries that change
+    for another number. `heads_refusal(config, number)` says why the class cannot have so many, or returns None.
+    `is_sliding(config, layer)` says whether a layer has the config's sliding_window where `layer_types` is not listed.
     """
 
     model_type: str
@@ -118,25 +117,27 @@ class Architecture:
 
     @property
     def attentions(self) -> tuple[str, ...]:
-        """Where a layer's attention modules are: its self-attention and, in some decoders, its cross-attention."""
+        """The attention modules of a layer, `{layer}` in their names: self-attention, and cross-attention in some."""
         return (self.attention,) if self.cross_attention is None else (self.attention, self.cross_attention)
 
     def tensor_name(self, layer: int, projection: str, kind: str = "weight", *, attention: str | None = None) -> str:
-        """Full name of a projection ("q_proj", …, "o_proj", "qkv_proj") of a layer; kind is weight or bias.
+        """Return the full name of a tensor of a layer's attention.
 
-        `attention` is one of `attentions`, the first unless given.
+        projection: a field of this class ("q_proj", …, "o_proj", "qkv_proj", "key_norm"). kind: "weight" or "bias".
+        attention: one of `attentions`, the self-attention unless given.
         """
         return f"{(attention or self.attention).format(layer=layer)}.{getattr(self, projection)}.{kind}"
 
     def input_norm_name(self, layer: int) -> str:
-        """The gain of the norm before a layer's self-attention, where a class has it beside the attention."""
+        """Return the name of the gain of the norm before a layer's self-attention."""
         return f"{self.attention.rpartition('.')[0].format(layer=layer)}.{self.input_norm}.weight"
 
     def config_name(self, name: str) -> str:
+        """Return what this architecture's config.json calls the usual `name`, for example n_layer."""
         return self.config_names.get(name, name)
 
     def result_config(self, config: Config, num_key_value_heads: int, head_dim: int) -> dict[str, Any]:
-        """The config of a checkpoint with another number of K/V heads."""
+        """Return a copy of the config for `num_key_value_heads` K/V heads of `head_dim` dims, under its own names."""
         result: dict[str, Any] = copy.deepcopy(dict(config))
         if self.write_heads is not None:
             return {**result, **self.write_heads(config, num_key_value_heads)}
@@ -149,13 +150,13 @@ class Architecture:
         return result
 
     def refusal(self, config: Config) -> str | None:
-        """Why this checkpoint's configuration cannot be converted, or None."""
+        """Return why a checkpoint with this config cannot be converted, or None if nothing in the config forbids it."""
         if self.latent:
             return "its cache holds a latent, not keys and values"
         return quantised_refusal(config)
 
     def approximation(self, checkpoint: Checkpoint) -> str | None:
-        """Why pooling is not a mean of what the heads compute, beyond being a mean of their weights; or None."""
+        """Return why the mean of heads' weights does not give the mean of their keys or values, or None if it does."""
         attention = self.attention.format(layer=0)
         normalised = self.key_norm and any(
             name.startswith(f"{attention}.{self.key_norm.split('.')[0]}.") for name in checkpoint.tensors
@@ -167,7 +168,7 @@ class Architecture:
         return None
 
     def key_value_tensors(self, checkpoint: Checkpoint, shape: AttentionShape, layer: int) -> list[HeadTensor]:
-        """The tensors of a layer that hold one row, or one run of rows, per K/V head, in a single tensor each."""
+        """Return the tensors of a layer that hold all its K/V heads, those of projections and of per-head gains."""
         if self.qkv_proj is not None:
             candidates = [
                 HeadTensor(
@@ -194,7 +195,10 @@ class Architecture:
         return [tensor for tensor in candidates if tensor.name in checkpoint.tensors]
 
     def key_norms_per_head(self, checkpoint: Checkpoint, shape: AttentionShape, layer: int) -> list[list[str]]:
-        """Norms that have a tensor of their own per K/V head: for weight and bias, the names in the order of heads."""
+        """Return the names of key norms that have one tensor per K/V head.
+
+        Returns a list for the weights and one for the biases, where there are any, each in the order of heads.
+        """
         if self.key_norm is None or "{head}" not in self.key_norm:
             return []
         template = f"{self.attention}.{self.key_norm}"

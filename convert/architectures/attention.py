@@ -1,4 +1,4 @@
-"""What a checkpoint says of its own attention, its tensors checked against its config."""
+"""The attention sizes of a checkpoint, read from its config and checked against its tensors."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ _OTHER_MODEL = "config.json and the weights belong to different models, or one o
 
 
 def read_attention(checkpoint: Checkpoint, architecture: Architecture) -> AttentionShape:
-    """The checkpoint's attention shape, every layer's tensors checked against config.json.
+    """Return the sizes of the checkpoint's attention, after checking the shapes of every layer's tensors against them.
 
-    A config that omits num_key_value_heads or head_dim (they have defaults that differ by class and version) is
-    completed from the tensors. Raises CheckpointError where a tensor is missing or contradicts the config.
+    Only headers are read. Where config.json leaves out num_key_value_heads or head_dim, whose defaults differ between
+    classes and versions, they are taken from the tensors. Raises CheckpointError where a tensor is missing, or config
+    and tensors disagree.
     """
     num_layers = checkpoint.config_int(architecture.config_name("num_hidden_layers"))
     num_heads = checkpoint.config_int(architecture.config_name("num_attention_heads"))

@@ -16,9 +16,9 @@ __all__ = ["projection_names", "projection_tensors", "read_projections"]
 
 
 def projection_names(source: Source, layer: int) -> dict[str, str]:
-    """The tensors of a layer's projections, by what they are ("q_proj.weight"): the bias of o_proj is not among them.
+    """Return the names of the tensors of a layer's projections, by what they are ("q_proj.weight").
 
-    A class with a fused projection has "qkv_proj" in place of "q_proj", "k_proj" and "v_proj".
+    The bias of o_proj is not among them. A class with a fused projection has "qkv_proj" in place of "q_proj", "k_proj" and "v_proj".
     """
     architecture = source.architecture
     fused = architecture.qkv_proj is not None
@@ -35,10 +35,7 @@ def projection_names(source: Source, layer: int) -> dict[str, str]:
 
 
 def projection_tensors(projections: Projections, source: Source, layer: int) -> dict[str, Tensor]:
-    """The projections as tensors with the names, the layout and the dtype that the source's have.
-
-    They may have fewer K/V heads than the source.
-    """
+    """Return projections, which may have fewer K/V heads than the source, under its names, in its layout and dtypes."""
     import torch
 
     architecture, shape = source.architecture, source.shape
@@ -59,7 +56,7 @@ def projection_tensors(projections: Projections, source: Source, layer: int) -> 
 
 
 def read_projections(source: Source, layer: int) -> Projections:
-    """The projections of a layer's self-attention, in float64."""
+    """Return the projections of a layer's self-attention in float64, biases as last columns."""
     checkpoint, architecture, shape = source.checkpoint, source.architecture, source.shape
 
     def read(projection: str) -> Tensor:

@@ -13,7 +13,10 @@ __all__ = ["read_rotary"]
 
 
 def read_rotary(checkpoint: Checkpoint, architecture: Architecture, shape: AttentionShape) -> list[Rotary]:
-    """For each layer, with the frequencies that its class computes."""
+    """Return how the keys of each layer rotate, with the frequencies that its class computes.
+
+    The class is built on the meta device. Raises UnsupportedError for one that rotates keys and does not say how fast.
+    """
     model = empty_model(checkpoint.config)
     found = {name.rpartition("rotary_emb.")[2]: buffer for name, buffer in model.named_buffers()}
     kinds = getattr(model.config, "layer_types", None) or [""] * shape.num_hidden_layers

@@ -31,7 +31,7 @@ def _all_but_every_sixth_layer(config: Config, layer: int) -> bool:
 
 
 def _pattern(config: Config, default: int) -> int:
-    """Exaone writes the pattern of its layers as a text such as LLLG."""
+    """The length of the pattern of sliding and full layers, which Exaone writes as a text such as LLLG."""
     pattern = config.get("sliding_window_pattern") or default
     return len(pattern) if isinstance(pattern, str) else int(pattern)
 
@@ -45,12 +45,12 @@ def _sliding_layers(config: Any, layer: int) -> bool:
 
 
 def _only_heads(config: Config, num_key_value_heads: int) -> dict[str, Any]:
-    """For classes that compute head_dim."""
+    """The entries that change in the config of a class that computes head_dim itself."""
     return {"num_key_value_heads": num_key_value_heads}
 
 
 def _even_only(config: Config, num_key_value_heads: int) -> str | None:
-    """DiffLlama's attention is the difference of two halves of its heads."""
+    """Why DiffLlama cannot have so many K/V heads: its attention is the difference of two halves of them."""
     if num_key_value_heads % 2:
         return f"diffllama needs an even number of K/V heads, not {num_key_value_heads}"
     return None
@@ -73,9 +73,10 @@ def _falcon_heads(config: Config) -> int:
 
 
 def _falcon_with_heads(config: Config, num_key_value_heads: int) -> dict[str, Any]:
-    """The old architecture has one K/V head or all of them; the new one, with one norm, computes the same.
+    """The entries that change in Falcon's config for so many K/V heads.
 
-    transformers caches all heads of the new one, and one head of the old one.
+    Falcon's old architecture has one K/V head or all of them. Its new one, with one norm, computes the same and has any
+    number. One head goes to the old one where possible, since transformers caches all query heads for the new one.
     """
     has_two_norms = config.get("new_decoder_architecture") and config.get("num_ln_in_parallel_attn") != 1
     if num_key_value_heads == 1 and not has_two_norms:
@@ -225,21 +226,22 @@ _ENTRIES = (
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({entry.model_type: entry for entry in _ENTRIES})
+"""The architectures with grouped attention, by `model_type`, with the names that a checkpoint with a head has."""
 
 LATENT_ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {"deepseek_v3": Architecture("deepseek_v3", interleaved_rotary=True, latent=True)}
 )
-"""Those with multi-head latent attention, which are converted to and not from."""
+"""The architectures with multi-head latent attention: a conversion can lead to them, and none starts from them."""
 
 
 def known_architecture(model_type: object) -> Architecture | None:
-    """The entry of a `model_type`, with the names that its class has."""
+    """Return the entry of a `model_type`, or None if there is none."""
     name = str(model_type)
     return ARCHITECTURES.get(name) or LATENT_ARCHITECTURES.get(name)
 
 
 def _reasons() -> dict[str, str]:
-    """Why known architectures are not in the table."""
+    """For each `model_type` that is known and not in the table, the reason."""
     causes = {
         "its experts hold the query projections, so that fewer K/V heads would change them too": "jetmoe",
         "it has a vision part that this version does not know; convert its language model": "gemma3",
@@ -257,7 +259,10 @@ _REASONS = _reasons()
 
 
 def find_architecture(checkpoint: Checkpoint) -> Architecture:
-    """The entry of the checkpoint's `model_type`. Raises UnsupportedError when there is none."""
+    """Return the entry of the checkpoint's `model_type`, with tensor names as this checkpoint has them.
+
+    Raises UnsupportedError, with the reason where one is known, for a `model_type` that is not in the table.
+    """
     model_type = checkpoint.config.get("model_type")
     architecture = known_architecture(model_type)
     if architecture is None:
@@ -270,7 +275,7 @@ def find_architecture(checkpoint: Checkpoint) -> Architecture:
 
 
 def _located(architecture: Architecture, checkpoint: Checkpoint) -> Architecture:
-    """The entry with its names as this checkpoint has them: a base class saves without the prefix of its parent."""
+    """The entry with the checkpoint's tensor names: a base class saves without the first part (`model.`)."""
     cross = architecture.cross_attention
     bare = replace(
         architecture,

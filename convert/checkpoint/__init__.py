@@ -1,1 +1,1 @@
-"""Files: tensors on demand, hub, shards out, staged directories, tokenizer and code beside the weights."""
+"""Files of checkpoints: reading tensors on demand, the hub, writing shards, tokenizers and code beside the weights."""

@@ -1,4 +1,4 @@
-"""The files of a checkpoint that are not weights: tokenizer, generation config, chat template, licence."""
+"""The files of a checkpoint that go with its weights: tokenizer, generation config, chat template, licence."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _COPIED_DIRECTORIES = ("additional_chat_templates",)
 
 
 def name_tokenizer(source: Path, target: Path) -> None:
-    """Write what the files of a tokenizer left to the `model_type`, which has changed.
+    """Write into `target` what the tokenizer's files in `source` leave to the `model_type`, which `target` changes.
 
-    That is its class and special tokens, and tokenizer.json where only a vocabulary and merges were there. A tokenizer
-    that cannot be loaded stays as it was copied.
+    That is the tokenizer's class and special tokens, and tokenizer.json where there are only a vocabulary and merges.
+    The files of a tokenizer that cannot be loaded stay as they were copied.
     """
     path = target / "tokenizer_config.json"
     try:
@@ -47,9 +47,9 @@ def name_tokenizer(source: Path, target: Path) -> None:
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy every companion file byte for byte; returns their names.
+    """Copy the files of `source` that go with its weights to `target`, byte for byte; returns their names.
 
-    Weights, config.json and README.md stay behind, and the code of the source's class, which knows no grouping.
+    Not copied are weights, config.json, README.md and the code of the source's class, which cannot group heads.
     """
     copied = []
     for path in sorted(source.iterdir()):

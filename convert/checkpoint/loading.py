@@ -30,9 +30,9 @@ __all__ = [
 
 
 def check_opens(directory: Path) -> str:
-    """Open the checkpoint in its class on the meta device, loading no weight; returns the class name.
+    """Open a checkpoint in its class on the meta device, without loading a weight, and return the name of the class.
 
-    Raises CheckpointError if a key is missing, unexpected or of the wrong shape.
+    Raises CheckpointError where the class cannot be built, or a tensor is missing, unexpected or of the wrong shape.
     """
     model, problem = _open(directory, device_map="meta", dtype="auto")
     if problem:
@@ -44,11 +44,12 @@ def check_opens(directory: Path) -> str:
 
 
 def load_model(model: str | Path, *, dtype: Any, device: Any, distributed_config: Any = None) -> Any:
-    """The language model in eval mode, in `dtype` on `device`; with a `distributed_config`, where that puts it.
+    """Load a language model and return it in eval mode.
 
-    Raises CheckpointError if its weights do not fill its class (transformers only warns about missing keys and fills
-    them with random numbers), or if it was saved without the head that predicts tokens; UnsupportedError if it is an
-    encoder-decoder.
+    dtype: a torch dtype. device: where the model goes; with a `distributed_config` that decides instead. Raises
+    CheckpointError where tensors are missing, unexpected or of the wrong shape (transformers only warns, and fills what
+    is missing with random numbers) or the model was saved without the head that predicts tokens, and UnsupportedError
+    for an encoder-decoder. An error of memory that ran out is raised as it is, with a note that names the model.
     """
     sharding = {} if distributed_config is None else {"distributed_config": distributed_config}
     loaded, problem = _open(model, dtype=dtype, **sharding)
@@ -69,7 +70,7 @@ def load_model(model: str | Path, *, dtype: Any, device: Any, distributed_config
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no warnings of transformers: kvconvert shows its own progress and checks for itself."""
+    """Switch off progress bars and warnings of transformers inside the block: callers report and check themselves."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled
     from transformers.utils import logging
 
@@ -85,7 +86,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def class_config(config: Mapping[str, Any]) -> Any:
-    """The config as its class reads it, with the class's defaults; not of a class that is remote code."""
+    """Return the config object of a config.json, with the defaults of its class, which must be one of transformers."""
     from transformers import AutoConfig
 
     values = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
@@ -94,7 +95,7 @@ def class_config(config: Mapping[str, Any]) -> Any:
 
 
 def empty_model(config: Mapping[str, Any]) -> Any:
-    """The causal language model of a config in float32, its parameters on the meta device, its buffers on the CPU."""
+    """Return the causal language model of a config in float32, parameters on the meta device and buffers on the CPU."""
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -104,14 +105,17 @@ def empty_model(config: Mapping[str, Any]) -> Any:
 
 
 def knows_class(model_type: object) -> bool:
-    """Whether transformers has a class for this `model_type`."""
+    """Return whether transformers has a class for this `model_type`."""
     from transformers import CONFIG_MAPPING
 
     return model_type in CONFIG_MAPPING
 
 
 def auto_class(model: str | Path) -> Any:
-    """The auto class that opens a checkpoint with the head that it was saved with."""
+    """Return the auto class of transformers that opens a checkpoint with the head that it was saved with.
+
+    Raises ImportError for one of kvconvert's classes where this version of transformers does not do.
+    """
     import transformers
     from transformers.models.auto import modeling_auto
 
@@ -133,7 +137,7 @@ def auto_class(model: str | Path) -> Any:
 
 
 def _open(model: str | Path, **options: Any) -> tuple[Any, str | None]:
-    """The model, and in words what its class found missing, unexpected or of the wrong shape."""
+    """The opened model, and a clause that names tensors that are missing, unexpected or of a wrong shape, or None."""
     try:
         with quiet_transformers():
             opened = auto_class(model).from_pretrained(

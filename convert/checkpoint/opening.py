@@ -1,4 +1,4 @@
-"""Opening a checkpoint: a directory or a hub id, its headers read and checked."""
+"""Opening a checkpoint, a directory or a hub id: its headers are read and checked, and no weight is loaded."""
 
 from __future__ import annotations
 
@@ -37,11 +37,12 @@ _MISSING_DIRECTORY_HINT = (
 
 
 def open_checkpoint(model: str | Path, *, revision: str | None = None, headers_only: bool = False) -> Checkpoint:
-    """Open a local directory or a hub id.
+    """Open a local directory or a hub id, and return the checkpoint with the headers of all its tensors.
 
-    A hub id is downloaded to the hub cache (HF_HOME, HF_HUB_OFFLINE and the token are honoured) unless
-    `headers_only`, which fetches config.json and the headers of the safetensors files, whatever the size.
-    Raises CheckpointError: missing, truncated or corrupt files, a shard that the index names and that is not there.
+    A hub id is downloaded to the hub cache (HF_HOME, HF_HUB_OFFLINE and HF_TOKEN are honoured); with `headers_only`
+    only config.json and the headers of its safetensors files are fetched. `revision` is its branch, tag or commit.
+    Raises CheckpointError where a file is missing, truncated or corrupt, where an index names what is not there, and
+    where the hub does not give the model: not found, no permission, no network.
     """
     name = str(model)
     path = Path(model).expanduser()
@@ -55,9 +56,9 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, headers_o
 
 
 def weight_files(directory: Path) -> tuple[list[str], Path | None]:
-    """Names of the weight files of a checkpoint directory, in order, and the index that lists them if there is one.
+    """Return the sorted names of the weight files of a directory, and the path of the index that lists them, or None.
 
-    safetensors are preferred to pytorch_model.bin. Raises CheckpointError when there is neither.
+    safetensors files are preferred to pytorch_model.bin. Raises CheckpointError where there is neither.
     """
     for name, index_name in ((WEIGHTS_NAME, INDEX_NAME), (PICKLE_NAME, PICKLE_INDEX_NAME)):
         index_path = directory / index_name

@@ -1,4 +1,4 @@
-"""Places that are written: checked before, whole or absent after, and never somebody else's."""
+"""Output places: checked before anything is written, complete or absent afterwards, and never overwritten unasked."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ _DISK_FULL_TEXTS = (
 
 
 def read_provenance(directory: Path) -> dict[str, Any]:
-    """What kvconvert wrote down of how a checkpoint was made; nothing of one that it did not make."""
+    """Return the content of kvconvert.json, which says how a checkpoint was made; {} for one without the file."""
     path = directory / PROVENANCE_NAME
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 def check_output(output: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:
-    """Raise OutputError unless `output` can be written without loss.
+    """Raise OutputError unless `output` can be written without losing anything.
 
-    It must not exist, or with `force` be an empty directory or one that kvconvert wrote; and it must not be or hold
-    any of `inputs`.
+    It must not exist; with `force` it may be an empty directory or one that kvconvert wrote. It must neither be nor
+    contain any of `inputs`, and its nearest existing parent must be writable.
     """
     check_apart(output, inputs)
     if output.is_symlink():
@@ -75,7 +75,7 @@ def check_output(output: Path, *, force: bool, inputs: Sequence[Path] = ()) -> N
 
 
 def check_apart(place: Path, inputs: Sequence[Path]) -> None:
-    """Raise OutputError if a directory that is written, or removed, is or holds any of `inputs`."""
+    """Raise OutputError if `place`, which will be written or removed, is or contains any of `inputs`."""
     for path in inputs:
         if place.resolve() in (path.resolve(), *path.resolve().parents):
             what = "is" if place.resolve() == path.resolve() else "holds"
@@ -95,7 +95,7 @@ def check_free_space(output: Path, num_bytes: int) -> None:
 
 
 def check_file(path: Path, *, outside: Path) -> None:
-    """Raise OutputError unless a new file can be written at `path`, in a directory that is there, not in `outside`."""
+    """Raise OutputError unless a new file can be written at `path`, in a directory that exists and is not `outside`."""
     if path.exists():
         raise OutputError(f"{path} already exists", hint="choose another name, or remove it")
     absolute = Path(os.path.abspath(path))
@@ -146,10 +146,10 @@ def _belongs_to(path: Path, output: Path) -> bool:
 
 @contextmanager
 def staged_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
-    """A directory beside `output` that is renamed to it on success and removed on any failure.
+    """Yield a new directory beside `output`, which is renamed to it at the end, and removed where the block raises.
 
-    With `force`, an existing `output` is replaced only at the very end. Raises OutputError when the disk is full or
-    the place cannot be written.
+    With `force`, an existing `output` is replaced only at the very end. Errors of files are those of `disk_errors`;
+    OutputError is raised too where `output` has come into being meanwhile.
     """
     output = Path(os.path.abspath(output))
     staging = output.with_name(f".{output.name}.partial-{os.getpid()}")
@@ -168,7 +168,7 @@ def staged_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that is whole or absent: to a neighbour first, flushed to the disk, then renamed."""
+    """Write a text file in UTF-8 that is complete or absent: to a hidden file beside it, synced, then renamed."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -201,6 +201,6 @@ def _remove_empty_parents(directory: Path, keep: Path) -> None:
 
 
 def existing_parent(path: Path) -> Path:
-    """The nearest directory above `path` that is there."""
+    """Return the nearest directory above `path` that exists."""
     absolute = Path(os.path.abspath(path))
     return next((parent for parent in absolute.parents if parent.exists()), absolute)

@@ -1,7 +1,7 @@
-"""The code of a class of ours that lies beside converted weights: written, recognised, renewed.
+"""The code of kvconvert's classes that lies beside converted weights: copied there, recognised, and renewed.
 
-A checkpoint carries the code that opens it with `trust_remote_code=True`. That code grows old while transformers goes
-on; `refresh` replaces it by the one that is installed.
+A checkpoint in such a class carries the code that opens it with `trust_remote_code=True`. New versions of transformers
+may no longer work with it; `refresh` replaces it by the installed code.
 """
 
 from __future__ import annotations
@@ -43,15 +43,20 @@ _DECLARED = re.compile(r'^TESTED_VERSIONS = \("([\d.]+)", "([\d.]+)"\)', re.MULT
 
 
 class BesideState(StrEnum):
-    NONE = "none"  # no code lies there: only `import kvconvert.convert` opens it
+    """Whose code lies beside the weights."""
+
+    NONE = "none"  # there is none: only `import kvconvert.convert` opens the checkpoint
     CURRENT = "current"  # the installed files, byte for byte
-    EARLIER = "earlier"  # files that an earlier kvconvert wrote
-    OTHER = "other"  # anybody's
+    EARLIER = "earlier"  # files that an earlier version of kvconvert wrote
+    OTHER = "other"  # files that no known version of kvconvert wrote
 
 
 @dataclass(frozen=True)
 class CodeBeside:
-    """The files of `entry`, a class of ours, in `directory`; `works_with` are versions of transformers, if known."""
+    """The code of `entry`, one of kvconvert's classes, in the directory of a checkpoint.
+
+    `works_with` names the versions of transformers that it works with, where that is known.
+    """
 
     directory: Path
     entry: RuntimeClass
@@ -60,18 +65,18 @@ class CodeBeside:
 
     @property
     def may_run(self) -> bool:
-        """Whether it differs from what is installed, and may run: ours, or trusted by the user."""
+        """Whether it differs from the installed code and may run: an earlier version's, or allowed by the user."""
         return self.state is BesideState.EARLIER or (self.state is BesideState.OTHER and remote_code_allowed())
 
     def load(self, name: str) -> Any:
-        """The class that the key `name` of auto_map has in the files beside the weights. This runs them."""
+        """Run the files beside the weights, and return the class that auto_map names there under the key `name`."""
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
         return get_class_from_dynamic_module(self.entry.auto_map[name], str(self.directory))
 
 
 def code_beside(directory: Path, entry: RuntimeClass) -> CodeBeside:
-    """Recognise the code of a class of ours in a checkpoint, without running it."""
+    """Recognise by their hashes the files of `entry` in a checkpoint's directory, without running them."""
     found = [directory / file.name for file in entry.files if (directory / file.name).exists()]
     if not any(path.name.startswith("modeling_") for path in found):
         return CodeBeside(directory, entry, BesideState.NONE)
@@ -90,17 +95,17 @@ def code_beside(directory: Path, entry: RuntimeClass) -> CodeBeside:
 
 
 def copy_runtime_code(model_type: str, target: Path) -> None:
-    """Copy the files of a class of ours beside its weights."""
+    """Copy the code of a `model_type` of kvconvert's beside its weights; nothing for any other `model_type`."""
     if model_type in RUNTIME_CLASSES:
         for code in RUNTIME_CLASSES[model_type].files:
             shutil.copyfile(code, target / code.name)
 
 
 def replace_code(beside: CodeBeside) -> tuple[str, ...]:
-    """Put the installed files in place of those that differ; returns their names.
+    """Replace the files that differ from the installed ones, and return their names.
 
-    Each is whole or untouched, and after each the files that are there work together: what the others import comes
-    first, and earlier versions do not import it.
+    Each file is replaced whole or not at all, and after each replacement the files work together: the one that the
+    others import comes first, and earlier versions of the others do not import it.
     """
     replaced = []
     for file in reversed(beside.entry.files):  # the interface, the class, its configuration

@@ -34,14 +34,14 @@ _COPY_CHUNK_BYTES = 16 * 2**20
 
 
 def torch_dtype(dtype: str) -> Any:
-    """The torch dtype of a safetensors floating-point dtype name; KeyError for any other."""
+    """Return the torch dtype that safetensors calls "BF16", "F16", "F32" or "F64". Raises KeyError for any other."""
     import torch
 
     return getattr(torch, TORCH_DTYPES[dtype])
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
-    """The values of a tensor as safetensors stores them: row by row, little endian."""
+    """Return the values of a CPU tensor as safetensors stores them: row by row, little endian."""
     import torch
 
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -49,7 +49,11 @@ def tensor_bytes(tensor: Tensor) -> bytes:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `begin` and `end` are byte positions in `file`, from its start in a pytorch_model.bin."""
+    """The header of a tensor: its dtype by safetensors' name, its shape, and where its bytes lie in `file`.
+
+    `begin` and `end` are positions in the file for safetensors. In a pytorch_model.bin they count from the tensor's
+    first byte.
+    """
 
     name: str
     dtype: str
@@ -60,10 +64,12 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int:
+        """The size of the tensor in bytes."""
         return self.end - self.begin
 
     @property
     def num_elements(self) -> int:
+        """The number of values in the tensor."""
         count = 1
         for size in self.shape:
             count *= size
@@ -72,10 +78,10 @@ class TensorInfo:
 
 @dataclass
 class Checkpoint:
-    """An opened checkpoint. Opening reads headers only; `read` and `copy_bytes` touch one tensor.
+    """An opened, read-only checkpoint: its config and headers are in memory, and tensors are read one at a time.
 
-    `path` is None when only the headers of a hub repository were fetched; tensors cannot be read then. `pickled` holds
-    the tensors of pytorch_model.bin files, mapped from the disk.
+    `path` is None where only the headers of a hub repository were fetched, so that no tensor can be read. `pickled`
+    holds the tensors of pytorch_model.bin files, mapped from the disk.
     """
 
     name: str
@@ -93,6 +99,7 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
+        """Unmap the files that tensors were read from."""
         for mapped in self._maps.values():
             mapped.close()
         self._maps.clear()
@@ -104,36 +111,38 @@ class Checkpoint:
 
     @property
     def directory(self) -> Path:
+        """The directory that holds the checkpoint. Raises CheckpointError where only headers were fetched."""
         if self.path is None:
             raise CheckpointError(f"{self.name}: only its headers were fetched, its files are not on this machine")
         return self.path
 
     def counted_tensors(self, names: Iterable[str] | None = None) -> list[TensorInfo]:
-        """The tensors that are parameters of the model, or those of them that are named."""
+        """Return the headers of the tensors that are parameters of the model: all, or those with these names."""
         chosen = self.tensors if names is None else set(names)
         return [info for name, info in self.tensors.items() if name in chosen]
 
     @cached_property
     def num_parameters(self) -> int:
+        """The number of values of all parameters."""
         return sum(info.num_elements for info in self.counted_tensors())
 
     @cached_property
     def dtype(self) -> str:
-        """The safetensors dtype that most parameters have."""
+        """The safetensors name of the dtype that most parameters have."""
         counts: dict[str, int] = {}
         for info in self.counted_tensors():
             counts[info.dtype] = counts.get(info.dtype, 0) + info.num_elements
         return max(counts, key=lambda dtype: counts[dtype])
 
     def config_value(self, key: str) -> Any:
-        """A value of config.json, None if it is absent; a dot in `key` leads into a section."""
+        """Return a value of config.json, or None if it is absent; a dot in `key` leads into a section."""
         value: Any = self.config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         return value
 
     def config_int(self, key: str, *, default: int | None = None) -> int:
-        """A positive integer of config.json, `default` if it is absent or null. Raises CheckpointError."""
+        """Return a positive integer of config.json, or `default` if it is absent or null. Raises CheckpointError."""
         value = self.config_value(key)
         if value is None and default is not None:
             return default
@@ -142,7 +151,10 @@ class Checkpoint:
         return value
 
     def read(self, name: str) -> Tensor:
-        """One floating-point tensor, copied out of the mapped file, in its own dtype."""
+        """Return a copy of one tensor on the CPU, in the dtype that it is stored in.
+
+        Raises UnsupportedError for a tensor of integers or of 8-bit floats.
+        """
         import torch
 
         info = self.tensors[name]
@@ -158,7 +170,7 @@ class Checkpoint:
         return torch.frombuffer(raw, dtype=torch_dtype(info.dtype)).reshape(info.shape)
 
     def copy_bytes(self, name: str, target: IO[bytes]) -> None:
-        """Append the tensor's bytes to `target` without decoding them."""
+        """Append the bytes of one tensor, of any dtype, to `target`."""
         info = self.tensors[name]
         if info.file in self.pickled:
             target.write(tensor_bytes(self.pickled[info.file][name]))

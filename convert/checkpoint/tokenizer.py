@@ -25,12 +25,15 @@ _TOKENIZER_FILES = (
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether a checkpoint directory holds a tokenizer of any kind."""
+    """Return whether a directory holds the files of a tokenizer."""
     return any((directory / name).exists() for name in _TOKENIZER_FILES)
 
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a checkpoint. Raises DataError when there is none."""
+    """Return the tokenizer beside a checkpoint, a directory or a hub id.
+
+    Raises DataError where there is none or it cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     directory = Path(model)

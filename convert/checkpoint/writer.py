@@ -1,4 +1,4 @@
-"""Writes a checkpoint as safetensors shards that appear only when whole."""
+"""Writing safetensors files tensor by tensor, so that none of them has to be in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["CheckpointWriter", "TensorSpec", "write_safetensors"]
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to be written: its bytes follow in the order of the specs."""
+    """The name, dtype (by safetensors' name) and shape of a tensor that is to be written."""
 
     name: str
     dtype: str
@@ -25,6 +25,7 @@ class TensorSpec:
 
     @property
     def num_bytes(self) -> int:
+        """The size of the tensor in bytes."""
         count = DTYPE_BYTES[self.dtype]
         for size in self.shape:
             count *= size
@@ -32,10 +33,10 @@ class TensorSpec:
 
 
 class CheckpointWriter:
-    """Streams tensors into the shards of a directory, one after the other, holding none of them.
+    """Writes the weights, their index and config.json of a checkpoint into a directory, one tensor after the other.
 
-    `specs` are all tensors, in any order. Shards are filled in that order up to `max_shard_bytes`; within a shard
-    wider dtypes come first, as the safetensors library writes them, so that every tensor is aligned.
+    Shards are filled in the order of `specs` up to `max_shard_bytes`; a larger tensor gets a shard of its own. Within a
+    shard wider dtypes come first, as the safetensors library writes them, so that every tensor is aligned.
     """
 
     def __init__(self, directory: Path, specs: Sequence[TensorSpec], *, max_shard_bytes: int) -> None:
@@ -45,11 +46,12 @@ class CheckpointWriter:
         self._total_parameters = sum(spec.num_bytes // DTYPE_BYTES[spec.dtype] for spec in specs)
 
     def shard_name(self, index: int) -> str:
+        """Return the file name of a shard: model.safetensors where there is only one."""
         count = len(self._shards)
         return WEIGHTS_NAME if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
     def write_tensors(self) -> Iterator[tuple[TensorSpec, IO[bytes]]]:
-        """Yield each tensor with the file that its bytes must be appended to; the index is written last."""
+        """Yield each spec with the file that the caller appends the tensor's bytes to; the index is written last."""
         for index, shard in enumerate(self._shards):
             yield from write_safetensors(self.directory / self.shard_name(index), shard, {"format": "pt"})
         if len(self._shards) > 1:
@@ -61,13 +63,17 @@ class CheckpointWriter:
             write_text(self.directory / INDEX_NAME, json.dumps(index_json, indent=2) + "\n")
 
     def write_config(self, config: dict[str, Any]) -> None:
+        """Write config.json."""
         write_text(self.directory / CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_safetensors(
     path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str]
 ) -> Iterator[tuple[TensorSpec, IO[bytes]]]:
-    """Yield each tensor, in this order, with the file that its bytes must be appended to."""
+    """Write one safetensors file: yield each spec, in order, with the file that its bytes are appended to.
+
+    Raises AssertionError where the caller appends another number of bytes than the spec says.
+    """
     with path.open("wb") as file:
         file.write(_header(specs, metadata))
         for spec in specs:

@@ -19,7 +19,10 @@ __all__ = ["KERNEL_RANKS", "Serving", "engines_line", "latent_kernels", "serving
 
 @dataclass(frozen=True)
 class Serving:
-    """How an engine serves a class: `how` is a remark or option; `evidence` is "run", "read" or "not checked"."""
+    """Whether an engine serves a class: `works` is None where that is not known, or depends on what `how` says.
+
+    `evidence` says how it is known: "run", "read" or "not checked". `how` is a condition or an option of the engine.
+    """
 
     engine: str
     works: bool | None
@@ -63,17 +66,17 @@ _BY_ENGINE = {(model_type, entry.engine): entry for model_type, entry in _KNOWN}
 
 
 KERNEL_RANKS = (512, 448, 256)
-"""The kv_lora_rank of caches that kernels for latent attention take, with a qk_rope_head_dim of 64."""
+"""The values of kv_lora_rank that kernels for latent attention support, with a qk_rope_head_dim of 64."""
 
 _KERNEL_ROPE_DIM = 64
 _KERNEL_HEADS = ((128, 128), (64, 128), (192, 256))  # qk_nope_head_dim and v_head_dim
 
 
 def latent_kernels(latent: LatentSizes) -> str | None:
-    """Why vLLM 0.32 and SGLang have no fast kernel for a latent of these sizes; None if they have one.
+    """Return why vLLM 0.32 and SGLang have no fast kernel for a latent of these sizes, or None if they have one.
 
-    Read in vLLM: its latent cache takes 576, 512 or 320 numbers per token (576 in FlashMLA, and on a CPU), and the
-    first pass over a prompt takes certain heads.
+    Source: vLLM's code. Its latent cache has 576, 512 or 320 numbers per token (576 in FlashMLA, and on a CPU), and the
+    kernels for the first pass over a prompt support certain sizes of heads.
     """
     if latent.qk_rope_head_dim != _KERNEL_ROPE_DIM or latent.kv_lora_rank not in KERNEL_RANKS:
         totals = ", ".join(f"{rank} + {_KERNEL_ROPE_DIM}" for rank in KERNEL_RANKS)
@@ -89,9 +92,9 @@ def latent_kernels(latent: LatentSizes) -> str | None:
 
 
 def serving(model_type: str, config: Mapping[str, Any] | None = None) -> tuple[Serving, ...]:
-    """What is known for a converted checkpoint of this `model_type`, engine by engine.
+    """Return for each engine what is known of serving a converted checkpoint of this `model_type`.
 
-    Without `config` it is said of the class where that depends on it.
+    config: that of the checkpoint. Without it, the answer is about the class in general, with the conditions in `how`.
     """
     unknown = {engine: Serving(engine, None, "not checked") for engine in ("vLLM", "SGLang", "llama.cpp")}
     unknown = {"transformers": Serving("transformers", True, "run"), **unknown}
@@ -125,7 +128,7 @@ def _latent(config: Mapping[str, Any] | None) -> dict[str, Serving]:
 
 
 def _latent_class_refusal(config: Mapping[str, Any]) -> str | None:
-    """Why an engine's own class of DeepSeek-V3 computes something else than transformers', or None."""
+    """Why the class that engines have for DeepSeek-V3 computes something else than transformers' does, or None."""
     if config.get("attention_bias"):
         return "its own class drops the biases silently"
     rope_type = (config.get("rope_parameters") or {}).get("rope_type", "default")
@@ -170,7 +173,7 @@ def _grouped_decoder_in_vllm(config: Mapping[str, Any] | None) -> Serving:
 
 
 def engines_line(engines: Iterable[Serving]) -> str:
-    """The engines that serve a class, in one line."""
+    """Return the engines that serve a class, with evidence and conditions, as one line of text."""
     return ", ".join(
         f"{engine.engine} ({engine.evidence}{': ' + engine.how if engine.how else ''})"
         for engine in engines

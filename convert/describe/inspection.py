@@ -23,7 +23,11 @@ _CACHE_VALUE_BYTES = 2
 
 @dataclass(frozen=True)
 class Target:
-    """A conversion: possible (with the numbers of groups it takes and the class it leads to), or the reason why not."""
+    """Whether a checkpoint can be converted by a command of kvconvert.
+
+    `reason` says with which options, or why not. Where it is possible, `groups` lists the numbers of K/V heads that
+    the result can have, for commands that take one, and `model_type` is that of the result.
+    """
 
     command: str
     possible: bool
@@ -34,10 +38,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Cache figures are computed for 16-bit keys and values; a sliding window bounds the context.
+    """What a checkpoint is, what its cache costs, and what it can become.
 
-    With `cross_attention` the cache takes as much again for each token of the encoder. `serving` says for each class
-    that a conversion leads to which engines serve it.
+    Cache figures are bytes for keys and values in 16 bits; a layer with a sliding window keeps no more tokens than
+    that. With `cross_attention` the cache takes as much again for each token of the encoder. `serving` says which
+    engines serve each `model_type` that a conversion leads to. `approximation` says why the mean of heads' weights is
+    not the mean of what they compute, or is None.
     """
 
     model: str
@@ -72,10 +78,11 @@ def inspect(model: str | Path, *, context_length: int | None = None, revision: s
 
 
 def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = None) -> Inspection:
-    """Read headers and config; no weight is touched. `context_length` defaults to the longest the model takes.
+    """Inspect a checkpoint by its headers and config, without reading a weight.
 
-    A class that has no grouped attention is inspected as one that it can become. Raises UnsupportedError for an unknown
-    architecture, CheckpointError where config and tensors disagree.
+    context_length: in tokens, for the cache figure; by default the longest context of the model. A checkpoint whose
+    class has no grouped attention is described as the class that it can become. Raises UnsupportedError for an
+    unknown architecture, CheckpointError where config and tensors disagree.
     """
     views = list(targets(checkpoint))
     usable = [view for view in views if not isinstance(view, UnsupportedError)]
@@ -157,7 +164,7 @@ def _cross_layer_target(source: Checkpoint) -> tuple[Target, tuple[Source, ...]]
 
 
 def _latent_target(source: Checkpoint) -> Target:
-    """Whether keys and values fit in a latent; with the sizes, smaller than the cache is, that have fast kernels."""
+    """Whether keys and values can become a latent; the sizes that have fast kernels and make the cache smaller."""
     try:
         view = as_latent_source(source)
     except UnsupportedError as error:

@@ -1,1 +1,1 @@
-"""Documents, and how they become token ids. Calibration, uptraining and evaluation share it."""
+"""Text: where documents come from, and how they become token ids."""

@@ -1,4 +1,4 @@
-"""Documents: where text comes from and how it becomes token ids. Calibration, uptraining and evaluation share it."""
+"""Where documents come from: files, directories of them, and named datasets."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ _MAX_OPEN_FILES = 16
 
 @dataclass(frozen=True)
 class TextSource:
-    """Text files (one document each), JSONL or parquet (one document a row), a directory of them, or a dataset name.
+    """A source of text: a file, a directory of files, or the name of a dataset on the hub.
 
-    `text_field` is the column that holds the text; `config` and `split` select a part of a named dataset, `revision` a
-    branch, tag or commit of it.
+    A .txt or .md file is one document; a row of a JSONL or parquet file or of a dataset is one, whose text is in the
+    column `text_field`. `config` and `split` select a part of a named dataset, and `revision` a branch, tag or commit.
     """
 
     location: str
@@ -55,7 +55,7 @@ class TextSource:
 
     @property
     def path(self) -> Path:
-        """Where its files are, if it has files."""
+        """The location as a path, which need not exist."""
         try:
             return Path(self.location).expanduser()
         except RuntimeError:  # there is no such user
@@ -63,7 +63,10 @@ class TextSource:
 
 
 def read_documents(source: TextSource) -> Iterator[str]:
-    """The non-empty documents of the source, in order. Raises DataError: missing, unreadable or without text."""
+    """Yield the non-empty documents of the source in order.
+
+    Raises DataError where the source is missing or unreadable, or all its documents are empty.
+    """
     found = False
     for documents in read_files(source):
         for document in documents:
@@ -74,7 +77,10 @@ def read_documents(source: TextSource) -> Iterator[str]:
 
 
 def read_files(source: TextSource) -> list[Iterator[str]]:
-    """The non-empty documents of each file of the source, or of the named dataset. Raises DataError."""
+    """Return one iterator over non-empty documents per file of the source, or a single one for a named dataset.
+
+    Raises DataError where there is no usable file; iterating raises it where a file cannot be read.
+    """
     files = _files(source)
     if files is None:
         return [_non_empty(_read_dataset(source))]
@@ -82,9 +88,10 @@ def read_files(source: TextSource) -> list[Iterator[str]]:
 
 
 def read_interleaved(source: TextSource, *, seed: int) -> Iterator[str]:
-    """The non-empty documents of the source: files in an order drawn by `seed`, one document of each of 16 in turn.
+    """Yield the non-empty documents of the source in a mixed order, whose beginning is a sample of all its files.
 
-    So the beginning is a fair sample of the whole directory. Raises DataError as `read_documents` does.
+    The files are shuffled with `seed`, 16 of them are open at a time, and each gives one document after another file's.
+    Raises DataError as `read_documents` does.
     """
     files = read_files(source)
     random.Random(seed).shuffle(files)
@@ -105,15 +112,19 @@ def read_interleaved(source: TextSource, *, seed: int) -> Iterator[str]:
 
 
 def text_bytes(source: TextSource) -> int | None:
-    """Size of the source's files together, or None for a named dataset. Raises DataError when it has no usable file."""
+    """Return the total size of the source's files in bytes, or None for a named dataset.
+
+    Raises DataError where there is no usable file.
+    """
     files = _files(source)
     return None if files is None else sum(file.stat().st_size for file in files)
 
 
 def estimate_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """About how many tokens text files hold, from a sample; None for what is compressed and for a named dataset.
+    """Estimate how many tokens the source's files hold, from a sample; None for a dataset or compressed files.
 
-    A JSONL line counts with its keys and escapes, so that the estimate is rather too large. Raises DataError.
+    Keys and escapes of JSONL count as text, so that the estimate is rather too large. Raises DataError as
+    `read_documents` does.
     """
     files = _files(source)
     if files is None or any(file.suffix in (".gz", ".parquet") for file in files):

@@ -1,4 +1,4 @@
-"""How documents become token ids, and which tokenizers give the same ones."""
+"""How documents become token ids, and whether two tokenizers give the same ones."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _FAST_TOKENIZER_PARTS = ("added_tokens", "normalizer", "pre_tokenizer", "post_pr
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer itself puts a BOS before a text, as Llama's does and GPT-NeoX's does not."""
+    """Return whether the tokenizer itself puts a BOS before a text, as Llama's does and GPT-NeoX's does not."""
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token_id is not None and len(ids) > 0 and ids[0] == tokenizer.bos_token_id
 
 
 def encode_batch(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, bos: bool = False) -> list[list[int]]:
-    """Token ids of each text: BOS if asked for, the text without other special tokens, EOS if there is one."""
+    """Return the token ids of each text: BOS if `bos`, the text without other special tokens, EOS if there is one."""
     before = [tokenizer.bos_token_id] if bos else []
     after = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
@@ -40,14 +40,14 @@ def encode_batch(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, bo
 def encode_documents(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, bos: bool = False
 ) -> Iterator[list[int]]:
-    """Token ids of each document, as `encode_batch` gives them."""
+    """Yield the token ids of each document as `encode_batch` gives them, encoding 64 documents at a time."""
     iterator = iter(documents)
     while batch := list(islice(iterator, _ENCODE_BATCH)):
         yield from encode_batch(batch, tokenizer, bos=bos)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of what decides which ids a text becomes: vocabulary, special tokens, and a fast tokenizer's own parts."""
+    """Return the SHA-256 of what decides the ids of a text: vocabulary, special tokens, parts of a fast tokenizer."""
     described: dict[str, Any] = {
         "vocabulary": tokenizer.get_vocab(),
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
@@ -61,7 +61,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def check_tokenizers(model: str | Path, original: str | Path | None) -> None:
-    """Raise DataError if `model` has no tokenizer, or if its logits cannot be compared with those of `original`."""
+    """Raise DataError if `model` has no tokenizer, or its logits and those of `original` have other meanings."""
     tokenizer = load_tokenizer(model)
     if original is None:
         return

@@ -14,14 +14,17 @@ __all__ = ["BLOOM_TO_DECODER", "FALCON_TO_DECODER", "MPT_TO_DECODER"]
 
 
 def _slopes(num_heads: int) -> list[float]:
-    """2^(-8/n), 2^(-16/n), … for n heads; where n is no power of two, every other one of twice as many follows."""
+    """ALiBi's slopes: 2^(-8/n), 2^(-16/n), … for n heads.
+
+    Where n is no power of two, the slopes of the power of two below are followed by every other one of twice as many.
+    """
     nearest = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * (head + 1) / nearest) for head in range(nearest)]
     return slopes + [2 ** (-4 * (2 * head + 1) / nearest) for head in range(num_heads - nearest)]
 
 
 def _mpt_slopes(num_heads: int) -> list[float]:
-    """MPT rounds up to a power of two, and takes every second slope, then the others, where it has too many."""
+    """MPT's slopes, for the next power of two n: every second one, then the others, as many as there are heads."""
     nearest = 2 ** math.ceil(math.log2(num_heads))
     slopes = [2 ** (-8 * (head + 1) / nearest) for head in range(nearest)]
     return slopes if nearest == num_heads else (slopes[1::2] + slopes[::2])[:num_heads]
@@ -129,7 +132,10 @@ def _falcon_refusal(checkpoint: Checkpoint) -> str | None:
 
 
 def _falcon_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Falcon divides ALiBi, too, by √head_dim; for a power of two that commutes with its rounding to bfloat16."""
+    """GroupedDecoder's config for Falcon, which divides ALiBi by √head_dim too.
+
+    Where √head_dim is a power of two, the division commutes with Falcon's rounding of ALiBi to bfloat16.
+    """
     width, num_heads = checkpoint.config_int("hidden_size"), checkpoint.config_int("num_attention_heads")
     positions: dict[str, Any]
     if checkpoint.config.get("alibi"):

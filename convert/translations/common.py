@@ -1,4 +1,4 @@
-"""What translations share: configs, and tensors under another name."""
+"""Parts that several translations are made of: configs, renamed tensors, and the parts of fused projections."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def common_config(checkpoint: Checkpoint, model_type: str, class_name: str) -> dict[str, Any]:
-    """What both configs call the same, with the target's class."""
+    """Return a config for the class `class_name` with the entries that both classes call the same."""
     same = (
         "vocab_size hidden_size num_hidden_layers num_attention_heads initializer_range bos_token_id eos_token_id "
         "pad_token_id attention_dropout dtype torch_dtype quantization_config"
@@ -46,9 +46,10 @@ def common_config(checkpoint: Checkpoint, model_type: str, class_name: str) -> d
 
 
 def rope_config(checkpoint: Checkpoint, partial_rotary_factor: float, rope_theta: float) -> dict[str, Any]:
-    """Rotary settings as transformers 5 reads them, and beside them as version 4 does.
+    """Return rotary settings as transformers 5 reads them, and beside them as version 4 does.
 
-    The arguments are the values where the config has no rope_parameters.
+    The arguments are the values where the checkpoint's config has no rope_parameters. Raises CheckpointError where it
+    has rope_scaling that is no object.
     """
     parameters: dict[str, Any] = {"rope_theta": rope_theta, "partial_rotary_factor": partial_rotary_factor}
     scaling = checkpoint.config.get("rope_scaling") or {}
@@ -65,27 +66,27 @@ def rope_config(checkpoint: Checkpoint, partial_rotary_factor: float, rope_theta
 
 
 def int_of(checkpoint: Checkpoint, *names: str, default: int | None = None) -> int:
-    """The config's number under the first of these names that it has: older files use other ones."""
+    """Return the config's positive integer under the first of `names` that it has; older files use other names."""
     present = [name for name in names if checkpoint.config_value(name) is not None]
     return checkpoint.config_int((present or names)[0], default=default)
 
 
 def present_prefix(checkpoint: Checkpoint, prefix: str, name: str) -> str:
-    """The prefix of the decoder's tensors: none if a base class saved them."""
+    """Return `prefix` where the tensors' names begin with it, and "" where a base class saved them without it."""
     return prefix if prefix + name in checkpoint.tensors else ""
 
 
 def same(checkpoint: Checkpoint, name: str, compute: Compute | None = None) -> Derived:
-    """A tensor of the source, or a function of it that has its shape."""
+    """Return a tensor of the source, unchanged or changed by a `compute` that keeps its shape."""
     return Derived((name,), checkpoint.tensors[name].shape if name in checkpoint.tensors else (1,), compute)
 
 
 def linear(
     checkpoint: Checkpoint, new: str, old: str, compute: Compute | None = None, *, transposed: bool = False
 ) -> dict[str, Derived]:
-    """A projection or norm under another name, with a bias of zeros if it has none.
+    """Return weight and bias of a projection or norm `old` under the name `new`; a bias that is absent becomes zeros.
 
-    `transposed`: the source stores the weight as (inputs, outputs).
+    `transposed` says that the source stores the weight as (inputs, outputs), which is turned into (outputs, inputs).
     """
     weight = same(checkpoint, f"{old}.weight", compute)
     if transposed:
@@ -98,7 +99,7 @@ def linear(
 def qkv(
     checkpoint: Checkpoint, new: str, old: str, part: Callable[[Tensor, int], Tensor], *, transposed: bool = False
 ) -> dict[str, Derived]:
-    """q_proj, k_proj and v_proj of a fused projection: `part(tensor, index)` takes them out of it."""
+    """Return q_proj, k_proj and v_proj of a fused projection; `part(tensor, index)` takes out the rows of one."""
     weight = same(checkpoint, f"{old}.weight")
     num_rows, num_columns = weight.shape[::-1] if transposed else (weight.shape * 2)[:2]
     tensors = {}
@@ -117,12 +118,12 @@ def qkv(
 
 
 def third(tensor: Tensor, index: int) -> Tensor:
-    """q, k or v of a projection with the rows [q; k; v]."""
+    """Return q, k or v (index 0, 1 or 2) of a projection with the rows [q; k; v]."""
     return tensor.chunk(3)[index]
 
 
 def head_part(num_heads: int) -> Callable[[Tensor, int], Tensor]:
-    """q, k or v of a projection whose rows are (num_heads, 3, head_dim)."""
+    """Return a function that takes q, k or v out of a projection whose rows are (num_heads, 3, head_dim)."""
 
     def part(tensor: Tensor, index: int) -> Tensor:
         heads = tensor.reshape(num_heads, 3, -1, *tensor.shape[1:])[:, index]
@@ -132,10 +133,11 @@ def head_part(num_heads: int) -> Callable[[Tensor, int], Tensor]:
 
 
 def zeros(like: Derived) -> Derived:
-    """A bias of zeros, in the dtype of the weight that it belongs to."""
+    """Return a bias of zeros in the dtype of the weight `like` that it belongs to."""
     num_rows = like.shape[0]
     return Derived(like.reads[:1], (num_rows,), lambda tensor: tensor.new_zeros(num_rows))
 
 
 def whole(tensor: Tensor) -> Tensor:
+    """Return the tensor itself."""
     return tensor

@@ -30,9 +30,11 @@ _COPIED = (
 
 @dataclass(frozen=True)
 class _LlamaShaped:
-    """A class that CrossLayerDecoder holds, and where its defaults are other than those.
+    """A class whose function CrossLayerDecoder can compute, and what its translation must know.
 
-    `fused` names a layer's projections that are several of CrossLayerDecoder's.
+    `defaults` are values of its config class that differ from CrossLayerDecoder's. `token_ids` are the default ids of
+    BOS, EOS and padding. `qk_norm` says that queries and keys are normalised head by head. `fused` maps a projection
+    whose rows are several of CrossLayerDecoder's projections to their names.
     """
 
     model_type: str
@@ -42,11 +44,13 @@ class _LlamaShaped:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def translation(self) -> Translation:
+        """Return the translation to CrossLayerDecoder."""
         return Translation(
             self.model_type, CROSS_LAYER_DECODER, self.make_config, self.make_tensors, token_ids=self.token_ids
         )
 
     def make_config(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Return CrossLayerDecoder's config, in which every layer computes its keys and values."""
         runtime = RUNTIME_CLASSES[CROSS_LAYER_DECODER]
         config = {**self.defaults, **checkpoint.config}
         architecture = find_architecture(checkpoint)
@@ -78,6 +82,7 @@ class _LlamaShaped:
         }
 
     def make_tensors(self, checkpoint: Checkpoint) -> dict[str, Derived]:
+        """Return CrossLayerDecoder's tensors: copies, and parts of fused projections."""
         tensors: dict[str, Derived] = {}
         shape = read_attention(checkpoint, find_architecture(checkpoint))
         rows = {
@@ -98,7 +103,7 @@ class _LlamaShaped:
 def _parts(
     checkpoint: Checkpoint, name: str, prefix: str, suffix: str, projections: tuple[str, ...], rows: Mapping[str, int]
 ) -> dict[str, Derived]:
-    """The projections whose rows follow each other in one tensor; of those without an entry in `rows`, equal shares."""
+    """The projections whose rows follow one another in a tensor; those without an entry in `rows` have equal shares."""
     num_rows, *columns = checkpoint.tensors[name].shape
     found: dict[str, Derived] = {}
     begin = 0
@@ -149,6 +154,7 @@ _SOURCES = (
 CROSS_LAYER: Mapping[str, Translation] = MappingProxyType(
     {source.model_type: source.translation() for source in _SOURCES}
 )
+"""The translations to CrossLayerDecoder, by the `model_type` that they start from."""
 
 LATENT_SOURCES = tuple(source.model_type for source in _SOURCES if not source.qk_norm)
-"""Those that a latent holds too: norms of each head's keys cannot be seen in it."""
+"""The sources that can also get a latent: not those with per-head key norms, which DeepSeek-V3's class has not."""

@@ -1,7 +1,7 @@
 """Decoders with a LayerNorm before each of two sequential branches, as our GroupedDecoder.
 
-A source says here once where its tensors are; from there TO_GPT_BIGCODE and TO_NEMOTRON lead to the stock classes that
-hold some of them.
+A source class says once where its tensors are, and becomes a GroupedDecoder. From there TO_GPT_BIGCODE and TO_NEMOTRON
+lead to two stock classes that can compute some of them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def decoder_config(
     tie_word_embeddings: bool = True,
     **more: Any,
 ) -> dict[str, Any]:
-    """GroupedDecoder's config; `more` are its other fields."""
+    """Return GroupedDecoder's config: these sizes, `more` of its fields, and what the source's config says alike."""
     runtime = RUNTIME_CLASSES["grouped_decoder"]
     copied = {name: checkpoint.config[name] for name in _COPIED.split() if name in checkpoint.config}
     if "init_std" in checkpoint.config:
@@ -73,10 +73,12 @@ def decoder_tensors(
     head: str = "lm_head",
     transposed: bool = False,
 ) -> dict[str, Derived]:
-    """GroupedDecoder's tensors.
+    """Return how GroupedDecoder's tensors are made.
 
-    `names` maps the modules of a layer that are only renamed (norms, o_proj, up_proj, down_proj) to the source's;
-    `attention(new, old)` gives q_proj, k_proj and v_proj, and norms of queries and keys. A tied head may be absent.
+    `embeddings`, `final_norm`, `head` and `layers`, with `{layer}` in it, are names of the source's modules. `names`
+    maps the modules of a layer that are only renamed (norms, o_proj, up_proj, down_proj) to the source's.
+    `attention(new, old)` gives q_proj, k_proj, v_proj and norms of queries and keys for the attention `new`, from the
+    layer `old`. `transposed` says that the source stores projections as (inputs, outputs). A tied head may be absent.
     """
     tensors = {
         "model.embed_tokens.weight": same(checkpoint, f"{embeddings}.weight"),
@@ -96,7 +98,7 @@ def decoder_tensors(
 
 
 def megatron_modules(attention: str) -> dict[str, str]:
-    """The `names` of layers that call their attention `attention` and the rest as Megatron does."""
+    """Return the `names` of `decoder_tensors` for a source that names its modules as Megatron does."""
     return {
         "input_layernorm": "input_layernorm",
         "post_attention_layernorm": "post_attention_layernorm",
@@ -107,7 +109,7 @@ def megatron_modules(attention: str) -> dict[str, str]:
 
 
 def scaled_queries(tensors: dict[str, Derived], new: str, factor: float) -> dict[str, Derived]:
-    """The same with the queries of attention `new` multiplied by `factor`."""
+    """Return the tensors with the queries of the attention `new` multiplied by `factor`."""
 
     def scale(derived: Derived) -> Derived:
         compute = derived.compute or (lambda tensor: tensor)
@@ -150,7 +152,7 @@ def _gpt_bigcode_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _gpt_bigcode_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
-    """A multiplier of the embeddings goes into them, which unties them from the head."""
+    """GPTBigCode's tensors; a multiplier of the embeddings is folded into them, which unties them from the head."""
     width, num_heads = checkpoint.config_int("hidden_size"), checkpoint.config_int("num_attention_heads")
     multiplier = checkpoint.config.get("embedding_multiplier", 1.0)
     embeddings = same(checkpoint, "model.embed_tokens.weight")
@@ -206,7 +208,7 @@ def _nemotron_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _nemotron_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
-    """The same names. Nemotron's norms multiply by 1 + weight."""
+    """Nemotron's tensors, which have the same names; its norms multiply by 1 + weight, so that 1 is subtracted."""
     is_gain = ("norm.weight", "layernorm.weight")
     return {
         name: same(checkpoint, name, (lambda tensor: tensor - 1) if name.endswith(is_gain) else None)

@@ -97,7 +97,7 @@ def _decoder_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
 
 
 def _head(checkpoint: Checkpoint, prefix: str) -> str:
-    """The output head: files name it embed_out, newer ones lm_head, and where it is tied it is the embedding."""
+    """The name of the output head: embed_out, lm_head in newer files, and that of the embeddings where it is tied."""
     for name in ("embed_out", "lm_head"):
         if f"{name}.weight" in checkpoint.tensors:
             return name

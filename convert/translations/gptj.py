@@ -36,7 +36,7 @@ def _gptj_to_phi_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _gptj_to_phi_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
-    """GPT-J and CodeGen: one norm, parallel residual, interleaved rotary dims, no biases in attention."""
+    """Phi's tensors from GPT-J's or CodeGen's: rotary pairs become half-split, absent biases of attention zeros."""
     hidden_size, num_heads = checkpoint.config_int("n_embd"), checkpoint.config_int("n_head")
     rotary_dim = checkpoint.config_int("rotary_dim", default=_DEFAULT_ROTARY_DIM)
     half_split = partial(_half_split, num_heads=num_heads, rotary_dim=rotary_dim)
@@ -52,11 +52,11 @@ def _gptj_to_phi_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
         square = (hidden_size, hidden_size)
         fused = f"{old}.attn.qkv_proj.weight"
         for index, projection in enumerate(("q_proj", "v_proj", "k_proj")):  # CodeGen's order
-            turn = whole if projection == "v_proj" else half_split
+            reorder = whole if projection == "v_proj" else half_split
             if fused in checkpoint.tensors:
-                derived = Derived((fused,), square, partial(_codegen_part, index=index, turn=turn))
+                derived = Derived((fused,), square, partial(_codegen_part, index=index, reorder=reorder))
             else:
-                derived = Derived((f"{old}.attn.{projection}.weight",), square, turn)
+                derived = Derived((f"{old}.attn.{projection}.weight",), square, reorder)
             tensors[f"{new}.self_attn.{projection}.weight"] = derived
             tensors[f"{new}.self_attn.{projection}.bias"] = zeros(derived)
         tensors |= linear(checkpoint, f"{new}.self_attn.dense", f"{old}.attn.out_proj")
@@ -65,16 +65,16 @@ def _gptj_to_phi_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
     return tensors
 
 
-def _codegen_part(tensor: Tensor, *, index: int, turn: Any) -> Tensor:
-    """q, v or k of a projection whose rows are (4 blocks, 3, rows of the block)."""
+def _codegen_part(tensor: Tensor, *, index: int, reorder: Any) -> Tensor:
+    """q, v or k, reordered, of a projection whose rows are (4 blocks, 3, rows of the block)."""
     rows = tensor.shape[0] // (3 * _CODEGEN_BLOCKS)
     part = tensor.reshape(_CODEGEN_BLOCKS, 3, rows, *tensor.shape[1:])[:, index].reshape(-1, *tensor.shape[1:])
-    turned: Tensor = turn(part)
-    return turned
+    reordered: Tensor = reorder(part)
+    return reordered
 
 
 def _half_split(projection: Tensor, *, num_heads: int, rotary_dim: int) -> Tensor:
-    """Rotary pairs (2i, 2i + 1) of each head as pairs (i, i + rotary_dim / 2); the other dims stay."""
+    """The rows with each head's rotary pairs (2i, 2i + 1) moved to (i, i + rotary_dim / 2); other dims stay."""
     import torch
 
     heads = projection.reshape(num_heads, -1, *projection.shape[1:])

@@ -58,7 +58,7 @@ def _gpt2_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _gpt2_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
-    """GPT-2 stores its projections as (inputs, outputs)."""
+    """GroupedDecoder's tensors from GPT-2's, which stores projections as (inputs, outputs)."""
 
     def attention(new: str, old: str) -> dict[str, Derived]:
         tensors = qkv(checkpoint, new, f"{old}.attn.c_attn", third, transposed=True)
@@ -68,7 +68,7 @@ def _gpt2_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
 
 
 def _with_scale(checkpoint: Checkpoint, tensors: dict[str, Derived], new: str) -> dict[str, Derived]:
-    """Queries that make up for another scale of the scores than 1 / √head_dim."""
+    """The tensors with queries that make up for scores that the source scales by another factor than 1 / √head_dim."""
     config = checkpoint.config
     head_dim = checkpoint.config_int("n_embd") // checkpoint.config_int("n_head")
     factor = 1.0 if config.get("scale_attn_weights", True) else math.sqrt(head_dim)
@@ -113,7 +113,7 @@ def _bigcode_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
 
 
 def _neo_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Layers that attend to the whole context, and in between those that see a window of it."""
+    """GroupedDecoder's config for GPT-Neo, whose layers attend to the whole context and to a window by turns."""
     width, window = checkpoint.config_int("hidden_size"), checkpoint.config_int("window_size", default=256)
     num_layers = checkpoint.config_int("num_layers")
     longest = checkpoint.config_int("max_position_embeddings", default=2048)
@@ -139,7 +139,7 @@ def _neo_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _neo_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
-    """GPT-Neo does not divide attention by √head_dim: its queries are multiplied by it."""
+    """GroupedDecoder's tensors from GPT-Neo's, with queries times √head_dim, which it does not divide scores by."""
     factor = math.sqrt(checkpoint.config_int("hidden_size") // checkpoint.config_int("num_heads"))
 
     def attention(new: str, old: str) -> dict[str, Derived]:
@@ -213,7 +213,7 @@ def _xglm_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _xglm_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
-    """XGLM computes its positions; here they become a table, which uptraining may change."""
+    """GroupedDecoder's tensors from XGLM's, whose computed positions become a table, which uptraining may change."""
     prefix = present_prefix(checkpoint, "model.", "embed_tokens.weight")
     num_positions, width = checkpoint.config_int("max_position_embeddings"), checkpoint.config_int("d_model")
     padding = checkpoint.config.get("pad_token_id", 1)
@@ -235,7 +235,7 @@ def _fairseq_tensors(
     positions: Derived | None = None,
     head: str = "lm_head",
 ) -> dict[str, Derived]:
-    """OPT, BioGPT and XGLM name what is in a layer alike."""
+    """GroupedDecoder's tensors from those of OPT, BioGPT or XGLM, which name the modules of a layer alike."""
     return decoder_tensors(
         checkpoint,
         embeddings=f"{prefix}embed_tokens",

@@ -16,7 +16,7 @@ def _refusal(checkpoint: Checkpoint) -> str | None:
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Beyond seq_length Qwen changes its frequencies and scales its queries, so that is the longest context here."""
+    """Qwen2's config, with seq_length as the longest context: beyond it Qwen changes frequencies and scales queries."""
     config = checkpoint.config
     return common_config(checkpoint, "qwen2", "Qwen2ForCausalLM") | {
         "hidden_act": "silu",

@@ -1,4 +1,4 @@
-"""For every source, the classes that hold its function and have grouped attention, and the way to each."""
+"""For every `model_type`, the classes with grouped attention that can compute its function, and the way to each."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 Route = tuple[Translation, ...]
-"""Translations one after the other; an empty one is the checkpoint's own class."""
+"""Translations that are applied one after the other; an empty route keeps the checkpoint's class."""
 
 _OWN_CLASS: Route = ()
 
@@ -66,7 +66,7 @@ ROUTES: Mapping[str, tuple[Route, ...]] = MappingProxyType(
         "xglm": ((XGLM_TO_DECODER, TO_GPT_BIGCODE), (XGLM_TO_DECODER,)),
     }
 )
-"""For a `model_type`, the ways to a class with grouped attention, the best first; any other keeps its own class."""
+"""For a `model_type`, its routes to classes with grouped attention, the best first. Any other keeps its class."""
 
 
 TRANSLATIONS: Mapping[tuple[str, str], Translation] = MappingProxyType(
@@ -78,16 +78,16 @@ TRANSLATIONS: Mapping[tuple[str, str], Translation] = MappingProxyType(
         )
     }
 )
-"""Every translation, by the `model_type` that it begins with and the one that it leads to."""
+"""Every translation, by the `model_type` that it starts from and the one that it leads to."""
 
 
 def routes_of(model_type: object) -> tuple[Route, ...]:
-    """The ways of a class to one with grouped attention, the best first; one that is not in the table keeps its own."""
+    """Return the routes of a `model_type`, the best first: the entry of `ROUTES`, or the one that keeps the class."""
     return ROUTES.get(str(model_type), (_OWN_CLASS,))
 
 
 def translated(checkpoint: Checkpoint, route: Iterable[str]) -> Checkpoint:
-    """The checkpoint after the translations that lead to these classes, one after the other.
+    """Return the checkpoint after the translations to each `model_type` of `route`, one after the other.
 
     Raises UnsupportedError where there is no such translation, or where it would not be exact.
     """
@@ -100,7 +100,7 @@ def translated(checkpoint: Checkpoint, route: Iterable[str]) -> Checkpoint:
 
 
 def targets(checkpoint: Checkpoint) -> Iterator[Source | UnsupportedError]:
-    """The checkpoint as each class that may hold it, or why that one cannot, in the order of `ROUTES`.
+    """Yield for each route, in the order of `ROUTES`, the translated checkpoint, or the error that forbids it.
 
     Raises UnsupportedError for an architecture that kvconvert does not know.
     """
@@ -114,10 +114,10 @@ def targets(checkpoint: Checkpoint) -> Iterator[Source | UnsupportedError]:
 
 
 def as_target(checkpoint: Checkpoint, num_key_value_heads: int) -> Source:
-    """The checkpoint as the first class of `ROUTES` that computes the same function and can have so many K/V heads.
+    """Return the checkpoint in the first class of `ROUTES` that computes its function and can have so many K/V heads.
 
-    That is its own class if that one can. Raises UnsupportedError, with the reason of the last class, if none does, and
-    for an architecture that kvconvert does not know.
+    That is its own class if that one can. Raises UnsupportedError, with the reason of the last class, where none can,
+    and for an architecture that kvconvert does not know.
     """
     refusal = UnsupportedError(f"{checkpoint.name}: no class holds it")
     for target in targets(checkpoint):
@@ -132,9 +132,10 @@ def as_target(checkpoint: Checkpoint, num_key_value_heads: int) -> Source:
 
 
 def as_cross_layer(checkpoint: Checkpoint) -> Source:
-    """The checkpoint as CrossLayerDecoder, every layer with keys and values of its own.
+    """Return the checkpoint as CrossLayerDecoder, in which layers can share keys and values and do not yet.
 
-    Raises UnsupportedError for a class that it does not hold, and where layers share already.
+    Raises UnsupportedError for an architecture that CrossLayerDecoder does not cover, and for a checkpoint in which
+    layers share already.
     """
     refusal: UnsupportedError | None = None
     for target in targets(checkpoint):
@@ -160,9 +161,10 @@ def as_cross_layer(checkpoint: Checkpoint) -> Source:
 
 
 def as_latent_source(checkpoint: Checkpoint) -> Source:
-    """The checkpoint in a class whose function multi-head latent attention can hold: that of `as_cross_layer`.
+    """Return the checkpoint as CrossLayerDecoder, from which a conversion to multi-head latent attention starts.
 
-    Raises UnsupportedError for any other, with what would shrink its cache.
+    Raises UnsupportedError for an architecture whose function DeepSeek-V3's class cannot compute, with a hint at what
+    would shrink its cache.
     """
     for target in targets(checkpoint):
         if not isinstance(target, UnsupportedError):

@@ -1,6 +1,6 @@
 """T5, mT5, BART and Whisper: decoders with self- and cross-attention, whose classes have no grouped attention.
 
-Only the config changes: the grouped classes have the names of the stock ones.
+Only the config changes: the tensors of the grouped classes have the names that the stock classes give them.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ def _refusal(checkpoint: Checkpoint, *, class_names: tuple[str, ...]) -> str | N
 def _config(
     checkpoint: Checkpoint, *, model_type: str, defaults: Mapping[str, Any], fixed: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """`defaults` are values that the source's class has where its config says nothing, and the target's has not.
+    """The config of a grouped class.
 
-    `fixed` are values that the source's class has whatever its config says.
+    `defaults` are values of the source's config class that differ from the target's. `fixed` are values that the
+    source's class computes with, whatever its config says.
     """
     runtime = RUNTIME_CLASSES[model_type]
     config = {**defaults, **{name: value for name, value in checkpoint.config.items() if value is not None}, **fixed}

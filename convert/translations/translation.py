@@ -1,6 +1,7 @@
-"""A checkpoint seen as one of another class that computes the same function and, unlike its own, has grouped attention.
+"""A checkpoint translated to another class that computes the same function and, unlike its own, has grouped attention.
 
-The view is a Checkpoint: methods plan on it and `execute` reads from it as from any other, one tensor at a time.
+The translated checkpoint is a Checkpoint: methods plan on it and `execute` reads from it as from any other, one tensor
+at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ __all__ = ["Derived", "TranslatedCheckpoint", "Translation"]
 
 @dataclass(frozen=True)
 class Derived:
-    """A tensor of the target class: `compute` of the source tensors `reads`, in float64; without it the same bytes."""
+    """How a tensor of the target class is made: by `compute`, in float64, from the source tensors named in `reads`.
+
+    Without `compute` it is a copy of the only source tensor, byte for byte. `shape` is that of the result.
+    """
 
     reads: tuple[str, ...]
     shape: tuple[int, ...]
@@ -31,11 +35,11 @@ class Derived:
 
 @dataclass(frozen=True)
 class Translation:
-    """How checkpoints of one `model_type` become checkpoints of `target`.
+    """How a checkpoint of one `model_type` becomes one of the `model_type` `target` that computes the same function.
 
-    `config` makes the target's config.json, `tensors` says where each of its tensors comes from. `refusal` gives the
-    reason why a checkpoint cannot be translated exactly, or None. `token_ids` are the ids of BOS, EOS and padding that
-    the source's class has where its config says nothing; without them they are the target's.
+    `make_config` makes the target's config.json. `make_tensors` says for each of its tensors how it is made. `refusal`
+    gives the reason why a checkpoint cannot be translated exactly, or None. `token_ids` are the ids of BOS, EOS and
+    padding by default in the source's class; where it is None, the target's class has the same defaults.
     """
 
     model_type: str
@@ -48,14 +52,21 @@ class Translation:
 
 @dataclass
 class TranslatedCheckpoint(Checkpoint):
-    """`source` as its translation. Its tensors have the dtype of the source tensor that they are made from first."""
+    """A checkpoint made from `source` by a translation, without a file: each tensor is computed when it is read.
+
+    A tensor has the dtype of the first source tensor that it is made of.
+    """
 
     source: Checkpoint = field(kw_only=True)
     derived: Mapping[str, Derived] = field(kw_only=True)
 
     @classmethod
     def of(cls, source: Checkpoint, translation: Translation) -> TranslatedCheckpoint:
-        """Raises UnsupportedError where the translation would not be exact, CheckpointError for missing tensors."""
+        """Translate a checkpoint; only headers are read.
+
+        Raises UnsupportedError where the translation would not be exact, and CheckpointError where a tensor is missing
+        or would be left out.
+        """
         refusal = quantised_refusal(source.config) or translation.refusal(source)
         if refusal:
             raise UnsupportedError(f"{source.name}: {refusal}")
@@ -78,14 +89,16 @@ class TranslatedCheckpoint(Checkpoint):
         return (*self.source.route, str(self.config["model_type"]))
 
     def close(self) -> None:
+        """Close the source."""
         self.source.close()
 
     def counted_tensors(self, names: Iterable[str] | None = None) -> list[TensorInfo]:
-        """The source's tensors that are taken over: masks and frequencies among its weights are not."""
+        """Return the source's tensors that the named ones, or all, are made of: not the masks among its weights."""
         chosen = self.derived if names is None else names
         return self.source.counted_tensors({read for name in chosen for read in self.derived[name].reads})
 
     def read(self, name: str) -> Tensor:
+        """Compute one tensor in float64, and return it in the dtype of the first source tensor that it is made of."""
         derived = self.derived[name]
         tensors = [self.source.read(source_name) for source_name in derived.reads]
         if derived.compute is None:
@@ -93,6 +106,7 @@ class TranslatedCheckpoint(Checkpoint):
         return derived.compute(*(tensor.double() for tensor in tensors)).to(tensors[0].dtype)
 
     def copy_bytes(self, name: str, target: IO[bytes]) -> None:
+        """Append the tensor's bytes to `target`, those of the source where nothing is computed."""
         derived = self.derived[name]
         if derived.compute is None:
             self.source.copy_bytes(derived.reads[0], target)
@@ -101,7 +115,7 @@ class TranslatedCheckpoint(Checkpoint):
 
 
 def _check_complete(source: Checkpoint, derived: Mapping[str, Derived]) -> None:
-    """Raise CheckpointError for a tensor that the translation would drop."""
+    """Raise CheckpointError where a tensor of the source is part of no tensor of the target."""
     read = {name for tensor in derived.values() for name in tensor.reads}
     dropped = [name for name in source.tensors if name not in read and not OLD_BUFFERS.search(name)]
     if dropped:
@@ -112,9 +126,9 @@ def _check_complete(source: Checkpoint, derived: Mapping[str, Derived]) -> None:
 
 
 def _completed(translation: Translation, source: Checkpoint, derived: Mapping[str, Derived]) -> dict[str, Any]:
-    """The translated config with the ids of special tokens that the source's class has by default.
+    """The target's config, with the ids of special tokens that the source's class has by default.
 
-    Where a base class saved the source, without a head, it names the target's base class.
+    Its `architectures` name the target's base class where the source was saved by a base class, without a head.
     """
     config = translation.make_config(source)
     if translation.token_ids is not None:
@@ -127,6 +141,7 @@ def _completed(translation: Translation, source: Checkpoint, derived: Mapping[st
 
 
 def _info(source: Checkpoint, name: str, derived: Derived) -> TensorInfo:
+    """The header of a tensor of the target. Raises CheckpointError where the source lacks what it is made of."""
     for source_name in derived.reads:
         if source_name not in source.tensors:
             raise CheckpointError(
