@@ -26,7 +26,7 @@ class Projections:
 
 
 def repeat_key_value_heads(projections: Projections, num_key_value_heads: int, head_dim: int) -> Projections:
-    """Return projections with `num_key_value_heads` K/V heads, each repeated in a row, that compute the same function."""
+    """Return projections that compute the same with `num_key_value_heads` K/V heads, each repeated in a row."""
 
     def repeated(rows: Tensor) -> Tensor:
         heads = rows.unflatten(0, (-1, head_dim))  # (K, D, E + 1)

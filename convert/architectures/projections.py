@@ -18,7 +18,8 @@ __all__ = ["projection_names", "projection_tensors", "read_projections"]
 def projection_names(source: Source, layer: int) -> dict[str, str]:
     """Return the names of the tensors of a layer's projections, by what they are ("q_proj.weight").
 
-    The bias of o_proj is not among them. A class with a fused projection has "qkv_proj" in place of "q_proj", "k_proj" and "v_proj".
+    The bias of o_proj is not among them. A class with a fused projection has "qkv_proj" in place of "q_proj", "k_proj"
+    and "v_proj".
     """
     architecture = source.architecture
     fused = architecture.qkv_proj is not None

@@ -29,7 +29,8 @@ def read_rotary(checkpoint: Checkpoint, architecture: Architecture, shape: Atten
             if buffer is None:
                 raise UnsupportedError(
                     f"{checkpoint.name}: {type(model).__name__} does not say how fast its keys rotate",
-                    hint="use --method mean",
+                    hint="take the mean of the heads instead",
+                    settings=("merge",),
                 )
             frequencies = tuple(buffer.tolist())
         longest = min(context, window or context)

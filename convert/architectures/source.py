@@ -1,4 +1,4 @@
-"""A checkpoint with what is known of it."""
+"""A checkpoint together with its architecture, attention sizes and RoPE."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["Source"]
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint to convert, with its architecture; its attention's shape and RoPE are read once, when asked for.
+    """A checkpoint to convert and its architecture; the sizes of its attention and its RoPE are read once, on demand.
 
-    Reading them raises CheckpointError where config and tensors contradict each other.
+    Reading them raises CheckpointError where config and tensors disagree.
     """
 
     checkpoint: Checkpoint
@@ -29,7 +29,7 @@ class Source:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Source:
-        """Raises UnsupportedError for an architecture that is not in the table."""
+        """Return a checkpoint with its architecture. Raises UnsupportedError for one that is not in the table."""
         return cls(checkpoint, find_architecture(checkpoint))
 
     def __enter__(self) -> Source:
@@ -40,21 +40,22 @@ class Source:
 
     @property
     def name(self) -> str:
+        """The directory or hub id that the checkpoint was opened with."""
         return self.checkpoint.name
 
     @cached_property
     def shape(self) -> AttentionShape:
-        """The numbers of its attention, every layer's tensors checked against config.json."""
+        """The sizes of its attention, with every layer's tensors checked against config.json."""
         return read_attention(self.checkpoint, self.architecture)
 
     @cached_property
     def rotary(self) -> tuple[Rotary, ...]:
-        """How the keys of each layer rotate, as its class computes it."""
+        """How the keys of each layer rotate, with the frequencies that its class computes."""
         return tuple(read_rotary(self.checkpoint, self.architecture, self.shape))
 
     @property
     def longest_context(self) -> int:
-        """How many tokens the model takes, 2048 where its config does not say."""
+        """The longest context of the model in tokens, 2048 where its config does not say."""
         name = self.architecture.config_name("max_position_embeddings")
         return self.checkpoint.config_int(name, default=2048)
 

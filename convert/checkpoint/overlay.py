@@ -1,4 +1,4 @@
-"""Tensors that a conversion made, in files that lie over those of the source."""
+"""Tensors that a method computed in advance, in files of their own, which a plan reads beside those of the source."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["Overlay"]
 
 @dataclass(frozen=True)
 class Overlay:
-    """The tensors of the safetensors files of `directory`; `files` says for each name in which one it is."""
+    """The tensors in the safetensors files of `directory`; `files` maps the name of each to its file."""
 
     directory: Path
     files: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, directory: Path) -> Overlay:
-        """The overlay that another process wrote into a directory."""
+        """Return the overlay that lies in a directory, for example one that another process wrote."""
         files: dict[str, str] = {}
         for path in sorted(directory.glob("*.safetensors")):
             with safe_open(path, "pt") as file:
@@ -34,7 +34,7 @@ class Overlay:
         return cls(directory, files)
 
     def store(self, tensors: Mapping[str, Tensor], file: str) -> None:
-        """Write a file of tensors, and know where they are. Raises OutputError where the disk is full."""
+        """Write tensors to a new file of the directory. Raises OutputError where the disk is full."""
         from safetensors.torch import save_file
 
         with disk_errors(self.directory / file):
@@ -42,7 +42,7 @@ class Overlay:
         self.files.update(dict.fromkeys(tensors, file))
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in its own dtype. Raises KeyError for a name that no file has."""
+        """Return one tensor on the CPU, in its own dtype. Raises KeyError for a name that no file has."""
         with safe_open(self.directory / self.files[name], "pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor

@@ -106,7 +106,7 @@ class Checkpoint:
 
     @property
     def route(self) -> tuple[str, ...]:
-        """The classes that it was translated to, one after the other: none, where it is what its files hold."""
+        """Each `model_type` that it was translated to, in order; () for a checkpoint as its files hold it."""
         return ()
 
     @property

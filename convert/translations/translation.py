@@ -85,7 +85,7 @@ class TranslatedCheckpoint(Checkpoint):
 
     @property
     def route(self) -> tuple[str, ...]:
-        """The classes that the translations before and this one led to."""
+        """Each `model_type` that the source and this checkpoint were translated to, in order."""
         return (*self.source.route, str(self.config["model_type"]))
 
     def close(self) -> None:
