@@ -25,13 +25,10 @@ from .options import Command
 from .refresh import refresh
 from .uptrain import uptrain
 
-__all__ = ["OPTION_NAMES", "app"]
+__all__ = ["app"]
 
 _INTERRUPTED = 130
 _TERMINATED = 143
-
-OPTION_NAMES = {"num_key_value_heads": "groups", "merge": "method"}
-"""Settings of the library that an option of another name fills."""
 
 
 class _Commands(TyperGroup):
@@ -42,11 +39,12 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
 
     def _flags(self, ctx: Any, settings: Sequence[str]) -> list[str]:
-        """The options of the command that ran which fill these settings of the library; none for others."""
+        """The options that fill these settings of the library, of those that the command has."""
         command = self.commands.get(ctx.invoked_subcommand)
-        options = {parameter.name: max(parameter.opts, key=len) for parameter in command.params} if command else {}
-        names = [OPTION_NAMES.get(setting, setting) for setting in settings]
-        return [options[name] for name in names if options.get(name, "").startswith("--")]
+        parameters = command.params if command else []
+        spelled = {parameter.name: [*parameter.opts, *parameter.secondary_opts] for parameter in parameters}
+        options = [max(spelled[setting], key=len) for setting in settings if spelled.get(setting)]
+        return [option for option in options if option.startswith("--")]
 
 
 app = typer.Typer(

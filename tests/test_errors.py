@@ -23,8 +23,8 @@ def printed(error: BaseException, monkeypatch: pytest.MonkeyPatch, command: str 
     def opens(*arguments: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr("kvconvert.cli.inspect.open_checkpoint", opens)
-    monkeypatch.setattr("kvconvert.cli.mha2gqa.open_checkpoint", opens)
+    monkeypatch.setattr("kvconvert.convert.describe.inspection.open_checkpoint", opens)
+    monkeypatch.setattr("kvconvert.convert.conversion.open_checkpoint", opens)
     outcome = CliRunner().invoke(main.app, [command, "model", *(["--groups", "2"] if command == "mha2gqa" else [])])
     return outcome.exit_code, outcome.stderr
 
@@ -89,7 +89,7 @@ def test_every_setting_of_an_error_is_an_option_of_some_command() -> None:
     options = {parameter.name for command in group.commands.values() for parameter in command.params}  # type: ignore[attr-defined]
     found = dict.fromkeys(name for _, name in settings_in_convert())
     assert "text_field" in found
-    assert {main.OPTION_NAMES.get(name, name) for name in found} <= options
+    assert set(found) <= options
 
 
 def test_typer_shows_wrong_usage_itself() -> None:
