@@ -26,7 +26,7 @@ __all__ = [
     "predicted_input",
 ]
 
-PREDICTION_PULL = 1.0  # docs/measurements.md has others
+PREDICTION_PULL = 1.0  # times the mean diagonal of the moments; docs/measurements.md compares other values
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,10 @@ class FreeTransformations:
     """The invertible maps of keys and of values that a layer's function does not depend on.
 
     Where nothing but linear maps lies between k_proj and the scores, a head's keys may be mapped by any matrix that
-    commutes with its rotary rotations if its queries are mapped by the inverse. Likewise its values, if o_proj is. A
-    merge then chooses the best maps in closed form. Where `keys` or `values` is False, a norm, a clip or another
-    non-linear step is in between, and that side takes the mean of the heads instead. `rotary` says how keys rotate.
+    commutes with its rotary rotations if its queries are mapped by the inverse. A head's values may be mapped by any
+    invertible matrix if its columns of o_proj are mapped by the inverse. A merge chooses the best maps in closed form.
+    Where `keys` or `values` is False, a norm, a clip or another non-linear step is in between, and that side takes the
+    mean of the heads instead. `rotary` says how keys rotate.
     """
 
     rotary: Rotary
