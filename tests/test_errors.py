@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,6 +91,33 @@ def test_every_setting_of_an_error_is_an_option_of_some_command() -> None:
     found = dict.fromkeys(name for _, name in settings_in_convert())
     assert "text_field" in found
     assert set(found) <= options
+
+
+# rooms whose callers are not the command line; engines.py names options of other programs, inspection.py is data
+QUIET_ROOMS = ("algebra", "architectures", "checkpoint", "text", "translations", "describe/card.py", "cache_check.py")
+TYPED = re.compile(r"--[a-z]|\bmha2(gqa|mqa|cla|mla)\b|kvconvert (refresh|inspect)")
+
+
+def texts_of(tree: ast.Module) -> Iterator[str]:
+    """The texts of a module but for its docstrings."""
+    statements = [node for node in ast.walk(tree) if isinstance(node, ast.Expr)]
+    documentation = {id(node.value) for node in statements}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
+            yield node.value
+
+
+def test_the_library_names_no_option_and_no_command() -> None:
+    files = [file for file in CONVERT.rglob("*.py") if str(file.relative_to(CONVERT)).startswith(QUIET_ROOMS)]
+    assert len(files) > 30
+    found = [(file.name, text) for file in files for text in texts_of(ast.parse(file.read_text()))]
+    assert [(name, text) for name, text in found if TYPED.search(text)] == []
+
+
+@pytest.mark.parametrize("hint", ["use --text-field", "mha2gqa takes it", "`kvconvert refresh` renews it"])
+def test_a_text_that_names_an_option_is_found(hint: str) -> None:
+    module = ast.parse(f'"""Says --text-field."""\nraise DataError(f"{{path}}: wrong", hint={hint!r})')
+    assert [text for text in texts_of(module) if TYPED.search(text)] == [hint]
 
 
 def test_typer_shows_wrong_usage_itself() -> None:

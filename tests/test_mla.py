@@ -490,7 +490,7 @@ def test_a_base_model_becomes_a_base_model(make_checkpoint: CheckpointFactory, t
         ("llama", {}, Mla(16, 10), "use up to 8, or up to 64 with --rope-selection gain"),
         ("llama", {}, Mla(16, 8, v_head_dim=4), "use 8 or more"),
         ("qwen3", {}, Mla(16, 8), "mha2gqa, mha2mqa and mha2cla can shrink its cache"),
-        ("gemma3_text", {}, Mla(16, 8), "mha2gqa and mha2mqa can shrink its cache"),
+        ("gemma3_text", {}, Mla(16, 8), "GQA and MQA can shrink its cache"),
         ("stablelm", {}, Mla(16, 8), "mha2mla takes llama, mistral"),
         ("llama", {"mlp_bias": True}, Mla(16, 8), "MLP has biases"),
         ("llama", {"attention_bias": True}, Mla(16, 8), "--latent-norm exact"),

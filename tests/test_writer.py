@@ -95,8 +95,10 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "exists").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "exists")
-    with pytest.raises(OutputError, match="exists already exists"):
+    with pytest.raises(OutputError, match="exists already exists") as raised:
         check_output(tmp_path / "exists", force=False)
+    assert raised.value.hint == "choose another output, or let it be replaced"
+    assert raised.value.settings == ("output", "force")
     with pytest.raises(OutputError, match="is a file, not a directory"):
         check_output(tmp_path / "file", force=True)
     with pytest.raises(OutputError, match="is a symbolic link"):
