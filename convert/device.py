@@ -1,4 +1,4 @@
-"""Where models run, and in which precision."""
+"""Where models run by default, and in which precision."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["default_device", "default_precision"]
 
 
 def default_device() -> torch.device:
-    """The accelerator of this machine if it has one, else the CPU."""
+    """Return the accelerator of this machine if it has one, else the CPU."""
     import torch
 
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def default_precision() -> str:
-    """ "bf16" on a GPU that has it and on a CPU with instructions for it; elsewhere it is slower than "fp32"."""
+    """Return "bf16" where the GPU, or else the CPU, has instructions for it, and "fp32" where bf16 would be slower."""
     import torch
 
     if torch.cuda.is_available():

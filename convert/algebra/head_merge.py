@@ -60,7 +60,7 @@ class LayerInput:
 
 @dataclass(frozen=True)
 class LayerMerge:
-    """Layers whose heads are equal within each group, and how much of its energy each group keeps.
+    """Layers with one K/V head per group, and the fraction of its energy that each group keeps.
 
     keys_retained and values_retained: one fraction per group, 1 where the merge loses nothing (`Merged.retained`).
     """

@@ -129,7 +129,10 @@ def mean_rotation(rotary: Rotary, head_dim: int) -> Tensor:
 
 
 def _angular(rotary: Rotary, head_dim: int) -> Tensor:
-    """The angle by which each dim of `_basis` rotates per token, negative for a key that lies before the query."""
+    """The angle by which each dim of `_basis` rotates per token of distance.
+
+    A pair has −ω and ω, in this order, since a key n tokens before the query is rotated back by n relative to it.
+    """
     import torch
 
     angular = torch.tensor(rotary.frequencies, dtype=torch.float64)

@@ -31,7 +31,7 @@ def no_layer_rotates(config: Any, layer: int) -> bool:
 
 
 def unordered_heads(config: Config) -> bool:
-    """Return False: what a head does does not depend on its number. The default of `Architecture.ordered_heads`."""
+    """Return False: heads compute the same in any order. The default of `Architecture.ordered_heads`."""
     return False
 
 

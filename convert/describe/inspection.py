@@ -69,9 +69,9 @@ class Inspection:
 
 
 def inspect(model: str | Path, *, context_length: int | None = None, revision: str | None = None) -> Inspection:
-    """What the checkpoint in a directory, or of a hub id, is and can become; of a hub id only headers are fetched.
+    """Inspect the checkpoint in a directory or of a hub id, of which only config.json and headers are fetched.
 
-    Raises as `inspect_checkpoint` does, and CheckpointError for a place that holds none.
+    Arguments and errors are those of `open_checkpoint` and `inspect_checkpoint`.
     """
     with open_checkpoint(model, revision=revision, headers_only=True) as checkpoint:
         return inspect_checkpoint(checkpoint, context_length=context_length)
