@@ -491,7 +491,7 @@ def test_a_base_model_becomes_a_base_model(make_checkpoint: CheckpointFactory, t
         ("llama", {}, Mla(16, 8, v_head_dim=4), "use 8 or more"),
         ("qwen3", {}, Mla(16, 8), "mha2gqa, mha2mqa and mha2cla can shrink its cache"),
         ("gemma3_text", {}, Mla(16, 8), "GQA and MQA can shrink its cache"),
-        ("stablelm", {}, Mla(16, 8), "mha2mla takes llama, mistral"),
+        ("stablelm", {}, Mla(16, 8), "MLA takes llama, mistral"),
         ("llama", {"mlp_bias": True}, Mla(16, 8), "MLP has biases"),
         ("llama", {"attention_bias": True}, Mla(16, 8), "--latent-norm exact"),
         ("mistral", {"sliding_window": 4}, Mla(16, 8), "set sliding_window to null"),

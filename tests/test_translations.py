@@ -445,7 +445,7 @@ def test_every_class_that_needs_converting_is_named_as_such() -> None:
     assert set(ROUTES) - set(ARCHITECTURES) == tested - {"falcon", "gpt_bigcode"}
     for model_type in set(ROUTES) - set(ARCHITECTURES):
         checkpoint = Checkpoint("model", None, {"model_type": model_type}, {}, 0)
-        with pytest.raises(UnsupportedError, match="mha2gqa or mha2mqa converts it to one that has"):
+        with pytest.raises(UnsupportedError, match="a conversion to GQA or MQA gives it one that has"):
             find_architecture(checkpoint)
 
 

@@ -288,7 +288,7 @@ def test_what_is_read_is_never_replaced(
 
 @pytest.mark.parametrize(
     ("model_type", "message"),
-    [("opt", "mha2gqa or mha2mqa converts it to one that has"), ("falcon", "documents that share a sequence see")],
+    [("opt", "a conversion to GQA or MQA gives it one that has"), ("falcon", "documents that share a sequence see")],
 )
 def test_classes_that_mix_packed_documents_are_refused(
     model_type: str, message: str, train: Callable[..., Path], make_checkpoint: CheckpointFactory
