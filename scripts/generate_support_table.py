@@ -32,7 +32,7 @@ def classes(model_type: str, num_key_value_heads: int) -> tuple[str, ...]:
 
 def sources() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
     """Of each `model_type` that people have as MHA, the classes with several K/V heads and with one."""
-    names = sorted(set(ROUTES) - set(RUNTIME_CLASSES))
+    names = sorted((set(ARCHITECTURES) | set(ROUTES)) - set(RUNTIME_CLASSES))
     return {name: (classes(name, 2), classes(name, 1)) for name in names}
 
 
