@@ -40,11 +40,13 @@ from unittest.mock import patch
 import torch
 from kvconvert.convert import open_checkpoint
 from kvconvert.convert.text.sources import TextSource
-from kvconvert.uptrain import jobs, run
-from kvconvert.uptrain.data import WeightedSource
+from kvconvert.uptrain import run
+from kvconvert.uptrain.data.sources import WeightedSource
+from kvconvert.uptrain.job import UptrainJob
 from kvconvert.uptrain.models import full_state, load_for_training
 from kvconvert.uptrain.recipe import LossWeights, Recipe
-from kvconvert.uptrain.trainer import UptrainTrainer
+from kvconvert.uptrain.settings import Execution, UptrainSettings
+from kvconvert.uptrain.training.trainer import UptrainTrainer
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -140,7 +142,7 @@ def _norm(tensor: Tensor) -> float:
 def train(layout: Layout, arithmetic: Arithmetic, objective: str, *, model: Path, output: Path, steps: int) -> Outcome:
     """Uptrain in this process, or in this and the others that torchrun started."""
     recipe, weights = OBJECTIVES[objective]
-    settings = jobs.UptrainSettings(
+    settings = UptrainSettings(
         steps=steps,
         sequence_length=_LENGTH,
         sequences_per_step=_SEQUENCES,
@@ -151,7 +153,7 @@ def train(layout: Layout, arithmetic: Arithmetic, objective: str, *, model: Path
         max_grad_norm=arithmetic.max_grad_norm,
         precision="fp32",
     )
-    execution = jobs.Execution(layout.micro_batch, layout.num_processes, fsdp=layout.fsdp)
+    execution = Execution(layout.micro_batch, layout.num_processes, fsdp=layout.fsdp)
     source = WeightedSource(TextSource(str(_DEMO / "uptrain.jsonl")))
     teacher = str(_DEMO / "model") if recipe.needs_teacher else None
     losses: list[float] = []
@@ -163,7 +165,7 @@ def train(layout: Layout, arithmetic: Arithmetic, objective: str, *, model: Path
         _change(stack, layout, arithmetic)
         gradient = stack.enter_context(_first_gradient())
         states = stack.enter_context(_final_weights())
-        job = jobs.UptrainJob(checkpoint, settings, (source,), output, teacher, execution)
+        job = UptrainJob(checkpoint, settings, (source,), output, teacher, execution)
         run.uptrain(job, run.Observation(log_steps=1, show=show))
     return Outcome(losses, torch.cat(gradient), states)
 

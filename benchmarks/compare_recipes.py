@@ -23,10 +23,13 @@ from kvconvert.convert.checkpoint.loading import load_model
 from kvconvert.convert.text.sources import TextSource
 from kvconvert.measure.held_out import evaluate_checkpoint, load_windows
 from kvconvert.measure.perplexity import evaluate
-from kvconvert.uptrain import jobs, run
-from kvconvert.uptrain.cost import flops_per_token, measure_size
-from kvconvert.uptrain.data import WeightedSource
+from kvconvert.uptrain import run
+from kvconvert.uptrain.data.sources import WeightedSource
+from kvconvert.uptrain.estimate.flops import flops_per_token
+from kvconvert.uptrain.estimate.size import measure_size
+from kvconvert.uptrain.job import UptrainJob
 from kvconvert.uptrain.recipe import LossWeights, Recipe
+from kvconvert.uptrain.settings import UptrainSettings
 
 _CROSS_ENTROPY = LossWeights(kl=0.0, cross_entropy=1.0)
 _RECIPES: dict[str, dict[str, Any]] = {
@@ -64,7 +67,7 @@ def _uptrained(
     steps = arguments.steps
     if name == "gqa, equal compute":
         steps, name = math.ceil(steps * 4 / 3), "gqa"
-    settings = jobs.UptrainSettings(
+    settings = UptrainSettings(
         steps=steps,
         sequence_length=arguments.sequence_length,
         sequences_per_step=arguments.sequences_per_step,
@@ -87,7 +90,7 @@ def _uptrained(
     with tempfile.TemporaryDirectory() as folder, open_checkpoint(model) as checkpoint:
         teacher = arguments.original if settings.recipe.needs_teacher else None
         output = Path(folder) / "out"
-        job = jobs.UptrainJob(checkpoint, settings, (WeightedSource(TextSource(arguments.data)),), output, teacher)
+        job = UptrainJob(checkpoint, settings, (WeightedSource(TextSource(arguments.data)),), output, teacher)
         result = run.uptrain(job, watch)
         whole = load_windows(output, TextSource(arguments.held_out), window=arguments.sequence_length)
         against = evaluate_checkpoint(output, whole, against=arguments.original).against
@@ -103,7 +106,7 @@ def _uptrained(
     }
 
 
-def _flops(arguments: argparse.Namespace, model: str, settings: jobs.UptrainSettings) -> float:
+def _flops(arguments: argparse.Namespace, model: str, settings: UptrainSettings) -> float:
     with open_checkpoint(model) as checkpoint, open_checkpoint(arguments.original) as original:
         student = measure_size(checkpoint)
         teacher = measure_size(original) if settings.recipe.needs_teacher else None
@@ -116,7 +119,7 @@ def _flops(arguments: argparse.Namespace, model: str, settings: jobs.UptrainSett
 
 
 def _cross_entropy_flops(arguments: argparse.Namespace, model: str) -> float:
-    settings = jobs.UptrainSettings(
+    settings = UptrainSettings(
         steps=arguments.steps,
         sequence_length=arguments.sequence_length,
         sequences_per_step=arguments.sequences_per_step,

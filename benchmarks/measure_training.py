@@ -173,8 +173,8 @@ def _work(arguments: argparse.Namespace) -> None:
 
 
 def _settings(arguments: argparse.Namespace, name: str, precision: str) -> Any:
-    from kvconvert.uptrain.jobs import UptrainSettings
     from kvconvert.uptrain.recipe import LossWeights, Recipe
+    from kvconvert.uptrain.settings import UptrainSettings
 
     recipes = {"KL": Recipe.distill, "light": Recipe.light}
     with_teacher: dict[str, Any] = {"recipe": recipes[name], "weights": LossWeights()} if name in recipes else {}
@@ -192,8 +192,10 @@ def _uptrain(arguments: argparse.Namespace, settings: Any, clock: Clock, *, comp
     """The losses that were logged."""
     from kvconvert.convert import open_checkpoint
     from kvconvert.convert.text.sources import TextSource
-    from kvconvert.uptrain import jobs, run
-    from kvconvert.uptrain.data import WeightedSource
+    from kvconvert.uptrain import run
+    from kvconvert.uptrain.data.sources import WeightedSource
+    from kvconvert.uptrain.job import UptrainJob
+    from kvconvert.uptrain.settings import Execution
 
     losses: list[float] = []
 
@@ -210,12 +212,10 @@ def _uptrain(arguments: argparse.Namespace, settings: Any, clock: Clock, *, comp
         show=lambda record: losses.append(record["loss"]),
     )
     teacher = (arguments.teacher or arguments.model) if settings.recipe.needs_teacher else None
-    execution = jobs.Execution(arguments.micro_batch, compile=compiled)
+    execution = Execution(arguments.micro_batch, compile=compiled)
     with open_checkpoint(arguments.model) as checkpoint:
         source = WeightedSource(TextSource(arguments.data))
-        run.uptrain(
-            jobs.UptrainJob(checkpoint, settings, (source,), arguments.folder / "out", teacher, execution), watch
-        )
+        run.uptrain(UptrainJob(checkpoint, settings, (source,), arguments.folder / "out", teacher, execution), watch)
     return losses
 
 
@@ -276,7 +276,10 @@ def _blocks(arguments: argparse.Namespace, settings: Any) -> Any:
     from kvconvert.convert.checkpoint.tokenizer import load_tokenizer
     from kvconvert.convert.text.sources import TextSource
     from kvconvert.convert.text.tokens import tokenizer_hash
-    from kvconvert.uptrain.data import Corpus, PackedBlocks, WeightedSource, build
+    from kvconvert.uptrain.data.blocks import PackedBlocks
+    from kvconvert.uptrain.data.corpus import Corpus
+    from kvconvert.uptrain.data.packing import build
+    from kvconvert.uptrain.data.sources import WeightedSource
 
     tokenizer = load_tokenizer(arguments.model)
     num_samples = settings.steps * settings.sequences_per_step
@@ -296,7 +299,9 @@ def _utilisation(arguments: argparse.Namespace, settings: Any, clock: Clock) -> 
     """Model FLOPs over those of the GPU at its peak, None where that is not known."""
     import torch
     from kvconvert.convert import open_checkpoint
-    from kvconvert.uptrain.cost import flops_per_token, measure_size, peak_flops
+    from kvconvert.uptrain.estimate.flops import flops_per_token
+    from kvconvert.uptrain.estimate.gpu import peak_flops
+    from kvconvert.uptrain.estimate.size import measure_size
     from kvconvert.uptrain.recipe import Objective, Recipe, Trained
 
     peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None

@@ -248,9 +248,11 @@ def _evaluate(model: Path, windows: Any, description: str, terminal: Terminal) -
 def _uptrain(variant: _Variant, output: Path, windows: Any, steps: int, terminal: Terminal) -> list[tuple[int, float]]:
     """Uptrain a converted checkpoint; returns (tokens, held-out perplexity) along the way."""
     from ..measure.perplexity import evaluate
-    from ..uptrain import jobs, run
-    from ..uptrain.data import WeightedSource
+    from ..uptrain import run
+    from ..uptrain.data.sources import WeightedSource
+    from ..uptrain.job import UptrainJob
     from ..uptrain.recipe import LossWeights, Recipe
+    from ..uptrain.settings import UptrainSettings
 
     recovery = []
 
@@ -261,7 +263,7 @@ def _uptrain(variant: _Variant, output: Path, windows: Any, steps: int, terminal
             terminal.remark(f"{variant.label}: held-out perplexity {perplexity:.1f} after {record['tokens']} tokens")
 
     with open_checkpoint(output / variant.name) as checkpoint:
-        settings = jobs.UptrainSettings(
+        settings = UptrainSettings(
             steps=steps,
             sequence_length=_SEQUENCE_LENGTH,
             sequences_per_step=_BATCH_SIZE,
@@ -270,7 +272,7 @@ def _uptrain(variant: _Variant, output: Path, windows: Any, steps: int, terminal
             weights=LossWeights(),
             precision=default_precision(),
         )
-        job = jobs.UptrainJob(
+        job = UptrainJob(
             checkpoint,
             settings,
             (WeightedSource(TextSource(str(_UPTRAIN_TEXT))),),

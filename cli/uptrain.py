@@ -21,18 +21,12 @@ from ..convert.checkpoint.tokenizer import load_tokenizer
 from ..convert.conversion import default_output
 from ..convert.errors import InputError
 from ..convert.text.sources import TextSource
-from ..uptrain.budget import Batch, Budget, default_global_batch_tokens, derive_batch, plan_budget
-from ..uptrain.cost import (
-    RunCost,
-    detect_gpu,
-    flops_per_token,
-    measure_size,
-    peak_flops,
-    require_consent,
-    require_known_gpu,
-    run_cost,
-)
-from ..uptrain.pretraining import lookup_pretraining_tokens
+from ..uptrain.estimate.budget import Batch, Budget, default_global_batch_tokens, derive_batch, plan_budget
+from ..uptrain.estimate.cost import RunCost, require_consent, run_cost
+from ..uptrain.estimate.flops import flops_per_token
+from ..uptrain.estimate.gpu import detect_gpu, peak_flops, require_known_gpu
+from ..uptrain.estimate.pretraining import lookup_pretraining_tokens
+from ..uptrain.estimate.size import measure_size
 from ..uptrain.recipe import LossWeights, Recipe, Trained
 from .console import Terminal, human_bytes, human_count
 from .options import (
@@ -53,8 +47,9 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..uptrain.jobs import UptrainJob, UptrainSettings
+    from ..uptrain.job import UptrainJob
     from ..uptrain.run import Observation, UptrainResult
+    from ..uptrain.settings import UptrainSettings
 
 from .values import parse_count, parse_duration, parse_percentage, parse_weighted
 
@@ -235,7 +230,9 @@ def uptrain(request: Request) -> None:
         teacher = None if request.teacher is None else stack.enter_context(open_checkpoint(request.teacher))
         plan = _plan(request, checkpoint, teacher, terminal)
 
-        from ..uptrain import jobs, run, sweep, trials
+        from ..uptrain import run, sweep
+        from ..uptrain.checks import check_job
+        from ..uptrain.rundir import trials
 
         job, force = plan.job, request.force
         begun = trials.find_sweep(job, request.lr_sweep, force=force) if request.lr_sweep else None
@@ -243,7 +240,7 @@ def uptrain(request: Request) -> None:
             force = force or trials.goes_on_to_replace(begun, job)
             job = trials.with_best_rate(job, begun.trials) if begun.is_done else job
         sweeps = bool(request.lr_sweep) and (begun is None or not begun.is_done)
-        jobs.check_job(job, held_out=_held_out(request), force=force)
+        check_job(job, held_out=_held_out(request), force=force)
         if sweeps:
             sweep.check_sweep(job, scored=request.eval_data is not None, force=force)
         if request.dry_run:
@@ -274,10 +271,11 @@ class _Plan:
 
 def _plan(request: Request, checkpoint: Checkpoint, teacher: Checkpoint | None, terminal: Terminal) -> _Plan:
     """What the options come to: the job, how long it is, what it costs."""
-    from ..uptrain import jobs
-    from ..uptrain.data import measure_sources
+    from ..uptrain.data.sources import measure_sources
+    from ..uptrain.launcher import count_processes, sharding_of
+    from ..uptrain.rundir.trials import trial_settings
+    from ..uptrain.settings import default_sequence_length
     from ..uptrain.teacher import copied_bytes
-    from ..uptrain.trials import trial_settings
 
     if request.gpu is not None:
         require_known_gpu(request.gpu)
@@ -286,10 +284,10 @@ def _plan(request: Request, checkpoint: Checkpoint, teacher: Checkpoint | None, 
         global_batch_tokens=batch_tokens
         if request.global_batch_tokens is None
         else parse_count(request.global_batch_tokens),
-        sequence_length=jobs.default_sequence_length(checkpoint)
+        sequence_length=default_sequence_length(checkpoint)
         if request.sequence_length is None
         else request.sequence_length,
-        num_processes=jobs.count_processes(),
+        num_processes=count_processes(),
         micro_batch=None if request.micro_batch in (None, _AUTO) else _parse_micro_batch(request.micro_batch),
     )
     known = lookup_pretraining_tokens(checkpoint, teacher)
@@ -325,7 +323,7 @@ def _plan(request: Request, checkpoint: Checkpoint, teacher: Checkpoint | None, 
         teacher_copy_bytes=0 if teacher is None else copied_bytes(teacher),
         shares=job.shares_frozen,
         gpu_name=request.gpu or detected,
-        sharding=jobs.sharding_of(job.execution),
+        sharding=sharding_of(job.execution),
         bf16=settings.precision == "bf16",
         activation_checkpointing=request.activation_checkpointing,
     )
@@ -343,14 +341,14 @@ def _plan(request: Request, checkpoint: Checkpoint, teacher: Checkpoint | None, 
 
 
 def _settings(request: Request, checkpoint: Checkpoint, batch: Batch, budget: Budget) -> UptrainSettings:
-    from ..uptrain import jobs
+    from ..uptrain.settings import UptrainSettings, default_learning_rate
 
     recipe = request.recipe or (Recipe.gqa if request.teacher is None else Recipe.distill)
-    return jobs.UptrainSettings(
+    return UptrainSettings(
         steps=budget.steps,
         sequence_length=batch.sequence_length,
         sequences_per_step=batch.sequences_per_step,
-        learning_rate=jobs.default_learning_rate(checkpoint, recipe) if request.lr is None else request.lr,
+        learning_rate=default_learning_rate(checkpoint, recipe) if request.lr is None else request.lr,
         recipe=recipe,
         weights=_weights(request, recipe),
         trained=request.train_only,
@@ -374,10 +372,12 @@ def _job(
     *,
     micro_batch: int,
 ) -> UptrainJob:
-    from ..uptrain import jobs
-    from ..uptrain.data import WeightedSource
+    from ..uptrain.data.sources import WeightedSource
+    from ..uptrain.job import UptrainJob
+    from ..uptrain.launcher import count_processes, take_over_fsdp
+    from ..uptrain.settings import Execution
 
-    return jobs.UptrainJob(
+    return UptrainJob(
         checkpoint=checkpoint,
         settings=settings,
         sources=tuple(
@@ -395,10 +395,10 @@ def _job(
         ),
         output=request.output or default_output(checkpoint, "uptrained"),
         teacher=None if teacher is None else str(teacher.directory),
-        execution=jobs.Execution(
+        execution=Execution(
             micro_batch=None if request.micro_batch == _AUTO else micro_batch,
-            num_processes=jobs.count_processes(),
-            fsdp=jobs.take_over_fsdp() or request.fsdp,
+            num_processes=count_processes(),
+            fsdp=take_over_fsdp() or request.fsdp,
             compile=request.compile,
             activation_checkpointing=request.activation_checkpointing,
             report_to=tuple(tracker.value for tracker in request.report_to or ()),
@@ -451,11 +451,11 @@ def _observation(request: Request, plan: _Plan, terminal: Terminal, deadline: fl
 
 def _resume_command() -> str:
     """What a person types to go on, with the launcher that started this process, if one did."""
-    from ..uptrain import jobs
+    from ..uptrain.launcher import count_processes
 
     arguments = sys.argv[1:]
     program = ["kvconvert"]
-    if jobs.count_processes() > 1:
+    if count_processes() > 1:
         with suppress(psutil.Error):
             launched = psutil.Process(os.getppid()).cmdline()
             if launched[-len(arguments) :] == arguments:
@@ -483,8 +483,8 @@ def _scorer(job: UptrainJob, source: TextSource) -> Any:
 
 def _swept(job: UptrainJob, watch: Observation, terminal: Terminal, *, num_rates: int, force: bool) -> UptrainJob:
     """The job at the learning rate that short runs choose, and their table."""
+    from ..uptrain.rundir.trials import with_best_rate
     from ..uptrain.sweep import sweep_learning_rates
-    from ..uptrain.trials import with_best_rate
 
     trials = sweep_learning_rates(job, watch, num_rates=num_rates, force=force)
     for trial in trials:

@@ -20,9 +20,14 @@ from kvconvert.convert import open_checkpoint
 from kvconvert.convert.checkpoint.loading import load_model
 from kvconvert.convert.runtime.transformers_interface import CACHE_NAME, cache_of
 from kvconvert.convert.text.sources import TextSource
-from kvconvert.uptrain import jobs, run
-from kvconvert.uptrain.data import Corpus, PackedBlocks, WeightedSource, build
+from kvconvert.uptrain import run
+from kvconvert.uptrain.data.blocks import PackedBlocks
+from kvconvert.uptrain.data.corpus import Corpus
+from kvconvert.uptrain.data.packing import build
+from kvconvert.uptrain.data.sources import WeightedSource
+from kvconvert.uptrain.job import UptrainJob
 from kvconvert.uptrain.recipe import LossWeights, Recipe
+from kvconvert.uptrain.settings import Execution, UptrainSettings
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
@@ -71,8 +76,8 @@ PROSE = (
 hypothesis_settings.register_profile("kvconvert", deadline=None, derandomize=True, max_examples=50)
 hypothesis_settings.load_profile("kvconvert")
 
-SETTINGS = jobs.UptrainSettings(steps=6, sequence_length=32, sequences_per_step=4, learning_rate=1e-2)
-EXECUTION = jobs.Execution(micro_batch=4)
+SETTINGS = UptrainSettings(steps=6, sequence_length=32, sequences_per_step=4, learning_rate=1e-2)
+EXECUTION = Execution(micro_batch=4)
 DISTILL: dict[str, Any] = {"recipe": Recipe.distill, "weights": LossWeights()}
 
 CheckpointFactory = Callable[..., Path]
@@ -367,16 +372,16 @@ def make_job(make_checkpoint: CheckpointFactory, prose_file: Path, tmp_path: Pat
         def make(
             name: str = "out",
             *,
-            settings: jobs.UptrainSettings = SETTINGS,
+            settings: UptrainSettings = SETTINGS,
             teacher: Path | str | None = None,
             data: Path = prose_file,
             model: Path = source,
-            execution: jobs.Execution = EXECUTION,
+            execution: Execution = EXECUTION,
             **fields: Any,
-        ) -> jobs.UptrainJob:
+        ) -> UptrainJob:
             if teacher is not None and settings.recipe is Recipe.gqa:
                 settings = replace(settings, **DISTILL)
-            return jobs.UptrainJob(
+            return UptrainJob(
                 checkpoint=stack.enter_context(open_checkpoint(model)),
                 settings=settings,
                 sources=(WeightedSource(TextSource(str(data))),),
@@ -411,5 +416,5 @@ def same_weights(one: Path, other: Path) -> bool:
     return all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(one).items())
 
 
-def settings_with(**changes: Any) -> jobs.UptrainSettings:
+def settings_with(**changes: Any) -> UptrainSettings:
     return replace(SETTINGS, **changes)

@@ -14,12 +14,15 @@ from kvconvert.convert import open_checkpoint
 from kvconvert.convert.errors import PreemptedError
 from kvconvert.convert.runtime import register
 from kvconvert.convert.text.sources import TextSource
-from kvconvert.uptrain import jobs, run
-from kvconvert.uptrain.data import WeightedSource
+from kvconvert.uptrain import run
+from kvconvert.uptrain.data.sources import WeightedSource
+from kvconvert.uptrain.job import UptrainJob
+from kvconvert.uptrain.launcher import count_processes
 from kvconvert.uptrain.recipe import LossWeights, Recipe
+from kvconvert.uptrain.settings import Execution, UptrainSettings
 from transformers import TrainingArguments
 
-SETTINGS = jobs.UptrainSettings(
+SETTINGS = UptrainSettings(
     steps=4,
     sequence_length=32,
     sequences_per_step=4,
@@ -42,9 +45,7 @@ def smooth_training_arguments(*args: Any, **kwargs: Any) -> TrainingArguments:
     return arguments
 
 
-def uptrain(
-    model: Path, teacher: Path, data: Path, output: Path, execution: jobs.Execution, *, stop_at: int = 0
-) -> None:
+def uptrain(model: Path, teacher: Path, data: Path, output: Path, execution: Execution, *, stop_at: int = 0) -> None:
     """One run, evaluated on the way."""
     done = 0
 
@@ -56,7 +57,7 @@ def uptrain(
 
     with open_checkpoint(model) as checkpoint:
         sources = (WeightedSource(TextSource(str(data))),)
-        job = jobs.UptrainJob(checkpoint, SETTINGS, sources, output, str(teacher), execution)
+        job = UptrainJob(checkpoint, SETTINGS, sources, output, str(teacher), execution)
         run.uptrain(job, run.Observation(eval_steps=1, score=lambda trained: 0.0, progress=stop, log_steps=1))
 
 
@@ -64,7 +65,7 @@ def main() -> None:
     stop_at, (teacher, data, *models) = int(sys.argv[1]), map(Path, sys.argv[2:])
     register()
     run._training_arguments = smooth_training_arguments
-    execution = jobs.Execution(micro_batch=1, num_processes=jobs.count_processes(), fsdp=True)
+    execution = Execution(micro_batch=1, num_processes=count_processes(), fsdp=True)
     with run.joined_processes():
         for model in models:
             output = model.with_name(f"{model.name}-sharded")

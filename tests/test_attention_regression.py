@@ -13,7 +13,7 @@ from kvconvert.convert.architectures.architecture import Architecture
 from kvconvert.convert.architectures.source import Source
 from kvconvert.convert.architectures.table import ARCHITECTURES, find_architecture
 from kvconvert.convert.errors import UnsupportedError
-from kvconvert.uptrain.attention_regression import AttentionRegression, require_same_size
+from kvconvert.uptrain.losses.attention_regression import AttentionRegression, require_same_size
 from kvconvert.uptrain.models import freeze_except
 from kvconvert.uptrain.recipe import attention_names
 from test_mla import convert as convert_to_mla

@@ -15,8 +15,8 @@ from kvconvert.configs import DEMO
 from kvconvert.convert.checkpoint.opening import open_checkpoint
 from kvconvert.convert.checkpoint.tensors import Checkpoint
 from kvconvert.convert.errors import CheckpointError, InputError, UnsupportedError
-from kvconvert.uptrain.budget import Batch, Budget, default_global_batch_tokens, derive_batch, plan_budget
-from kvconvert.uptrain.pretraining import PretrainingTokens, known_models, lookup_pretraining_tokens
+from kvconvert.uptrain.estimate.budget import Batch, Budget, default_global_batch_tokens, derive_batch, plan_budget
+from kvconvert.uptrain.estimate.pretraining import PretrainingTokens, known_models, lookup_pretraining_tokens
 
 KNOWN = PretrainingTokens(20_971_520, "pretraining.json beside model")
 UNKNOWN = PretrainingTokens(None, "model is not in the table")

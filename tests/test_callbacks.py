@@ -11,10 +11,15 @@ from typing import Any
 import pytest
 from conftest import Train, same_weights
 from kvconvert.convert.errors import DataError, PreemptedError
-from kvconvert.uptrain import callbacks, run
-from kvconvert.uptrain.callbacks import Checkpoints, PackAhead, PeriodicEvaluation, StopRequests, Throughput
-from kvconvert.uptrain.checkpoints import last_complete
+from kvconvert.uptrain import run
 from kvconvert.uptrain.recipe import Objective, Stage, Trained
+from kvconvert.uptrain.rundir.checkpoints import last_complete
+from kvconvert.uptrain.training import evaluation, metrics, stopping
+from kvconvert.uptrain.training.evaluation import PeriodicEvaluation
+from kvconvert.uptrain.training.metrics import Throughput
+from kvconvert.uptrain.training.packing_ahead import PackAhead
+from kvconvert.uptrain.training.saving import Checkpoints
+from kvconvert.uptrain.training.stopping import StopRequests
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 STAGE = Stage("main", Objective.prediction, Trained.all, 10, 0, 1e-3)
@@ -32,7 +37,8 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The callbacks' time, which passes when it is told to."""
     made = Clock()
-    monkeypatch.setattr(callbacks, "time", made)
+    for module in (evaluation, metrics, stopping):
+        monkeypatch.setattr(module, "time", made)
     return made
 
 

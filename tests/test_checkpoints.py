@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from kvconvert.uptrain.checkpoints import MARKER_NAME, finish_checkpoint, last_complete, remove_torn, step_of
+from kvconvert.uptrain.rundir.checkpoints import MARKER_NAME, finish_checkpoint, last_complete, remove_torn, step_of
 
 
 def save(folder: Path, step: int) -> Path:

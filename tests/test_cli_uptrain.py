@@ -255,7 +255,7 @@ def test_a_run_asks_for_the_disk_that_its_dry_run_says(
         asked.append(num_bytes)
         raise OutputError("the disk is full")
 
-    monkeypatch.setattr("kvconvert.uptrain.work.check_free_space", refuse)
+    monkeypatch.setattr("kvconvert.uptrain.rundir.prepare.check_free_space", refuse)
     length = ["--steps", 10**4, "--global-batch-tokens", 4096]  # more than the text holds
     outcome = uptrain(*length, *words)
     assert "the disk is full" in outcome.stderr

@@ -17,32 +17,21 @@ from kvconvert.convert.architectures.table import ARCHITECTURES, find_architectu
 from kvconvert.convert.checkpoint.opening import open_checkpoint
 from kvconvert.convert.checkpoint.tensors import Checkpoint
 from kvconvert.convert.errors import InputError, UnsupportedError
-from kvconvert.uptrain import run, trainer
-from kvconvert.uptrain.budget import Batch, Budget
-from kvconvert.uptrain.cost import (
-    H100_PEAK_FLOPS,
-    ModelSize,
-    RunCost,
-    Sharding,
-    SourceSize,
-    detect_gpu,
-    disk_bytes,
-    flops_per_token,
-    gpu_hours,
-    measure_size,
-    memory_bytes,
-    packed_tokens,
-    passes_over,
-    peak_flops,
-    require_consent,
-    require_known_gpu,
-    run_cost,
-    weight_bytes,
-)
-from kvconvert.uptrain.jobs import UptrainJob
+from kvconvert.uptrain import run
+from kvconvert.uptrain.data.shards import SHARD_TOKENS
+from kvconvert.uptrain.data.sources import SourceSize
+from kvconvert.uptrain.estimate.budget import Batch, Budget
+from kvconvert.uptrain.estimate.cost import RunCost, passes_over, require_consent, run_cost
+from kvconvert.uptrain.estimate.disk import disk_bytes, packed_tokens
+from kvconvert.uptrain.estimate.flops import flops_per_token
+from kvconvert.uptrain.estimate.gpu import H100_PEAK_FLOPS, detect_gpu, gpu_hours, peak_flops, require_known_gpu
+from kvconvert.uptrain.estimate.memory import memory_bytes, weight_bytes
+from kvconvert.uptrain.estimate.size import ModelSize, measure_size
+from kvconvert.uptrain.job import UptrainJob
 from kvconvert.uptrain.models import load_for_training
-from kvconvert.uptrain.packing import SHARD_TOKENS
 from kvconvert.uptrain.recipe import LossWeights, Objective, Recipe, Trained, stages, trained_names
+from kvconvert.uptrain.settings import Sharding
+from kvconvert.uptrain.training import trainer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -733,9 +722,9 @@ def test_consent_to_a_run_whose_length_nobody_chose() -> None:
 def test_budgets_and_costs_need_no_torch() -> None:
     """A dry run prints them, and torch takes seconds."""
     program = (
-        "import sys; from kvconvert.uptrain import budget, cost, pretraining; "
+        "import sys; from kvconvert.uptrain.estimate import budget, cost, pretraining, size; "
         "from kvconvert.convert.checkpoint import open_checkpoint; from kvconvert.configs import DEMO; "
-        "cost.measure_size(open_checkpoint(DEMO / 'model')); "
+        "size.measure_size(open_checkpoint(DEMO / 'model')); "
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
     outcome = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

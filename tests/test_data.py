@@ -19,9 +19,13 @@ from hypothesis import strategies as st
 from kvconvert.convert.errors import DataError, InputError, PreemptedError
 from kvconvert.convert.text.sources import TextSource, estimate_tokens
 from kvconvert.convert.text.tokens import encode_batch
-from kvconvert.uptrain import data, packing
-from kvconvert.uptrain.data import Corpus, PackedBlocks, WeightedSource, build, most_passes, validation_blocks
-from kvconvert.uptrain.mixture import WINDOW, Mixture, shuffled, splitmix64
+from kvconvert.uptrain.data import documents, packing, shards
+from kvconvert.uptrain.data.blocks import PackedBlocks, validation_blocks
+from kvconvert.uptrain.data.corpus import Corpus, most_passes
+from kvconvert.uptrain.data.mixture import WINDOW, Mixture, shuffled, splitmix64
+from kvconvert.uptrain.data.packing import build
+from kvconvert.uptrain.data.shards import SourceIndex
+from kvconvert.uptrain.data.sources import WeightedSource
 from torch.utils.data import DataLoader
 
 LENGTH = 4
@@ -35,8 +39,8 @@ class KilledError(Exception):
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five blocks a shard, three documents a batch."""
-    monkeypatch.setattr(packing, "SHARD_TOKENS", 5 * LENGTH)
-    monkeypatch.setattr(packing, "_ENCODE_BATCH", 3)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 5 * LENGTH)
+    monkeypatch.setattr(documents, "_ENCODE_BATCH", 3)
 
 
 def corpus_of(*paths: Path, num_blocks: int, weights: Sequence[float] = (1.0, 1.0), **options: Any) -> Corpus:
@@ -246,7 +250,7 @@ def test_text_of_unknown_size_that_has_ended(tmp_path: Path) -> None:
 
 
 def test_text_that_has_not_ended_is_seen_once_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "estimate_tokens", lambda source, tokenizer: 10)
+    monkeypatch.setattr(packing, "estimate_tokens", lambda source, tokenizer: 10)
     path = write_numbers(tmp_path / "a.jsonl", consecutive(1600))
     build(corpus_of(path, num_blocks=40), tmp_path / "packed", TOKENIZER)
     assert PackedBlocks(tmp_path / "packed", num_samples=40).passes == (1.0,)
@@ -297,7 +301,7 @@ def test_documents_get_bos_where_the_tokenizer_puts_one(tmp_path: Path) -> None:
             template = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
             tokenizer.backend_tokenizer.post_processor = template
         build(corpus_of(tmp_path / "a.jsonl", num_blocks=100, vocab_size=384), tmp_path / name, tokenizer)
-        source = packing.SourceIndex.read(tmp_path / name / "source-0")
+        source = SourceIndex.read(tmp_path / name / "source-0")
         blocks = PackedBlocks(tmp_path / name, num_samples=source.num_blocks)
         assert list(chain.from_iterable(ids(blocks))).count(1) == (3 if name == "bos" else 0)
 
@@ -321,8 +325,8 @@ def whole_build(tmp_path_factory: pytest.TempPathFactory) -> tuple[Corpus, dict[
     other = write_numbers(directory / "other.jsonl", consecutive(150, first=1000))
     corpus = corpus_of(one, other, num_blocks=100, weights=[2, 1], validation_fraction=0.3, max_validation_blocks=9)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "SHARD_TOKENS", 5 * LENGTH)
-        patch.setattr(packing, "_ENCODE_BATCH", 3)
+        patch.setattr(shards, "SHARD_TOKENS", 5 * LENGTH)
+        patch.setattr(documents, "_ENCODE_BATCH", 3)
         build(corpus, directory / "packed", TOKENIZER)
     return corpus, contents(directory / "packed")
 
@@ -382,7 +386,7 @@ def test_resuming_tokenises_only_what_was_not(tmp_path: Path, monkeypatch: pytes
         encoded.extend(texts)
         return encode_batch(texts, *args, **kwargs)
 
-    monkeypatch.setattr(data, "encode_batch", spy)
+    monkeypatch.setattr(packing, "encode_batch", spy)
     with pytest.raises(PreemptedError, match=r"a\.jsonl: stopped while packing; what is done is in .*source-0"):
         build(corpus, tmp_path / "packed", TOKENIZER, should_stop=stops_after(20, kill=False))
     before = len(encoded)
@@ -534,7 +538,7 @@ def test_validation_beyond_its_cap_is_not_trained_on_either(tmp_path: Path) -> N
     path = write_numbers(tmp_path / "a.jsonl", [[number] for number in range(100, 1100)])
     corpus = corpus_of(path, num_blocks=1000, validation_fraction=0.2, max_validation_blocks=3)
     build(corpus, tmp_path / "packed", TOKENIZER)
-    num_trained = packing.SourceIndex.read(tmp_path / "packed" / "source-0").num_blocks
+    num_trained = SourceIndex.read(tmp_path / "packed" / "source-0").num_blocks
     trained = documents_in(ids(PackedBlocks(tmp_path / "packed", num_samples=num_trained)))
     held_out = validation_blocks(tmp_path / "packed")
     assert held_out is not None
@@ -571,7 +575,7 @@ def streamed(tmp_path: Path) -> tuple[Corpus, list[list[int]]]:
     return corpus, ids(PackedBlocks(tmp_path / "kept", num_samples=200))
 
 
-def shards(folder: Path) -> list[str]:
+def token_files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("tokens-*.bin"))
 
 
@@ -596,17 +600,17 @@ def test_a_rolling_window_gives_the_same_samples(streamed: tuple[Corpus, list[li
     corpus, samples = streamed
     folder = tmp_path / "rolling"
     packer = build(corpus, folder, TOKENIZER)
-    assert shards(folder) == [f"source-{source}/tokens-0000{shard}.bin" for source in (0, 1) for shard in (0, 1)]
+    assert token_files(folder) == [f"source-{source}/tokens-0000{shard}.bin" for source in (0, 1) for shard in (0, 1)]
     blocks = PackedBlocks(folder, num_samples=200, wait_seconds=0)
     for sample in range(200):
         packer.ensure(sample)
         assert blocks[sample]["input_ids"].tolist() == samples[sample]
         if sample % 20 == 19:
             packer.release(sample + 1)
-            assert len(shards(folder)) <= 2 * 2
+            assert len(token_files(folder)) <= 2 * 2
     everything = {**contents(folder), **contents(tmp_path / "kept")}
     assert {name: everything[name] for name in contents(folder)} == contents(folder)
-    assert len(shards(tmp_path / "kept")) == sum(-(-count // 5) for count in corpus.mixture.counts(200))
+    assert len(token_files(tmp_path / "kept")) == sum(-(-count // 5) for count in corpus.mixture.counts(200))
 
 
 @pytest.mark.parametrize("new_process", [False, True])

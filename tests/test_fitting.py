@@ -12,9 +12,10 @@ import torch
 from conftest import Train, settings_with
 from kvconvert.convert.checkpoint.output import write_text
 from kvconvert.convert.errors import UnsupportedError
-from kvconvert.uptrain import jobs, run
-from kvconvert.uptrain.fitting import largest_micro_batch
+from kvconvert.uptrain import run
 from kvconvert.uptrain.recipe import LossWeights, Recipe
+from kvconvert.uptrain.settings import Execution
+from kvconvert.uptrain.training.micro_batch import largest_micro_batch
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -163,7 +164,7 @@ def test_what_fits_is_found_for_each_stage_and_kept(
     options: dict[str, Any] = {
         "settings": settings,
         "teacher": make_checkpoint(name="teacher", with_tokenizer=True),
-        "execution": jobs.Execution(micro_batch=None, activation_checkpointing=True),
+        "execution": Execution(micro_batch=None, activation_checkpointing=True),
     }
     with pytest.raises(RuntimeError):
         train("out", watch=run.Observation(progress=die_after_four), **options)

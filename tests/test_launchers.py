@@ -11,7 +11,9 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import LATENT, CheckpointFactory
 from kvconvert.configs import ACCELERATE
-from kvconvert.uptrain import jobs, run
+from kvconvert.uptrain import run
+from kvconvert.uptrain.launcher import take_over_fsdp
+from kvconvert.uptrain.settings import Execution
 from safetensors.torch import load_file
 
 
@@ -43,7 +45,7 @@ def test_sharded_over_processes_equals_one(
     torchrun(4, 0, teacher, prose_file, *models)
     for model in models:
         alone = model.with_name(f"{model.name}-alone")
-        launched.uptrain(model, teacher, prose_file, alone, jobs.Execution(micro_batch=4))
+        launched.uptrain(model, teacher, prose_file, alone, Execution(micro_batch=4))
         sharded, whole, before = (
             load_file(folder / "model.safetensors")
             for folder in (model.with_name(f"{model.name}-sharded"), alone, model)
@@ -68,6 +70,6 @@ def test_accelerate_reads_our_configurations(name: str, distributed_type: str) -
 
 def test_fsdp_of_accelerate_is_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert jobs.take_over_fsdp()
+    assert take_over_fsdp()
     assert "ACCELERATE_USE_FSDP" not in os.environ
-    assert not jobs.take_over_fsdp()
+    assert not take_over_fsdp()

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kvconvert.convert.errors import UnsupportedError
-from kvconvert.uptrain import objective
-from kvconvert.uptrain.objective import IGNORED_LABEL, prediction_loss_sum
+from kvconvert.uptrain.losses import prediction
+from kvconvert.uptrain.losses.prediction import IGNORED_LABEL, prediction_loss_sum
 from kvconvert.uptrain.recipe import LossWeights
 from torch.nn import functional as F
 
@@ -45,7 +45,7 @@ def reference(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor
 def test_loss_and_gradient_equal_a_float64_loop(
     weights: LossWeights, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(objective, "_CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(prediction, "_CHUNK_TOKENS", chunk)
     student, teacher, labels = batch()
     exact = student.double().requires_grad_()
     expected = reference(exact, teacher, labels, weights)

@@ -25,12 +25,18 @@ from conftest import (
 from kvconvert.convert.checkpoint.output import write_text
 from kvconvert.convert.errors import InputError, OutputError, UnsupportedError
 from kvconvert.convert.text.sources import TextSource
-from kvconvert.uptrain import jobs, packing, run
-from kvconvert.uptrain.data import PackedBlocks
-from kvconvert.uptrain.jobs import UptrainJob
-from kvconvert.uptrain.lock import sole_run_in
+from kvconvert.uptrain import run
+from kvconvert.uptrain.checks import check_job
+from kvconvert.uptrain.data import shards
+from kvconvert.uptrain.data.blocks import PackedBlocks
+from kvconvert.uptrain.data.shards import SourceIndex
+from kvconvert.uptrain.data.writer import SourcePacker
+from kvconvert.uptrain.job import UptrainJob, describe
 from kvconvert.uptrain.models import load_for_training
 from kvconvert.uptrain.recipe import LossWeights, Recipe, Trained
+from kvconvert.uptrain.rundir import record
+from kvconvert.uptrain.rundir.lock import sole_run_in
+from kvconvert.uptrain.settings import Execution
 from safetensors.torch import load_file, save_file
 
 TWO_STAGES = settings_with(recipe=Recipe.distill, weights=LossWeights(), layerwise_fraction=0.5)
@@ -166,22 +172,22 @@ def test_another_run_is_refused_by_name(
 ) -> None:
     job = make_job()
     job.work.mkdir()
-    (job.work / jobs.SETTINGS_NAME).write_text(json.dumps(jobs.describe(job)))
-    jobs.check_job(make_job())  # the control
+    (job.work / record.SETTINGS_NAME).write_text(json.dumps(describe(job)))
+    check_job(make_job())  # the control
     shutil.copy(prose_file, tmp_path / "other.jsonl")
     places = {"other": tmp_path / "other.jsonl", "teacher": teacher}
     fields = {key: places[value] if isinstance(value, str) else value for key, value in changes.items()}
     with pytest.raises(InputError, match=f"holds an unfinished run with other settings: .*{name}"):
-        jobs.check_job(make_job(**fields))
+        check_job(make_job(**fields))
 
 
 def test_another_recipe_is_refused(make_job: Callable[..., UptrainJob], teacher: Path) -> None:
     job = make_job(settings=TWO_STAGES, teacher=teacher)
     job.work.mkdir()
-    (job.work / jobs.SETTINGS_NAME).write_text(json.dumps(jobs.describe(job)))
+    (job.work / record.SETTINGS_NAME).write_text(json.dumps(describe(job)))
     light = replace(TWO_STAGES, recipe=Recipe.light)
     with pytest.raises(InputError, match="recipe was 'distill', now 'light'"):
-        jobs.check_job(make_job(settings=light, teacher=teacher))
+        check_job(make_job(settings=light, teacher=teacher))
 
 
 def test_a_torn_checkpoint_costs_steps_and_is_told(train: Train, tmp_path: Path) -> None:
@@ -204,15 +210,15 @@ def test_a_teacher_of_another_size_cannot_be_fitted_to(
 ) -> None:
     other = make_checkpoint(name="other", num_hidden_layers=3, with_tokenizer=True)
     with pytest.raises(UnsupportedError, match="the student has 2 layers of 64, the teacher 3 of 64"):
-        jobs.check_job(make_job(settings=TWO_STAGES, teacher=other))
-    jobs.check_job(make_job(settings=replace(TWO_STAGES, layerwise_fraction=0.0), teacher=other))
+        check_job(make_job(settings=TWO_STAGES, teacher=other))
+    check_job(make_job(settings=replace(TWO_STAGES, layerwise_fraction=0.0), teacher=other))
 
 
 def test_another_micro_batch_goes_on(train: Train) -> None:
     whole = weights(train("whole", watch=watch()))
     with pytest.raises(KilledError):
         train("parts", watch=watch(progress=die_after(5)))
-    parts = weights(train("parts", watch=watch(), execution=jobs.Execution(micro_batch=1)))
+    parts = weights(train("parts", watch=watch(), execution=Execution(micro_batch=1)))
     for name, tensor in whole.items():
         # two steps of at most 1e-2: sums in another order, magnified where a gradient is nearly zero
         torch.testing.assert_close(parts[name], tensor, rtol=1e-3, atol=1e-4)
@@ -220,15 +226,15 @@ def test_another_micro_batch_goes_on(train: Train) -> None:
 
 def test_a_streamed_corpus_goes_on_where_it_was(train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Shards of four steps, so that the first one is gone when the run goes on."""
-    monkeypatch.setattr(packing, "SHARD_TOKENS", 4 * 2 * 32)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 4 * 2 * 32)
     settings = settings_with(steps=16, sequences_per_step=2)
-    options: dict[str, Any] = {"settings": settings, "stream": True, "execution": jobs.Execution(micro_batch=2)}
+    options: dict[str, Any] = {"settings": settings, "stream": True, "execution": Execution(micro_batch=2)}
     whole = train("whole", watch=watch(), **options)
     for steps in (7, 13):
         with pytest.raises(KilledError):
             train("parts", watch=watch(progress=die_after(steps)), **options)
-    shards = {path.name for path in (tmp_path / "parts.uptraining/data/source-0").glob("tokens-*.bin")}
-    assert "tokens-00000.bin" not in shards
+    kept = {path.name for path in (tmp_path / "parts.uptraining/data/source-0").glob("tokens-*.bin")}
+    assert "tokens-00000.bin" not in kept
     parts = train("parts", watch=watch(), **options)
     assert same_weights(whole, parts)
     assert records(whole) == records(parts)
@@ -306,16 +312,16 @@ def test_a_checkpoint_of_deepspeed_is_refused_without_it(train: Train, tmp_path:
 
 
 def test_packed_shards_survive_a_failure(train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(packing, "SHARD_TOKENS", 4 * 2 * 32)
-    save = packing.SourcePacker._save
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 4 * 2 * 32)
+    save = SourcePacker._save
 
-    def fail_after_a_shard(packer: packing.SourcePacker, index: packing.SourceIndex) -> None:
+    def fail_after_a_shard(packer: SourcePacker, index: SourceIndex) -> None:
         save(packer, index)
         if index.shards:
             raise ConnectionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(packing.SourcePacker, "_save", fail_after_a_shard)
+        patch.setattr(SourcePacker, "_save", fail_after_a_shard)
         with pytest.raises(ConnectionError):
             train("out")
     packed = next((tmp_path / "out.uptraining/data").rglob("tokens-00000.bin"))
@@ -327,22 +333,22 @@ def test_packed_shards_survive_a_failure(train: Train, monkeypatch: pytest.Monke
 
 def test_other_weights_under_the_same_name_are_another_model(make_job: Callable[..., UptrainJob]) -> None:
     job = make_job()
-    before = jobs.describe(job)
+    before = describe(job)
     path = job.checkpoint.directory / "model.safetensors"
     tensors = load_file(path)
     tensors["model.layers.1.self_attn.k_proj.weight"] += 1.0
     save_file(tensors, path, metadata={"format": "pt"})
-    changed = [key for key, value in jobs.describe(make_job()).items() if value != before[key]]
+    changed = [key for key, value in describe(make_job()).items() if value != before[key]]
     assert changed == ["model_fingerprint"]
 
 
 def test_other_weights_of_the_teacher_are_another_teacher(make_job: Callable[..., UptrainJob], teacher: Path) -> None:
-    before = jobs.describe(make_job(settings=TWO_STAGES, teacher=teacher))
+    before = describe(make_job(settings=TWO_STAGES, teacher=teacher))
     path = teacher / "model.safetensors"
     tensors = load_file(path)
     tensors["model.layers.1.mlp.up_proj.weight"] += 1.0
     save_file(tensors, path, metadata={"format": "pt"})
-    after = jobs.describe(make_job(settings=TWO_STAGES, teacher=teacher))
+    after = describe(make_job(settings=TWO_STAGES, teacher=teacher))
     assert [key for key, value in after.items() if value != before[key]] == ["teacher_fingerprint"]
 
 
@@ -368,7 +374,7 @@ def test_what_is_read_is_not_replaced(
     held_out = tmp_path / place / "held_out.jsonl"
     shutil.copy(prose_file, held_out)
     with pytest.raises(OutputError, match=rf"{place} holds .*held_out\.jsonl, which is read"):
-        jobs.check_job(make_job(), held_out=TextSource(str(held_out)), force=True)
+        check_job(make_job(), held_out=TextSource(str(held_out)), force=True)
 
 
 def test_settings_are_there_as_soon_as_the_work_directory(
@@ -377,13 +383,13 @@ def test_settings_are_there_as_soon_as_the_work_directory(
     """A directory without them would be in the way for ever."""
 
     def dying(path: Path, text: str) -> None:
-        if path.name == jobs.SETTINGS_NAME:
+        if path.name == record.SETTINGS_NAME:
             assert not (tmp_path / "out.uptraining").exists()
             raise KilledError
         write_text(path, text)
 
     with monkeypatch.context() as patch:
-        patch.setattr("kvconvert.uptrain.work.write_text", dying)
+        patch.setattr("kvconvert.uptrain.rundir.prepare.write_text", dying)
         with pytest.raises(KilledError):
             train("out")
     train("out", settings=replace(SETTINGS, steps=1))

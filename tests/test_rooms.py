@@ -28,6 +28,22 @@ CONVERT = (
     "execute",
     "conversion",
 )
+UPTRAIN = (
+    "recipe",
+    "settings",
+    "launcher",
+    "data",
+    "estimate",
+    "losses",
+    "models",
+    "teacher",
+    "job",
+    "rundir",
+    "checks",
+    "training",
+    "run",
+    "sweep",
+)
 OUTSIDE_OF_ALGEBRA = ("torch", "__future__", "collections", "dataclasses", "functools", "itertools", "types", "typing")
 
 
@@ -75,19 +91,27 @@ def uphill_of_top(top: str) -> list[str]:
     ]
 
 
-def test_rooms_of_convert_import_downhill_only() -> None:
-    assert uphill(ROOT / "convert", CONVERT) == []
+@pytest.mark.parametrize(("folder", "rooms"), [("convert", CONVERT), ("uptrain", UPTRAIN)])
+def test_rooms_of_a_folder_import_downhill_only(folder: str, rooms: tuple[str, ...]) -> None:
+    assert uphill(ROOT / folder, rooms) == []
 
 
-def test_every_room_of_convert_is_in_the_list() -> None:
-    there = {path.name.removesuffix(".py") for path in (ROOT / "convert").iterdir()}
-    assert there - {"__init__", "__pycache__", "py.typed"} == set(CONVERT)
+@pytest.mark.parametrize(("folder", "rooms"), [("convert", CONVERT), ("uptrain", UPTRAIN)])
+def test_every_room_of_a_folder_is_in_the_list(folder: str, rooms: tuple[str, ...]) -> None:
+    there = {path.name.removesuffix(".py") for path in (ROOT / folder).iterdir()}
+    assert there - {"__init__", "__pycache__", "py.typed"} == set(rooms)
 
 
-def test_an_import_uphill_is_found() -> None:
+@pytest.mark.parametrize(
+    ("folder", "rooms", "wrong"),
+    [
+        ("convert", CONVERT, "convert/execute.py imports convert.plan"),
+        ("uptrain", UPTRAIN, "uptrain/sweep.py imports uptrain.run"),
+    ],
+)
+def test_an_import_uphill_is_found(folder: str, rooms: tuple[str, ...], wrong: str) -> None:
     """The control: with the rooms in another order, the same check finds what breaks it."""
-    wrong = uphill(ROOT / "convert", tuple(reversed(CONVERT)))
-    assert "convert/execute.py imports convert.plan" in wrong
+    assert wrong in uphill(ROOT / folder, tuple(reversed(rooms)))
 
 
 def test_algebra_knows_tensors_and_errors_only() -> None:

@@ -11,8 +11,10 @@ import pytest
 from conftest import KilledError, Train
 from kvconvert.convert.errors import DataError, DivergedError, InputError, OutputError, PreemptedError
 from kvconvert.convert.text.tokens import encode_batch
-from kvconvert.uptrain import data, objective, packing, run, trainer
-from kvconvert.uptrain.status import STATUS_NAME, RunStatus, read_status, status_of_error, write_status
+from kvconvert.uptrain import run
+from kvconvert.uptrain.data import documents, packing
+from kvconvert.uptrain.losses import prediction
+from kvconvert.uptrain.rundir.status import STATUS_NAME, RunStatus, read_status, status_of_error, write_status
 
 STATUS = RunStatus(
     state="running",
@@ -84,7 +86,7 @@ def test_a_run_that_is_stopped_while_packing_and_goes_on(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = tmp_path / "out.uptraining"
-    monkeypatch.setattr(packing, "_ENCODE_BATCH", 2)  # it may stop after each batch
+    monkeypatch.setattr(documents, "_ENCODE_BATCH", 2)  # it may stop after each batch
     packed: list[str] = []
     encode = encode_batch
 
@@ -92,7 +94,7 @@ def test_a_run_that_is_stopped_while_packing_and_goes_on(
         packed.append(status(work).state)
         return encode(*args, **kwargs)
 
-    monkeypatch.setattr(data, "encode_batch", spy)
+    monkeypatch.setattr(packing, "encode_batch", spy)
     with pytest.raises(PreemptedError, match="stopped while packing; what is done is in "):
         train("out", watch=watch(deadline=0.0))
     found = status(work)
@@ -139,14 +141,14 @@ def test_a_failed_run(train: Train, tmp_path: Path) -> None:
 def test_a_diverged_run_names_the_last_good_checkpoint(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, loss_sum = 0, objective.prediction_loss_sum
+    calls, loss_sum = 0, prediction.prediction_loss_sum
 
     def poisoned(*args: Any) -> Any:
         nonlocal calls
         calls += 1
         return loss_sum(*args) * (float("nan") if calls > 3 else 1.0)
 
-    monkeypatch.setattr(trainer, "prediction_loss_sum", poisoned)
+    monkeypatch.setattr(prediction, "prediction_loss_sum", poisoned)
     checkpoint = tmp_path / "out.uptraining/checkpoints/main/checkpoint-2"
     with pytest.raises(DivergedError, match=f"the last good checkpoint is {checkpoint}$"):
         train("out", watch=watch())

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 from conftest import SETTINGS, KilledError, settings_with
 from kvconvert.convert.errors import DivergedError, InputError, OutputError, PreemptedError, UnsupportedError
-from kvconvert.uptrain import jobs, run, sweep
-from kvconvert.uptrain.jobs import UptrainJob
-from kvconvert.uptrain.lock import sole_run_in
+from kvconvert.uptrain import run, sweep
+from kvconvert.uptrain.job import UptrainJob
 from kvconvert.uptrain.recipe import LossWeights, Recipe
 from kvconvert.uptrain.run import Observation
-from kvconvert.uptrain.status import RunStatus, read_status
+from kvconvert.uptrain.rundir.lock import sole_run_in
+from kvconvert.uptrain.rundir.record import finished_before
+from kvconvert.uptrain.rundir.status import RunStatus, read_status
+from kvconvert.uptrain.rundir.trials import Trial, find_sweep, goes_on_to_replace, with_best_rate
 from kvconvert.uptrain.sweep import check_sweep, sweep_learning_rates
-from kvconvert.uptrain.trials import Trial, find_sweep, goes_on_to_replace, with_best_rate
 
 MakeJob = Callable[..., UptrainJob]
 
@@ -147,7 +148,7 @@ def test_a_real_sweep_leaves_its_table_in_the_result_and_nothing_beside_it(make_
     run.uptrain(best, Observation())
     assert {path.name for path in tmp_path.glob("out*")} == {"out"}
     assert finished_trials(job, 2) == trials
-    assert jobs.finished_before(best)
+    assert finished_before(best)
 
 
 SHORT = settings_with(steps=4)

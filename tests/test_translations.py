@@ -26,7 +26,7 @@ from kvconvert.convert.checkpoint.tokenizer import load_tokenizer
 from kvconvert.convert.describe.inspection import inspect_checkpoint
 from kvconvert.convert.errors import CheckpointError, UnsupportedError
 from kvconvert.convert.runtime.transformers_interface import cache_of
-from kvconvert.uptrain.jobs import default_sequence_length
+from kvconvert.uptrain.settings import default_sequence_length
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 

@@ -36,11 +36,17 @@ from kvconvert.convert.device import default_precision
 from kvconvert.convert.errors import DataError, DivergedError, InputError, OutputError, PreemptedError, UnsupportedError
 from kvconvert.convert.text.sources import TextSource
 from kvconvert.measure.held_out import evaluate_checkpoint, load_windows
-from kvconvert.uptrain import jobs, objective, packing, run, scoring, trainer
-from kvconvert.uptrain.data import PackedBlocks, WeightedSource, validation_blocks
+from kvconvert.uptrain import run
+from kvconvert.uptrain.data import shards
+from kvconvert.uptrain.data.blocks import PackedBlocks, validation_blocks
+from kvconvert.uptrain.data.sources import WeightedSource
+from kvconvert.uptrain.job import UptrainJob
+from kvconvert.uptrain.losses import prediction
 from kvconvert.uptrain.models import load_for_training
 from kvconvert.uptrain.recipe import LossWeights, Recipe, Trained
-from kvconvert.uptrain.trainer import UptrainTrainer
+from kvconvert.uptrain.settings import Execution, UptrainSettings
+from kvconvert.uptrain.training import evaluation
+from kvconvert.uptrain.training.trainer import UptrainTrainer
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
@@ -105,7 +111,7 @@ def test_gradient_accumulation_changes_nothing(
     # plain gradient steps without clipping: AdamW and clipping would hide a wrong scale of the gradient
     monkeypatch.setattr(run, "_OPTIMIZER", "sgd")
     settings = settings_with(max_grad_norm=0.0)
-    one_by_one = jobs.Execution(micro_batch=1)
+    one_by_one = Execution(micro_batch=1)
     whole = weights(train("whole", teacher=teacher, settings=settings))
     parts = weights(train("parts", teacher=teacher, settings=settings, execution=one_by_one))
     name = "model.layers.0.self_attn.k_proj.weight"
@@ -160,7 +166,7 @@ def test_a_non_finite_step_is_not_taken(
     """Trap 5: the third step is poisoned; the weights stay those after the second."""
     states: list[tuple[Any, dict[str, torch.Tensor]]] = []
     calls = 0
-    prediction_loss_sum = objective.prediction_loss_sum
+    prediction_loss_sum = prediction.prediction_loss_sum
 
     def poisoned(logits: torch.Tensor, labels: torch.Tensor, weights: LossWeights) -> torch.Tensor:
         nonlocal calls
@@ -177,7 +183,7 @@ def test_a_non_finite_step_is_not_taken(
         states.append((model, {name: tensor.clone() for name, tensor in model.state_dict().items()}))
         return 0.0
 
-    monkeypatch.setattr(trainer, "prediction_loss_sum", poisoned)
+    monkeypatch.setattr(prediction, "prediction_loss_sum", poisoned)
     with pytest.raises(DivergedError, match=f"step 3: {culprit} is (nan|inf); the weights were not updated") as raised:
         watch = run.Observation(score=score, eval_steps=1, log_steps=1)
         train("out", watch=watch, settings=settings_with(max_grad_norm=max_grad_norm))
@@ -325,7 +331,7 @@ def test_one_process_uses_one_gpu(
 
     monkeypatch.setattr(TrainingArguments, "__post_init__", find_four_gpus)
     with open_checkpoint(make_checkpoint()) as checkpoint:
-        job = jobs.UptrainJob(checkpoint, SETTINGS, (WeightedSource(TextSource("text")),), tmp_path / "out")
+        job = UptrainJob(checkpoint, SETTINGS, (WeightedSource(TextSource("text")),), tmp_path / "out")
         (stage,) = SETTINGS.stages
         assert run._training_arguments(job, run.Observation(), stage, torch.device("cpu"), micro_batch=4).n_gpu == 1
 
@@ -354,7 +360,7 @@ def test_what_a_tracker_gets_stays_with_the_result(train: Train, monkeypatch: py
     stub = ModuleType("torch.utils.tensorboard")
     stub.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stub)
-    execution = jobs.Execution(micro_batch=4, report_to=("tensorboard",))
+    execution = Execution(micro_batch=4, report_to=("tensorboard",))
     output = train("out", execution=execution, watch=run.Observation(log_steps=2))
     lines = [json.loads(line) for line in (output / "runs/main/records.jsonl").read_text().splitlines()]
     assert [step for step, name, _ in lines if name == "train/tokens_per_second"] == [2, 4, 6]
@@ -521,7 +527,7 @@ def test_weights_and_temperature_reach_the_loss(
 
 def test_the_validation_slice_is_scored(train: Train, tmp_path: Path) -> None:
     held_out: list[Any] = []
-    score = scoring.validation_score
+    score = evaluation.validation_score
 
     def spy(job: Any) -> Any:
         held_out.append(validation_blocks(job.work / "data"))
@@ -549,7 +555,7 @@ def test_compiled_trains_as_eager(
     teacher = str(make_checkpoint(name="teacher", seed=1, with_tokenizer=True))
     settings = settings_with(steps=2, recipe=Recipe.distill, weights=LossWeights())
     eager = weights(train("eager", teacher=teacher, settings=settings))
-    execution = jobs.Execution(micro_batch=4, compile=True)
+    execution = Execution(micro_batch=4, compile=True)
     counters.clear()
     compiled = weights(train("compiled", teacher=teacher, settings=settings, execution=execution))
     assert counters["frames"]["ok"] >= 2  # student and teacher
@@ -596,12 +602,12 @@ def test_the_demo_model_recovers(with_teacher: bool, tmp_path: Path) -> None:
     held_out = TextSource(str(configs.DEMO / "heldout.jsonl"))
     windows = load_windows(original, held_out, window=256, max_windows=64)
     before = evaluate_checkpoint(tmp_path / "gqa2", windows, against=original)
-    settings = jobs.UptrainSettings(
+    settings = UptrainSettings(
         steps=48, sequence_length=256, sequences_per_step=8, learning_rate=2e-3, precision=default_precision()
     )
     with open_checkpoint(tmp_path / "gqa2") as checkpoint:
         source = WeightedSource(TextSource(str(configs.DEMO / "uptrain.jsonl")))
-        job = jobs.UptrainJob(
+        job = UptrainJob(
             checkpoint, settings, (source,), tmp_path / "out", teacher=str(original) if with_teacher else None
         )
         run.uptrain(job, run.Observation())
@@ -617,7 +623,7 @@ def test_a_stream_that_is_read_often_is_told_of_once_it_has_ended(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a text whose size nobody knows, which is longer than what is packed before the first step."""
-    monkeypatch.setattr(packing, "SHARD_TOKENS", 256)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 256)
     text = tmp_path / "a.jsonl.gz"
     text.write_bytes(gzip.compress((json.dumps({"text": "A sentence. " * 65}) + "\n").encode()))
     told: list[str] = []

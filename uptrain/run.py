@@ -33,13 +33,15 @@ from ..convert.checkpoint.output import disk_errors, read_provenance, staged_dir
 from ..convert.checkpoint.tensors import CONFIG_NAME
 from ..convert.errors import DivergedError, InputError, PreemptedError, UnsupportedError
 from ..convert.runtime.transformers_interface import ACTIVATION_CHECKPOINTING, checkpoint_activations
-from .attention_regression import AttentionRegression
-from .callbacks import Checkpoints, MetricsLog, PackAhead, PeriodicEvaluation, StepProgress, StopRequests, Throughput
-from .checkpoints import last_complete, remove_torn, step_of
-from .cost import warn_of_passes
-from .data import CorpusPacker, PackedBlocks, most_passes
-from .fitting import largest_micro_batch
-from .jobs import UptrainJob, UptrainSettings, batch_of, check_job, finished_before, replaces_output, uses_deepspeed
+from .checks import check_job
+from .data.blocks import PackedBlocks
+from .data.corpus import most_passes
+from .data.packing import CorpusPacker
+from .estimate.cost import warn_of_passes
+from .job import UptrainJob, batch_of
+from .launcher import uses_deepspeed
+from .losses.attention_regression import AttentionRegression
+from .losses.prediction import Loss, PredictionLoss
 from .models import (
     compile_in_place,
     freeze_except,
@@ -50,12 +52,21 @@ from .models import (
     share_equal_parameters,
     train_in_float32,
 )
-from .publish import METRICS_NAME, TRACKS_NAME, publish, write_weights
 from .recipe import Objective, Stage, attention_names, trained_names
-from .scoring import under_autocast, validation_score
-from .status import RunStatus, status_of_error, write_status
-from .trainer import SHARDS_NAME, Loss, PredictionLoss, UptrainTrainer
-from .work import checkpoints_folder, data_folder, last_saved, prepare, remove_work, stage_folder, teacher_folder
+from .rundir.checkpoints import last_complete, remove_torn, step_of
+from .rundir.prepare import prepare
+from .rundir.publish import METRICS_NAME, TRACKS_NAME, publish, write_weights
+from .rundir.record import finished_before, replaces_output
+from .rundir.status import RunStatus, status_of_error, write_status
+from .rundir.workdir import checkpoints_folder, data_folder, last_saved, remove_work, stage_folder, teacher_folder
+from .settings import UptrainSettings
+from .training.evaluation import PeriodicEvaluation, under_autocast, validation_score
+from .training.metrics import MetricsLog, StepProgress, Throughput
+from .training.micro_batch import largest_micro_batch
+from .training.packing_ahead import PackAhead
+from .training.saving import Checkpoints
+from .training.stopping import StopRequests
+from .training.trainer import SHARDS_NAME, UptrainTrainer
 
 __all__ = ["Observation", "UptrainResult", "joined_processes", "process_state", "uptrain"]
 
@@ -199,8 +210,8 @@ class _Run:
         if self._state.is_main_process:
             self._packer = prepare(
                 job,
-                self._stop,
                 self._held,
+                should_stop=lambda: self._stop.requested,
                 begin=self._begin,
                 save_steps=self._watch.save_steps,
                 force=force,

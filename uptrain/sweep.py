@@ -12,12 +12,23 @@ from accelerate import PartialState
 
 from ..convert.checkpoint.output import check_output, disk_errors, staged_directory
 from ..convert.errors import DivergedError, InputError, PreemptedError, UnsupportedError
-from .jobs import UptrainJob, begun_before, check_job, sweep_directory
-from .lock import sole_run_in
+from .checks import check_job
+from .job import UptrainJob, sweep_directory
 from .run import Observation, process_state, uptrain
-from .status import STATUS_NAME, RunStatus, status_of_error, write_status
-from .trials import Sweep, Trial, find_sweep, new_sweep, remove_sweep, trial_settings, with_best_rate, write_sweep
-from .work import no_held_out_text
+from .rundir.lock import sole_run_in
+from .rundir.prepare import no_held_out_text
+from .rundir.record import begun_before
+from .rundir.status import STATUS_NAME, RunStatus, status_of_error, write_status
+from .rundir.trials import (
+    Sweep,
+    Trial,
+    find_sweep,
+    new_sweep,
+    remove_sweep,
+    trial_settings,
+    with_best_rate,
+    write_sweep,
+)
 
 __all__ = ["check_sweep", "sweep_learning_rates"]
 

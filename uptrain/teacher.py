@@ -11,7 +11,7 @@ from ..convert.errors import UnsupportedError
 from ..convert.execute import execute
 from ..convert.methods.gqa import Gqa
 from ..convert.translations.routes import targets
-from .cost import measure_size
+from .estimate.size import measure_size
 
 __all__ = ["as_teacher", "copied_bytes", "write_teacher"]
 

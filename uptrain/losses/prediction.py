@@ -1,15 +1,16 @@
-"""What uptraining minimises: cross-entropy, the divergence from the original, the error of each layer's attention."""
+"""Losses on predictions: cross-entropy, and the divergence from a teacher."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .recipe import LossWeights
+from ..recipe import LossWeights
 
-__all__ = ["IGNORED_LABEL", "prediction_loss_sum"]
+__all__ = ["IGNORED_LABEL", "Loss", "PredictionLoss", "prediction_loss_sum"]
+
 
 IGNORED_LABEL = -100
 _CHUNK_TOKENS = 1024
@@ -87,3 +88,28 @@ def _chunk_loss(
         gradient = from_labels if gradient is None else gradient.add_(from_labels)
     assert gradient is not None
     return loss.where(predicted, 0).sum(), gradient.mul_(predicted[:, None])
+
+
+class Loss(Protocol):
+    """The sum of a loss over the tokens of a micro-batch: `feed` holds what the model takes, `labels` (B, T)."""
+
+    def __call__(self, model: Any, feed: dict[str, Tensor], labels: Tensor) -> Tensor: ...
+
+
+class PredictionLoss:
+    """Divergence from `teacher`, cross-entropy, or both.
+
+    Neither an attention mask nor a cache is used: either would let packed documents attend to each other.
+    """
+
+    def __init__(self, teacher: Any | None, weights: LossWeights) -> None:
+        self._teacher = teacher
+        self._weights = weights
+
+    def __call__(self, model: Any, feed: dict[str, Tensor], labels: Tensor) -> Tensor:
+        logits = model(**feed, use_cache=False).logits
+        if self._teacher is None:
+            return prediction_loss_sum(logits, labels, self._weights)
+        with torch.no_grad():
+            teacher_logits = self._teacher(**feed, use_cache=False).logits
+        return prediction_loss_sum(logits, labels, self._weights, teacher_logits=teacher_logits)

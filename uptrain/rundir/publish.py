@@ -8,22 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-)
+from transformers import GenerationConfig
 
-from ..convert.checkpoint.companions import copy_companions
-from ..convert.checkpoint.loading import check_opens, quiet_transformers
-from ..convert.checkpoint.output import PROVENANCE_NAME, read_provenance, staged_directory, write_text
-from ..convert.checkpoint.runtime_code import copy_runtime_code
-from ..convert.checkpoint.tensors import CONFIG_NAME, torch_dtype
-from ..convert.describe.card import write_card
-from ..convert.execute import DEFAULT_MAX_SHARD_BYTES
-from .jobs import UptrainJob, describe
+from ...convert.checkpoint.companions import copy_companions
+from ...convert.checkpoint.loading import check_opens, quiet_transformers
+from ...convert.checkpoint.output import PROVENANCE_NAME, read_provenance, staged_directory, write_text
+from ...convert.checkpoint.runtime_code import copy_runtime_code
+from ...convert.checkpoint.tensors import CONFIG_NAME, torch_dtype
+from ...convert.describe.card import write_card
+from ...convert.execute import DEFAULT_MAX_SHARD_BYTES
+from ..job import UptrainJob, describe
 from .status import RunStatus, write_status
 from .trials import SWEEP_NAME, sweep_that_chose
 
 __all__ = ["METRICS_NAME", "TRACKS_NAME", "publish", "write_weights"]
+
 
 METRICS_NAME = "metrics.jsonl"
 TRACKS_NAME = "runs"  # where transformers' users look for tensorboard's files

@@ -11,12 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..configs import PRETRAINING_TOKENS
-from ..convert.checkpoint.output import PROVENANCE_NAME
-from ..convert.checkpoint.tensors import Checkpoint
-from ..convert.errors import CheckpointError
+from ...configs import PRETRAINING_TOKENS
+from ...convert.checkpoint.output import PROVENANCE_NAME
+from ...convert.checkpoint.tensors import Checkpoint
+from ...convert.errors import CheckpointError
 
 __all__ = ["PRETRAINING_NAME", "KnownModel", "PretrainingTokens", "known_models", "lookup_pretraining_tokens"]
+
 
 PRETRAINING_NAME = "pretraining.json"
 

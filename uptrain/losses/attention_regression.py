@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..convert.architectures.architecture import Architecture
-from ..convert.errors import UnsupportedError
+from ...convert.architectures.architecture import Architecture
+from ...convert.errors import UnsupportedError
 
 __all__ = ["AttentionRegression", "decoder_layers", "require_same_size"]
+
 
 _FEED_FORWARDS = ("mlp", "ffn")
 

@@ -8,9 +8,10 @@ import re
 import shutil
 from pathlib import Path
 
-from ..convert.checkpoint.output import write_text
+from ...convert.checkpoint.output import write_text
 
 __all__ = ["MARKER_NAME", "finish_checkpoint", "last_complete", "remove_torn", "step_of"]
+
 
 MARKER_NAME = "COMPLETE.json"
 _KEPT = 2

@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..convert.checkpoint.output import write_text
-from ..convert.errors import DivergedError, InputError, OutputError
-from .jobs import REPLACES_NAME, UptrainJob, UptrainSettings, describe, sweep_directory
+from ...convert.checkpoint.output import write_text
+from ...convert.errors import DivergedError, InputError, OutputError
+from ..job import UptrainJob, describe, sweep_directory
+from ..settings import UptrainSettings
+from .record import REPLACES_NAME
 
 __all__ = [
     "SWEEP_NAME",
@@ -28,6 +30,7 @@ __all__ = [
     "with_best_rate",
     "write_sweep",
 ]
+
 
 SWEEP_NAME = "lr_sweep.json"
 _FRACTION = 0.03  # of the run's steps

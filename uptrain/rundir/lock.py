@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..convert.errors import OutputError
+from ...convert.errors import OutputError
 
 __all__ = ["sole_run_in"]
+
 
 _LOCK_NAME = "lock"
 

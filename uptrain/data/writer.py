@@ -1,217 +1,35 @@
-"""One source's documents packed into shards of blocks on disk: resumable at any moment, the same bytes each time."""
+"""One source's documents packed into shards on disk: resumable at any moment, the same bytes each time."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import accumulate, islice
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..convert.checkpoint.output import write_text
-from ..convert.errors import DataError, PreemptedError
+from ...convert.checkpoint.output import write_text
+from ...convert.errors import DataError, PreemptedError
+from .documents import Cursor, DocumentStream, Piece
+from .shards import (
+    INDEX_NAME,
+    REPACK,
+    Layout,
+    Shard,
+    SourceIndex,
+    check_size,
+    sha256_of,
+    starts_path,
+    tokens_path,
+)
 
-__all__ = [
-    "INDEX_NAME",
-    "SHARD_TOKENS",
-    "Cursor",
-    "DocumentStream",
-    "Layout",
-    "Shard",
-    "SourceIndex",
-    "SourcePacker",
-    "check_size",
-    "damaged",
-    "read_json",
-    "starts_path",
-    "tokens_path",
-]
+__all__ = ["SourcePacker"]
 
-INDEX_NAME = "index.json"
-SHARD_TOKENS = 2**25  # 64 or 128 MiB; a kill without warning costs the tokenising of one at most, minutes
-_ENCODE_BATCH = 64
+
 _WRITE_BUFFER_BYTES = 2**20
-_REPACK = "remove this file; building again packs the same shard from the text"
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """A place in a source: passes over it, documents of this pass, tokens of the next document that are behind it."""
-
-    passes: int = 0
-    documents: int = 0
-    tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Tokens of one document, from the place `begin` to the place `end`; none of them where a document is left out."""
-
-    ids: NDArray[Any]
-    begin: Cursor
-    end: Cursor
-
-    def split(self, num_tokens: int) -> tuple[Piece, Piece]:
-        middle = replace(self.begin, tokens=self.begin.tokens + num_tokens)
-        return Piece(self.ids[:num_tokens], self.begin, middle), Piece(self.ids[num_tokens:], middle, self.end)
-
-
-@dataclass(frozen=True)
-class DocumentStream:
-    """A source's documents as token ids, from any place on, pass after pass.
-
-    `name` is for messages. `open_pass(number)` gives the texts of a pass, always the same, `encode` the token ids of
-    some texts; texts that `keeps` refuses are left out. `max_passes` None: without end.
-    """
-
-    name: str
-    open_pass: Callable[[int], Iterator[str]]
-    encode: Callable[[Sequence[str]], Sequence[Sequence[int]]]
-    keeps: Callable[[str], bool]
-    dtype: np.dtype[Any]
-    max_passes: int | None = 1
-
-    def pieces(self, begin: Cursor) -> Iterator[Piece]:
-        """Documents, and an empty piece after each batch of them. Raises DataError when none of them is kept."""
-        number, first = begin.passes, begin.documents
-        while self.max_passes is None or number < self.max_passes:
-            num_tokens = 0
-            for piece in self._pieces_of_pass(number, first, begin.tokens if number == begin.passes else 0):
-                num_tokens += len(piece.ids)
-                yield piece
-            if self.max_passes is None and first == 0 and num_tokens == 0:
-                raise DataError(f"{self.name}: no token in it to train on", hint="use more text or less validation")
-            number, first = number + 1, 0
-            yield self._nothing(Cursor(number))
-
-    def _pieces_of_pass(self, number: int, first: int, skip_tokens: int) -> Iterator[Piece]:
-        documents = self.open_pass(number)
-        done = 0
-        while batch := list(islice(documents, min(_ENCODE_BATCH, first - done) if done < first else _ENCODE_BATCH)):
-            if done >= first:
-                kept = [(done + i, text) for i, text in enumerate(batch) if self.keeps(text)]
-                encoded = self.encode([text for _, text in kept]) if kept else []
-                for (place, _), ids in zip(kept, encoded, strict=True):
-                    skipped = skip_tokens if place == first else 0
-                    tokens = np.asarray(ids[skipped:], dtype=self.dtype)
-                    yield Piece(tokens, Cursor(number, place, skipped), Cursor(number, place + 1))
-            done += len(batch)
-            # what is skipped is no place to stop at: a run that begins here has not been there
-            yield self._nothing(Cursor(number, done) if done > first else Cursor(number, first, skip_tokens))
-
-    def _nothing(self, place: Cursor) -> Piece:
-        return Piece(np.empty(0, dtype=self.dtype), place, place)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a source's tokens are cut: `num_blocks` at most, in shards of `blocks_per_shard`, the last one shorter."""
-
-    sequence_length: int
-    num_blocks: int
-    blocks_per_shard: int
-    dtype: str
-
-    @property
-    def num_shards(self) -> int:
-        return -(-self.num_blocks // self.blocks_per_shard)
-
-    def blocks_of(self, shard: int) -> int:
-        return min(self.blocks_per_shard, self.num_blocks - shard * self.blocks_per_shard)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """What one pair of files holds, between which places of the source."""
-
-    num_blocks: int
-    num_documents: int
-    begin: Cursor
-    end: Cursor
-    tokens_bytes: int
-    tokens_sha256: str
-    starts_bytes: int
-    starts_sha256: str
-
-    @classmethod
-    def of_json(cls, row: dict[str, Any]) -> Shard:
-        return cls(**{**row, "begin": Cursor(**row["begin"]), "end": Cursor(**row["end"])})
-
-
-@dataclass(frozen=True)
-class SourceIndex:
-    """The shards of a source that were packed, deleted ones too, and the one that was begun when packing stopped.
-
-    `leftover_tokens` is None until the text has ended: then so many did not fill a last block.
-    """
-
-    shards: tuple[Shard, ...] = ()
-    partial: Shard | None = None
-    leftover_tokens: int | None = None
-
-    @property
-    def num_blocks(self) -> int:
-        return sum(shard.num_blocks for shard in self.shards)
-
-    @property
-    def blocks_of_a_pass(self) -> float | None:
-        """The blocks that the text fills, once it was packed to its end; None before.
-
-        Where it was packed several times over, a little more than these: an end is known to lie within a shard.
-        """
-        if self.leftover_tokens is not None:
-            return self.num_blocks
-        packed = accumulate(shard.num_blocks for shard in self.shards)
-        turns = [count / shard.end.passes for count, shard in zip(packed, self.shards, strict=True) if shard.end.passes]
-        return min(turns, default=None)
-
-    def is_whole(self, layout: Layout) -> bool:
-        return self.leftover_tokens is not None or len(self.shards) == layout.num_shards
-
-    @classmethod
-    def read(cls, folder: Path) -> SourceIndex:
-        """The index in a source's folder, an empty one if there is none. Raises DataError when it is damaged."""
-        path = folder / INDEX_NAME
-        if not path.exists():
-            return cls()
-        content = read_json(path)
-        try:
-            return cls(
-                shards=tuple(Shard.of_json(row) for row in content["shards"]),
-                partial=Shard.of_json(content["partial"]) if content["partial"] else None,
-                leftover_tokens=content["leftover_tokens"],
-            )
-        except (KeyError, TypeError) as error:
-            raise damaged(path, error) from error
-
-
-def read_json(path: Path) -> Any:
-    """Raises DataError when the file is not JSON."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise damaged(path, error) from error
-
-
-def damaged(path: Path, error: Exception) -> DataError:
-    return DataError(
-        f"{path}: not an index of packed blocks ({error})", hint=f"remove {path.parent}, then the text is packed again"
-    )
-
-
-def tokens_path(folder: Path, shard: int) -> Path:
-    return folder / f"tokens-{shard:05}.bin"
-
-
-def starts_path(folder: Path, shard: int) -> Path:
-    return folder / f"starts-{shard:05}.bin"
 
 
 class SourcePacker:
@@ -248,8 +66,8 @@ class SourcePacker:
             for path, num_bytes, sha256 in self._files(number, shard):
                 if path.exists():
                     check_size(path, num_bytes)
-                    if _sha256(path) != sha256:
-                        raise DataError(f"{path}: damaged, its checksum is not the one in {INDEX_NAME}", hint=_REPACK)
+                    if sha256_of(path) != sha256:
+                        raise DataError(f"{path}: damaged, its checksum is not the one in {INDEX_NAME}", hint=REPACK)
 
     def require(self, number: int) -> None:
         """Make shard `number` be there, unless the text ends before it; those before it that never were are packed.
@@ -387,9 +205,9 @@ class _ShardWriter:
             begin=self._begin,
             end=self.end,
             tokens_bytes=self._tokens_path.stat().st_size,
-            tokens_sha256=_sha256(self._tokens_path),
+            tokens_sha256=sha256_of(self._tokens_path),
             starts_bytes=self._starts_path.stat().st_size,
-            starts_sha256=_sha256(self._starts_path),
+            starts_sha256=sha256_of(self._starts_path),
         )
 
     def finish(self) -> tuple[Shard, int]:
@@ -416,17 +234,6 @@ class _ShardWriter:
             if not path.exists() or path.stat().st_size < num_bytes:
                 return False
             os.truncate(path, num_bytes)
-            if _sha256(path) != sha256:
+            if sha256_of(path) != sha256:
                 return False
         return True
-
-
-def check_size(path: Path, num_bytes: int) -> None:
-    """Raise DataError unless the file has this size."""
-    if path.stat().st_size != num_bytes:
-        raise DataError(f"{path}: {path.stat().st_size} bytes, {INDEX_NAME} says {num_bytes}", hint=_REPACK)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,9 +10,10 @@ import psutil
 import torch
 from torch import Tensor
 
-from ..convert.errors import UnsupportedError
+from ...convert.errors import UnsupportedError
 
 __all__ = ["largest_micro_batch"]
+
 
 _USABLE = 0.9  # of the free memory: allocators leave gaps, and other processes grow
 _MAX_MICRO_BATCH = 64  # more gains no speed

@@ -1,39 +1,29 @@
-"""A run's work directory: what lies where in it, how it is begun or gone on with, and when it goes."""
+"""A run's work directory, begun or gone on with: its settings, the teacher and the packed text."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
-from ..convert.checkpoint.opening import open_checkpoint
-from ..convert.checkpoint.output import check_free_space, staged_directory, write_text
-from ..convert.checkpoint.tensors import CONFIG_NAME
-from ..convert.checkpoint.tokenizer import load_tokenizer
-from ..convert.errors import InputError, PreemptedError
-from .callbacks import StopRequests
-from .checkpoints import last_complete, step_of
-from .cost import disk_bytes, measure_size, packed_tokens
-from .data import CorpusPacker, build, holds_shards, measure_sources, validation_blocks
-from .jobs import REPLACES_NAME, SETTINGS_NAME, UptrainJob, corpus_of, describe
+from ...convert.checkpoint.opening import open_checkpoint
+from ...convert.checkpoint.output import check_free_space, staged_directory, write_text
+from ...convert.checkpoint.tokenizer import load_tokenizer
+from ...convert.errors import InputError, PreemptedError
+from ..data.blocks import holds_shards, validation_blocks
+from ..data.packing import CorpusPacker, build
+from ..data.sources import measure_sources
+from ..estimate.disk import disk_bytes, packed_tokens
+from ..estimate.size import measure_size
+from ..job import UptrainJob, corpus_of, describe
+from ..teacher import as_teacher, copied_bytes, write_teacher
 from .lock import sole_run_in
-from .recipe import Stage
-from .teacher import as_teacher, copied_bytes, write_teacher
-from .trials import remove_sweep, sweep_that_chose
+from .record import REPLACES_NAME, SETTINGS_NAME
+from .workdir import data_folder, last_saved, translated_teacher
 
-__all__ = [
-    "checkpoints_folder",
-    "data_folder",
-    "last_saved",
-    "no_held_out_text",
-    "prepare",
-    "remove_work",
-    "stage_folder",
-    "teacher_folder",
-]
+__all__ = ["no_held_out_text", "prepare"]
 
 
 def no_held_out_text() -> InputError:
@@ -46,9 +36,9 @@ def no_held_out_text() -> InputError:
 
 def prepare(
     job: UptrainJob,
-    stop: StopRequests,
     held: ExitStack,
     *,
+    should_stop: Callable[[], bool],
     begin: Callable[[], object],
     save_steps: int,
     force: bool,
@@ -76,9 +66,7 @@ def prepare(
         begin()
         _prepare_teacher(job)
         done = last_saved(job)[0] * job.settings.sequences_per_step
-        packer = build(
-            corpus_of(job), data_folder(job), tokenizer, first_sample=done, should_stop=lambda: stop.requested
-        )
+        packer = build(corpus_of(job), data_folder(job), tokenizer, first_sample=done, should_stop=should_stop)
         if held_out and validation_blocks(data_folder(job)) is None:
             shutil.rmtree(job.work, ignore_errors=True)  # nobody goes on with it
             raise no_held_out_text()
@@ -112,55 +100,8 @@ def _disk_bytes(job: UptrainJob, tokenizer: Any, *, save_steps: int) -> int:
 
 def _prepare_teacher(job: UptrainJob) -> None:
     """Write a teacher of a class that is not trained in one that is, unless that is done."""
-    if job.teacher is None or _translated_teacher(job).exists():
+    if job.teacher is None or translated_teacher(job).exists():
         return
     with open_checkpoint(job.teacher) as opened:
         if as_teacher(opened) is not opened:
-            write_teacher(opened, _translated_teacher(job))
-
-
-def last_saved(job: UptrainJob) -> tuple[int, Path | None]:
-    """The step up to which weights are saved, and where they are."""
-    for stage in reversed(job.settings.stages):
-        if stage_folder(job, stage).joinpath(CONFIG_NAME).exists():
-            return stage.last_step, stage_folder(job, stage)
-        last = last_complete(checkpoints_folder(job, stage))
-        if last is not None:
-            return stage.first_step + step_of(last), last
-    return 0, None
-
-
-def remove_work(job: UptrainJob) -> None:
-    """Remove what the output does not need any more.
-
-    Trials go first: without the work directory, ones that began with force would pass for trials of a run to come.
-    """
-    sweep = sweep_that_chose(job)
-    if sweep is not None and job.output.exists():
-        with suppress(OSError):
-            remove_sweep(sweep)
-    shutil.rmtree(job.work, ignore_errors=True)
-
-
-def data_folder(job: UptrainJob) -> Path:
-    return job.work / "data"
-
-
-def checkpoints_folder(job: UptrainJob, stage: Stage) -> Path:
-    return job.work / "checkpoints" / stage.name
-
-
-def stage_folder(job: UptrainJob, stage: Stage) -> Path:
-    """Where the weights that a stage ended with are, once it is finished."""
-    return job.work / "stages" / stage.name
-
-
-def teacher_folder(job: UptrainJob) -> Path:
-    """Where the teacher is read from."""
-    assert job.teacher is not None
-    translated = _translated_teacher(job)
-    return translated if translated.exists() else Path(job.teacher)
-
-
-def _translated_teacher(job: UptrainJob) -> Path:
-    return job.work / "teacher"
+            write_teacher(opened, translated_teacher(job))

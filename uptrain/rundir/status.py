@@ -9,10 +9,11 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..convert.checkpoint.output import write_text
-from ..convert.errors import DivergedError, KvConvertError, PreemptedError
+from ...convert.checkpoint.output import write_text
+from ...convert.errors import DivergedError, KvConvertError, PreemptedError
 
 __all__ = ["STATUS_NAME", "RunStatus", "read_status", "status_of_error", "write_status"]
+
 
 STATUS_NAME = "run_status.json"
 _INTERRUPTED, _TERMINATED = 130, 143

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..convert.errors import InputError
+from ...convert.errors import InputError
 
 __all__ = ["WINDOW", "Mixture", "drawn_seed", "shuffled", "splitmix64"]
+
 
 WINDOW = 1024
 _WHOLE = 2**40  # shares are integers of this: sums of floats would differ between machines in their last bits

@@ -5,49 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
-from ..convert.errors import DivergedError
-from ..convert.runtime.transformers_interface import require
-from .checkpoints import finish_checkpoint
-from .objective import IGNORED_LABEL, prediction_loss_sum
-from .recipe import LossWeights
+from ...convert.errors import DivergedError
+from ...convert.runtime.transformers_interface import require
+from ..losses.prediction import IGNORED_LABEL, Loss
+from ..rundir.checkpoints import finish_checkpoint
 
-__all__ = ["SHARDS_NAME", "Loss", "PredictionLoss", "UptrainTrainer"]
+__all__ = ["SHARDS_NAME", "UptrainTrainer"]
+
 
 require("training")
 
 SHARDS_NAME = "shards"
-
-
-class Loss(Protocol):
-    """The sum of a loss over the tokens of a micro-batch: `feed` holds what the model takes, `labels` (B, T)."""
-
-    def __call__(self, model: Any, feed: dict[str, Tensor], labels: Tensor) -> Tensor: ...
-
-
-class PredictionLoss:
-    """Divergence from `teacher`, cross-entropy, or both.
-
-    Neither an attention mask nor a cache is used: either would let packed documents attend to each other.
-    """
-
-    def __init__(self, teacher: Any | None, weights: LossWeights) -> None:
-        self._teacher = teacher
-        self._weights = weights
-
-    def __call__(self, model: Any, feed: dict[str, Tensor], labels: Tensor) -> Tensor:
-        logits = model(**feed, use_cache=False).logits
-        if self._teacher is None:
-            return prediction_loss_sum(logits, labels, self._weights)
-        with torch.no_grad():
-            teacher_logits = self._teacher(**feed, use_cache=False).logits
-        return prediction_loss_sum(logits, labels, self._weights, teacher_logits=teacher_logits)
 
 
 class UptrainTrainer(Trainer):

@@ -6,17 +6,11 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from ..convert.errors import InputError, UnsupportedError
+from ...convert.errors import InputError, UnsupportedError
 from .pretraining import PretrainingTokens
 
-__all__ = [
-    "DEFAULT_FRACTION",
-    "Batch",
-    "Budget",
-    "default_global_batch_tokens",
-    "derive_batch",
-    "plan_budget",
-]
+__all__ = ["DEFAULT_FRACTION", "Batch", "Budget", "default_global_batch_tokens", "derive_batch", "plan_budget"]
+
 
 DEFAULT_FRACTION = 0.05
 """α of the GQA paper: mean-pooled MQA needs it, and 10 % gain little more (Ainslie et al. 2023)."""

@@ -1,0 +1,120 @@
+"""Whether a job can be run: everything that can be refused before the first byte is written."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..convert.architectures.table import find_architecture
+from ..convert.cache_check import check_runtime
+from ..convert.checkpoint.loading import class_config
+from ..convert.checkpoint.opening import open_checkpoint
+from ..convert.checkpoint.output import check_apart, check_output
+from ..convert.errors import InputError, OutputError, UnsupportedError
+from ..convert.text.sources import TextSource, text_bytes
+from ..convert.text.tokens import check_tokenizers
+from .job import UptrainJob, batch_of, corpus_of, describe, sweep_directory
+from .launcher import uses_deepspeed
+from .losses.attention_regression import require_same_size
+from .recipe import Objective
+from .rundir.record import SETTINGS_NAME, changes, finished_before, replaces_output
+from .settings import UptrainSettings, longest_sequence
+from .teacher import as_teacher
+
+__all__ = ["check_job"]
+
+
+def check_job(job: UptrainJob, *, held_out: TextSource | None = None, force: bool = False) -> None:
+    """Raise InputError for whatever can be refused before training; touches nothing.
+
+    `held_out` is text that is read beside the job's own.
+    """
+    _check_places(job, held_out, force=force)
+    _check_model(job)
+    _check_needs(job)
+    batch_of(job, job.execution.micro_batch or 1)
+    corpus_of(job)
+    _check_teacher(job)
+    if not force and job.work.exists():
+        _check_same_run(job.work, describe(job))
+
+
+def _check_places(job: UptrainJob, held_out: TextSource | None, *, force: bool) -> None:
+    """Raise InputError unless what is read is there, and nothing of it where something is written or removed."""
+    texts = [source.text for source in job.sources] + ([held_out] if held_out is not None else [])
+    inputs = [job.checkpoint.directory, *(text.path for text in texts)]
+    inputs += [Path(job.teacher)] if job.teacher is not None else []
+    for place in (job.work, sweep_directory(job.output)):
+        check_apart(place, inputs)
+    if not finished_before(job):
+        check_output(job.output, force=force or replaces_output(job), inputs=inputs)
+        for text in texts:
+            text_bytes(text)
+    if force and job.work.exists() and not (job.work / SETTINGS_NAME).exists():
+        raise OutputError(f"{job.work} is in the way and not a run's", hint="remove it, or choose another --output")
+
+
+def _check_model(job: UptrainJob) -> None:
+    """Raise InputError unless its class works here, and can be trained on packed text of this length."""
+    check_runtime(job.checkpoint.directory)
+    architecture = find_architecture(job.checkpoint)
+    if architecture.cross_attention is not None:
+        raise UnsupportedError(
+            f"{job.checkpoint.name}: uptrain takes decoders only, not the encoder-decoder {architecture.model_type}",
+            hint="train it with transformers' Seq2SeqTrainer, which takes it as any other model",
+        )
+    if not architecture.separates_documents:
+        raise UnsupportedError(
+            f"{job.checkpoint.name}: in transformers' {architecture.model_type} documents that share a sequence see "
+            "each other, so that uptrain, which packs them, would teach it nonsense"
+        )
+    longest, length = longest_sequence(job.checkpoint), job.settings.sequence_length
+    if length > longest:
+        raise UnsupportedError(
+            f"sequence length {length} does not fit {job.checkpoint.name} (it takes {longest} tokens)",
+            hint=f"use --sequence-length {longest} or less",
+        )
+
+
+def _check_teacher(job: UptrainJob) -> None:
+    """Raise InputError for a teacher that cannot be one."""
+    check_tokenizers(job.checkpoint.directory, job.teacher)
+    if job.teacher is None:
+        return
+    check_runtime(job.teacher)
+    with open_checkpoint(job.teacher) as opened:
+        config = as_teacher(opened).config
+    if _regresses(job.settings):
+        require_same_size(class_config(job.checkpoint.config), class_config(config))
+
+
+def _check_needs(job: UptrainJob) -> None:
+    """Raise InputError where the recipe's teacher or a tracker is missing."""
+    settings = job.settings
+    if (_regresses(settings) or settings.weights.kl > 0) and job.teacher is None:
+        raise InputError(
+            f"recipe {settings.recipe} needs the original model", hint="pass it as --teacher, or use --recipe gqa"
+        )
+    if job.execution.micro_batch is None and uses_deepspeed():
+        raise UnsupportedError(
+            "what fits is measured before DeepSpeed shards anything", hint="say how many with --micro-batch"
+        )
+    for tracker in job.execution.report_to:
+        if find_spec(tracker) is None:
+            raise InputError(f"--report-to {tracker}: {tracker} is not installed", hint=f"pip install {tracker}")
+
+
+def _regresses(settings: UptrainSettings) -> bool:
+    return any(stage.objective is Objective.attention_regression for stage in settings.stages)
+
+
+def _check_same_run(work: Path, description: dict[str, Any]) -> None:
+    if not (work / SETTINGS_NAME).exists():
+        raise OutputError(f"{work} is in the way and not a run's", hint="remove it, or choose another --output")
+    changed = changes(work, description)
+    if changed:
+        raise InputError(
+            f"{work} holds an unfinished run with other settings: {'; '.join(changed)}",
+            hint="go on with the same settings, start over with --force, or choose another --output",
+        )

@@ -1,0 +1,32 @@
+"""What a launcher such as torchrun or accelerate told this process of the run that it is a part of."""
+
+from __future__ import annotations
+
+import os
+
+from .settings import Execution, Sharding
+
+__all__ = ["count_processes", "sharding_of", "take_over_fsdp", "uses_deepspeed"]
+
+
+def count_processes() -> int:
+    """How many processes `accelerate launch` or `torchrun` started for this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def take_over_fsdp() -> bool:
+    """Whether accelerate's configuration asks for FSDP. kvconvert shards models while it loads them, by itself."""
+    return os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def sharding_of(execution: Execution) -> Sharding:
+    """What a process holds a part of only: as --fsdp or accelerate's configuration of DeepSpeed says."""
+    if execution.fsdp:
+        return "fsdp"
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") if uses_deepspeed() else None
+    return "zero2" if stage == "2" else "zero3" if stage == "3" else "none"
+
+
+def uses_deepspeed() -> bool:
+    """Whether accelerate's configuration asks for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"

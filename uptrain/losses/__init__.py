@@ -1,0 +1,1 @@
+"""What is minimised: losses on predictions, and the error of each layer's attention."""

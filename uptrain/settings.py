@@ -1,0 +1,129 @@
+"""What decides the trajectory of a run, and how it is carried out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..convert.architectures.table import find_architecture
+from ..convert.checkpoint.output import read_provenance
+from ..convert.checkpoint.tensors import Checkpoint
+from ..convert.errors import UnsupportedError
+from .recipe import LossWeights, Recipe, Stage, Trained, stages
+
+__all__ = [
+    "Execution",
+    "Sharding",
+    "UptrainSettings",
+    "default_learning_rate",
+    "default_sequence_length",
+    "longest_sequence",
+]
+
+
+Sharding = Literal["none", "zero2", "zero3", "fsdp"]
+_MAX_DEFAULT_SEQUENCE_LENGTH = 2048
+
+
+@dataclass(frozen=True)
+class UptrainSettings:
+    """What decides the trajectory of a run; a resumed run must have the same.
+
+    `warmup_fraction` is of a stage's steps; `precision` is "bf16" (autocast over float32 weights) or "fp32".
+    """
+
+    steps: int
+    sequence_length: int
+    sequences_per_step: int
+    learning_rate: float
+    recipe: Recipe = Recipe.gqa
+    weights: LossWeights = field(default_factory=lambda: LossWeights(kl=0.0, cross_entropy=1.0))
+    trained: Trained = Trained.all
+    layerwise_fraction: float = 0.0
+    layerwise_learning_rate: float | None = None
+    body_lr_multiplier: float = 1.0
+    lr_scheduler: str = "cosine"
+    warmup_fraction: float = 0.03
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    precision: str = "fp32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rates = [rate for rate in (self.learning_rate, self.layerwise_learning_rate) if rate is not None]
+        checks = (
+            ("steps", self.steps >= 1, "at least 1"),
+            ("sequences_per_step", self.sequences_per_step >= 1, "at least 1"),
+            ("sequence_length", self.sequence_length >= 2, "at least 2"),
+            ("learning_rate", 0 < rates[0] < math.inf, "a positive number"),
+            ("layerwise_learning_rate", 0 < rates[-1] < math.inf, "a positive number"),
+            ("body_lr_multiplier", 0 <= self.body_lr_multiplier < math.inf, "0 or more"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
+            ("max_grad_norm", 0 <= self.max_grad_norm < math.inf, "0 or more"),
+            ("warmup_fraction", 0 <= self.warmup_fraction <= 1, "a number from 0 to 1"),
+            ("precision", self.precision in ("bf16", "fp32"), "'bf16' or 'fp32'"),
+            ("seed", 0 <= self.seed < 2**32, "a number from 0 to 2**32 - 1"),
+        )
+        for name, holds, expected in checks:
+            if not holds:
+                raise UnsupportedError(f"{name.replace('_', ' ')} is {getattr(self, name)!r}, expected {expected}")
+        _ = self.stages
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequences_per_step * self.sequence_length
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return stages(
+            self.recipe,
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            layerwise_fraction=self.layerwise_fraction,
+            layerwise_learning_rate=self.layerwise_learning_rate or self.learning_rate,
+            trained=self.trained,
+        )
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether any stage compares with a teacher."""
+        return any(stage.uses_teacher(self.weights) for stage in self.stages)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a run is carried out. Another number of processes or micro-batch changes its result by rounding only.
+
+    `micro_batch` counts the sequences that a process takes at once; None stands for as many as fit. `fsdp` shards
+    weights, gradients and optimizer over the processes (FSDP2). `report_to` names trackers of transformers.
+    """
+
+    micro_batch: int | None = 8
+    num_processes: int = 1
+    fsdp: bool = False
+    compile: bool = False
+    activation_checkpointing: bool = False
+    report_to: tuple[str, ...] = ()
+
+
+def default_sequence_length(checkpoint: Checkpoint) -> int:
+    """The longest the model takes, at most 2048."""
+    return min(longest_sequence(checkpoint), _MAX_DEFAULT_SEQUENCE_LENGTH)
+
+
+def default_learning_rate(checkpoint: Checkpoint, recipe: Recipe) -> float:
+    """Near the peak that models of this size are pretrained with: 1e-3 below 100M parameters, 3e-4 below 3B, 1e-4.
+
+    For cross-entropy after a merge on calibration text, which leaves little to recover, a quarter of it: at the peak it
+    unlearns more than it recovers at first.
+    """
+    size = checkpoint.num_parameters
+    peak = 1e-3 if size < 1e8 else 3e-4 if size < 3e9 else 1e-4
+    merged = read_provenance(checkpoint.directory).get("method") == "svd"
+    return peak / 4 if merged and recipe is Recipe.gqa else peak
+
+
+def longest_sequence(checkpoint: Checkpoint) -> int:
+    name = find_architecture(checkpoint).config_name("max_position_embeddings")
+    return checkpoint.config_int(name, default=_MAX_DEFAULT_SEQUENCE_LENGTH)

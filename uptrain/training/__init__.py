@@ -1,0 +1,1 @@
+"""Training itself: transformers' Trainer with our losses, and all that is done beside its steps."""
