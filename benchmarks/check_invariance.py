@@ -45,7 +45,7 @@ from kvconvert.uptrain.data.sources import WeightedSource
 from kvconvert.uptrain.job import UptrainJob
 from kvconvert.uptrain.models import full_state, load_for_training
 from kvconvert.uptrain.recipe import LossWeights, Recipe
-from kvconvert.uptrain.settings import Execution, UptrainSettings
+from kvconvert.uptrain.settings import Execution, RunSettings
 from kvconvert.uptrain.training.trainer import UptrainTrainer
 from safetensors.torch import load_file
 from torch import Tensor
@@ -142,7 +142,7 @@ def _norm(tensor: Tensor) -> float:
 def train(layout: Layout, arithmetic: Arithmetic, objective: str, *, model: Path, output: Path, steps: int) -> Outcome:
     """Uptrain in this process, or in this and the others that torchrun started."""
     recipe, weights = OBJECTIVES[objective]
-    settings = UptrainSettings(
+    settings = RunSettings(
         steps=steps,
         sequence_length=_LENGTH,
         sequences_per_step=_SEQUENCES,

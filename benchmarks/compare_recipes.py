@@ -29,7 +29,7 @@ from kvconvert.uptrain.estimate.flops import flops_per_token
 from kvconvert.uptrain.estimate.size import measure_size
 from kvconvert.uptrain.job import UptrainJob
 from kvconvert.uptrain.recipe import LossWeights, Recipe
-from kvconvert.uptrain.settings import UptrainSettings
+from kvconvert.uptrain.settings import RunSettings
 
 _CROSS_ENTROPY = LossWeights(kl=0.0, cross_entropy=1.0)
 _RECIPES: dict[str, dict[str, Any]] = {
@@ -67,7 +67,7 @@ def _uptrained(
     steps = arguments.steps
     if name == "gqa, equal compute":
         steps, name = math.ceil(steps * 4 / 3), "gqa"
-    settings = UptrainSettings(
+    settings = RunSettings(
         steps=steps,
         sequence_length=arguments.sequence_length,
         sequences_per_step=arguments.sequences_per_step,
@@ -106,7 +106,7 @@ def _uptrained(
     }
 
 
-def _flops(arguments: argparse.Namespace, model: str, settings: UptrainSettings) -> float:
+def _flops(arguments: argparse.Namespace, model: str, settings: RunSettings) -> float:
     with open_checkpoint(model) as checkpoint, open_checkpoint(arguments.original) as original:
         student = measure_size(checkpoint)
         teacher = measure_size(original) if settings.recipe.needs_teacher else None
@@ -119,7 +119,7 @@ def _flops(arguments: argparse.Namespace, model: str, settings: UptrainSettings)
 
 
 def _cross_entropy_flops(arguments: argparse.Namespace, model: str) -> float:
-    settings = UptrainSettings(
+    settings = RunSettings(
         steps=arguments.steps,
         sequence_length=arguments.sequence_length,
         sequences_per_step=arguments.sequences_per_step,

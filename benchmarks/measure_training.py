@@ -174,11 +174,11 @@ def _work(arguments: argparse.Namespace) -> None:
 
 def _settings(arguments: argparse.Namespace, name: str, precision: str) -> Any:
     from kvconvert.uptrain.recipe import LossWeights, Recipe
-    from kvconvert.uptrain.settings import UptrainSettings
+    from kvconvert.uptrain.settings import RunSettings
 
     recipes = {"KL": Recipe.distill, "light": Recipe.light}
     with_teacher: dict[str, Any] = {"recipe": recipes[name], "weights": LossWeights()} if name in recipes else {}
-    return UptrainSettings(
+    return RunSettings(
         steps=arguments.steps,
         sequence_length=arguments.sequence_length,
         sequences_per_step=arguments.sequences_per_step,

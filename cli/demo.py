@@ -252,7 +252,7 @@ def _uptrain(variant: _Variant, output: Path, windows: Any, steps: int, terminal
     from ..uptrain.data.sources import WeightedSource
     from ..uptrain.job import UptrainJob
     from ..uptrain.recipe import LossWeights, Recipe
-    from ..uptrain.settings import UptrainSettings
+    from ..uptrain.settings import RunSettings
 
     recovery = []
 
@@ -263,7 +263,7 @@ def _uptrain(variant: _Variant, output: Path, windows: Any, steps: int, terminal
             terminal.remark(f"{variant.label}: held-out perplexity {perplexity:.1f} after {record['tokens']} tokens")
 
     with open_checkpoint(output / variant.name) as checkpoint:
-        settings = UptrainSettings(
+        settings = RunSettings(
             steps=steps,
             sequence_length=_SEQUENCE_LENGTH,
             sequences_per_step=_BATCH_SIZE,

@@ -49,7 +49,7 @@ from .options import (
 if TYPE_CHECKING:
     from ..uptrain.job import UptrainJob
     from ..uptrain.run import Observation, UptrainResult
-    from ..uptrain.settings import UptrainSettings
+    from ..uptrain.settings import RunSettings
 
 from .values import parse_count, parse_duration, parse_percentage, parse_weighted
 
@@ -262,7 +262,7 @@ def uptrain(request: Request) -> None:
 @dataclass(frozen=True)
 class _Plan:
     job: UptrainJob
-    trials: tuple[UptrainSettings, ...]
+    trials: tuple[RunSettings, ...]
     budget: Budget
     cost: RunCost
     flops_per_token: dict[str, float]
@@ -340,11 +340,11 @@ def _plan(request: Request, checkpoint: Checkpoint, teacher: Checkpoint | None, 
     return _Plan(job, trials, budget, cost, per_token, None if detected is None else peak_flops(detected))
 
 
-def _settings(request: Request, checkpoint: Checkpoint, batch: Batch, budget: Budget) -> UptrainSettings:
-    from ..uptrain.settings import UptrainSettings, default_learning_rate
+def _settings(request: Request, checkpoint: Checkpoint, batch: Batch, budget: Budget) -> RunSettings:
+    from ..uptrain.settings import RunSettings, default_learning_rate
 
     recipe = request.recipe or (Recipe.gqa if request.teacher is None else Recipe.distill)
-    return UptrainSettings(
+    return RunSettings(
         steps=budget.steps,
         sequence_length=batch.sequence_length,
         sequences_per_step=batch.sequences_per_step,
@@ -368,7 +368,7 @@ def _job(
     request: Request,
     checkpoint: Checkpoint,
     teacher: Checkpoint | None,
-    settings: UptrainSettings,
+    settings: RunSettings,
     *,
     micro_batch: int,
 ) -> UptrainJob:

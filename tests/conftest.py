@@ -27,7 +27,7 @@ from kvconvert.uptrain.data.packing import build
 from kvconvert.uptrain.data.sources import WeightedSource
 from kvconvert.uptrain.job import UptrainJob
 from kvconvert.uptrain.recipe import LossWeights, Recipe
-from kvconvert.uptrain.settings import Execution, UptrainSettings
+from kvconvert.uptrain.settings import Execution, RunSettings
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
@@ -76,7 +76,7 @@ PROSE = (
 hypothesis_settings.register_profile("kvconvert", deadline=None, derandomize=True, max_examples=50)
 hypothesis_settings.load_profile("kvconvert")
 
-SETTINGS = UptrainSettings(steps=6, sequence_length=32, sequences_per_step=4, learning_rate=1e-2)
+SETTINGS = RunSettings(steps=6, sequence_length=32, sequences_per_step=4, learning_rate=1e-2)
 EXECUTION = Execution(micro_batch=4)
 DISTILL: dict[str, Any] = {"recipe": Recipe.distill, "weights": LossWeights()}
 
@@ -372,7 +372,7 @@ def make_job(make_checkpoint: CheckpointFactory, prose_file: Path, tmp_path: Pat
         def make(
             name: str = "out",
             *,
-            settings: UptrainSettings = SETTINGS,
+            settings: RunSettings = SETTINGS,
             teacher: Path | str | None = None,
             data: Path = prose_file,
             model: Path = source,
@@ -416,5 +416,5 @@ def same_weights(one: Path, other: Path) -> bool:
     return all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(one).items())
 
 
-def settings_with(**changes: Any) -> UptrainSettings:
+def settings_with(**changes: Any) -> RunSettings:
     return replace(SETTINGS, **changes)

@@ -19,10 +19,10 @@ from kvconvert.uptrain.data.sources import WeightedSource
 from kvconvert.uptrain.job import UptrainJob
 from kvconvert.uptrain.launcher import count_processes
 from kvconvert.uptrain.recipe import LossWeights, Recipe
-from kvconvert.uptrain.settings import Execution, UptrainSettings
+from kvconvert.uptrain.settings import Execution, RunSettings
 from transformers import TrainingArguments
 
-SETTINGS = UptrainSettings(
+SETTINGS = RunSettings(
     steps=4,
     sequence_length=32,
     sequences_per_step=4,

@@ -172,7 +172,7 @@ def test_another_run_is_refused_by_name(
 ) -> None:
     job = make_job()
     job.work.mkdir()
-    (job.work / record.SETTINGS_NAME).write_text(json.dumps(describe(job)))
+    (job.work / record.SETTINGS_NAME).write_text(json.dumps(job.description))
     check_job(make_job())  # the control
     shutil.copy(prose_file, tmp_path / "other.jsonl")
     places = {"other": tmp_path / "other.jsonl", "teacher": teacher}
@@ -184,7 +184,7 @@ def test_another_run_is_refused_by_name(
 def test_another_recipe_is_refused(make_job: Callable[..., UptrainJob], teacher: Path) -> None:
     job = make_job(settings=TWO_STAGES, teacher=teacher)
     job.work.mkdir()
-    (job.work / record.SETTINGS_NAME).write_text(json.dumps(describe(job)))
+    (job.work / record.SETTINGS_NAME).write_text(json.dumps(job.description))
     light = replace(TWO_STAGES, recipe=Recipe.light)
     with pytest.raises(InputError, match="recipe was 'distill', now 'light'"):
         check_job(make_job(settings=light, teacher=teacher))
@@ -333,22 +333,22 @@ def test_packed_shards_survive_a_failure(train: Train, monkeypatch: pytest.Monke
 
 def test_other_weights_under_the_same_name_are_another_model(make_job: Callable[..., UptrainJob]) -> None:
     job = make_job()
-    before = describe(job)
+    before = job.description
     path = job.checkpoint.directory / "model.safetensors"
     tensors = load_file(path)
     tensors["model.layers.1.self_attn.k_proj.weight"] += 1.0
     save_file(tensors, path, metadata={"format": "pt"})
-    changed = [key for key, value in describe(make_job()).items() if value != before[key]]
+    changed = [key for key, value in make_job().description.items() if value != before[key]]
     assert changed == ["model_fingerprint"]
 
 
 def test_other_weights_of_the_teacher_are_another_teacher(make_job: Callable[..., UptrainJob], teacher: Path) -> None:
-    before = describe(make_job(settings=TWO_STAGES, teacher=teacher))
+    before = make_job(settings=TWO_STAGES, teacher=teacher).description
     path = teacher / "model.safetensors"
     tensors = load_file(path)
     tensors["model.layers.1.mlp.up_proj.weight"] += 1.0
     save_file(tensors, path, metadata={"format": "pt"})
-    after = describe(make_job(settings=TWO_STAGES, teacher=teacher))
+    after = make_job(settings=TWO_STAGES, teacher=teacher).description
     assert [key for key, value in after.items() if value != before[key]] == ["teacher_fingerprint"]
 
 

@@ -44,7 +44,7 @@ from kvconvert.uptrain.job import UptrainJob
 from kvconvert.uptrain.losses import prediction
 from kvconvert.uptrain.models import load_for_training
 from kvconvert.uptrain.recipe import LossWeights, Recipe, Trained
-from kvconvert.uptrain.settings import Execution, UptrainSettings
+from kvconvert.uptrain.settings import Execution, RunSettings
 from kvconvert.uptrain.training import evaluation
 from kvconvert.uptrain.training.trainer import UptrainTrainer
 from torch._dynamo.utils import counters
@@ -602,7 +602,7 @@ def test_the_demo_model_recovers(with_teacher: bool, tmp_path: Path) -> None:
     held_out = TextSource(str(configs.DEMO / "heldout.jsonl"))
     windows = load_windows(original, held_out, window=256, max_windows=64)
     before = evaluate_checkpoint(tmp_path / "gqa2", windows, against=original)
-    settings = UptrainSettings(
+    settings = RunSettings(
         steps=48, sequence_length=256, sequences_per_step=8, learning_rate=2e-3, precision=default_precision()
     )
     with open_checkpoint(tmp_path / "gqa2") as checkpoint:

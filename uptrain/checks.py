@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from ..convert.architectures.table import find_architecture
 from ..convert.cache_check import check_runtime
 from ..convert.checkpoint.loading import class_config
-from ..convert.checkpoint.opening import open_checkpoint
 from ..convert.checkpoint.output import check_apart, check_output
 from ..convert.errors import InputError, OutputError, UnsupportedError
+from ..convert.runtime.transformers_interface import require
 from ..convert.text.sources import TextSource, text_bytes
 from ..convert.text.tokens import check_tokenizers
-from .job import UptrainJob, batch_of, corpus_of, describe, sweep_directory
+from .job import UptrainJob, sweep_directory
 from .launcher import uses_deepspeed
 from .losses.attention_regression import require_same_size
-from .recipe import Objective
-from .rundir.record import SETTINGS_NAME, changes, finished_before, replaces_output
-from .settings import UptrainSettings, longest_sequence
+from .rundir.record import SETTINGS_NAME, check_same_run, finished_before, replaces_output
+from .settings import longest_sequence
 from .teacher import as_teacher
 
 __all__ = ["check_job"]
@@ -33,11 +31,11 @@ def check_job(job: UptrainJob, *, held_out: TextSource | None = None, force: boo
     _check_places(job, held_out, force=force)
     _check_model(job)
     _check_needs(job)
-    batch_of(job, job.execution.micro_batch or 1)
-    corpus_of(job)
+    job.batch(job.execution.micro_batch or 1)
+    _ = job.corpus
     _check_teacher(job)
     if not force and job.work.exists():
-        _check_same_run(job.work, describe(job))
+        check_same_run(job)
 
 
 def _check_places(job: UptrainJob, held_out: TextSource | None, *, force: bool) -> None:
@@ -80,19 +78,19 @@ def _check_model(job: UptrainJob) -> None:
 def _check_teacher(job: UptrainJob) -> None:
     """Raise InputError for a teacher that cannot be one."""
     check_tokenizers(job.checkpoint.directory, job.teacher)
-    if job.teacher is None:
+    teacher = job.inputs.teacher
+    if teacher is None:
         return
-    check_runtime(job.teacher)
-    with open_checkpoint(job.teacher) as opened:
-        config = as_teacher(opened).config
-    if _regresses(job.settings):
+    check_runtime(teacher.directory)
+    config = as_teacher(teacher).config
+    if job.settings.regresses:
         require_same_size(class_config(job.checkpoint.config), class_config(config))
 
 
 def _check_needs(job: UptrainJob) -> None:
     """Raise InputError where the recipe's teacher or a tracker is missing."""
     settings = job.settings
-    if (_regresses(settings) or settings.weights.kl > 0) and job.teacher is None:
+    if settings.uses_teacher and job.teacher is None:
         raise InputError(
             f"recipe {settings.recipe} needs the original model", hint="pass it as --teacher, or use --recipe gqa"
         )
@@ -100,21 +98,17 @@ def _check_needs(job: UptrainJob) -> None:
         raise UnsupportedError(
             "what fits is measured before DeepSpeed shards anything", hint="say how many with --micro-batch"
         )
+    if job.is_sharded:
+        _require_sharding()
     for tracker in job.execution.report_to:
         if find_spec(tracker) is None:
             raise InputError(f"--report-to {tracker}: {tracker} is not installed", hint=f"pip install {tracker}")
 
 
-def _regresses(settings: UptrainSettings) -> bool:
-    return any(stage.objective is Objective.attention_regression for stage in settings.stages)
-
-
-def _check_same_run(work: Path, description: dict[str, Any]) -> None:
-    if not (work / SETTINGS_NAME).exists():
-        raise OutputError(f"{work} is in the way and not a run's", hint="remove it, or choose another --output")
-    changed = changes(work, description)
-    if changed:
-        raise InputError(
-            f"{work} holds an unfinished run with other settings: {'; '.join(changed)}",
-            hint="go on with the same settings, start over with --force, or choose another --output",
-        )
+def _require_sharding() -> None:
+    """Raise UnsupportedError where transformers cannot shard a model, unit by unit, while it loads it."""
+    try:
+        require("sharding")
+    except ImportError as error:
+        hint = "install transformers 5.23 or newer, or train without --fsdp"
+        raise UnsupportedError(f"--fsdp cannot be used here: {error}", hint=hint) from error

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ..convert.checkpoint.opening import open_checkpoint
 from ..convert.checkpoint.tensors import Checkpoint
-from ..convert.checkpoint.tokenizer import load_tokenizer
-from ..convert.errors import OutputError, UnsupportedError
-from ..convert.text.tokens import tokenizer_hash
+from ..convert.errors import InputError, OutputError
 from .data.corpus import Corpus
 from .data.sources import WeightedSource
-from .estimate.budget import Batch
+from .estimate.budget import Batch, default_micro_batch
+from .estimate.shape import Models, RunShape
+from .inputs import Inputs
+from .launcher import sharding_of
 from .recipe import Objective, Recipe
-from .settings import Execution, UptrainSettings
+from .settings import Execution, RunSettings
 
-__all__ = ["UptrainJob", "batch_of", "corpus_of", "describe", "sweep_directory", "work_directory"]
+__all__ = ["UptrainJob", "sweep_directory", "work_directory"]
 
-
-_FINGERPRINT_BYTES = 64
 _MAX_VALIDATION_BLOCKS = 64
 
 
@@ -30,28 +27,41 @@ _MAX_VALIDATION_BLOCKS = 64
 class UptrainJob:
     """What is trained, on what, towards what, and where the result goes.
 
-    `validation_fraction` of the documents are kept out of training and scored during it. With `stream` text is packed
-    while it is needed, and what was read is deleted.
+    `validation_fraction` of the documents are kept out of training and scored during it. `inputs` is what was read of
+    checkpoint and teacher, which jobs that are made of each other share.
+    Raises OutputError for an output without a name, InputError for a teacher that no loss compares with.
     """
 
     checkpoint: Checkpoint
-    settings: UptrainSettings
+    settings: RunSettings
     sources: tuple[WeightedSource, ...]
     output: Path
     teacher: str | None = None
     execution: Execution = field(default_factory=Execution)
     validation_fraction: float = 0.0
-    stream: bool = False
+    inputs: Inputs = field(default=None, repr=False, compare=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if not self.output.name:
             raise OutputError(f"{self.output} is no place for a new directory", hint="name one with --output")
-        if self.execution.fsdp and self.execution.num_processes > 1:
-            _require_sharding()
+        if self.teacher is not None and not self.settings.uses_teacher:
+            raise InputError(
+                f"{self.teacher} would not be used: {self.objective} compares with no teacher",
+                hint="leave the teacher out, or choose a recipe or loss weights that use one",
+            )
+        known: Inputs | None = self.inputs
+        if known is None or (known.checkpoint, known.teacher_name) != (self.checkpoint, self.teacher):
+            object.__setattr__(self, "inputs", Inputs(self.checkpoint, self.teacher))
 
     @property
     def work(self) -> Path:
+        """Where the run keeps its blocks, checkpoints, metrics and status until the output is whole."""
         return work_directory(self.output)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 gives each process a part of every parameter."""
+        return self.execution.fsdp and self.execution.num_processes > 1
 
     @property
     def shares_frozen(self) -> bool:
@@ -59,24 +69,16 @@ class UptrainJob:
 
         What is shared has one dtype, and without autocast that is the one that is trained in.
         """
-        sharded = self.execution.fsdp and self.execution.num_processes > 1
-        return self.settings.recipe is Recipe.light and not sharded
+        return self.settings.recipe is Recipe.light and not self.is_sharded
 
     @property
     def num_samples(self) -> int:
         """Sequences that the whole run reads."""
         return self.settings.steps * self.settings.sequences_per_step
 
-    def window_tokens(self, save_steps: int) -> int | None:
-        """Of a streamed text, the tokens that a run keeps to fall back to; None if all of it is kept.
-
-        Those since the older of two checkpoints, to the next one, or the one after if text is packed while it is saved.
-        """
-        return 3 * save_steps * self.settings.tokens_per_step if self.stream else None
-
     @property
     def objective(self) -> str:
-        """In words, for people and for the record."""
+        """What is minimised, in words, for people and for the record."""
         settings = self.settings
         parts = []
         if settings.stages[0].objective is Objective.attention_regression:
@@ -86,16 +88,62 @@ class UptrainJob:
             parts.append(" + ".join(name for name, weight in names.items() if weight))
         return ", then ".join(parts)
 
+    def batch(self, micro_batch: int | None = None) -> Batch:
+        """How the sequences of a step are shared out: with this micro-batch, else the job's, else the default one.
 
-def _require_sharding() -> None:
-    """Raise UnsupportedError where transformers cannot shard a model, unit by unit, while it loads it."""
-    from ..convert.runtime.transformers_interface import require
+        Raises UnsupportedError where they cannot be shared out evenly.
+        """
+        settings, num_processes = self.settings, self.execution.num_processes
+        sizes = settings.sequences_per_step, settings.sequence_length, num_processes
+        return Batch(*sizes, micro_batch or self.execution.micro_batch or default_micro_batch(*sizes))
 
-    try:
-        require("sharding")
-    except ImportError as error:
-        hint = "install transformers 5.23 or newer, or train without --fsdp"
-        raise UnsupportedError(f"--fsdp cannot be used here: {error}", hint=hint) from error
+    @property
+    def shape(self) -> RunShape:
+        """The run in numbers, from which its costs are computed."""
+        inputs = self.inputs
+        return RunShape(
+            models=Models(
+                student=inputs.student_size,
+                teacher=inputs.teacher_size,
+                shares=self.shares_frozen,
+                bf16=self.settings.precision == "bf16",
+            ),
+            stages=self.settings.stages,
+            weights=self.settings.weights,
+            batch=self.batch(),
+            sharding=sharding_of(self.execution),
+            activation_checkpointing=self.execution.activation_checkpointing,
+            teacher_copy_bytes=inputs.teacher_copy_bytes,
+        )
+
+    @property
+    def corpus(self) -> Corpus:
+        """What the run reads. Raises InputError for what cannot be."""
+        return Corpus(
+            sources=self.sources,
+            sequence_length=self.settings.sequence_length,
+            num_blocks=self.num_samples,
+            tokenizer_hash=self.inputs.tokenizer_hash,
+            vocab_size=1 + max(self.inputs.tokenizer.get_vocab().values()),
+            seed=self.settings.seed,
+            validation_fraction=self.validation_fraction,
+            max_validation_blocks=_MAX_VALIDATION_BLOCKS,
+        )
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """All that decides the result, as JSON has it; what differs is another run."""
+        description = {
+            "model": Path(self.checkpoint.name).name,
+            "model_fingerprint": self.inputs.fingerprint,
+            "objective": self.objective,
+            "teacher": None if self.teacher is None else Path(self.teacher).name,
+            "teacher_fingerprint": self.inputs.teacher_fingerprint,
+            "data": [asdict(source) for source in self.sources],
+            "validation_fraction": self.validation_fraction,
+            **asdict(self.settings),
+        }
+        return dict(json.loads(json.dumps(description)))
 
 
 def work_directory(output: Path) -> Path:
@@ -106,58 +154,3 @@ def work_directory(output: Path) -> Path:
 def sweep_directory(output: Path) -> Path:
     """Where trials of learning rates are kept until the run that they are for is finished."""
     return output.with_name(f"{output.name}.lr-sweep")
-
-
-def corpus_of(job: UptrainJob) -> Corpus:
-    """What the run reads. Raises InputError for what cannot be."""
-    tokenizer = load_tokenizer(job.checkpoint.directory)
-    return Corpus(
-        sources=job.sources,
-        sequence_length=job.settings.sequence_length,
-        num_blocks=job.num_samples,
-        tokenizer_hash=tokenizer_hash(tokenizer),
-        vocab_size=1 + max(tokenizer.get_vocab().values()),
-        seed=job.settings.seed,
-        validation_fraction=job.validation_fraction,
-        max_validation_blocks=_MAX_VALIDATION_BLOCKS,
-        stream=job.stream,
-    )
-
-
-def describe(job: UptrainJob) -> dict[str, Any]:
-    """All that decides the result, as JSON has it; what differs is another run."""
-    description = {
-        "model": Path(job.checkpoint.name).name,
-        "model_fingerprint": _fingerprint(job.checkpoint),
-        "objective": job.objective,
-        "teacher": None if job.teacher is None else Path(job.teacher).name,
-        "teacher_fingerprint": _teacher_fingerprint(job),
-        "data": [asdict(source) for source in job.sources],
-        "validation_fraction": job.validation_fraction,
-        "stream": job.stream,
-        **asdict(job.settings),
-    }
-    return dict(json.loads(json.dumps(description)))
-
-
-def _teacher_fingerprint(job: UptrainJob) -> str | None:
-    if job.teacher is None:
-        return None
-    with open_checkpoint(job.teacher) as teacher:
-        return _fingerprint(teacher)
-
-
-def _fingerprint(checkpoint: Checkpoint) -> str:
-    """Another one for other weights: a digest of the config and of some bytes of every tensor."""
-    digest = sha256(json.dumps(checkpoint.config, sort_keys=True).encode())
-    for name, info in sorted(checkpoint.tensors.items()):
-        with (checkpoint.directory / info.file).open("rb") as file:
-            file.seek((info.begin + info.end) // 2)
-            digest.update(f"{name} {info.dtype} {info.shape} ".encode() + file.read(_FINGERPRINT_BYTES))
-    return digest.hexdigest()
-
-
-def batch_of(job: UptrainJob, micro_batch: int) -> Batch:
-    """How the sequences of a step are shared out. Raises UnsupportedError where they cannot be."""
-    settings = job.settings
-    return Batch(settings.sequences_per_step, settings.sequence_length, job.execution.num_processes, micro_batch)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 
-from .settings import Execution, Sharding
+from .estimate.shape import Sharding
+from .settings import Execution
 
-__all__ = ["count_processes", "sharding_of", "take_over_fsdp", "uses_deepspeed"]
+__all__ = ["count_local_processes", "count_processes", "sharding_of", "take_over_fsdp", "uses_deepspeed"]
 
 
 def count_processes() -> int:
@@ -30,3 +31,8 @@ def sharding_of(execution: Execution) -> Sharding:
 def uses_deepspeed() -> bool:
     """Whether accelerate's configuration asks for DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def count_local_processes() -> int:
+    """How many of the run's processes are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

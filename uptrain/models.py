@@ -9,14 +9,19 @@ import torch
 from torch import Tensor
 
 from ..convert.architectures.architecture import Architecture
+from ..convert.architectures.table import find_architecture
 from ..convert.checkpoint.loading import load_model
+from ..convert.checkpoint.opening import open_checkpoint
 from ..convert.errors import UnsupportedError
+from .job import UptrainJob
+from .recipe import Stage, trained_names
 
 __all__ = [
     "compile_in_place",
     "freeze_except",
     "full_state",
     "load_for_training",
+    "load_models",
     "load_whole_models",
     "require_separation",
     "reshard",
@@ -41,6 +46,35 @@ def load_for_training(
     layers = architecture.attention.partition(".{layer}")[0]
     config = DistributedConfig(fsdp_size=num_shards, fsdp_plan={f"{layers}.*": "free_full_weight"})
     return load_model(directory, dtype=dtype, device=None, distributed_config=config)
+
+
+def load_models(
+    job: UptrainJob, stage: Stage, source: Path, teacher: Path | None, device: torch.device
+) -> tuple[Any, Any | None]:
+    """Load the student from `source` and the teacher of a stage, checked and partly frozen.
+
+    What is trained is in float32. Without a teacher None stands for it. Raises UnsupportedError for a class that does
+    not tell packed documents apart.
+    """
+    bf16 = job.settings.precision == "bf16"
+    num_shards = job.execution.num_processes if job.execution.fsdp else 1
+    architecture = find_architecture(job.checkpoint)
+    shared_dtype = "auto" if bf16 else torch.float32
+    student_dtype, teacher_dtype = (shared_dtype, shared_dtype) if job.shares_frozen else (torch.float32, "auto")
+    student = load_for_training(source, architecture, dtype=student_dtype, device=device, num_shards=num_shards)
+    freeze_except(student, trained_names([name for name, _ in student.named_parameters()], architecture, stage.trained))
+    train_in_float32(student)
+    require_separation(student, name=job.checkpoint.name, bf16=bf16)
+    if teacher is None:
+        return student, None
+    with open_checkpoint(teacher) as opened:
+        architecture = find_architecture(opened)
+    original = load_for_training(teacher, architecture, dtype=teacher_dtype, device=device, num_shards=num_shards)
+    original.requires_grad_(False)
+    require_separation(original, name=str(job.teacher), bf16=bf16)
+    if job.shares_frozen:
+        share_equal_parameters(student, original)
+    return student, original
 
 
 def freeze_except(model: Any, names: frozenset[str]) -> None:

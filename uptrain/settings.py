@@ -4,33 +4,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
 
 from ..convert.architectures.table import find_architecture
 from ..convert.checkpoint.output import read_provenance
 from ..convert.checkpoint.tensors import Checkpoint
 from ..convert.errors import UnsupportedError
-from .recipe import LossWeights, Recipe, Stage, Trained, stages
+from .recipe import LossWeights, Objective, Recipe, Stage, Trained, stages
 
 __all__ = [
     "Execution",
-    "Sharding",
-    "UptrainSettings",
+    "RunSettings",
     "default_learning_rate",
     "default_sequence_length",
     "longest_sequence",
 ]
 
 
-Sharding = Literal["none", "zero2", "zero3", "fsdp"]
 _MAX_DEFAULT_SEQUENCE_LENGTH = 2048
 
 
 @dataclass(frozen=True)
-class UptrainSettings:
+class RunSettings:
     """What decides the trajectory of a run; a resumed run must have the same.
 
     `warmup_fraction` is of a stage's steps; `precision` is "bf16" (autocast over float32 weights) or "fp32".
+    `optimizer` is one of the names that transformers has.
     """
 
     steps: int
@@ -49,6 +47,7 @@ class UptrainSettings:
     max_grad_norm: float = 1.0
     precision: str = "fp32"
     seed: int = 0
+    optimizer: str = "adamw_torch_fused"
 
     def __post_init__(self) -> None:
         rates = [rate for rate in (self.learning_rate, self.layerwise_learning_rate) if rate is not None]
@@ -84,6 +83,11 @@ class UptrainSettings:
             layerwise_learning_rate=self.layerwise_learning_rate or self.learning_rate,
             trained=self.trained,
         )
+
+    @property
+    def regresses(self) -> bool:
+        """Whether a stage fits attention to the teacher's, layer by layer."""
+        return any(stage.objective is Objective.attention_regression for stage in self.stages)
 
     @property
     def uses_teacher(self) -> bool:

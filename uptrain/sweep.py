@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
-
-from accelerate import PartialState
 
 from ..convert.checkpoint.output import check_output, disk_errors, staged_directory
 from ..convert.errors import DivergedError, InputError, PreemptedError, UnsupportedError
-from .checks import check_job
 from .job import UptrainJob, sweep_directory
-from .run import Observation, process_state, uptrain
-from .rundir.lock import sole_run_in
+from .observation import Observation
+from .run import run_checked
+from .rundir.directories import discard, sole_run_in
 from .rundir.prepare import no_held_out_text
 from .rundir.record import begun_before
-from .rundir.status import STATUS_NAME, RunStatus, status_of_error, write_status
+from .rundir.status import STATUS_NAME, StatusFile, write_status
 from .rundir.trials import (
     Sweep,
     Trial,
@@ -29,6 +25,7 @@ from .rundir.trials import (
     with_best_rate,
     write_sweep,
 )
+from .training.processes import Processes
 
 __all__ = ["check_sweep", "sweep_learning_rates"]
 
@@ -56,68 +53,60 @@ def check_sweep(job: UptrainJob, *, scored: bool, force: bool = False) -> None:
 def sweep_learning_rates(
     job: UptrainJob, watch: Observation, *, num_rates: int, force: bool = False
 ) -> tuple[Trial, ...]:
-    """Trials of `num_rates` rates around the job's own, as `trial_settings` has them.
+    """Try `num_rates` learning rates around the job's own, as `trial_settings` has them; returns the trials.
 
-    Each has a whole schedule, on the text that the run begins with. A trial that was stopped goes on by itself. Those
+    To be called after `check_job`. Each has a whole schedule, on the text that the run begins with. A trial that was stopped goes on by itself. Those
     that are done are kept beside the output, with a status, until the run is finished, and then in it; `force` starts
     over, as `find_sweep` says.
-    Raises what `check_sweep` and `uptrain` raise, InputError without held-out text, DivergedError when no trial came
+    Raises what `check_sweep` and `run_checked` raise, InputError without held-out text, DivergedError when no trial came
     to its end.
     """
-    state = process_state()
-    check_job(job, force=force)
+    processes = Processes()
     check_sweep(job, scored=watch.score is not None, force=force)
-    sweep = find_sweep(job, num_rates, force=force)
-    state.wait_for_everyone()  # all have looked before one writes
+    found = find_sweep(job, num_rates, force=force)
+    processes.wait()  # all have looked before one writes
     folder = sweep_directory(job.output)
+    trials = _Trials(job, watch, processes, found or new_sweep(job, num_rates, force=force))
     with disk_errors(folder), ExitStack() as held:
-        running = _Sweeping(job, watch, state, sweep or new_sweep(job, num_rates, force=force))
-        if state.is_main_process:
-            if sweep is None:
-                running.begin()
+        if processes.is_first:
             held.enter_context(sole_run_in(folder))
-        state.wait_for_everyone()
+            if found is None:
+                trials.begin()
+        processes.wait()
         try:
-            return running.run()
+            return trials.run()
         except BaseException as error:
-            running.record(error)
+            trials.fail(error)
             raise
 
 
-class _Sweeping:
+class _Trials:
     """Trials that are under way, and their status, in which steps and tokens count over all of them."""
 
-    def __init__(self, job: UptrainJob, watch: Observation, state: PartialState, sweep: Sweep) -> None:
-        self._job, self._watch, self._state, self._sweep = job, watch, state, sweep
+    def __init__(self, job: UptrainJob, watch: Observation, processes: Processes, sweep: Sweep) -> None:
+        self._job, self._watch, self._processes, self._sweep = job, watch, processes, sweep
         self._folder = sweep_directory(job.output)
         self._settings = trial_settings(job.settings, sweep.num_rates)
-        self._status = RunStatus(
-            state="running",
-            exit_code=None,
-            step=0,
+        self._status = StatusFile(
+            self._folder,
             steps=sum(settings.steps for settings in self._settings),
-            tokens=0,
-            reason=None,
-            last_checkpoint=None,
-            resume_command=watch.command,
-            process_id=os.getpid(),
+            tokens_per_step=job.settings.tokens_per_step,
+            command=watch.command,
+            writes=processes.is_first,
         )
 
     def begin(self) -> None:
         """Make the directory, in the place of one that is given up, with what it is for written down in it."""
         if self._sweep.replaces:
-            with ExitStack() as held:
-                for place in (self._folder, self._job.work):
-                    if place.exists():
-                        held.enter_context(sole_run_in(place))
+            with sole_run_in(self._job.work):
                 remove_sweep(self._folder)
-                shutil.rmtree(self._job.work, ignore_errors=True)  # the run would do it, and its status is out of date
+                discard(self._job.work)  # the run would do it, and its status is out of date
         with staged_directory(self._folder) as staging:
             write_sweep(staging, self._sweep)
-            write_status(staging, self._status)
+            write_status(staging, self._status.now)
 
     def run(self) -> tuple[Trial, ...]:
-        """The trials that are not done yet."""
+        """Run the trials that are not done yet; returns all of them."""
         self._watch.remark(
             f"{self._sweep.num_rates} trials of {self._settings[0].steps} steps; "
             f"their status is in {self._folder / STATUS_NAME}"
@@ -125,39 +114,35 @@ class _Sweeping:
         for index in range(len(self._sweep.trials), self._sweep.num_rates):
             trial = self._try(index)
             self._sweep = replace(self._sweep, trials=(*self._sweep.trials, trial))
-            if self._state.is_main_process:
+            if self._processes.is_first:
                 write_sweep(self._folder, self._sweep)
-            self._state.wait_for_everyone()
+            self._processes.wait()
         with_best_rate(self._job, self._sweep.trials)  # raises if none came to its end
-        if self._state.is_main_process:
-            step, tokens = self._status.steps, self._status.steps * self._job.settings.tokens_per_step
-            write_status(
-                self._folder,
-                replace(self._status, state="finished", exit_code=0, step=step, tokens=tokens, last_checkpoint=None),
-            )
+        if self._processes.is_first:
+            write_status(self._folder, self._status.finished)
         return self._sweep.trials
 
-    def record(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
         """Write how the trials ended; nothing stays of those that could not begin."""
-        if not self._state.is_main_process or not self._folder.exists():
-            return
-        if not self._sweep.trials and not any(self._folder.glob("trial-*")):
+        if self._processes.is_first and not self._sweep.trials and not any(self._folder.glob("trial-*")):
             remove_sweep(self._folder)
-            return
-        with suppress(OSError):  # a full disk must not hide the error
-            write_status(self._folder, status_of_error(self._status, error))
+        self._status.fail(error)
 
     def _try(self, index: int) -> Trial:
         settings = self._settings[index]
+        before = sum(settings.steps for settings in self._settings[:index])
         trial = replace(self._job, settings=settings, output=self._folder / f"trial-{index}")
         watch = replace(
-            self._watch, keep=False, eval_steps=settings.steps, note=lambda status: self._note(index, status)
+            self._watch,
+            keep=False,
+            eval_steps=settings.steps,
+            note=lambda status: self._status.reach(before + status.step, status.last_checkpoint),
         )
         try:
-            held_out = uptrain(trial, watch, force=not begun_before(trial)).held_out
+            held_out = run_checked(trial, watch, force=not begun_before(trial)).held_out
         except DivergedError:
-            if self._state.is_main_process:
-                shutil.rmtree(trial.work, ignore_errors=True)
+            if self._processes.is_first:
+                discard(trial.work)
             held_out = None
         except PreemptedError as error:
             raise PreemptedError(
@@ -166,13 +151,3 @@ class _Sweeping:
         # a loss that is not a number compares as none
         finite = held_out is not None and math.isfinite(held_out)
         return Trial(settings.learning_rate, settings.steps, held_out if finite else None)
-
-    def _note(self, index: int, trial: RunStatus) -> None:
-        step = sum(settings.steps for settings in self._settings[:index]) + trial.step
-        self._status = replace(
-            self._status,
-            step=step,
-            tokens=step * self._job.settings.tokens_per_step,
-            last_checkpoint=trial.last_checkpoint,
-        )
-        write_status(self._folder, self._status)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,14 +16,10 @@ from .corpus import CorpusIndex, source_folder
 from .mixture import shuffled
 from .shards import INDEX_NAME, Layout, SourceIndex, check_size, starts_path, tokens_path
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["PackedBlocks", "holds_shards", "validation_blocks"]
 
 
 _IGNORED_LABEL = -100
-_POLL_SECONDS = 0.2
 
 
 class PackedBlocks(Dataset[dict[str, Tensor]]):
@@ -33,13 +28,11 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
     A sample has input_ids, position_ids and labels, each (sequence_length,) int64. position_ids restart at each
     document: without an attention mask, transformers' attention then keeps the documents of a block apart. The first
     token of a document is not predicted from the document before it.
-    The j-th sample of a source is a block of pass `j // num_blocks`, in an order drawn for this pass; of a streamed
-    corpus, a block of its j-th place's shard, in an order drawn for this shard. A shard of a streamed corpus that is
-    not there yet is waited for: DataError after `wait_seconds`. Raises InputError for samples beyond the corpus and
-    DataError when it is not packed.
+    The j-th sample of a source is a block of pass `j // num_blocks`, in an order drawn for this pass. Raises
+    InputError for samples beyond the corpus and DataError when it is not packed.
     """
 
-    def __init__(self, folder: Path, *, num_samples: int, first_sample: int = 0, wait_seconds: float = 3600.0) -> None:
+    def __init__(self, folder: Path, *, num_samples: int, first_sample: int = 0) -> None:
         if not (folder / INDEX_NAME).exists():
             raise DataError(f"{folder}: no packed text in it")
         index = CorpusIndex.read(folder)
@@ -54,25 +47,21 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
         self._mixture = self.corpus.mixture
         self._num_samples = num_samples
         self._first_sample = first_sample
-        self._wait_seconds = wait_seconds
         self._sources = [SourceIndex.read(source_folder(folder, number)) for number in range(len(self._layouts))]
-        if not self.corpus.stream:
-            for number, (source, layout) in enumerate(zip(self._sources, self._layouts, strict=True)):
-                if not source.is_whole(layout) or (layout.num_blocks and not source.num_blocks):
-                    raise DataError(f"{source_folder(folder, number)}: packing has not come to its end")
+        for number, (source, layout) in enumerate(zip(self._sources, self._layouts, strict=True)):
+            if not source.is_whole(layout) or (layout.num_blocks and not source.num_blocks):
+                raise DataError(f"{source_folder(folder, number)}: packing has not come to its end")
         self._orders: dict[tuple[int, int], NDArray[np.uint32]] = {}
         self._shards: dict[tuple[int, int], tuple[NDArray[Any], NDArray[np.int64]]] = {}
 
     @property
     def passes(self) -> tuple[float | None, ...]:
-        """How often each source is seen from the run's first sample to this dataset's last, as far as is known by now.
+        """How often each source is seen from the run's first sample to this dataset's last.
 
-        Over what is packed, if its text has ended; at least so often if it is streamed. Else by an estimate of the
-        text's tokens, or None where that cannot be made, of a named dataset say.
+        This is counted where the text was packed to its end, else estimated from a sample of the text, and None where
+        that cannot be done, as for a named dataset.
         """
-        folders = [source_folder(self._folder, number) for number in range(len(self._layouts))]
-        packed = [SourceIndex.read(folder) for folder in folders] if self.corpus.stream else self._sources
-        return self._index.passes(packed, self._first_sample + self._num_samples)
+        return self._index.passes(self._sources, self._first_sample + self._num_samples)
 
     def __len__(self) -> int:
         return self._num_samples
@@ -82,48 +71,29 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
             raise IndexError(f"sample {sample} of {self._num_samples}")
         source, number = self._mixture.locate(self._first_sample + sample)
         size = self._layouts[source].blocks_per_shard
-        if self.corpus.stream:
-            shard, place = divmod(number, size)
-            block = int(self._order(source, shard, self._layouts[source].blocks_of(shard))[place])
-        else:
-            turn, place = divmod(number, self._sources[source].num_blocks)
-            shard, block = divmod(int(self._order(source, turn, self._sources[source].num_blocks)[place]), size)
+        turn, place = divmod(number, self._sources[source].num_blocks)
+        shard, block = divmod(int(self._order(source, turn)[place]), size)
         tokens, starts = self._open(source, shard)
         return _sample(tokens[block], starts, block * self.corpus.sequence_length)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_orders": {}, "_shards": {}}
 
-    def _order(self, source: int, turn: int, count: int) -> NDArray[np.uint32]:
+    def _order(self, source: int, turn: int) -> NDArray[np.uint32]:
+        """The blocks of a source in the order of a pass over it, (num_blocks,)."""
         if (source, turn) not in self._orders:
-            _forget_all_but_last(self._orders, source)
+            # workers read a little back and forth around the border of two passes
+            for key in [key for key in self._orders if key[0] == source][:-1]:
+                del self._orders[key]
+            count = self._sources[source].num_blocks
             self._orders[source, turn] = shuffled(count, self.corpus.seed, "blocks", source, turn)
         return self._orders[source, turn]
 
     def _open(self, source: int, shard: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
         if (source, shard) not in self._shards:
             folder = source_folder(self._folder, source)
-            if self.corpus.stream:
-                _forget_all_but_last(self._shards, source)  # a deleted file takes its space while it is mapped
-                self._wait(source, shard)
             self._shards[source, shard] = _map_shard(folder, shard, self._sources[source], self._layouts[source])
         return self._shards[source, shard]
-
-    def _wait(self, source: int, shard: int) -> None:
-        folder = source_folder(self._folder, source)
-        give_up = time.monotonic() + self._wait_seconds
-        while True:
-            if shard >= len(self._sources[source].shards):
-                self._sources[source] = SourceIndex.read(folder)
-            packed = shard < len(self._sources[source].shards)
-            if packed and tokens_path(folder, shard).exists() and starts_path(folder, shard).exists():
-                return
-            if time.monotonic() > give_up:
-                raise DataError(
-                    f"{tokens_path(folder, shard)}: not there after {self._wait_seconds:g} s",
-                    hint="the run's first process packs it; see there why it does not",
-                )
-            time.sleep(_POLL_SECONDS)
 
 
 def holds_shards(folder: Path) -> bool:
@@ -176,9 +146,3 @@ def _sample(block: NDArray[Any], starts: NDArray[np.int64], first: int) -> dict[
     labels = input_ids.clone()
     labels[torch.from_numpy(np.asarray(inside))] = _IGNORED_LABEL
     return {"input_ids": input_ids, "position_ids": torch.from_numpy(positions), "labels": labels}
-
-
-def _forget_all_but_last(cache: dict[tuple[int, int], Any], source: int) -> None:
-    """Keep what was put in last for a source: workers read a little back and forth around a border."""
-    for key in [key for key in cache if key[0] == source][:-1]:
-        del cache[key]

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,9 +16,6 @@ from .mixture import Mixture
 from .shards import INDEX_NAME, Layout, SourceIndex, damaged, read_json
 from .sources import WeightedSource, shares_of
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["Corpus", "CorpusIndex", "Origin", "most_passes", "source_folder"]
 
 
@@ -28,7 +24,7 @@ class Corpus:
     """What a run reads: it decides every token of every sample.
 
     `num_blocks` counts training blocks of `sequence_length` tokens over all sources, as many as the run has samples.
-    `validation_fraction` is of the documents. With `stream` only the shards that are needed next are on the disk.
+    `validation_fraction` is of the documents.
     `vocab_size` is one more than the largest token id. Raises InputError for settings that cannot be.
     """
 
@@ -40,7 +36,6 @@ class Corpus:
     seed: int = 0
     validation_fraction: float = 0.0
     max_validation_blocks: int = 256
-    stream: bool = False
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -126,16 +121,15 @@ class CorpusIndex:
     def passes(self, packed: Sequence[SourceIndex], num_samples: int) -> tuple[float | None, ...]:
         """How often each source, of which so much is packed, is seen in the first `num_samples` samples.
 
-        At least so often if it is streamed. Until a text was packed to its end, by the estimate of its tokens; None
-        without one. If no more of it is needed than is packed, that is at most once.
+        A text that was packed to its end is counted, any other is estimated from its tokens, or None where they are not
+        known. If no more of it is needed than is packed, that is at most once.
         """
         counts = self.corpus.mixture.counts(num_samples)
         return tuple(map(self._passes_over, packed, self.origins, counts))
 
     def _passes_over(self, packed: SourceIndex, origin: Origin, num_blocks: int) -> float | None:
-        whole = packed.blocks_of_a_pass
-        if whole is not None:
-            return num_blocks / max(whole, 1)
+        if packed.leftover_tokens is not None:
+            return num_blocks / max(packed.num_blocks, 1)
         if num_blocks == 0:
             return 0.0
         if origin.num_tokens is None:

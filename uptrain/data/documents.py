@@ -10,19 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...convert.errors import DataError
-
-__all__ = ["Cursor", "DocumentStream"]
-
+__all__ = ["Cursor", "DocumentStream", "Piece"]
 
 _ENCODE_BATCH = 64
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """A place in a source: passes over it, documents of this pass, tokens of the next document that are behind it."""
+    """A place in a source: so many documents, and so many tokens of the next document, lie before it."""
 
-    passes: int = 0
     documents: int = 0
     tokens: int = 0
 
@@ -36,52 +32,39 @@ class Piece:
     end: Cursor
 
     def split(self, num_tokens: int) -> tuple[Piece, Piece]:
+        """Cut the piece in two, the first of which has `num_tokens` tokens."""
         middle = replace(self.begin, tokens=self.begin.tokens + num_tokens)
         return Piece(self.ids[:num_tokens], self.begin, middle), Piece(self.ids[num_tokens:], middle, self.end)
 
 
 @dataclass(frozen=True)
 class DocumentStream:
-    """A source's documents as token ids, from any place on, pass after pass.
+    """A source's documents as token ids, once over, from any place on.
 
-    `name` is for messages. `open_pass(number)` gives the texts of a pass, always the same, `encode` the token ids of
-    some texts; texts that `keeps` refuses are left out. `max_passes` None: without end.
+    `name` is for messages. `open_text()` gives the texts, always the same ones in the same order, `encode` the token
+    ids of some texts; texts that `keeps` refuses are left out.
     """
 
     name: str
-    open_pass: Callable[[int], Iterator[str]]
+    open_text: Callable[[], Iterator[str]]
     encode: Callable[[Sequence[str]], Sequence[Sequence[int]]]
     keeps: Callable[[str], bool]
     dtype: np.dtype[Any]
-    max_passes: int | None = 1
 
     def pieces(self, begin: Cursor) -> Iterator[Piece]:
-        """Documents, and an empty piece after each batch of them. Raises DataError when none of them is kept."""
-        number, first = begin.passes, begin.documents
-        while self.max_passes is None or number < self.max_passes:
-            num_tokens = 0
-            for piece in self._pieces_of_pass(number, first, begin.tokens if number == begin.passes else 0):
-                num_tokens += len(piece.ids)
-                yield piece
-            if self.max_passes is None and first == 0 and num_tokens == 0:
-                raise DataError(f"{self.name}: no token in it to train on", hint="use more text or less validation")
-            number, first = number + 1, 0
-            yield self._nothing(Cursor(number))
-
-    def _pieces_of_pass(self, number: int, first: int, skip_tokens: int) -> Iterator[Piece]:
-        documents = self.open_pass(number)
-        done = 0
+        """Yield the documents from `begin` on, and an empty piece after each batch of them."""
+        documents, first, done = self.open_text(), begin.documents, 0
         while batch := list(islice(documents, min(_ENCODE_BATCH, first - done) if done < first else _ENCODE_BATCH)):
             if done >= first:
                 kept = [(done + i, text) for i, text in enumerate(batch) if self.keeps(text)]
                 encoded = self.encode([text for _, text in kept]) if kept else []
                 for (place, _), ids in zip(kept, encoded, strict=True):
-                    skipped = skip_tokens if place == first else 0
+                    skipped = begin.tokens if place == first else 0
                     tokens = np.asarray(ids[skipped:], dtype=self.dtype)
-                    yield Piece(tokens, Cursor(number, place, skipped), Cursor(number, place + 1))
+                    yield Piece(tokens, Cursor(place, skipped), Cursor(place + 1))
             done += len(batch)
             # what is skipped is no place to stop at: a run that begins here has not been there
-            yield self._nothing(Cursor(number, done) if done > first else Cursor(number, first, skip_tokens))
+            yield self._nothing(Cursor(done) if done > first else begin)
 
     def _nothing(self, place: Cursor) -> Piece:
         return Piece(np.empty(0, dtype=self.dtype), place, place)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +69,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class SourceIndex:
-    """The shards of a source that were packed, deleted ones too, and the one that was begun when packing stopped.
+    """The shards of a source that were packed, and the one that was begun when packing stopped.
 
     `leftover_tokens` is None until the text has ended: then so many did not fill a last block.
     """
@@ -82,18 +81,6 @@ class SourceIndex:
     @property
     def num_blocks(self) -> int:
         return sum(shard.num_blocks for shard in self.shards)
-
-    @property
-    def blocks_of_a_pass(self) -> float | None:
-        """The blocks that the text fills, once it was packed to its end; None before.
-
-        Where it was packed several times over, a little more than these: an end is known to lie within a shard.
-        """
-        if self.leftover_tokens is not None:
-            return self.num_blocks
-        packed = accumulate(shard.num_blocks for shard in self.shards)
-        turns = [count / shard.end.passes for count, shard in zip(packed, self.shards, strict=True) if shard.end.passes]
-        return min(turns, default=None)
 
     def is_whole(self, layout: Layout) -> bool:
         return self.leftover_tokens is not None or len(self.shards) == layout.num_shards

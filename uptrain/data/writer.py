@@ -69,27 +69,16 @@ class SourcePacker:
                     if sha256_of(path) != sha256:
                         raise DataError(f"{path}: damaged, its checksum is not the one in {INDEX_NAME}", hint=REPACK)
 
-    def require(self, number: int) -> None:
-        """Make shard `number` be there, unless the text ends before it; those before it that never were are packed.
+    def pack(self) -> None:
+        """Pack every shard that is not there, until the text ends.
 
         Raises DataError when a shard that is made again differs from the first one.
         """
-        for wanted in range(min(number, len(self.index.shards)), number + 1):
-            if wanted < len(self.index.shards):
-                if not all(path.exists() for path, *_ in self._files(wanted, self.index.shards[wanted])):
-                    self._make_again(wanted)
-            elif not self.index.is_whole(self.layout):
-                self._make_next()
-
-    def require_all(self) -> None:
-        for number in range(self.layout.num_shards):
-            self.require(number)
-
-    def drop_before(self, number: int) -> None:
-        """Delete the files of the shards before `number`; the index keeps their rows, to make them again."""
-        for shard in range(min(number, len(self.index.shards))):
-            for path in (tokens_path(self._folder, shard), starts_path(self._folder, shard)):
-                path.unlink(missing_ok=True)
+        for number, shard in enumerate(self.index.shards):
+            if not all(path.exists() for path, *_ in self._files(number, shard)):
+                self._make_again(number)
+        while not self.index.is_whole(self.layout):
+            self._make_next()
 
     def _make_next(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,15 @@ from fractions import Fraction
 from ...convert.errors import InputError, UnsupportedError
 from .pretraining import PretrainingTokens
 
-__all__ = ["DEFAULT_FRACTION", "Batch", "Budget", "default_global_batch_tokens", "derive_batch", "plan_budget"]
+__all__ = [
+    "DEFAULT_FRACTION",
+    "Batch",
+    "Budget",
+    "default_global_batch_tokens",
+    "default_micro_batch",
+    "derive_batch",
+    "plan_budget",
+]
 
 
 DEFAULT_FRACTION = 0.05
@@ -145,10 +153,17 @@ def derive_batch(
         if value < 1:
             raise UnsupportedError(f"{name} is {value}, expected at least 1")
     sequences = max(1, round(Fraction(global_batch_tokens, sequence_length)))
-    if micro_batch is None:
-        _check_divides(sequences, sequence_length, num_processes, 1)
-        micro_batch = _largest_divisor(sequences // num_processes, _MAX_DEFAULT_MICRO_BATCH)
+    micro_batch = micro_batch or default_micro_batch(sequences, sequence_length, num_processes)
     return Batch(sequences, sequence_length, num_processes, micro_batch)
+
+
+def default_micro_batch(sequences: int, sequence_length: int, num_processes: int) -> int:
+    """The largest micro-batch up to 8 that divides a process's share of the sequences of a step.
+
+    Raises UnsupportedError where they cannot be shared out evenly.
+    """
+    _check_divides(sequences, sequence_length, num_processes, 1)
+    return _largest_divisor(sequences // num_processes, _MAX_DEFAULT_MICRO_BATCH)
 
 
 def _largest_divisor(number: int, limit: int) -> int:

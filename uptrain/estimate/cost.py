@@ -7,17 +7,15 @@ from dataclasses import dataclass
 
 from ...convert.errors import InputError
 from ..data.sources import SourceSize
-from ..recipe import LossWeights, Stage
-from ..settings import Sharding
-from .budget import Batch, Budget
+from ..recipe import Stage
+from .budget import Budget
 from .disk import disk_bytes, packed_tokens
-from .flops import flops_per_token
+from .flops import total_flops
 from .gpu import H100_PEAK_FLOPS, gpu_hours, peak_flops
 from .memory import memory_bytes
-from .size import ModelSize
+from .shape import RunShape
 
 __all__ = ["MAX_PASSES", "RunCost", "passes_over", "require_consent", "run_cost", "warn_of_passes"]
-
 
 MAX_PASSES = 4
 """More passes over the same text teach less and overfit, which a warning says."""
@@ -26,15 +24,9 @@ _MAX_HOURS = 1000.0  # H100 hours that a run of a chosen length may take without
 _MAX_DEFAULT_HOURS = 100.0  # the same, where nobody chose the length
 
 
-def passes_over(tokens: int, sources: Sequence[SourceSize]) -> float | None:
-    """How often the source that is read most often is read in a run of so many tokens; None if a size is not known."""
-    passes = [tokens * source.share / source.num_tokens for source in sources if source.num_tokens]
-    return max(passes) if passes and len(passes) == len(sources) else None
-
-
 @dataclass(frozen=True)
 class RunCost:
-    """What a dry run prints. `flops` are those of all GPUs; hours are at 40 % of a GPU's dense bf16 peak.
+    """What a run costs. `flops` are those of all GPUs; hours are at 40 % of a GPU's dense bf16 peak.
 
     `passes` over the text is None where its size is not known, `gpu_hours` where the GPU's peak is not known.
     `memory_bytes` is an estimate per process.
@@ -56,41 +48,19 @@ class RunCost:
         return None if self.passes is None else warn_of_passes(self.passes)
 
 
-def warn_of_passes(passes: float) -> str | None:
-    """What to say of a run that reads its text so often, or None."""
-    if passes <= MAX_PASSES:
-        return None
-    return f"the run reads the text {passes:.1f} times; beyond {MAX_PASSES} it learns it by heart: use more text"
-
-
 def run_cost(
+    shape: RunShape,
     budget: Budget,
-    batch: Batch,
-    stages: Sequence[Stage],
-    student: ModelSize,
-    teacher: ModelSize | None = None,
     *,
-    weights: LossWeights,
     sources: Sequence[SourceSize],
-    window_tokens: int | None = None,
-    teacher_copy_bytes: int = 0,
-    shares: bool = False,
+    trials: Sequence[Stage] = (),
     gpu_name: str | None = None,
-    sharding: Sharding = "none",
-    bf16: bool = True,
-    activation_checkpointing: bool = False,
 ) -> RunCost:
-    """The cost of a run in these stages, towards the teacher where a stage uses one.
+    """Compute the cost of a run and of the stages of its `trials`, which add FLOPs and leave nothing on the disk.
 
-    `sources` and `window_tokens` are as in `packed_tokens`, `shares` as in `weight_bytes`. Memory is that of the stage
-    that needs the most.
+    Memory is that of the stage that needs the most.
     """
-    length = batch.sequence_length
-    teachers = [teacher if stage.uses_teacher(weights) else None for stage in stages]
-    flops = sum(
-        stage.steps * batch.tokens_per_step * flops_per_token(student, used, stage.objective, stage.trained, length)
-        for stage, used in zip(stages, teachers, strict=True)
-    )
+    flops = total_flops(shape, (*trials, *shape.stages))
     peak = None if gpu_name is None else peak_flops(gpu_name)
     return RunCost(
         tokens=budget.tokens,
@@ -100,32 +70,22 @@ def run_cost(
         gpu_name=gpu_name,
         gpu_hours=None if peak is None else gpu_hours(flops, peak),
         h100_hours=gpu_hours(flops, H100_PEAK_FLOPS),
-        memory_bytes=max(
-            memory_bytes(
-                student,
-                used,
-                trained=stage.trained,
-                objective=stage.objective,
-                shares=shares,
-                micro_batch=batch.micro_batch,
-                sequence_length=length,
-                num_processes=batch.num_processes,
-                sharding=sharding,
-                bf16=bf16,
-                activation_checkpointing=activation_checkpointing,
-            )
-            for stage, used in zip(stages, teachers, strict=True)
-        ),
-        disk_bytes=disk_bytes(
-            student,
-            trained=stages[-1].trained,
-            num_packed_tokens=packed_tokens(budget.tokens, sources, window_tokens=window_tokens),
-            shares=shares,
-            bf16=bf16,
-            after_stage=stages[-1].first_step > 0,
-            teacher_copy_bytes=teacher_copy_bytes,
-        ),
+        memory_bytes=max(memory_bytes(shape, stage) for stage in shape.stages),
+        disk_bytes=disk_bytes(shape, packed_tokens(budget.tokens, sources)),
     )
+
+
+def passes_over(tokens: int, sources: Sequence[SourceSize]) -> float | None:
+    """How often the source that is read most often is read in a run of so many tokens; None if a size is not known."""
+    passes = [tokens * source.share / source.num_tokens for source in sources if source.num_tokens]
+    return max(passes) if passes and len(passes) == len(sources) else None
+
+
+def warn_of_passes(passes: float) -> str | None:
+    """What to say of a run that reads its text so often, or None."""
+    if passes <= MAX_PASSES:
+        return None
+    return f"the run reads the text {passes:.1f} times; beyond {MAX_PASSES} it learns it by heart: use more text"
 
 
 def require_consent(cost: RunCost, explicit: bool, yes: bool) -> None:

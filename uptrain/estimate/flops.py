@@ -1,11 +1,14 @@
-"""FLOPs of training, per token."""
+"""FLOPs of training."""
 
 from __future__ import annotations
 
-from ..recipe import Objective, Trained
+from collections.abc import Iterable
+
+from ..recipe import Objective, Stage, Trained
+from .shape import RunShape
 from .size import ModelSize
 
-__all__ = ["flops_per_token"]
+__all__ = ["flops_per_token", "stage_flops_per_token", "total_flops"]
 
 
 def flops_per_token(
@@ -34,3 +37,15 @@ def flops_per_token(
     }[trained]
     flops = 4 * student.num_matmul_parameters + 2 * num_trained + 3 * scores
     return flops + (teacher.forward_flops(sequence_length) if teacher is not None else 0)
+
+
+def stage_flops_per_token(shape: RunShape, stage: Stage) -> float:
+    """FLOPs of a stage of a run, per token."""
+    models = shape.models_in(stage)
+    return flops_per_token(models.student, models.teacher, stage.objective, stage.trained, shape.batch.sequence_length)
+
+
+def total_flops(shape: RunShape, stages: Iterable[Stage]) -> float:
+    """FLOPs of these stages, over all processes."""
+    tokens = shape.batch.tokens_per_step
+    return sum(stage.steps * tokens * stage_flops_per_token(shape, stage) for stage in stages)

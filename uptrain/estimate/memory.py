@@ -1,96 +1,76 @@
-"""An estimate of the memory that one process of a run needs."""
+"""An estimate of the memory that one process of a run needs on its GPU."""
 
 from __future__ import annotations
 
-from ..recipe import Objective, Trained
-from ..settings import Sharding
+from dataclasses import replace
+
+from ..recipe import Objective, Stage, Trained
+from .shape import Models, RunShape
 from .size import ModelSize
 
 __all__ = ["memory_bytes", "weight_bytes"]
 
+_CHUNK_TOKENS = 1024  # of which losses hold float32 probabilities at a time
 
-_CHUNK_TOKENS = 1024  # of which objectives hold float32 probabilities at a time
 
+def weight_bytes(models: Models, trained: Trained) -> int:
+    """Bytes of both models' weights as a run loads them: the student in float32, the teacher in its stored dtype.
 
-def weight_bytes(
-    student: ModelSize, teacher: ModelSize | None, *, trained: Trained, shares: bool = False, bf16: bool = True
-) -> int:
-    """The weights of both models as a run loads them: the student in float32, the teacher in the dtype it is stored in.
-
-    `shares`: what is frozen is the teacher's own, if that is of the same size, and counts once; it is as it is stored
-    under `bf16`, else float32, as the whole teacher then is.
+    What is frozen is as `Models` says.
     """
-    frozen = _frozen_bytes(student, trained, as_stored=shares and bf16)
+    student, teacher = models.student, models.teacher
+    num_trained = student.num_trained(trained)
+    num_frozen = student.num_parameters - num_trained
+    as_stored = models.shares and models.bf16
+    frozen = student.num_bytes * num_frozen // student.num_parameters if as_stored else 4 * num_frozen
     if teacher is None:
-        return 4 * student.num_trained(trained) + frozen
-    if shares and _has_size_of(student, teacher):
+        return 4 * num_trained + frozen
+    if models.shares and models.have_equal_size:
         frozen = 0
-    whole_teacher = 4 * teacher.num_parameters if shares and not bf16 else teacher.num_bytes
-    return 4 * student.num_trained(trained) + frozen + whole_teacher
+    whole_teacher = 4 * teacher.num_parameters if models.shares and not models.bf16 else teacher.num_bytes
+    return 4 * num_trained + frozen + whole_teacher
 
 
-def _frozen_bytes(student: ModelSize, trained: Trained, *, as_stored: bool) -> int:
-    num_frozen = student.num_parameters - student.num_trained(trained)
-    return student.num_bytes * num_frozen // student.num_parameters if as_stored else 4 * num_frozen
+def memory_bytes(shape: RunShape, stage: Stage) -> int:
+    """Estimate the bytes that one process needs at most in a stage; every part errs on the high side.
 
-
-def _has_size_of(student: ModelSize, teacher: ModelSize) -> bool:
-    """Whether weights outside attention can be equal; their number may differ, as classes differ in biases."""
-    return all(
-        getattr(student, name) == getattr(teacher, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")
-    )
-
-
-def memory_bytes(
-    student: ModelSize,
-    teacher: ModelSize | None,
-    *,
-    trained: Trained,
-    objective: Objective = Objective.prediction,
-    shares: bool = False,
-    micro_batch: int,
-    sequence_length: int,
-    num_processes: int = 1,
-    sharding: Sharding = "none",
-    bf16: bool = True,
-    activation_checkpointing: bool = False,
-) -> int:
-    """An estimate of the memory that one process needs on its GPU at most.
-
-    - States: the weights of `weight_bytes`; of trained parameters gradient and two AdamW moments in float32, 12 bytes.
-      "fsdp" divides all by the processes, "zero3" all but the teacher, "zero2" gradients and moments.
+    - States: the weights of `weight_bytes`, and of trained parameters the gradient and two AdamW moments in float32,
+      12 bytes. "fsdp" divides all by the processes, "zero3" all but the teacher, "zero2" gradients and moments.
     - Logits: the student's with their gradient and the teacher's, in the autocast dtype, and in float32 those of one
       chunk of 1024 tokens. Attention regression has none.
-    - Activations: what is kept for the backward, see `_activation_bytes`; less of it by attention regression.
+    - Activations: what is kept for the backward pass, see `_activation_bytes`; attention regression keeps less.
     - Autocast's copies of the student's float32 weights, trained or not: gradients pass through both.
 
     Fragmentation, communication buffers and the CUDA context (about 1 GB) come on top.
     """
-    num_trained = student.num_trained(trained)
-    weights = weight_bytes(student, teacher, trained=trained, shares=shares, bf16=bf16)
+    models, batch, sharding = shape.models_in(stage), shape.batch, shape.sharding
+    student, bf16 = models.student, models.bf16
+    num_trained = student.num_trained(stage.trained)
+    weights = weight_bytes(models, stage.trained)
     optimizer = 12 * num_trained
     if sharding in ("fsdp", "zero3"):
-        own = weights if sharding == "fsdp" else weight_bytes(student, None, trained=trained, shares=shares, bf16=bf16)
-        weights += -(-own // num_processes) - own
+        own = weights if sharding == "fsdp" else weight_bytes(replace(models, teacher=None), stage.trained)
+        weights += -(-own // batch.num_processes) - own
     if sharding != "none":
-        optimizer = -(-optimizer // num_processes)
+        optimizer = -(-optimizer // batch.num_processes)
     value_bytes = 2 if bf16 else 4
-    tokens = micro_batch * sequence_length
-    logits = (2 + (teacher is not None)) * tokens * student.vocab_size * value_bytes
+    tokens = batch.micro_batch * batch.sequence_length
+    logits = (2 + (models.teacher is not None)) * tokens * student.vocab_size * value_bytes
     logits += min(tokens, _CHUNK_TOKENS) * student.vocab_size * 4
-    in_float32 = not shares or student.num_bytes == 4 * student.num_parameters
+    in_float32 = not models.shares or student.num_bytes == 4 * student.num_parameters
     num_float32 = student.num_parameters if in_float32 else num_trained
-    if objective is Objective.attention_regression:  # which runs attention alone
+    if stage.objective is Objective.attention_regression:  # which runs attention alone
         logits, num_float32 = 0, min(num_float32, student.num_attention_parameters)
-    activations = tokens * _activation_bytes(student, value_bytes, checkpointing=activation_checkpointing)
-    # the copies stay until the backward, unless layers are run again then
-    copies = 2 * num_float32 if bf16 and not activation_checkpointing else 0
+    checkpointing = shape.activation_checkpointing
+    activations = tokens * _activation_bytes(student, value_bytes, checkpointing=checkpointing)
+    # the copies stay until the backward pass, unless layers are run again then
+    copies = 2 * num_float32 if bf16 and not checkpointing else 0
     return weights + optimizer + logits + activations + copies
 
 
 def _activation_bytes(size: ModelSize, value_bytes: int, *, checkpointing: bool) -> int:
-    """Per token. Every matrix keeps its input and what follows keeps its output; each layer's two norms keep their
-    float32 input and its normalised copy, 16 bytes per channel. With checkpointing, that of one layer, and each
+    """Bytes per token. Every matrix keeps its input and what follows keeps its output; each layer's two norms keep
+    their float32 input and its normalised copy, 16 bytes per channel. With checkpointing, that of one layer, and each
     layer's float32 input. Scores are not kept: sdpa recomputes them.
 
     Of what autograd saves this is 0.8 to 1.4 in most dense decoders, and in bf16 about half with a latent or experts

@@ -17,7 +17,7 @@ from ...convert.checkpoint.runtime_code import copy_runtime_code
 from ...convert.checkpoint.tensors import CONFIG_NAME, torch_dtype
 from ...convert.describe.card import write_card
 from ...convert.execute import DEFAULT_MAX_SHARD_BYTES
-from ..job import UptrainJob, describe
+from ..job import UptrainJob
 from .status import RunStatus, write_status
 from .trials import SWEEP_NAME, sweep_that_chose
 
@@ -57,7 +57,7 @@ def publish(
     source = job.checkpoint
     provenance = read_provenance(source.directory)
     tokens = job.settings.steps * job.settings.tokens_per_step
-    provenance["uptraining"] = describe(job) | {"tokens": tokens, "passes": passes}
+    provenance["uptraining"] = job.description | {"tokens": tokens, "passes": passes}
     default = torch_dtype(source.dtype)
     dtypes = {name: torch_dtype(source.tensors[name].dtype) if name in source.tensors else default for name in weights}
     with staged_directory(job.output, force=force) as staging:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from ...convert.checkpoint.output import read_provenance
-from ..job import UptrainJob, describe
+from ...convert.errors import InputError, OutputError
+from ..job import UptrainJob
 
-__all__ = ["REPLACES_NAME", "SETTINGS_NAME", "begun_before", "changes", "finished_before", "replaces_output"]
-
+__all__ = [
+    "REPLACES_NAME",
+    "SETTINGS_NAME",
+    "begun_before",
+    "check_same_run",
+    "finished_before",
+    "replaces_output",
+]
 
 SETTINGS_NAME = "settings.json"
 REPLACES_NAME = "force"
@@ -19,23 +25,38 @@ REPLACES_NAME = "force"
 def finished_before(job: UptrainJob) -> bool:
     """Whether the output holds the result of this very run."""
     record = read_provenance(job.output).get("uptraining")
-    return record is not None and all(record.get(key) == value for key, value in describe(job).items())
+    return record is not None and not _changes(record, job)
 
 
 def begun_before(job: UptrainJob) -> bool:
     """Whether the work directory holds this very run, not finished."""
-    return (job.work / SETTINGS_NAME).exists() and not changes(job.work, describe(job))
-
-
-def changes(work: Path, description: dict[str, Any]) -> list[str]:
-    """What a run's work directory has otherwise."""
-    saved = json.loads((work / SETTINGS_NAME).read_text())
-    return [
-        f"{key} was {saved.get(key)!r}, now {value!r}" for key, value in description.items() if saved.get(key) != value
-    ]
+    path = job.work / SETTINGS_NAME
+    return path.exists() and not _changes(json.loads(path.read_text()), job)
 
 
 def replaces_output(job: UptrainJob) -> bool:
     """Whether the run that is under way began with force, so that it may replace an output."""
     path = job.work / SETTINGS_NAME
     return path.exists() and bool(json.loads(path.read_text()).get(REPLACES_NAME))
+
+
+def check_same_run(job: UptrainJob) -> None:
+    """Raise OutputError for a work directory that is not a run's, InputError for one of a run with other settings."""
+    path = job.work / SETTINGS_NAME
+    if not path.exists():
+        raise OutputError(f"{job.work} is in the way and not a run's", hint="remove it, or choose another --output")
+    changed = _changes(json.loads(path.read_text()), job)
+    if changed:
+        raise InputError(
+            f"{job.work} holds an unfinished run with other settings: {'; '.join(changed)}",
+            hint="go on with the same settings, start over with --force, or choose another --output",
+        )
+
+
+def _changes(record: dict[str, Any], job: UptrainJob) -> list[str]:
+    """What a record has otherwise than the job."""
+    return [
+        f"{key} was {record.get(key)!r}, now {value!r}"
+        for key, value in job.description.items()
+        if record.get(key) != value
+    ]

@@ -6,14 +6,16 @@ Launchers swallow exit codes: torchrun returns 1 whatever its processes returned
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ...convert.checkpoint.output import write_text
 from ...convert.errors import DivergedError, KvConvertError, PreemptedError
 
-__all__ = ["STATUS_NAME", "RunStatus", "read_status", "status_of_error", "write_status"]
-
+__all__ = ["STATUS_NAME", "RunStatus", "StatusFile", "read_status", "status_of_error", "write_status"]
 
 STATUS_NAME = "run_status.json"
 _INTERRUPTED, _TERMINATED = 130, 143
@@ -21,9 +23,10 @@ _INTERRUPTED, _TERMINATED = 130, 143
 
 @dataclass(frozen=True)
 class RunStatus:
-    """`state` is running, preempted, diverged, failed, interrupted or finished; `exit_code` is None while running.
+    """How far a run is, or how it ended.
 
-    A run that was killed without a word is still "running": its process is gone.
+    `state` is running, preempted, diverged, failed, interrupted or finished; `exit_code` is None while running. A run
+    that was killed without a word is still "running": its process is gone.
     """
 
     state: str
@@ -37,11 +40,68 @@ class RunStatus:
     process_id: int
 
 
+class StatusFile:
+    """The status of what goes on in a folder, kept up to date.
+
+    `writes` is False in all processes of a run but the first. `note` receives each status that is written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        steps: int,
+        tokens_per_step: int,
+        command: str,
+        writes: bool,
+        note: Callable[[RunStatus], object] = lambda status: None,
+    ) -> None:
+        self._folder = folder
+        self._tokens_per_step = tokens_per_step
+        self._writes = writes
+        self._note = note
+        self.now = RunStatus(
+            state="running",
+            exit_code=None,
+            step=0,
+            steps=steps,
+            tokens=0,
+            reason=None,
+            last_checkpoint=None,
+            resume_command=command,
+            process_id=os.getpid(),
+        )
+
+    @property
+    def finished(self) -> RunStatus:
+        """The status of the end, with all steps done."""
+        now = self._at(self.now.steps)
+        return replace(now, state="finished", exit_code=0, last_checkpoint=None)
+
+    def reach(self, step: int, checkpoint: Path | str | None = None) -> None:
+        """Write how far the run is; without a checkpoint, the last one stays."""
+        self.now = self._at(step) if checkpoint is None else replace(self._at(step), last_checkpoint=str(checkpoint))
+        if self._writes:
+            write_status(self._folder, self.now)
+            self._note(self.now)
+
+    def fail(self, error: BaseException) -> None:
+        """Write how the run ended, if its folder is there."""
+        if self._writes and self._folder.exists():
+            with suppress(OSError):  # a full disk must not hide the error
+                write_status(self._folder, status_of_error(self.now, error))
+
+    def _at(self, step: int) -> RunStatus:
+        return replace(self.now, step=step, tokens=step * self._tokens_per_step)
+
+
 def write_status(folder: Path, status: RunStatus) -> None:
+    """Write a status into a folder."""
     write_text(folder / STATUS_NAME, json.dumps(asdict(status), indent=2) + "\n")
 
 
 def read_status(folder: Path) -> RunStatus | None:
+    """The status in a folder, None if there is none."""
     path = folder / STATUS_NAME
     return RunStatus(**json.loads(path.read_text())) if path.exists() else None
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,8 +11,9 @@ from typing import Any
 
 from ...convert.checkpoint.output import write_text
 from ...convert.errors import DivergedError, InputError, OutputError
-from ..job import UptrainJob, describe, sweep_directory
-from ..settings import UptrainSettings
+from ..job import UptrainJob, sweep_directory
+from ..settings import RunSettings
+from .directories import discard
 from .record import REPLACES_NAME
 
 __all__ = [
@@ -64,7 +63,7 @@ class Sweep:
         return len(self.trials) == self.num_rates
 
 
-def trial_settings(settings: UptrainSettings, num_rates: int) -> tuple[UptrainSettings, ...]:
+def trial_settings(settings: RunSettings, num_rates: int) -> tuple[RunSettings, ...]:
     """Of each trial: rates around the run's own, each twice the one before; 3 % of the run's steps, at least 20."""
     steps = min(max(math.ceil(_FRACTION * settings.steps), _LEAST_STEPS), settings.steps)
     return tuple(
@@ -74,7 +73,7 @@ def trial_settings(settings: UptrainSettings, num_rates: int) -> tuple[UptrainSe
 
 
 def new_sweep(job: UptrainJob, num_rates: int, *, force: bool) -> Sweep:
-    return Sweep(describe(job), num_rates, (), replaces=force)
+    return Sweep(job.description, num_rates, (), replaces=force)
 
 
 def find_sweep(job: UptrainJob, num_rates: int, *, force: bool) -> Sweep | None:
@@ -92,7 +91,7 @@ def find_sweep(job: UptrainJob, num_rates: int, *, force: bool) -> Sweep | None:
     found = beside or (None if force else _read_sweep(job.output, replaces=False))
     if found is None:
         return None
-    same = (found.of, found.num_rates) == (describe(job), num_rates)
+    same = (found.of, found.num_rates) == (job.description, num_rates)
     if force:
         return found if same and goes_on_to_replace(found, job) else None
     if not same:
@@ -126,7 +125,7 @@ def sweep_that_chose(job: UptrainJob) -> Path | None:
     if sweep is None or not sweep.is_done or all(trial.nats_per_token is None for trial in sweep.trials):
         return None
     chosen = {**sweep.of, "learning_rate": _best_rate(sweep.trials)}
-    return folder if chosen == describe(job) else None
+    return folder if chosen == job.description else None
 
 
 def write_sweep(folder: Path, sweep: Sweep) -> None:
@@ -141,12 +140,8 @@ def write_sweep(folder: Path, sweep: Sweep) -> None:
 
 def remove_sweep(folder: Path) -> None:
     """Remove a sweep's directory, which has its record as long as it has its name; nothing if it is not a sweep's."""
-    if not (folder / SWEEP_NAME).exists():
-        return
-    removed = folder.with_name(f".{folder.name}.removed-{os.getpid()}")
-    shutil.rmtree(removed, ignore_errors=True)
-    folder.rename(removed)
-    shutil.rmtree(removed, ignore_errors=True)
+    if (folder / SWEEP_NAME).exists():
+        discard(folder)
 
 
 def _read_sweep(folder: Path, *, replaces: bool = True) -> Sweep | None:

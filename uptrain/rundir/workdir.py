@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from ...convert.checkpoint.tensors import CONFIG_NAME
 from ..job import UptrainJob
 from ..recipe import Stage
 from .checkpoints import last_complete, step_of
+from .directories import discard
 from .trials import remove_sweep, sweep_that_chose
 
 __all__ = [
@@ -21,6 +21,33 @@ __all__ = [
     "teacher_folder",
     "translated_teacher",
 ]
+
+
+def data_folder(job: UptrainJob) -> Path:
+    """Where the packed text is."""
+    return job.work / "data"
+
+
+def checkpoints_folder(job: UptrainJob, stage: Stage) -> Path:
+    """Where the checkpoints of a stage are."""
+    return job.work / "checkpoints" / stage.name
+
+
+def stage_folder(job: UptrainJob, stage: Stage) -> Path:
+    """Where the weights that a stage ended with are, once it is finished."""
+    return job.work / "stages" / stage.name
+
+
+def teacher_folder(job: UptrainJob) -> Path:
+    """Where the teacher is read from."""
+    assert job.teacher is not None
+    translated = translated_teacher(job)
+    return translated if translated.exists() else Path(job.teacher)
+
+
+def translated_teacher(job: UptrainJob) -> Path:
+    """Where a teacher is that was copied into another class."""
+    return job.work / "teacher"
 
 
 def last_saved(job: UptrainJob) -> tuple[int, Path | None]:
@@ -43,28 +70,4 @@ def remove_work(job: UptrainJob) -> None:
     if sweep is not None and job.output.exists():
         with suppress(OSError):
             remove_sweep(sweep)
-    shutil.rmtree(job.work, ignore_errors=True)
-
-
-def data_folder(job: UptrainJob) -> Path:
-    return job.work / "data"
-
-
-def checkpoints_folder(job: UptrainJob, stage: Stage) -> Path:
-    return job.work / "checkpoints" / stage.name
-
-
-def stage_folder(job: UptrainJob, stage: Stage) -> Path:
-    """Where the weights that a stage ended with are, once it is finished."""
-    return job.work / "stages" / stage.name
-
-
-def teacher_folder(job: UptrainJob) -> Path:
-    """Where the teacher is read from."""
-    assert job.teacher is not None
-    translated = translated_teacher(job)
-    return translated if translated.exists() else Path(job.teacher)
-
-
-def translated_teacher(job: UptrainJob) -> Path:
-    return job.work / "teacher"
+    discard(job.work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,9 +11,18 @@ import psutil
 import torch
 from torch import Tensor
 
+from ...convert.checkpoint.output import write_text
 from ...convert.errors import UnsupportedError
+from ...convert.runtime.transformers_interface import checkpoint_activations
+from ..launcher import count_local_processes
+from ..losses.prediction import Loss
+from ..recipe import Stage
+from .arguments import checkpoints_activations
+from .context import RunContext
 
-__all__ = ["largest_micro_batch"]
+__all__ = ["largest_micro_batch", "stage_micro_batch"]
+
+_MICRO_BATCH_NAME = "micro_batch.{stage}.json"
 
 
 _USABLE = 0.9  # of the free memory: allocators leave gaps, and other processes grow
@@ -96,3 +106,44 @@ def _free_bytes(device: torch.device, num_local: int) -> int:
 def _local(parameter: Tensor) -> Tensor:
     """What this process holds of a parameter."""
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def stage_micro_batch(context: RunContext, stage: Stage, student: Any, loss: Loss) -> int:
+    """The micro-batch that was asked for; or what fits, which is not measured again on the same machines."""
+    job, processes = context.job, context.processes
+    if job.execution.micro_batch is not None:
+        return job.execution.micro_batch
+    device, length = processes.device, job.settings.sequence_length
+    machine = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "num_processes": job.execution.num_processes,
+        "fsdp": job.execution.fsdp,
+    }
+    path = job.work / _MICRO_BATCH_NAME.format(stage=stage.name)
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if processes.everywhere(known.get("machine") == machine):
+        return int(known["micro_batch"])
+
+    def step(num_sequences: int) -> Tensor:
+        ids = torch.arange(num_sequences * length, device=device).view(num_sequences, length)
+        ids = ids % student.config.get_text_config().vocab_size
+        positions = torch.arange(length, device=device).expand_as(ids)
+        with torch.autocast(device.type, torch.bfloat16, enabled=job.settings.precision == "bf16"):
+            return loss(student, {"input_ids": ids, "position_ids": positions}, ids)
+
+    student.train()
+    if checkpoints_activations(job, stage):
+        checkpoint_activations(student, use_reentrant=False)
+    own = largest_micro_batch(
+        student,
+        step,
+        sequences_per_process=job.batch(1).gradient_accumulation_steps,
+        device=device,
+        num_local=count_local_processes(),
+        everywhere=processes.everywhere,
+    )
+    fitting = processes.least(own)
+    if processes.is_first:
+        write_text(path, json.dumps({"micro_batch": fitting, "machine": machine}) + "\n")
+    processes.wait()
+    return fitting

@@ -16,13 +16,12 @@ from ...convert.errors import DivergedError
 from ...convert.runtime.transformers_interface import require
 from ..losses.prediction import IGNORED_LABEL, Loss
 from ..rundir.checkpoints import finish_checkpoint
+from .sharded import load_sharded, save_sharded
 
-__all__ = ["SHARDS_NAME", "UptrainTrainer"]
+__all__ = ["UptrainTrainer"]
 
 
 require("training")
-
-SHARDS_NAME = "shards"
 
 
 class UptrainTrainer(Trainer):
@@ -152,9 +151,7 @@ class UptrainTrainer(Trainer):
         if not self.is_distributed_loading_by_transformers:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        from torch.distributed.checkpoint.state_dict_saver import save
-
-        save(self._sharded_state(), checkpoint_id=str(Path(output_dir) / SHARDS_NAME))
+        save_sharded(*self._sharded, Path(output_dir))
         if self.args.should_save:
             torch.save(self._scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
@@ -166,19 +163,8 @@ class UptrainTrainer(Trainer):
         if checkpoint is None or not self.is_distributed_loading_by_transformers:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        from torch.distributed.checkpoint.state_dict import set_state_dict
-        from torch.distributed.checkpoint.state_dict_loader import load
-
-        state = self._sharded_state()
-        load(state, checkpoint_id=str(Path(checkpoint) / SHARDS_NAME))
-        set_state_dict(*self._sharded, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        load_sharded(*self._sharded, Path(checkpoint))
         self._scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
-
-    def _sharded_state(self) -> dict[str, Any]:
-        from torch.distributed.checkpoint.state_dict import get_state_dict
-
-        model_state, optimizer_state = get_state_dict(*self._sharded)
-        return {"model": model_state, "optimizer": optimizer_state}
 
     @property
     def _sharded(self) -> tuple[Any, Any]:

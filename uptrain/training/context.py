@@ -1,0 +1,62 @@
+"""What all stages of a run share while it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...convert.architectures.architecture import Architecture
+from ..data.blocks import PackedBlocks
+from ..job import UptrainJob
+from ..observation import Observation
+from ..recipe import Stage
+from ..rundir.status import StatusFile
+from ..rundir.workdir import data_folder
+from .processes import Processes
+from .stopping import StopRequests
+
+__all__ = ["RunContext"]
+
+
+@dataclass
+class RunContext:
+    """A run that is under way, in one of its processes.
+
+    `score` gives held-out nats per token, None where nothing is held out; `held_out` is the last one that was taken.
+    `steps_before` were done before this process began.
+    """
+
+    job: UptrainJob
+    watch: Observation
+    processes: Processes
+    stop: StopRequests
+    status: StatusFile
+    architecture: Architecture
+    score: Callable[[Any], float] | None = None
+    held_out: float | None = None
+    steps_before: int = 0
+
+    def samples(self, stage: Stage) -> PackedBlocks:
+        """The samples that a stage is trained on."""
+        per_step = self.job.settings.sequences_per_step
+        return PackedBlocks(
+            data_folder(self.job), num_samples=stage.steps * per_step, first_sample=stage.first_step * per_step
+        )
+
+    def evaluate(self, model: Any) -> float:
+        """Score held-out text, in every process: all of them compare trials of learning rates by it."""
+        assert self.score is not None
+        self.held_out = self.score(model)
+        return self.held_out
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Hand a metrics record on, which tells how far the run is."""
+        if "loss" in record:
+            self.status.reach(record["step"])
+        self.watch.show(record)
+
+    def saved(self, stage: Stage, folder: Path, step: int) -> None:
+        """Note a checkpoint that was saved after `step` steps of a stage."""
+        self.status.reach(stage.first_step + step, folder / f"checkpoint-{step}")
