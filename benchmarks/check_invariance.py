@@ -44,6 +44,7 @@ from kvconvert.uptrain import run
 from kvconvert.uptrain.data.sources import WeightedSource
 from kvconvert.uptrain.job import UptrainJob
 from kvconvert.uptrain.models import full_state, load_for_training
+from kvconvert.uptrain.observation import Observation
 from kvconvert.uptrain.recipe import LossWeights, Recipe
 from kvconvert.uptrain.settings import Execution, RunSettings
 from kvconvert.uptrain.training.trainer import UptrainTrainer
@@ -109,7 +110,7 @@ SGD = Arithmetic("float32, SGD", torch.float32, "sgd", 0.1, 0.0)
 DOUBLE = Arithmetic("float64, AdamW", torch.float64, "adamw_torch_fused", 1e-3, 1.0)
 ARITHMETICS = (ADAMW, SGD, DOUBLE)
 OBJECTIVES = {
-    "CE": (Recipe.gqa, LossWeights(kl=0.0, cross_entropy=1.0)),
+    "CE": (Recipe.pretraining, LossWeights(kl=0.0, cross_entropy=1.0)),
     "KL": (Recipe.distill, LossWeights()),
 }
 
@@ -166,7 +167,7 @@ def train(layout: Layout, arithmetic: Arithmetic, objective: str, *, model: Path
         gradient = stack.enter_context(_first_gradient())
         states = stack.enter_context(_final_weights())
         job = UptrainJob(checkpoint, settings, (source,), output, teacher, execution)
-        run.uptrain(job, run.Observation(log_steps=1, show=show))
+        run.uptrain(job, Observation(log_steps=1, show=show))
     return Outcome(losses, torch.cat(gradient), states)
 
 

@@ -28,12 +28,13 @@ from kvconvert.uptrain.data.sources import WeightedSource
 from kvconvert.uptrain.estimate.flops import flops_per_token
 from kvconvert.uptrain.estimate.size import measure_size
 from kvconvert.uptrain.job import UptrainJob
+from kvconvert.uptrain.observation import Observation
 from kvconvert.uptrain.recipe import LossWeights, Recipe
 from kvconvert.uptrain.settings import RunSettings
 
 _CROSS_ENTROPY = LossWeights(kl=0.0, cross_entropy=1.0)
 _RECIPES: dict[str, dict[str, Any]] = {
-    "gqa": {"recipe": Recipe.gqa, "weights": _CROSS_ENTROPY},
+    "gqa": {"recipe": Recipe.pretraining, "weights": _CROSS_ENTROPY},
     "distill": {"recipe": Recipe.distill, "weights": LossWeights()},
     "distill, layer-wise 10 %": {"recipe": Recipe.distill, "weights": LossWeights(), "layerwise_fraction": 0.1},
     "distill, layer-wise 25 %": {"recipe": Recipe.distill, "weights": LossWeights(), "layerwise_fraction": 0.25},
@@ -81,7 +82,7 @@ def _uptrained(
         if "eval_nats_per_token" in record:
             curve.append((record["tokens"], round(record["eval_nats_per_token"] - base, 5)))
 
-    watch = run.Observation(
+    watch = Observation(
         eval_steps=arguments.eval_steps,
         score=lambda trained: evaluate(trained, windows).nats_per_token,
         show=show,

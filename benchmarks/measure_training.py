@@ -195,6 +195,7 @@ def _uptrain(arguments: argparse.Namespace, settings: Any, clock: Clock, *, comp
     from kvconvert.uptrain import run
     from kvconvert.uptrain.data.sources import WeightedSource
     from kvconvert.uptrain.job import UptrainJob
+    from kvconvert.uptrain.observation import Observation
     from kvconvert.uptrain.settings import Execution
 
     losses: list[float] = []
@@ -205,7 +206,7 @@ def _uptrain(arguments: argparse.Namespace, settings: Any, clock: Clock, *, comp
         else:
             clock.begin()
 
-    watch = run.Observation(
+    watch = Observation(
         save_steps=10**9,
         log_steps=min(_LOG_STEPS, settings.steps),
         progress=progress,

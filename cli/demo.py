@@ -251,6 +251,7 @@ def _uptrain(variant: _Variant, output: Path, windows: Any, steps: int, terminal
     from ..uptrain import run
     from ..uptrain.data.sources import WeightedSource
     from ..uptrain.job import UptrainJob
+    from ..uptrain.observation import Observation
     from ..uptrain.recipe import LossWeights, Recipe
     from ..uptrain.settings import RunSettings
 
@@ -280,7 +281,7 @@ def _uptrain(variant: _Variant, output: Path, windows: Any, steps: int, terminal
             teacher=str(_MODEL),
         )
         with terminal.progress(f"uptraining {variant.label}", settings.steps) as advance:
-            watch = run.Observation(
+            watch = Observation(
                 eval_steps=_EVAL_STEPS,
                 score=lambda model: evaluate(model, windows, batch_size=_BATCH_SIZE).nats_per_token,
                 progress=advance,

@@ -26,6 +26,7 @@ from kvconvert.uptrain.data.corpus import Corpus
 from kvconvert.uptrain.data.packing import build
 from kvconvert.uptrain.data.sources import WeightedSource
 from kvconvert.uptrain.job import UptrainJob
+from kvconvert.uptrain.observation import Observation
 from kvconvert.uptrain.recipe import LossWeights, Recipe
 from kvconvert.uptrain.settings import Execution, RunSettings
 from safetensors.torch import load_file
@@ -379,7 +380,7 @@ def make_job(make_checkpoint: CheckpointFactory, prose_file: Path, tmp_path: Pat
             execution: Execution = EXECUTION,
             **fields: Any,
         ) -> UptrainJob:
-            if teacher is not None and settings.recipe is Recipe.gqa:
+            if teacher is not None and settings.recipe is Recipe.pretraining:
                 settings = replace(settings, **DISTILL)
             return UptrainJob(
                 checkpoint=stack.enter_context(open_checkpoint(model)),
@@ -398,8 +399,8 @@ def make_job(make_checkpoint: CheckpointFactory, prose_file: Path, tmp_path: Pat
 def train(make_job: Callable[..., Any]) -> Train:
     """Uptrain one tiny checkpoint; returns where the result is."""
 
-    def train_into(name: str, *, watch: run.Observation | None = None, force: bool = False, **job: Any) -> Path:
-        return run.uptrain(make_job(name, **job), watch or run.Observation(), force=force).output
+    def train_into(name: str, *, watch: Observation | None = None, force: bool = False, **job: Any) -> Path:
+        return run.uptrain(make_job(name, **job), watch or Observation(), force=force).output
 
     return train_into
 

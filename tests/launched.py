@@ -18,8 +18,12 @@ from kvconvert.uptrain import run
 from kvconvert.uptrain.data.sources import WeightedSource
 from kvconvert.uptrain.job import UptrainJob
 from kvconvert.uptrain.launcher import count_processes
+from kvconvert.uptrain.observation import Observation
 from kvconvert.uptrain.recipe import LossWeights, Recipe
 from kvconvert.uptrain.settings import Execution, RunSettings
+from kvconvert.uptrain.training import stage
+from kvconvert.uptrain.training.arguments import training_arguments
+from kvconvert.uptrain.training.processes import joined_processes
 from transformers import TrainingArguments
 
 SETTINGS = RunSettings(
@@ -35,12 +39,9 @@ SETTINGS = RunSettings(
 )
 
 
-_training_arguments = run._training_arguments
-
-
 def smooth_training_arguments(*args: Any, **kwargs: Any) -> TrainingArguments:
     """AdamW that does not magnify the rounding of gradients, which are all far below its epsilon."""
-    arguments = _training_arguments(*args, **kwargs)
+    arguments = training_arguments(*args, **kwargs)
     arguments.adam_epsilon = 1.0
     return arguments
 
@@ -58,15 +59,15 @@ def uptrain(model: Path, teacher: Path, data: Path, output: Path, execution: Exe
     with open_checkpoint(model) as checkpoint:
         sources = (WeightedSource(TextSource(str(data))),)
         job = UptrainJob(checkpoint, SETTINGS, sources, output, str(teacher), execution)
-        run.uptrain(job, run.Observation(eval_steps=1, score=lambda trained: 0.0, progress=stop, log_steps=1))
+        run.uptrain(job, Observation(eval_steps=1, score=lambda trained: 0.0, progress=stop, log_steps=1))
 
 
 def main() -> None:
     stop_at, (teacher, data, *models) = int(sys.argv[1]), map(Path, sys.argv[2:])
     register()
-    run._training_arguments = smooth_training_arguments
+    vars(stage)["training_arguments"] = smooth_training_arguments
     execution = Execution(micro_batch=1, num_processes=count_processes(), fsdp=True)
-    with run.joined_processes():
+    with joined_processes():
         for model in models:
             output = model.with_name(f"{model.name}-sharded")
             if stop_at:

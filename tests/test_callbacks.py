@@ -4,20 +4,18 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import Train, same_weights
-from kvconvert.convert.errors import DataError, PreemptedError
-from kvconvert.uptrain import run
+from kvconvert.convert.errors import PreemptedError
+from kvconvert.uptrain.observation import Observation
 from kvconvert.uptrain.recipe import Objective, Stage, Trained
 from kvconvert.uptrain.rundir.checkpoints import last_complete
 from kvconvert.uptrain.training import evaluation, metrics, stopping
 from kvconvert.uptrain.training.evaluation import PeriodicEvaluation
 from kvconvert.uptrain.training.metrics import Throughput
-from kvconvert.uptrain.training.packing_ahead import PackAhead
 from kvconvert.uptrain.training.saving import Checkpoints
 from kvconvert.uptrain.training.stopping import StopRequests
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -238,7 +236,7 @@ def test_signals_end_a_run_with_75_and_the_same_command_goes_on(
             os.kill(os.getpid(), number)
 
     with pytest.raises(PreemptedError, match=rf"stopped at step 1 of 6 \(received {number.name}\)") as raised:
-        train("out", watch=run.Observation(progress=send))
+        train("out", watch=Observation(progress=send))
     assert raised.value.exit_code == 75
     checkpoint = last_complete(tmp_path / "out.uptraining/checkpoints/main")
     assert checkpoint is not None
@@ -249,115 +247,11 @@ def test_a_deadline_ends_a_run_with_a_checkpoint(train: Train, tmp_path: Path, c
     def pass_time(num_steps: int) -> None:
         clock.now += 10 * num_steps
 
-    watch = run.Observation(deadline=clock.now + 55, progress=pass_time)
+    watch = Observation(deadline=clock.now + 55, progress=pass_time)
     with pytest.raises(PreemptedError, match=r"stopped at step 4 of 6 \(out of time\)"):
         train("parts", watch=watch)
     clock.now += 10**6
     # another one that has no time for a second step, and so goes on by one
     with pytest.raises(PreemptedError, match=r"stopped at step 5 of 6 \(out of time\)"):
-        train("parts", watch=run.Observation(deadline=0.0))
+        train("parts", watch=Observation(deadline=0.0))
     assert same_weights(train("parts"), train("whole"))
-
-
-class Packer:
-    """Stands for a CorpusPacker; `fails` is raised by the next `ensure`, which waits for `go_on` once it has begun."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, int]] = []
-        self.fails: Exception | None = None
-        self.begun, self.go_on = Event(), Event()
-        self.go_on.set()
-
-    def ensure(self, sample: int) -> None:
-        self.calls.append(("ensure", sample))
-        self.begun.set()
-        self.go_on.wait(10)
-        if self.fails is not None:
-            raise self.fails
-
-    def release(self, sample: int) -> None:
-        self.calls.append(("release", sample))
-
-
-def test_packing_is_ahead_and_keeps_what_a_fallback_needs(arguments: TrainingArguments) -> None:
-    """Two checkpoints are kept: what comes before the older one can go."""
-    packer: Any = Packer()
-    ahead = PackAhead(packer, Stage("main", Objective.prediction, Trained.all, 10, 5, 1e-3), 4)
-    for step in range(3):
-        ahead.on_step_begin(arguments, at(step), TrainerControl())
-        wait_for_packing(ahead)
-        ahead.on_save(arguments, at(step + 1), TrainerControl())
-    ahead.on_train_end(arguments, at(3), TrainerControl())
-    assert packer.calls == [
-        ("ensure", 20),
-        ("release", 20),
-        ("ensure", 24),
-        ("release", 24),
-        ("ensure", 28),
-        ("release", 28),
-    ]
-
-
-def wait_for_packing(ahead: PackAhead) -> None:
-    assert ahead._pending is not None
-    ahead._pending.exception(10)
-
-
-def test_what_comes_before_the_checkpoint_that_was_resumed_can_go(arguments: TrainingArguments) -> None:
-    packer: Any = Packer()
-    ahead = PackAhead(packer, Stage("main", Objective.prediction, Trained.all, 10, 5, 1e-3), 4)
-    ahead.on_train_begin(arguments, at(3), TrainerControl())
-    ahead.on_save(arguments, at(4), TrainerControl())
-    ahead.on_train_end(arguments, at(4), TrainerControl())
-    assert packer.calls == [("release", (5 + 3) * 4)]
-
-
-def test_what_is_packed_is_told_of_in_the_trainings_thread(arguments: TrainingArguments) -> None:
-    told: list[int] = []
-    packer: Any = Packer()
-    ahead = PackAhead(packer, STAGE, 4, on_packed=lambda: told.append(len(packer.calls)))
-    ahead.on_step_begin(arguments, at(0), TrainerControl())
-    assert ahead._pending is not None
-    ahead._pending.result()
-    assert told == []
-    ahead.on_step_begin(arguments, at(1), TrainerControl())
-    assert told == [1]
-    ahead.on_train_end(arguments, at(2), TrainerControl())
-    assert told == [1, 2]
-
-
-def test_a_failure_to_pack_ends_training(arguments: TrainingArguments) -> None:
-    packer: Any = Packer()
-    packer.fails = DataError("another text")
-    ahead = PackAhead(packer, STAGE, 4)
-    ahead.on_step_begin(arguments, at(0), TrainerControl())
-    wait_for_packing(ahead)
-    with pytest.raises(DataError, match="another text"):
-        ahead.on_step_begin(arguments, at(1), TrainerControl())
-    ahead.on_train_end(arguments, at(1), TrainerControl())
-
-
-def test_packing_that_stops_with_training_is_no_failure(arguments: TrainingArguments) -> None:
-    packer: Any = Packer()
-    packer.fails = PreemptedError("stopped while packing")
-    ahead = PackAhead(packer, STAGE, 4)
-    ahead.on_step_begin(arguments, at(0), TrainerControl())
-    wait_for_packing(ahead)
-    ahead.on_save(arguments, at(1), TrainerControl())
-    ahead.on_train_end(arguments, at(1), TrainerControl())
-    assert packer.calls == [("ensure", 0), ("release", 0)]
-
-
-def test_a_checkpoint_does_not_wait_for_packing(arguments: TrainingArguments) -> None:
-    packer: Any = Packer()
-    packer.go_on.clear()
-    ahead = PackAhead(packer, STAGE, 4)
-    ahead.on_step_begin(arguments, at(0), TrainerControl())
-    packer.begun.wait(10)
-    ahead.on_save(arguments, at(1), TrainerControl())
-    assert packer.calls == [("ensure", 0)]
-    packer.go_on.set()
-    wait_for_packing(ahead)
-    ahead.on_save(arguments, at(2), TrainerControl())
-    ahead.on_train_end(arguments, at(2), TrainerControl())
-    assert packer.calls == [("ensure", 0), ("release", 4)]

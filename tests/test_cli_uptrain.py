@@ -18,7 +18,7 @@ from conftest import CheckpointFactory
 from kvconvert.cli.main import app
 from kvconvert.convert.errors import OutputError, PreemptedError
 from kvconvert.uptrain import sweep
-from kvconvert.uptrain.run import uptrain as uptrain_job
+from kvconvert.uptrain.run import run_checked as uptrain_job
 from typer.testing import CliRunner
 
 Invoke = Callable[..., Any]
@@ -95,9 +95,9 @@ def test_pretraining_tokens_beside_the_model_give_the_default(uptrain: Invoke, t
         (["--steps", 1, "--fraction", "5%"], "--steps and --fraction both say how long the run is"),
         (["--steps", 1, "--micro-batch", 3], "8 sequences of 128 tokens per step cannot be split evenly"),
         (["--steps", 1, "--recipe", "distill"], "recipe distill needs the original model"),
-        (["--steps", 1, "--recipe", "gqa", "--kl-weight", 1], "recipe gqa has no KL"),
+        (["--steps", 1, "--recipe", "pretraining", "--kl-weight", 1], "recipe pretraining has no KL"),
         (["--steps", 1, "--ce-weight", 0], "the weights of KL and cross-entropy are both 0"),
-        (["--steps", 1, "--layerwise-fraction", 0.2], "recipe gqa has one stage only"),
+        (["--steps", 1, "--layerwise-fraction", 0.2], "recipe pretraining has one stage only"),
         (["--steps", 1, "--temperature", 0], "temperature is 0.0, expected a positive number"),
         (["--steps", 1, "--lr", "inf"], "learning rate is inf, expected a positive number"),
         (["--steps", 1, "--sequence-length", 4096], "sequence length 4096 does not fit"),
@@ -212,7 +212,8 @@ def test_an_unknown_gpu_is_answered_with_those_that_are_known(uptrain: Invoke) -
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--recipe", "gqa"], ["--kl-weight", 0, "--ce-weight", 1], ["--recipe", "light", "--kl-weight", 0]]
+    "arguments",
+    [["--recipe", "pretraining"], ["--kl-weight", 0, "--ce-weight", 1], ["--recipe", "light", "--kl-weight", 0]],
 )
 def test_a_teacher_that_no_loss_compares_with_is_not_counted(
     arguments: list[object], uptrain: Invoke, make_checkpoint: CheckpointFactory
@@ -221,7 +222,7 @@ def test_a_teacher_that_no_loss_compares_with_is_not_counted(
     length = ["--steps", 1, "--global-batch-tokens", 512]
     arguments = [*arguments, "--ce-weight", 1]
     plan = dry_run(uptrain, *length, *arguments, "--teacher", teacher)
-    recipe = arguments if "--recipe" in arguments else ["--recipe", "gqa", *arguments]
+    recipe = arguments if "--recipe" in arguments else ["--recipe", "pretraining", *arguments]
     assert plan["cost"] == dry_run(uptrain, *length, *recipe)["cost"]
     assert (plan["objective"], plan["teacher"]) == ("cross-entropy", None)
     shown = uptrain(*length, *arguments, "--teacher", teacher, "--dry-run")
@@ -236,7 +237,6 @@ def test_a_teacher_that_no_loss_compares_with_is_not_counted(
     "arguments",
     [
         [],
-        ["--stream", "--save-steps", 1],
         ["--train-only", "attention", "--with-teacher"],
         ["--layerwise-fraction", 0.5, "--with-teacher"],
         ["--recipe", "light", "--with-teacher", "--precision", "bf16"],
@@ -345,7 +345,7 @@ def trials_begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(job.output.name)
         return uptrain_job(job, *args, **kwargs)
 
-    monkeypatch.setattr(sweep, "uptrain", spy)
+    monkeypatch.setattr(sweep, "run_checked", spy)
     return names
 
 
@@ -362,7 +362,7 @@ def test_a_forced_sweep_that_was_stopped_goes_on_and_replaces_the_output(
         return uptrain_job(job, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "uptrain", stopped)
+        patch.setattr(sweep, "run_checked", stopped)
         outcome = uptrain("--steps", 2, *SWEPT, "--force")
     assert outcome.exit_code == 75, outcome.output
     assert f"their status is in {output}.lr-sweep/run_status.json" in " ".join(outcome.stderr.split())

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,8 +16,8 @@ from kvconvert.convert.architectures.table import ARCHITECTURES, find_architectu
 from kvconvert.convert.checkpoint.opening import open_checkpoint
 from kvconvert.convert.checkpoint.tensors import Checkpoint
 from kvconvert.convert.errors import InputError, UnsupportedError
+from kvconvert.uptrain import models as models_of_uptrain
 from kvconvert.uptrain import run
-from kvconvert.uptrain.data.shards import SHARD_TOKENS
 from kvconvert.uptrain.data.sources import SourceSize
 from kvconvert.uptrain.estimate.budget import Batch, Budget
 from kvconvert.uptrain.estimate.cost import RunCost, passes_over, require_consent, run_cost
@@ -26,11 +25,12 @@ from kvconvert.uptrain.estimate.disk import disk_bytes, packed_tokens
 from kvconvert.uptrain.estimate.flops import flops_per_token
 from kvconvert.uptrain.estimate.gpu import H100_PEAK_FLOPS, detect_gpu, gpu_hours, peak_flops, require_known_gpu
 from kvconvert.uptrain.estimate.memory import memory_bytes, weight_bytes
+from kvconvert.uptrain.estimate.shape import Models, RunShape, Sharding
 from kvconvert.uptrain.estimate.size import ModelSize, measure_size
 from kvconvert.uptrain.job import UptrainJob
 from kvconvert.uptrain.models import load_for_training
-from kvconvert.uptrain.recipe import LossWeights, Objective, Recipe, Trained, stages, trained_names
-from kvconvert.uptrain.settings import Sharding
+from kvconvert.uptrain.observation import Observation
+from kvconvert.uptrain.recipe import LossWeights, Objective, Recipe, Stage, Trained, stages, trained_names
 from kvconvert.uptrain.training import trainer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -333,13 +333,11 @@ def test_peaks_that_are_not_known(name: str) -> None:
     assert peak_flops(name) is None
 
 
-def test_the_first_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = tmp_path / "nvidia-smi"
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/bin")
-    command.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3'\necho 'NVIDIA L4'\n")
-    command.chmod(0o755)
+def test_the_first_gpu_is_what_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ["NVIDIA H100 80GB HBM3", "NVIDIA L4"][index])
     assert detect_gpu() == "NVIDIA H100 80GB HBM3"
-    command.write_text("#!/bin/sh\nexit 9\n")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert detect_gpu() is None
 
 
@@ -352,10 +350,33 @@ def test_hours_by_hand() -> None:
     assert gpu_hours(3600 * 1e12, 1e12, mfu=0.5) == 2
 
 
-def memory(**settings: Any) -> int:
-    size = llama_2_7b()
-    defaults: dict[str, Any] = {"trained": ALL, "micro_batch": 1, "sequence_length": 4096}
-    return memory_bytes(size, settings.pop("teacher", None), **{**defaults, **settings})
+def stage_of(trained: Trained = ALL, objective: Objective = PREDICTION, first_step: int = 0) -> Stage:
+    return Stage("main", objective, trained, 1908, first_step, 1e-4)
+
+
+def shape_of(
+    student: ModelSize,
+    teacher: ModelSize | None = None,
+    *,
+    stages: tuple[Stage, ...] = (stage_of(),),
+    shares: bool = False,
+    bf16: bool = True,
+    weights: LossWeights = LossWeights(),  # noqa: B008
+    micro_batch: int = 1,
+    sequence_length: int = 4096,
+    num_processes: int = 1,
+    **fields: Any,
+) -> RunShape:
+    batch = Batch(micro_batch * num_processes, sequence_length, num_processes, micro_batch)
+    models = Models(student, teacher, shares, bf16)
+    return RunShape(models, stages, weights, **{"batch": batch, **fields})
+
+
+def memory(
+    student: ModelSize | None = None, *, trained: Trained = ALL, objective: Objective = PREDICTION, **fields: Any
+) -> int:
+    stage = stage_of(trained, objective)
+    return memory_bytes(shape_of(student or llama_2_7b(), stages=(stage,), **fields), stage)
 
 
 @pytest.mark.parametrize(
@@ -390,7 +411,7 @@ def test_frozen_weights_that_are_the_teachers() -> None:
 def test_weights_of_a_light_run_in_float32() -> None:
     """All that is loaded is float32, and what is frozen counts once, as the teacher's."""
     size = llama_2_7b()
-    found = weight_bytes(size, size, trained=Trained.attention, shares=True, bf16=False)
+    found = weight_bytes(Models(size, size, shares=True, bf16=False), Trained.attention)
     assert found == 4 * (size.num_parameters + size.num_attention_parameters)
 
 
@@ -452,20 +473,20 @@ def test_weights_and_checkpoints_are_those_of_a_run(
     def finish(folder: Path) -> None:
         saved.append(sum((folder / file).stat().st_size for file in ("model.safetensors", "optimizer.pt")))
 
-    monkeypatch.setattr(run, "load_for_training", load)
+    monkeypatch.setattr(models_of_uptrain, "load_for_training", load)
     monkeypatch.setattr(trainer, "finish_checkpoint", finish)
     changes: dict[str, Any] = {"steps": 1, "precision": "bf16", "recipe": Recipe.distill, "weights": LossWeights()}
     settings = settings_with(**{**changes, **HELD[name]})
-    job = make_job(model=tmp_path / "gqa2", teacher=original, settings=settings)
-    run.uptrain(job, run.Observation())
+    job = make_job(model=tmp_path / "gqa2", teacher=original if settings.uses_teacher else None, settings=settings)
+    run.uptrain(job, Observation())
     held = {parameter.data_ptr(): parameter for model in models for parameter in model.parameters()}
     stage, bf16 = settings.stages[0], settings.precision == "bf16"
     student, used = measure_size(job.checkpoint), teacher if settings.uses_teacher else None
-    sizes: dict[str, Any] = {"trained": stage.trained, "shares": job.shares_frozen, "bf16": bf16}
+    sizes = Models(student, used, job.shares_frozen, bf16)
     assert len(models) == (1 if used is None else 2)
-    assert weight_bytes(student, used, **sizes) == sum(held[at].numel() * held[at].element_size() for at in held)
+    assert weight_bytes(sizes, stage.trained) == sum(held[at].numel() * held[at].element_size() for at in held)
     # beside tensors, files hold a kilobyte for each; frozen weights in another dtype would be 100 kB more or less
-    assert 0 < saved[0] - disk_bytes(student, num_packed_tokens=0, **sizes) / 3 < 30_000
+    assert 0 < saved[0] - disk_bytes(job.shape, 0) / 3 < 30_000
 
 
 def test_attention_regression_has_no_logits() -> None:
@@ -485,8 +506,7 @@ def test_logits_of_a_micro_batch() -> None:
 
     def logits(teacher: ModelSize | None, *, micro_batch: int = 2, bf16: bool = True) -> int:
         with_logits, without = (
-            memory_bytes(model, teacher, trained=ALL, micro_batch=micro_batch, sequence_length=4096, bf16=bf16)
-            for model in (size, narrow)
+            memory(model, teacher=teacher, micro_batch=micro_batch, bf16=bf16) for model in (size, narrow)
         )
         return with_logits - without
 
@@ -524,14 +544,8 @@ def test_activations_are_about_what_autograd_saves(model_type: str, bf16: bool, 
         return sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in weights)
 
     def estimate(num_sequences: int, linear_features: int) -> int:
-        return memory_bytes(
-            replace(size, vocab_size=0, linear_features=linear_features),
-            None,
-            trained=ALL,
-            micro_batch=num_sequences,
-            sequence_length=LENGTH,
-            bf16=bf16,
-        )
+        narrow = replace(size, vocab_size=0, linear_features=linear_features)
+        return memory(narrow, micro_batch=num_sequences, sequence_length=LENGTH, bf16=bf16)
 
     saved = saved_bytes(3) - saved_bytes(1)
     features = size.linear_features
@@ -544,15 +558,7 @@ def test_checkpointing_keeps_one_layer_and_the_inputs_of_all() -> None:
 
     def per_token(checkpointing: bool) -> int:
         one, two = (
-            memory_bytes(
-                size,
-                None,
-                trained=ALL,
-                micro_batch=1,
-                sequence_length=length,
-                activation_checkpointing=checkpointing,
-            )
-            for length in (4096, 4097)
+            memory(size, sequence_length=length, activation_checkpointing=checkpointing) for length in (4096, 4097)
         )
         return two - one
 
@@ -562,16 +568,18 @@ def test_checkpointing_keeps_one_layer_and_the_inputs_of_all() -> None:
 def test_disk() -> None:
     size = llama_2_7b()
     trained, frozen = size.num_attention_parameters, size.num_parameters - size.num_attention_parameters
-    assert disk_bytes(size, trained=ALL, num_packed_tokens=10**9) == 2 * 10**9 + 36 * size.num_parameters
-    some: dict[str, Any] = {"trained": Trained.attention, "num_packed_tokens": 0}
-    assert disk_bytes(size, **some) == 36 * trained + 12 * frozen
-    assert disk_bytes(size, **some, shares=True) == 36 * trained + 6 * frozen
-    assert disk_bytes(size, **some, shares=True, bf16=False) == 36 * trained + 12 * frozen
-    assert disk_bytes(size, **some, after_stage=True) == 40 * trained + 16 * frozen
-    assert disk_bytes(size, **some, teacher_copy_bytes=7) == 36 * trained + 12 * frozen + 7
-    large = replace(size, vocab_size=2**16 + 1)
-    packed, none = (disk_bytes(large, trained=ALL, num_packed_tokens=tokens) for tokens in (10**9, 0))
-    assert packed - none == 4 * 10**9
+    assert disk_bytes(shape_of(size), 10**9) == 2 * 10**9 + 36 * size.num_parameters
+
+    def some(first_step: int = 0, **fields: Any) -> int:
+        return disk_bytes(shape_of(size, stages=(stage_of(Trained.attention, first_step=first_step),), **fields), 0)
+
+    assert some() == 36 * trained + 12 * frozen
+    assert some(shares=True) == 36 * trained + 6 * frozen
+    assert some(shares=True, bf16=False) == 36 * trained + 12 * frozen
+    assert some(first_step=1) == 40 * trained + 16 * frozen
+    assert some(teacher_copy_bytes=7) == 36 * trained + 12 * frozen + 7
+    large = shape_of(replace(size, vocab_size=2**16 + 1))
+    assert disk_bytes(large, 10**9) - disk_bytes(large, 0) == 4 * 10**9
 
 
 def test_packed_text_is_each_sources_share_or_all_of_it() -> None:
@@ -579,13 +587,6 @@ def test_packed_text_is_each_sources_share_or_all_of_it() -> None:
     assert packed_tokens(10**9, sources) == 10**6 + 25 * 10**7
     assert packed_tokens(1000, sources) == 1000
     assert packed_tokens(10**9, [SourceSize(0.75, None), SourceSize(0.25, 5)]) == 75 * 10**7 + 5
-
-
-def test_packed_text_of_a_stream() -> None:
-    """However small its text is: passes follow each other in the shards."""
-    sources = [SourceSize(0.75, 10), SourceSize(0.25, None)]
-    assert packed_tokens(10**12, sources, window_tokens=4 * 10**9) == 4 * 10**9 + 2 * 3 * SHARD_TOKENS
-    assert packed_tokens(10**6, sources, window_tokens=4 * 10**9) == 10**6
 
 
 def test_passes_are_those_over_the_source_that_is_read_most() -> None:
@@ -611,17 +612,8 @@ SPLIT = Batch(sequences_per_step=128, sequence_length=4096, num_processes=8, mic
 
 def test_a_run() -> None:
     size = llama_2_7b()
-    cost = run_cost(
-        BUDGET,
-        SPLIT,
-        STAGES,
-        size,
-        size,
-        weights=LossWeights(),
-        sources=[SourceSize(1.0, 10**9)],
-        gpu_name="NVIDIA A100-SXM4-80GB",
-        sharding="fsdp",
-    )
+    shape = shape_of(size, size, stages=STAGES, batch=SPLIT, sharding="fsdp")
+    cost = run_cost(shape, BUDGET, sources=[SourceSize(1.0, 10**9)], gpu_name="NVIDIA A100-SXM4-80GB")
     tokens = 1908 * 2**19
     flops = tokens * flops_per_token(size, size, PREDICTION, ALL, 4096)
     assert cost == RunCost(
@@ -633,7 +625,7 @@ def test_a_run() -> None:
         gpu_hours=gpu_hours(flops, 312e12),
         h100_hours=gpu_hours(flops, 989e12),
         memory_bytes=memory(teacher=size, micro_batch=4, num_processes=8, sharding="fsdp"),
-        disk_bytes=disk_bytes(size, trained=ALL, num_packed_tokens=10**9),
+        disk_bytes=disk_bytes(shape, 10**9),
     )
     assert cost.warning is None
 
@@ -642,22 +634,22 @@ def test_a_run_with_a_layerwise_stage() -> None:
     size = llama_2_7b()
     first = replace(STAGES[0], objective=REGRESSION, trained=Trained.attention, steps=477)
     plan = (first, replace(STAGES[0], steps=1431, first_step=477))
-    cost = run_cost(BUDGET, SPLIT, plan, size, size, weights=LossWeights(), sources=UNKNOWN)
+    shape = shape_of(size, size, stages=plan, batch=SPLIT)
+    cost = run_cost(shape, BUDGET, sources=UNKNOWN)
     per_token = [
         flops_per_token(size, size, REGRESSION, Trained.attention, 4096),
         flops_per_token(size, size, PREDICTION, ALL, 4096),
     ]
     assert cost.flops == pytest.approx(BUDGET.tokens * (0.25 * per_token[0] + 0.75 * per_token[1]), rel=1e-12)
     assert (cost.passes, cost.gpu_hours) == (None, None)
-    assert cost.disk_bytes == disk_bytes(size, trained=ALL, num_packed_tokens=BUDGET.tokens, after_stage=True)
+    assert cost.disk_bytes == disk_bytes(shape, BUDGET.tokens)
     assert cost.memory_bytes == memory(teacher=size, micro_batch=4)
 
 
 def test_trials_before_a_run_leave_nothing_on_the_disk() -> None:
     size = llama_2_7b()
-    alone, tried = (
-        run_cost(BUDGET, SPLIT, STAGES * times, size, weights=LossWeights(), sources=UNKNOWN) for times in (1, 3)
-    )
+    shape = shape_of(size, stages=STAGES, batch=SPLIT)
+    alone, tried = (run_cost(shape, BUDGET, sources=UNKNOWN, trials=STAGES * times) for times in (0, 2))
     assert tried.flops == pytest.approx(3 * alone.flops, rel=1e-12)
     assert tried.disk_bytes == alone.disk_bytes
 
@@ -666,11 +658,16 @@ def test_a_teacher_counts_in_the_stages_that_use_it() -> None:
     """Attention is fitted to it, then cross-entropy compares with none."""
     size, teacher = llama_2_7b(), replace(llama_2_7b(), num_parameters=10**12, num_bytes=2 * 10**12)
     cross_entropy = LossWeights(kl=0.0, cross_entropy=1.0)
-    alone = run_cost(BUDGET, SPLIT, STAGES, size, weights=cross_entropy, sources=UNKNOWN)
-    assert run_cost(BUDGET, SPLIT, STAGES, size, teacher, weights=cross_entropy, sources=UNKNOWN) == alone
+
+    def cost_of(plan: tuple[Stage, ...], teacher: ModelSize | None) -> RunCost:
+        shape = shape_of(size, teacher, stages=plan, batch=SPLIT, weights=cross_entropy)
+        return run_cost(shape, BUDGET, sources=UNKNOWN)
+
+    alone = cost_of(STAGES, None)
+    assert cost_of(STAGES, teacher) == alone
     first = replace(STAGES[0], objective=REGRESSION, trained=Trained.attention, steps=477)
     plan = (first, replace(STAGES[0], steps=1431, first_step=477))
-    cost = run_cost(BUDGET, SPLIT, plan, size, teacher, weights=cross_entropy, sources=UNKNOWN)
+    cost = cost_of(plan, teacher)
     per_token = flops_per_token(size, teacher, REGRESSION, Trained.attention, 4096)
     assert cost.flops == pytest.approx(0.25 * BUDGET.tokens * per_token + 0.75 * alone.flops, rel=1e-12)
     regression: dict[str, Any] = {"trained": Trained.attention, "objective": REGRESSION, "micro_batch": 4}
@@ -682,8 +679,8 @@ def test_text_that_is_read_often() -> None:
     tokens = BUDGET.tokens
 
     def warning(num_tokens: int) -> str | None:
-        sources = [SourceSize(1.0, num_tokens)]
-        return run_cost(BUDGET, SPLIT, STAGES, size, weights=LossWeights(), sources=sources).warning
+        shape = shape_of(size, stages=STAGES, batch=SPLIT)
+        return run_cost(shape, BUDGET, sources=[SourceSize(1.0, num_tokens)]).warning
 
     assert warning(tokens // 4) is None
     assert warning(tokens // 5) == "the run reads the text 5.0 times; beyond 4 it learns it by heart: use more text"
@@ -723,7 +720,7 @@ def test_budgets_and_costs_need_no_torch() -> None:
     """A dry run prints them, and torch takes seconds."""
     program = (
         "import sys; from kvconvert.uptrain.estimate import budget, cost, pretraining, size; "
-        "from kvconvert.convert.checkpoint import open_checkpoint; from kvconvert.configs import DEMO; "
+        "from kvconvert.convert.checkpoint.opening import open_checkpoint; from kvconvert.configs import DEMO; "
         "size.measure_size(open_checkpoint(DEMO / 'model')); "
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )

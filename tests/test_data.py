@@ -3,7 +3,6 @@ from __future__ import annotations
 import gzip
 import json
 import pickle
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -216,37 +215,26 @@ def write_compressed(path: Path, documents: list[list[int]]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_part_of_a_text_is_a_part_of_a_pass(stream: bool, tmp_path: Path) -> None:
+def test_a_part_of_a_text_is_a_part_of_a_pass(tmp_path: Path) -> None:
     """One block of a hundred, where only the blocks that are needed are packed: by the estimate of a dry run."""
     path = write_numbers(tmp_path / "a.jsonl", consecutive(1600))
-    packer = build(corpus_of(path, num_blocks=40, stream=stream), tmp_path / "packed", TOKENIZER)
+    build(corpus_of(path, num_blocks=40), tmp_path / "packed", TOKENIZER)
     estimate = estimate_tokens(TextSource(str(path)), TOKENIZER)
     assert estimate is not None
     assert PackedBlocks(tmp_path / "packed", num_samples=4).passes == (4 * LENGTH / estimate,)
-    assert packer.passes == (40 * LENGTH / estimate,)
     assert 0.02 < 40 * LENGTH / estimate <= 0.1
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_part_of_a_text_of_unknown_size(stream: bool, tmp_path: Path) -> None:
+def test_a_part_of_a_text_of_unknown_size(tmp_path: Path) -> None:
     path = write_compressed(tmp_path / "a.jsonl.gz", consecutive(1600))
-    build(corpus_of(path, num_blocks=10, stream=stream), tmp_path / "packed", TOKENIZER)
+    build(corpus_of(path, num_blocks=10), tmp_path / "packed", TOKENIZER)
     assert PackedBlocks(tmp_path / "packed", num_samples=10).passes == (None,)
 
 
 def test_text_of_unknown_size_that_has_ended(tmp_path: Path) -> None:
-    """A streamed one is known from then on, for the whole run."""
     path = write_compressed(tmp_path / "a.jsonl.gz", consecutive(80))
     build(corpus_of(path, num_blocks=50), tmp_path / "packed", TOKENIZER)
     assert PackedBlocks(tmp_path / "packed", num_samples=50).passes == (50 / 20,)
-    packer = build(corpus_of(path, num_blocks=50, stream=True), tmp_path / "rolling", TOKENIZER)
-    known = []
-    for sample in range(0, 50, 5):
-        packer.ensure(sample)
-        known.append(packer.passes)
-    assert known[:3] == [(None,)] * 3  # of 20 blocks, 10, 15 and 20 are packed, and what follows has not been asked for
-    assert known[3:] == [(50 / 25,)] * 4 + [(50 / 22.5,)] * 3
 
 
 def test_text_that_has_not_ended_is_seen_once_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -496,16 +484,13 @@ def documents_in(blocks: Any) -> set[int]:
     return {int(token) for token in torch.as_tensor(blocks).flatten()}
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_validation_documents_are_never_trained_on(stream: bool, tmp_path: Path) -> None:
+def test_validation_documents_are_never_trained_on(tmp_path: Path) -> None:
     """One-token documents, each twice in each of two sources: every document is on one side, whole and always."""
     documents = [[number] for number in range(100, 600)] * 2
     one, other = (write_numbers(tmp_path / f"{name}.jsonl", documents) for name in "ab")
     options: dict[str, Any] = {"num_blocks": 900, "validation_fraction": 0.2, "max_validation_blocks": 400}
-    corpus = corpus_of(one, other, stream=stream, **options)
-    packer = build(corpus, tmp_path / "packed", TOKENIZER)
-    for sample in range(0, 900, 5):
-        packer.ensure(sample)
+    corpus = corpus_of(one, other, **options)
+    build(corpus, tmp_path / "packed", TOKENIZER)
     held_out = validation_blocks(tmp_path / "packed")
     assert held_out is not None
     trained = documents_in(ids(PackedBlocks(tmp_path / "packed", num_samples=900)))
@@ -561,126 +546,3 @@ def test_no_validation(tmp_path: Path) -> None:
     for name, fraction in {"off": 0.0, "tiny": 1e-6}.items():
         build(corpus_of(path, num_blocks=10, validation_fraction=fraction), tmp_path / name, TOKENIZER)
         assert validation_blocks(tmp_path / name) is None
-
-
-@pytest.fixture
-def streamed(tmp_path: Path) -> tuple[Corpus, list[list[int]]]:
-    """Two sources, seen several times over, and the samples of the run when nothing is deleted."""
-    one = write_numbers(tmp_path / "one.jsonl", consecutive(202))
-    other = write_numbers(tmp_path / "other.jsonl", consecutive(123, first=1000))
-    corpus = corpus_of(one, other, num_blocks=200, weights=[3, 2], stream=True)
-    packer = build(corpus, tmp_path / "kept", TOKENIZER)
-    for sample in range(200):
-        packer.ensure(sample)
-    return corpus, ids(PackedBlocks(tmp_path / "kept", num_samples=200))
-
-
-def token_files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("tokens-*.bin"))
-
-
-def test_a_streamed_corpus_goes_round_its_text(streamed: tuple[Corpus, list[list[int]]], tmp_path: Path) -> None:
-    corpus, samples = streamed
-    for number, (length, first) in enumerate([(202, 0), (123, 1000)]):
-        blocks = [block for block in samples if (block[0] >= 1000) == (number == 1)]
-        assert len(blocks) == corpus.mixture.counts(200)[number]
-        # shard by shard, the blocks in their own order are the text again and again
-        tokens: list[int] = []
-        for begin in range(0, len(blocks), 5):
-            shard = blocks[begin : begin + 5]
-            at = len(tokens)
-            wanted = [first + (at + i) % length for i in range(len(shard) * LENGTH)]
-            assert sorted(shard) == sorted(wanted[i : i + LENGTH] for i in range(0, len(wanted), LENGTH))
-            tokens += wanted
-    # 116 and 84 blocks; the second pass has ended in the shard that ends with token 420, and with 260
-    assert PackedBlocks(tmp_path / "kept", num_samples=200).passes == (116 * 4 * 2 / 420, 84 * 4 * 2 / 260)
-
-
-def test_a_rolling_window_gives_the_same_samples(streamed: tuple[Corpus, list[list[int]]], tmp_path: Path) -> None:
-    corpus, samples = streamed
-    folder = tmp_path / "rolling"
-    packer = build(corpus, folder, TOKENIZER)
-    assert token_files(folder) == [f"source-{source}/tokens-0000{shard}.bin" for source in (0, 1) for shard in (0, 1)]
-    blocks = PackedBlocks(folder, num_samples=200, wait_seconds=0)
-    for sample in range(200):
-        packer.ensure(sample)
-        assert blocks[sample]["input_ids"].tolist() == samples[sample]
-        if sample % 20 == 19:
-            packer.release(sample + 1)
-            assert len(token_files(folder)) <= 2 * 2
-    everything = {**contents(folder), **contents(tmp_path / "kept")}
-    assert {name: everything[name] for name in contents(folder)} == contents(folder)
-    assert len(token_files(tmp_path / "kept")) == sum(-(-count // 5) for count in corpus.mixture.counts(200))
-
-
-@pytest.mark.parametrize("new_process", [False, True])
-def test_a_run_that_falls_back_finds_its_samples_again(
-    new_process: bool, streamed: tuple[Corpus, list[list[int]]], tmp_path: Path
-) -> None:
-    corpus, samples = streamed
-    folder = tmp_path / "rolling"
-    packer = build(corpus, folder, TOKENIZER)
-    for sample in range(150):
-        packer.ensure(sample)
-    packer.release(150)
-    gone = PackedBlocks(folder, num_samples=200, wait_seconds=0)
-    with pytest.raises(DataError, match=r"tokens-0000\d\.bin: not there after 0 s"):
-        gone[60]
-    if new_process:
-        packer = build(corpus, folder, TOKENIZER, first_sample=60)
-    blocks = PackedBlocks(folder, num_samples=140, first_sample=60, wait_seconds=0)
-    for sample in range(60, 200):
-        packer.ensure(sample)
-        assert blocks[sample - 60]["input_ids"].tolist() == samples[sample]
-
-
-def test_interrupted_streams_go_on(streamed: tuple[Corpus, list[list[int]]], tmp_path: Path) -> None:
-    corpus, samples = streamed
-    folder, done, stopped = tmp_path / "rolling", 0, 0
-    while done < 200:
-        try:
-            packer = build(
-                corpus,
-                folder,
-                TOKENIZER,
-                first_sample=done,
-                should_stop=stops_after(9 + stopped, kill=stopped % 2 == 1),
-            )
-            blocks = PackedBlocks(folder, num_samples=200, wait_seconds=0)
-            while done < 200:
-                packer.ensure(done)
-                assert blocks[done]["input_ids"].tolist() == samples[done]
-                done += 1
-                packer.release(done)
-        except (PreemptedError, KilledError):
-            stopped += 1
-    assert stopped > 3
-
-
-def test_a_process_waits_for_the_one_that_packs(streamed: tuple[Corpus, list[list[int]]], tmp_path: Path) -> None:
-    corpus, samples = streamed
-    packer = build(corpus, tmp_path / "rolling", TOKENIZER)
-    blocks = PackedBlocks(tmp_path / "rolling", num_samples=200, wait_seconds=60)
-    found: list[list[int]] = []
-    waiting = threading.Thread(target=lambda: found.append(blocks[100]["input_ids"].tolist()))
-    waiting.start()
-    packer.ensure(100)
-    waiting.join()
-    assert found == [samples[100]]
-
-
-def test_nothing_is_released_of_a_corpus_that_is_not_streamed(tmp_path: Path) -> None:
-    path = write_numbers(tmp_path / "a.jsonl", consecutive(400))
-    packer = build(corpus_of(path, num_blocks=100), tmp_path / "packed", TOKENIZER)
-    before = contents(tmp_path / "packed")
-    packer.release(50)
-    packer.ensure(60)
-    assert contents(tmp_path / "packed") == before
-
-
-def test_a_stream_without_a_training_document_ends(tmp_path: Path) -> None:
-    path = write_numbers(tmp_path / "a.jsonl", [[1, 2, 3]])
-    corpus = corpus_of(path, num_blocks=10, stream=True, validation_fraction=0.999)
-    assert corpus.is_validation("1 2 3")
-    with pytest.raises(DataError, match=r"a\.jsonl: no token in it to train on"):
-        build(corpus, tmp_path / "packed", TOKENIZER)

@@ -11,7 +11,7 @@ import torch
 from conftest import LATENT, CheckpointFactory, KilledError, RunHere, build_model
 from kvconvert.convert.device import default_device
 from kvconvert.convert.runtime.transformers_interface import CACHE_NAME, cache_of
-from kvconvert.uptrain.run import Observation
+from kvconvert.uptrain.observation import Observation
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
@@ -75,7 +75,7 @@ def test_a_calibrated_merge_on_the_device_is_that_of_the_cpu(
         assert (here[name] - tensor).abs().max() <= 1e-2 * tensor.abs().max(), name
 
 
-@pytest.mark.parametrize("recipe", ["gqa", "distill", "light", "layerwise"])
+@pytest.mark.parametrize("recipe", ["pretraining", "distill", "light", "layerwise"])
 def test_each_recipe_trains_on_the_device(
     recipe: str, make_checkpoint: CheckpointFactory, run_here: RunHere, prose_file: Path, tmp_path: Path
 ) -> None:
@@ -83,7 +83,7 @@ def test_each_recipe_trains_on_the_device(
     run_here("mha2gqa", "--groups", 2, teacher, "--output", tmp_path / "out")
     options: tuple[Any, ...] = ("--data", prose_file, "--steps", 4)
     options += ("--sequence-length", 32, "--global-batch-tokens", 64)
-    options += () if recipe == "gqa" else ("--teacher", teacher)
+    options += () if recipe == "pretraining" else ("--teacher", teacher)
     options += ("--layerwise-fraction", 0.5) if recipe == "layerwise" else ("--recipe", recipe)
     run_here("uptrain", tmp_path / "out", *options, "--output", tmp_path / "trained")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "trained"))

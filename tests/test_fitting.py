@@ -12,9 +12,12 @@ import torch
 from conftest import Train, settings_with
 from kvconvert.convert.checkpoint.output import write_text
 from kvconvert.convert.errors import UnsupportedError
-from kvconvert.uptrain import run
+from kvconvert.uptrain.observation import Observation
 from kvconvert.uptrain.recipe import LossWeights, Recipe
 from kvconvert.uptrain.settings import Execution
+from kvconvert.uptrain.training import micro_batch as micro_batch_room
+from kvconvert.uptrain.training import stage
+from kvconvert.uptrain.training.arguments import training_arguments
 from kvconvert.uptrain.training.micro_batch import largest_micro_batch
 from torch import Tensor
 
@@ -141,7 +144,7 @@ def test_what_fits_is_found_for_each_stage_and_kept(
         return next(answers)
 
     used: list[int] = []
-    arguments = run._training_arguments
+    arguments = training_arguments
 
     def spy(*args: Any, micro_batch: int) -> Any:
         used.append(micro_batch)
@@ -158,8 +161,8 @@ def test_what_fits_is_found_for_each_stage_and_kept(
     def die_at_once(num_steps: int) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr(run, "largest_micro_batch", answer)
-    monkeypatch.setattr(run, "_training_arguments", spy)
+    monkeypatch.setattr(micro_batch_room, "largest_micro_batch", answer)
+    monkeypatch.setattr(stage, "training_arguments", spy)
     settings = settings_with(recipe=Recipe.distill, weights=LossWeights(), layerwise_fraction=0.5)
     options: dict[str, Any] = {
         "settings": settings,
@@ -167,11 +170,11 @@ def test_what_fits_is_found_for_each_stage_and_kept(
         "execution": Execution(micro_batch=None, activation_checkpointing=True),
     }
     with pytest.raises(RuntimeError):
-        train("out", watch=run.Observation(progress=die_after_four), **options)
+        train("out", watch=Observation(progress=die_after_four), **options)
     work = tmp_path / "out.uptraining"
     assert [stored(work, name)["micro_batch"] for name in ("layerwise", "main")] == [4, 2]
     with pytest.raises(RuntimeError):
-        train("out", watch=run.Observation(progress=die_at_once), **options)
+        train("out", watch=Observation(progress=die_at_once), **options)
     assert used == [4, 2, 2]
     assert asked[0] < asked[1]
     write_text(work / "micro_batch.main.json", json.dumps({"micro_batch": 2, "machine": {"device": "another"}}))

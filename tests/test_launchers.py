@@ -10,10 +10,10 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import LATENT, CheckpointFactory
+from kvconvert.cli.uptrain import _take_over_fsdp as take_over_fsdp
 from kvconvert.configs import ACCELERATE
-from kvconvert.uptrain import run
-from kvconvert.uptrain.launcher import take_over_fsdp
 from kvconvert.uptrain.settings import Execution
+from kvconvert.uptrain.training import stage
 from safetensors.torch import load_file
 
 
@@ -34,7 +34,7 @@ def test_sharded_over_processes_equals_one(
     make_checkpoint: CheckpointFactory, prose_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """GQA, CLA and MLA, in both stages; over two processes until one is told to stop, then over four."""
-    monkeypatch.setattr(run, "_training_arguments", launched.smooth_training_arguments)
+    monkeypatch.setattr(stage, "training_arguments", launched.smooth_training_arguments)
     teacher = make_checkpoint(name="teacher", seed=1, with_tokenizer=True)
     models = [
         make_checkpoint(name="gqa", num_key_value_heads=2, tie_word_embeddings=True, with_tokenizer=True),

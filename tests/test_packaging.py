@@ -67,7 +67,7 @@ def test_public_names_exist() -> None:
             }
             names |= {
                 alias.asname or alias.name
-                for node in tree.body
+                for node in ast.walk(tree)
                 if isinstance(node, ast.ImportFrom)
                 for alias in node.names
             }

@@ -24,7 +24,7 @@ def plan(recipe: Recipe, steps: int, fraction: float = 0.0, trained: Trained = T
 @pytest.mark.parametrize(
     ("recipe", "fraction", "trained", "expected"),
     [
-        (Recipe.gqa, 0.0, Trained.all, [("main", PREDICTION, Trained.all, 10, 0, 1e-3)]),
+        (Recipe.pretraining, 0.0, Trained.all, [("main", PREDICTION, Trained.all, 10, 0, 1e-3)]),
         (Recipe.distill, 0.0, Trained.kv, [("main", PREDICTION, Trained.kv, 10, 0, 1e-3)]),
         (
             Recipe.distill,
@@ -81,7 +81,7 @@ def test_fractions_that_are_none(fraction: float) -> None:
         plan(Recipe.distill, 10, fraction)
 
 
-@pytest.mark.parametrize("recipe", [Recipe.gqa, Recipe.layerwise])
+@pytest.mark.parametrize("recipe", [Recipe.pretraining, Recipe.layerwise])
 def test_a_recipe_of_one_stage_takes_no_fraction(recipe: Recipe) -> None:
     with pytest.raises(UnsupportedError, match=rf"fraction is 0\.2, but recipe {recipe} has one stage only"):
         plan(recipe, 10, 0.2)
@@ -126,7 +126,7 @@ def test_trained_names(model_type: str) -> None:
         ({"weight_decay": -1.0}, "weight decay is -1.0, expected 0 or more"),
         ({"max_grad_norm": math.inf}, "max grad norm is inf, expected 0 or more"),
         ({"layerwise_learning_rate": 0.0}, "learning rate is 0.0, expected a positive number"),
-        ({"layerwise_fraction": 0.5}, "recipe gqa has one stage only"),
+        ({"layerwise_fraction": 0.5}, "recipe pretraining has one stage only"),
     ],
 )
 def test_settings_check_themselves(changes: dict[str, Any], message: str) -> None:

@@ -25,18 +25,21 @@ from conftest import (
 from kvconvert.convert.checkpoint.output import write_text
 from kvconvert.convert.errors import InputError, OutputError, UnsupportedError
 from kvconvert.convert.text.sources import TextSource
+from kvconvert.uptrain import models as models_room
 from kvconvert.uptrain import run
 from kvconvert.uptrain.checks import check_job
 from kvconvert.uptrain.data import shards
 from kvconvert.uptrain.data.blocks import PackedBlocks
 from kvconvert.uptrain.data.shards import SourceIndex
 from kvconvert.uptrain.data.writer import SourcePacker
-from kvconvert.uptrain.job import UptrainJob, describe
+from kvconvert.uptrain.job import UptrainJob
 from kvconvert.uptrain.models import load_for_training
+from kvconvert.uptrain.observation import Observation
 from kvconvert.uptrain.recipe import LossWeights, Recipe, Trained
 from kvconvert.uptrain.rundir import record
-from kvconvert.uptrain.rundir.lock import sole_run_in
+from kvconvert.uptrain.rundir.directories import sole_run_in
 from kvconvert.uptrain.settings import Execution
+from kvconvert.uptrain.training import context
 from safetensors.torch import load_file, save_file
 
 TWO_STAGES = settings_with(recipe=Recipe.distill, weights=LossWeights(), layerwise_fraction=0.5)
@@ -60,8 +63,8 @@ def die_after(num_steps: int) -> Callable[[int], None]:
     return progress
 
 
-def watch(**fields: Any) -> run.Observation:
-    return run.Observation(**{"save_steps": 2, "log_steps": 1, **fields})
+def watch(**fields: Any) -> Observation:
+    return Observation(**{"save_steps": 2, "log_steps": 1, **fields})
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -141,7 +144,7 @@ def test_a_finished_run_is_not_run_again(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(run, "load_for_training", refuse)
+    monkeypatch.setattr(models_room, "load_for_training", refuse)
     monkeypatch.setattr(run, "prepare", refuse)
     again = run.uptrain(make_job(), watch())
     assert again == replace(first, seconds=0.0, tokens_per_second=0.0)
@@ -159,7 +162,6 @@ def test_a_finished_run_is_not_run_again(
         ({"data": "other"}, r"data was \[.*prose\.jsonl.*\], now \[.*other\.jsonl"),
         ({"teacher": "teacher"}, "teacher was None, now 'teacher'"),
         ({"validation_fraction": 0.5}, r"validation_fraction was 0\.0, now 0\.5"),
-        ({"stream": True}, "stream was False, now True"),
     ],
 )
 def test_another_run_is_refused_by_name(
@@ -224,22 +226,6 @@ def test_another_micro_batch_goes_on(train: Train) -> None:
         torch.testing.assert_close(parts[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-def test_a_streamed_corpus_goes_on_where_it_was(train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Shards of four steps, so that the first one is gone when the run goes on."""
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 4 * 2 * 32)
-    settings = settings_with(steps=16, sequences_per_step=2)
-    options: dict[str, Any] = {"settings": settings, "stream": True, "execution": Execution(micro_batch=2)}
-    whole = train("whole", watch=watch(), **options)
-    for steps in (7, 13):
-        with pytest.raises(KilledError):
-            train("parts", watch=watch(progress=die_after(steps)), **options)
-    kept = {path.name for path in (tmp_path / "parts.uptraining/data/source-0").glob("tokens-*.bin")}
-    assert "tokens-00000.bin" not in kept
-    parts = train("parts", watch=watch(), **options)
-    assert same_weights(whole, parts)
-    assert records(whole) == records(parts)
-
-
 def test_a_forced_run_that_was_stopped_goes_on_without_force(train: Train) -> None:
     train("out", settings=settings_with(learning_rate=1e-3))
     with pytest.raises(KilledError):
@@ -259,7 +245,7 @@ def test_the_second_stage_does_not_find_the_models_of_the_first(
         models.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(run, "load_for_training", spy)
+    monkeypatch.setattr(models_room, "load_for_training", spy)
     gc.collect()
     train("out", settings=TWO_STAGES, teacher=teacher)
     assert alive == [0, 1, 0, 1]  # student and teacher, twice
@@ -273,7 +259,8 @@ def test_the_second_stage_reads_on(train: Train, teacher: Path, monkeypatch: pyt
             super().__init__(folder, num_samples=num_samples, first_sample=first_sample)
             read.append((first_sample, num_samples))
 
-    monkeypatch.setattr(run, "PackedBlocks", Samples)
+    for module in (run, context):
+        monkeypatch.setattr(module, "PackedBlocks", Samples)
     train("out", settings=TWO_STAGES, teacher=teacher)
     assert read == [(0, 24), (0, 12), (12, 12)]  # the run, and each of its stages
 

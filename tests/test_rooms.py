@@ -45,6 +45,8 @@ UPTRAIN = (
     "training",
     "run",
     "sweep",
+    "request",
+    "plan",
 )
 OUTSIDE_OF_ALGEBRA = ("torch", "__future__", "collections", "dataclasses", "functools", "itertools", "types", "typing")
 

@@ -11,9 +11,10 @@ import pytest
 from conftest import KilledError, Train
 from kvconvert.convert.errors import DataError, DivergedError, InputError, OutputError, PreemptedError
 from kvconvert.convert.text.tokens import encode_batch
-from kvconvert.uptrain import run
 from kvconvert.uptrain.data import documents, packing
 from kvconvert.uptrain.losses import prediction
+from kvconvert.uptrain.observation import Observation
+from kvconvert.uptrain.rundir import status as status_room
 from kvconvert.uptrain.rundir.status import STATUS_NAME, RunStatus, read_status, status_of_error, write_status
 
 STATUS = RunStatus(
@@ -60,8 +61,8 @@ def status(folder: Path) -> RunStatus:
     return found
 
 
-def watch(**fields: Any) -> run.Observation:
-    return run.Observation(**{"save_steps": 2, "log_steps": 1, "command": "kvconvert uptrain m", **fields})
+def watch(**fields: Any) -> Observation:
+    return Observation(**{"save_steps": 2, "log_steps": 1, "command": "kvconvert uptrain m", **fields})
 
 
 def stop_after(steps: int, error: BaseException) -> Any:
@@ -162,7 +163,7 @@ def test_a_full_disk_does_not_hide_the_error(train: Train, monkeypatch: pytest.M
             raise OSError(28, "No space left on device")
         write_status(folder, status)
 
-    monkeypatch.setattr(run, "write_status", fail)
+    monkeypatch.setattr(status_room, "write_status", fail)
     with pytest.raises(KilledError):
         train("out", watch=watch(progress=stop_after(1, KilledError())))
 

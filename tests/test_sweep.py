@@ -13,9 +13,9 @@ from conftest import SETTINGS, KilledError, settings_with
 from kvconvert.convert.errors import DivergedError, InputError, OutputError, PreemptedError, UnsupportedError
 from kvconvert.uptrain import run, sweep
 from kvconvert.uptrain.job import UptrainJob
+from kvconvert.uptrain.observation import Observation
 from kvconvert.uptrain.recipe import LossWeights, Recipe
-from kvconvert.uptrain.run import Observation
-from kvconvert.uptrain.rundir.lock import sole_run_in
+from kvconvert.uptrain.rundir.directories import sole_run_in
 from kvconvert.uptrain.rundir.record import finished_before
 from kvconvert.uptrain.rundir.status import RunStatus, read_status
 from kvconvert.uptrain.rundir.trials import Trial, find_sweep, goes_on_to_replace, with_best_rate
@@ -43,14 +43,14 @@ class Runs:
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
-        return run._result(job, 1.0, held_out=answer)
+        return run.result_of(job, 1.0, held_out=answer)
 
 
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Runs]:
     def answer(*results: float | Exception | None) -> Runs:
         runs = Runs(*results)
-        monkeypatch.setattr(sweep, "uptrain", runs)
+        monkeypatch.setattr(sweep, "run_checked", runs)
         return runs
 
     return answer
@@ -140,7 +140,6 @@ def test_a_real_sweep_leaves_its_table_in_the_result_and_nothing_beside_it(make_
     trials = sweep_learning_rates(job, Observation(), num_rates=2)
     assert all(trial.nats_per_token is not None for trial in trials)
     assert sorted(path.name for path in (tmp_path / "out.lr-sweep").iterdir()) == [
-        "lock",
         "lr_sweep.json",
         "run_status.json",
     ]

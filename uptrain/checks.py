@@ -92,7 +92,8 @@ def _check_needs(job: UptrainJob) -> None:
     settings = job.settings
     if settings.uses_teacher and job.teacher is None:
         raise InputError(
-            f"recipe {settings.recipe} needs the original model", hint="pass it as --teacher, or use --recipe gqa"
+            f"recipe {settings.recipe} needs the original model",
+            hint="pass it as --teacher, or use --recipe pretraining",
         )
     if job.execution.micro_batch is None and uses_deepspeed():
         raise UnsupportedError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..convert.checkpoint.opening import open_checkpoint
 from ..convert.checkpoint.tensors import Checkpoint
 from ..convert.checkpoint.tokenizer import load_tokenizer
+from ..convert.text.sources import TextSource, estimate_tokens
 from ..convert.text.tokens import tokenizer_hash
 from .estimate.size import ModelSize, measure_size
 from .teacher import copied_bytes
@@ -28,14 +29,18 @@ class Inputs:
     Jobs that differ in their settings only, as the trials of a sweep do, have the same one.
     """
 
-    def __init__(self, checkpoint: Checkpoint, teacher: str | None) -> None:
+    def __init__(self, checkpoint: Checkpoint, teacher: str | None, *, opened: Checkpoint | None = None) -> None:
         self.checkpoint = checkpoint
         self.teacher_name = teacher
+        self._opened = opened
+        self._num_tokens: dict[TextSource, int | None] = {}
 
-    @cached_property
+    @property
     def teacher(self) -> Checkpoint | None:
         """The teacher's headers and config; no weight of it is read here, so that nothing has to be closed."""
-        return None if self.teacher_name is None else open_checkpoint(self.teacher_name)
+        if self._opened is None and self.teacher_name is not None:
+            self._opened = open_checkpoint(self.teacher_name)
+        return self._opened
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -46,6 +51,12 @@ class Inputs:
     def tokenizer_hash(self) -> str:
         """The digest of all that decides which ids a text becomes."""
         return tokenizer_hash(self.tokenizer)
+
+    def num_tokens(self, text: TextSource) -> int | None:
+        """About how many tokens a text holds, None if that is not known. Raises DataError for what is no text."""
+        if text not in self._num_tokens:
+            self._num_tokens[text] = estimate_tokens(text, self.tokenizer)
+        return self._num_tokens[text]
 
     @cached_property
     def student_size(self) -> ModelSize:

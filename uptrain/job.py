@@ -10,7 +10,7 @@ from typing import Any
 from ..convert.checkpoint.tensors import Checkpoint
 from ..convert.errors import InputError, OutputError
 from .data.corpus import Corpus
-from .data.sources import WeightedSource
+from .data.sources import SourceSize, WeightedSource, shares_of
 from .estimate.budget import Batch, default_micro_batch
 from .estimate.shape import Models, RunShape
 from .inputs import Inputs
@@ -114,6 +114,17 @@ class UptrainJob:
             sharding=sharding_of(self.execution),
             activation_checkpointing=self.execution.activation_checkpointing,
             teacher_copy_bytes=inputs.teacher_copy_bytes,
+        )
+
+    @property
+    def source_sizes(self) -> tuple[SourceSize, ...]:
+        """The part of the samples that comes from each source, and about how many tokens it holds.
+
+        Raises DataError for what is no text.
+        """
+        return tuple(
+            SourceSize(share, self.inputs.num_tokens(source.text))
+            for share, source in zip(shares_of(self.sources), self.sources, strict=True)
         )
 
     @property

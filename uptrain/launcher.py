@@ -7,17 +7,12 @@ import os
 from .estimate.shape import Sharding
 from .settings import Execution
 
-__all__ = ["count_local_processes", "count_processes", "sharding_of", "take_over_fsdp", "uses_deepspeed"]
+__all__ = ["count_local_processes", "count_processes", "sharding_of", "uses_deepspeed"]
 
 
 def count_processes() -> int:
     """How many processes `accelerate launch` or `torchrun` started for this run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def take_over_fsdp() -> bool:
-    """Whether accelerate's configuration asks for FSDP. kvconvert shards models while it loads them, by itself."""
-    return os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def sharding_of(execution: Execution) -> Sharding:

@@ -18,20 +18,23 @@ _LATENT_KEY_VALUES = frozenset({"kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_pr
 
 
 class Recipe(StrEnum):
-    """distill: divergence from a teacher, all parameters, after an optional stage of attention regression.
+    """What is minimised, and which parameters learn it.
 
-    gqa: cross-entropy, all parameters (Ainslie et al. 2023). light: divergence, attention parameters only, all else
-    shared with the teacher. layerwise: attention regression only.
+    - distill: the divergence from a teacher, by all parameters, after an optional stage of attention regression.
+    - pretraining: cross-entropy, by all parameters, as the original was trained; so do Ainslie et al. (2023) uptrain.
+    - light: the divergence, by attention parameters only; all others are shared with the teacher.
+    - layerwise: attention regression only.
     """
 
     distill = "distill"
-    gqa = "gqa"
+    pretraining = "pretraining"
     light = "light"
     layerwise = "layerwise"
 
     @property
     def needs_teacher(self) -> bool:
-        return self is not Recipe.gqa
+        """Whether it compares with a teacher, unless the loss weights say otherwise."""
+        return self is not Recipe.pretraining
 
 
 class Trained(StrEnum):
@@ -106,7 +109,7 @@ def stages(
     """
     if not 0 <= layerwise_fraction < 1:
         raise UnsupportedError(f"layer-wise fraction is {layerwise_fraction}, expected at least 0 and below 1")
-    if layerwise_fraction and recipe in (Recipe.gqa, Recipe.layerwise):
+    if layerwise_fraction and recipe in (Recipe.pretraining, Recipe.layerwise):
         raise UnsupportedError(
             f"layer-wise fraction is {layerwise_fraction}, but recipe {recipe} has one stage only",
             hint="leave it out, or use --recipe distill",

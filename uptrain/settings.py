@@ -35,7 +35,7 @@ class RunSettings:
     sequence_length: int
     sequences_per_step: int
     learning_rate: float
-    recipe: Recipe = Recipe.gqa
+    recipe: Recipe = Recipe.pretraining
     weights: LossWeights = field(default_factory=lambda: LossWeights(kl=0.0, cross_entropy=1.0))
     trained: Trained = Trained.all
     layerwise_fraction: float = 0.0
@@ -125,7 +125,7 @@ def default_learning_rate(checkpoint: Checkpoint, recipe: Recipe) -> float:
     size = checkpoint.num_parameters
     peak = 1e-3 if size < 1e8 else 3e-4 if size < 3e9 else 1e-4
     merged = read_provenance(checkpoint.directory).get("method") == "svd"
-    return peak / 4 if merged and recipe is Recipe.gqa else peak
+    return peak / 4 if merged and recipe is Recipe.pretraining else peak
 
 
 def longest_sequence(checkpoint: Checkpoint) -> int:

@@ -55,11 +55,11 @@ def sweep_learning_rates(
 ) -> tuple[Trial, ...]:
     """Try `num_rates` learning rates around the job's own, as `trial_settings` has them; returns the trials.
 
-    To be called after `check_job`. Each has a whole schedule, on the text that the run begins with. A trial that was stopped goes on by itself. Those
-    that are done are kept beside the output, with a status, until the run is finished, and then in it; `force` starts
-    over, as `find_sweep` says.
-    Raises what `check_sweep` and `run_checked` raise, InputError without held-out text, DivergedError when no trial came
-    to its end.
+    To be called after `check_job`. Each has a whole schedule, on the text that the run begins with. A trial that was
+    stopped goes on by itself. Those that are done are kept beside the output, with a status, until the run is finished,
+    and then in it; `force` starts over, as `find_sweep` says.
+    Raises what `check_sweep` and `run_checked` raise, InputError without held-out text, DivergedError when no trial
+    came to its end.
     """
     processes = Processes()
     check_sweep(job, scored=watch.score is not None, force=force)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ...convert.checkpoint.output import write_text
 from ...convert.errors import DataError, InputError
-from ...convert.text.sources import estimate_tokens, pin_revision, read_interleaved, text_bytes
+from ...convert.text.sources import TextSource, estimate_tokens, pin_revision, read_interleaved, text_bytes
 from ...convert.text.tokens import adds_bos, encode_batch
 from . import shards
 from .corpus import Corpus, CorpusIndex, Origin, source_folder
@@ -33,17 +33,20 @@ def build(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    num_tokens: Callable[[TextSource], int | None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], object] = lambda num_blocks: None,
 ) -> None:
     """Pack the validation slice and the training blocks into `folder`, or go on where an earlier call stopped.
 
+    `num_tokens` says about how many tokens a text holds, None if that is not known; without it the text is sampled.
     No source is packed beyond its share of `num_blocks` nor beyond one pass over its text. `progress` receives the
     number of training blocks packed since it was last called. Raises PreemptedError once `should_stop()` and the state
     is on disk, InputError when `folder` holds another corpus, DataError for damaged shards and for text that does not
     fill a block.
     """
-    index = _open_index(corpus, folder, tokenizer)
+    estimate = num_tokens or (lambda text: estimate_tokens(text, tokenizer))
+    index = _open_index(corpus, folder, estimate)
     training = [
         SourcePacker(
             source_folder(folder, number),
@@ -77,7 +80,7 @@ def build(
             )
 
 
-def _open_index(corpus: Corpus, folder: Path, tokenizer: PreTrainedTokenizerBase) -> CorpusIndex:
+def _open_index(corpus: Corpus, folder: Path, num_tokens: Callable[[TextSource], int | None]) -> CorpusIndex:
     """Read the index of the folder, or begin a new one. Raises InputError for that of another corpus."""
     path = folder / INDEX_NAME
     if path.exists():
@@ -87,7 +90,7 @@ def _open_index(corpus: Corpus, folder: Path, tokenizer: PreTrainedTokenizerBase
     for rest in [*folder.glob("source-*"), folder / "validation"]:
         shutil.rmtree(rest, ignore_errors=True)
     origins = tuple(
-        Origin(pin_revision(source.text).revision, text_bytes(source.text), estimate_tokens(source.text, tokenizer))
+        Origin(pin_revision(source.text).revision, text_bytes(source.text), num_tokens(source.text))
         for source in corpus.sources
     )
     index = CorpusIndex(corpus, max(shards.SHARD_TOKENS // corpus.sequence_length, 1), origins)

@@ -10,7 +10,6 @@ from ...convert.checkpoint.output import check_free_space, staged_directory, wri
 from ...convert.errors import InputError, PreemptedError
 from ..data.blocks import holds_shards, validation_blocks
 from ..data.packing import build
-from ..data.sources import measure_sources
 from ..estimate.disk import disk_bytes, packed_tokens
 from ..job import UptrainJob
 from ..teacher import as_teacher, write_teacher
@@ -52,7 +51,13 @@ def prepare(
             _create(job, force=force)
         begin()
         _prepare_teacher(job)
-        build(job.corpus, data_folder(job), job.inputs.tokenizer, should_stop=should_stop)
+        build(
+            job.corpus,
+            data_folder(job),
+            job.inputs.tokenizer,
+            num_tokens=job.inputs.num_tokens,
+            should_stop=should_stop,
+        )
         if needs_validation and validation_blocks(data_folder(job)) is None:
             discard(job.work)  # nobody goes on with it
             raise no_held_out_text()
@@ -66,9 +71,8 @@ def prepare(
 
 def _create(job: UptrainJob, *, force: bool) -> None:
     """Begin a work directory, where the disk holds what the run takes at most."""
-    sources = measure_sources(job.sources, job.inputs.tokenizer)
     tokens = job.settings.steps * job.settings.tokens_per_step
-    check_free_space(job.output, disk_bytes(job.shape, packed_tokens(tokens, sources)))
+    check_free_space(job.output, disk_bytes(job.shape, packed_tokens(tokens, job.source_sizes)))
     with staged_directory(job.work) as staging:
         settings = job.description | {REPLACES_NAME: force}
         write_text(staging / SETTINGS_NAME, json.dumps(settings, indent=2) + "\n")

@@ -25,6 +25,6 @@ def load_sharded(model: Any, optimizer: Any, folder: Path) -> None:
     from torch.distributed.checkpoint.state_dict_loader import load
 
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
     load(state, checkpoint_id=str(folder / SHARDS_NAME))
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
