@@ -4,8 +4,8 @@
 
 One JSON line for each model, recipe and learning rate. `excess` is nats per held-out token over the original on the
 whole text, `curve` the same on its first windows after so many tokens. `compute` is FLOPs by the arithmetic of
-kvconvert.uptrain.cost, as a multiple of what cross-entropy costs for --steps; the recipe "gqa, equal compute" is
-cross-entropy for 4/3 of them, which costs what forward KL does.
+kvconvert.uptrain.estimate, as a multiple of what cross-entropy costs for --steps; the recipe "pretraining, equal
+compute" is cross-entropy for 4/3 of them, which costs what forward KL does.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from kvconvert.uptrain.settings import RunSettings
 
 _CROSS_ENTROPY = LossWeights(kl=0.0, cross_entropy=1.0)
 _RECIPES: dict[str, dict[str, Any]] = {
-    "gqa": {"recipe": Recipe.pretraining, "weights": _CROSS_ENTROPY},
+    "pretraining": {"recipe": Recipe.pretraining, "weights": _CROSS_ENTROPY},
     "distill": {"recipe": Recipe.distill, "weights": LossWeights()},
     "distill, layer-wise 10 %": {"recipe": Recipe.distill, "weights": LossWeights(), "layerwise_fraction": 0.1},
     "distill, layer-wise 25 %": {"recipe": Recipe.distill, "weights": LossWeights(), "layerwise_fraction": 0.25},
@@ -66,8 +66,8 @@ def _uptrained(
     arguments: argparse.Namespace, model: str, name: str, rate: float, windows: Any, base: float
 ) -> dict[str, Any]:
     steps = arguments.steps
-    if name == "gqa, equal compute":
-        steps, name = math.ceil(steps * 4 / 3), "gqa"
+    if name == "pretraining, equal compute":
+        steps, name = math.ceil(steps * 4 / 3), "pretraining"
     settings = RunSettings(
         steps=steps,
         sequence_length=arguments.sequence_length,
@@ -135,7 +135,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("held_out")
     parser.add_argument("converted", nargs="+")
     parser.add_argument("--data", required=True)
-    names = [*_RECIPES, "gqa, equal compute"]
+    names = [*_RECIPES, "pretraining, equal compute"]
     parser.add_argument("--recipe", action="append", choices=names, help="repeatable; all but the last unless given")
     parser.add_argument("--lr", type=float, action="append")
     parser.add_argument("--steps", type=int, default=128)

@@ -12,7 +12,7 @@ The first --warm-up steps are not counted. Checkpoints and evaluation are left o
 
 Prints tokens/s of each over the rounds, and its peak memory: the largest resident set of its process, libraries
 included, beside what was resident when its first step began; with CUDA what torch allocated at most, and MFU by the
-arithmetic of kvconvert.uptrain.cost. --compile adds every run under torch.compile. Then the ratios of the rounds:
+arithmetic of kvconvert.uptrain.estimate. --compile adds every run under torch.compile. Then the ratios of the rounds:
 median, least and largest, of tokens/s; of those of a run's median step, which a burst of other load does not move; and
 of tokens per second of processor time, which on a CPU hardly depends on other load.
 Exits with 1 if CE is below 0.97 of bare, KL below 0.72 of CE (3 forwards to 4: at most 0.75), or if the losses of bare

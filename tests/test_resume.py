@@ -36,7 +36,7 @@ from kvconvert.uptrain.job import UptrainJob
 from kvconvert.uptrain.models import load_for_training
 from kvconvert.uptrain.observation import Observation
 from kvconvert.uptrain.recipe import LossWeights, Recipe, Trained
-from kvconvert.uptrain.rundir import record
+from kvconvert.uptrain.rundir import directories, record
 from kvconvert.uptrain.rundir.directories import sole_run_in
 from kvconvert.uptrain.settings import Execution
 from kvconvert.uptrain.training import context
@@ -380,3 +380,30 @@ def test_settings_are_there_as_soon_as_the_work_directory(
         with pytest.raises(KilledError):
             train("out")
     train("out", settings=replace(SETTINGS, steps=1))
+
+
+def test_force_waits_for_nobody_and_leaves_a_running_run_alone(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        train("out", watch=watch(progress=die_after(3)))
+    work = tmp_path / "out.uptraining"
+    before = sorted(work.rglob("*"))
+    with sole_run_in(work), pytest.raises(OutputError, match=r"out\.uptraining: another process is at this run$"):
+        train("out", watch=watch(), force=True)
+    assert sorted(work.rglob("*")) == before
+    assert not list(tmp_path.glob(".out.uptraining.*"))
+
+
+def test_force_starts_in_a_new_directory_where_the_old_one_cannot_be_deleted(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As on NFS, where files that another process has open stay."""
+    with pytest.raises(KilledError):
+        train("out", watch=watch(progress=die_after(3)))
+    work = tmp_path / "out.uptraining"
+    assert list(work.glob("checkpoints/main/checkpoint-*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(directories.shutil, "rmtree", lambda place, ignore_errors: None)
+        with pytest.raises(KilledError):
+            train("out", watch=watch(progress=die_after(1)), force=True)
+    assert not list(work.glob("checkpoints/main/checkpoint-*"))
+    assert same_weights(train("out"), train("whole"))

@@ -34,6 +34,7 @@ from kvconvert.convert import ARCHITECTURES, Gqa, as_target, execute, open_check
 from kvconvert.convert.architectures.source import Source
 from kvconvert.convert.device import default_precision
 from kvconvert.convert.errors import DataError, DivergedError, InputError, OutputError, PreemptedError, UnsupportedError
+from kvconvert.convert.runtime.transformers_interface import RELIED_ON
 from kvconvert.convert.text.sources import TextSource
 from kvconvert.measure.held_out import evaluate_checkpoint, load_windows
 from kvconvert.uptrain import run
@@ -603,7 +604,13 @@ def test_the_demo_model_recovers(with_teacher: bool, tmp_path: Path) -> None:
     windows = load_windows(original, held_out, window=256, max_windows=64)
     before = evaluate_checkpoint(tmp_path / "gqa2", windows, against=original)
     settings = RunSettings(
-        steps=48, sequence_length=256, sequences_per_step=8, learning_rate=2e-3, precision=default_precision()
+        steps=48,
+        sequence_length=256,
+        sequences_per_step=8,
+        learning_rate=2e-3,
+        recipe=Recipe.distill if with_teacher else Recipe.pretraining,
+        weights=LossWeights(kl=1.0, cross_entropy=0.0) if with_teacher else LossWeights(kl=0.0, cross_entropy=1.0),
+        precision=default_precision(),
     )
     with open_checkpoint(tmp_path / "gqa2") as checkpoint:
         source = WeightedSource(TextSource(str(configs.DEMO / "uptrain.jsonl")))
@@ -628,3 +635,10 @@ def test_text_that_is_read_often_is_told_of_once_it_was_packed(train: Train, tmp
     train("out", data=text, settings=settings_with(steps=30), watch=watch)
     warnings = [number for number, line in enumerate(told) if "times; beyond 4 it learns it by heart" in line]
     assert warnings == [0]
+
+
+def test_every_method_of_the_trainer_that_is_overridden_is_checked_at_import() -> None:
+    """Another version of transformers that renames one would call its own, and train otherwise without a word."""
+    overridden = {name for name, value in vars(UptrainTrainer).items() if callable(value) and hasattr(Trainer, name)}
+    assert "_get_grad_norm" in overridden
+    assert {f"trainer:Trainer.{name}" for name in overridden - {"__init__"}} <= RELIED_ON["training"].keys()

@@ -59,7 +59,9 @@ class Length:
         int | None,
         Doc("Tokens that the original was pretrained on, for example 2T. Default: what kvconvert knows of the model."),
     ] = None
-    yes: Annotated[bool, Doc("Start a run of more than 1000 H100 hours without asking.")] = False
+    yes: Annotated[
+        bool, Doc("Start a run of many GPU hours: more than 1000 of an H100, or 100 where nobody chose the length.")
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)

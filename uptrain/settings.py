@@ -112,15 +112,16 @@ class Execution:
 
 
 def default_sequence_length(checkpoint: Checkpoint) -> int:
-    """The longest the model takes, at most 2048."""
+    """The longest sequence that the model takes, in tokens, but at most 2048."""
     return min(longest_sequence(checkpoint), _MAX_DEFAULT_SEQUENCE_LENGTH)
 
 
 def default_learning_rate(checkpoint: Checkpoint, recipe: Recipe) -> float:
-    """Near the peak that models of this size are pretrained with: 1e-3 below 100M parameters, 3e-4 below 3B, 1e-4.
+    """A peak learning rate by the number of parameters: 1e-3 below 100M, 3e-4 below 3B, 1e-4 above.
 
-    For cross-entropy after a merge on calibration text, which leaves little to recover, a quarter of it: at the peak it
-    unlearns more than it recovers at first.
+    It is at or below what models of these sizes were pretrained with (Pythia-70M 1e-3, Llama-2-7B 3e-4), half of it for
+    the demo checkpoint (2e-3). For cross-entropy after a merge on calibration text, which leaves little to recover, it
+    is a quarter of that: at the whole rate it unlearns more than it recovers at first (docs/measurements.md).
     """
     size = checkpoint.num_parameters
     peak = 1e-3 if size < 1e8 else 3e-4 if size < 3e9 else 1e-4

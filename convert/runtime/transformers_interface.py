@@ -103,6 +103,8 @@ RELIED_ON: Mapping[str, Mapping[str, tuple[str | None, ...]]] = {
         "trainer:Trainer._save_optimizer_and_scheduler": ("self", "output_dir"),
         "trainer:Trainer._load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
         "trainer:Trainer._load_optimizer_and_scheduler": ("self", "checkpoint"),
+        "trainer:Trainer.create_optimizer": ("self",),
+        "trainer:Trainer.log": ("self", "logs"),
         "trainer:Trainer.compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
         "trainer:Trainer.save_model": ("self", "output_dir", "_internal_call"),
         "trainer:Trainer.get_decay_parameter_names": ("self", UNNAMED),
