@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from decimal import Decimal
 
 import typer
 
-__all__ = ["parse_count", "parse_duration", "parse_percentage", "parse_size", "parse_weighted"]
+__all__ = ["parse_count", "parse_duration", "parse_percentage", "parse_size"]
 
 _SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -50,19 +49,3 @@ def parse_percentage(text: str) -> float:
     if not match or (float(match[1]) >= 1 and not match[2]):  # 5 could mean 5 % or 500 %
         raise typer.BadParameter(f"{text!r} is not a percentage; write for example 5% or 0.05")
     return float(match[1]) / (100 if match[2] else 1)
-
-
-def parse_weighted(text: str) -> tuple[str, float]:
-    """ "a.jsonl:0.7" as ("a.jsonl", 0.7), a place without a number after its last colon whole, with weight 1.
-
-    Raises typer.BadParameter.
-    """
-    match = re.fullmatch(r"(.*):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", text.strip(), re.DOTALL)
-    place, weight = (match[1], float(match[2])) if match else (text.strip(), 1.0)
-    if not place:
-        raise typer.BadParameter(f"{text!r} names no text; write for example a.jsonl:0.7")
-    if not 0 < weight < math.inf:
-        raise typer.BadParameter(
-            f"{text!r} has the weight {weight:g}; write a positive number, for example a.jsonl:0.7"
-        )
-    return place, weight

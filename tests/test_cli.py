@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import CheckpointFactory, Command
 from kvconvert.cli.main import app
-from kvconvert.cli.values import parse_percentage, parse_size, parse_weighted
+from kvconvert.cli.values import parse_percentage, parse_size
 from kvconvert.configs import DEMO
 from kvconvert.convert import errors as errors_module
 from kvconvert.convert.errors import KvConvertError
@@ -353,40 +353,6 @@ def test_percentages() -> None:
     for text in ("five", "5%%", "-5%", "5"):
         with pytest.raises(BadParameter, match="is not a percentage"):
             parse_percentage(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "parsed"),
-    [
-        ("a.jsonl:0.7", ("a.jsonl", 0.7)),
-        ("hub/name:3", ("hub/name", 3.0)),
-        ("a.jsonl:.5", ("a.jsonl", 0.5)),
-        ("a.jsonl:1e-2", ("a.jsonl", 0.01)),
-        ("run:2/a.jsonl:0.25", ("run:2/a.jsonl", 0.25)),
-        ("a.jsonl", ("a.jsonl", 1.0)),
-        ("C:\\text", ("C:\\text", 1.0)),
-        ("run:2/a.jsonl", ("run:2/a.jsonl", 1.0)),
-        ("name:nan", ("name:nan", 1.0)),
-        ("name:", ("name:", 1.0)),
-    ],
-)
-def test_sources_have_weights(text: str, parsed: tuple[str, float]) -> None:
-    assert parse_weighted(text) == parsed
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a.jsonl:0", "has the weight 0; write a positive number"),
-        ("a.jsonl:-1", "has the weight -1; write"),
-        ("a.jsonl:1e999", "has the weight inf; write"),
-        (":0.5", "':0.5' names no text"),
-        (" ", "' ' names no text"),
-    ],
-)
-def test_unusable_weights(text: str, message: str) -> None:
-    with pytest.raises(BadParameter, match=message):
-        parse_weighted(text)
 
 
 def test_the_readme_shows_what_inspect_prints(kvconvert: Command) -> None:

@@ -36,7 +36,7 @@ from kvconvert.uptrain.job import UptrainJob
 from kvconvert.uptrain.models import load_for_training
 from kvconvert.uptrain.observation import Observation
 from kvconvert.uptrain.recipe import LossWeights, Recipe, Trained
-from kvconvert.uptrain.rundir import directories, record
+from kvconvert.uptrain.rundir import record
 from kvconvert.uptrain.rundir.directories import sole_run_in
 from kvconvert.uptrain.settings import Execution
 from kvconvert.uptrain.training import context
@@ -402,7 +402,7 @@ def test_force_starts_in_a_new_directory_where_the_old_one_cannot_be_deleted(
     work = tmp_path / "out.uptraining"
     assert list(work.glob("checkpoints/main/checkpoint-*"))
     with monkeypatch.context() as patch:
-        patch.setattr(directories.shutil, "rmtree", lambda place, ignore_errors: None)
+        patch.setattr("kvconvert.uptrain.rundir.directories.shutil.rmtree", lambda place, ignore_errors: None)
         with pytest.raises(KilledError):
             train("out", watch=watch(progress=die_after(1)), force=True)
     assert not list(work.glob("checkpoints/main/checkpoint-*"))

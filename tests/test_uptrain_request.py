@@ -17,6 +17,7 @@ from conftest import CheckpointFactory, weights
 from kvconvert import configs
 from kvconvert.cli.main import app
 from kvconvert.convert.checkpoint.opening import open_checkpoint
+from kvconvert.convert.checkpoint.tokenizer import load_tokenizer
 from kvconvert.convert.errors import DataError, InputError, UnsupportedError
 from kvconvert.convert.text.sources import TextSource
 from kvconvert.uptrain import (
@@ -27,6 +28,7 @@ from kvconvert.uptrain import (
     UptrainRequest,
     UptrainSettings,
     WeightedSource,
+    inputs,
     plan_uptraining,
     uptrain,
 )
@@ -289,7 +291,7 @@ def test_the_door_opens_without_torch_and_leads_everywhere() -> None:
 
 
 def test_a_teacher_that_nothing_is_compared_with_is_refused(
-    make_job: Callable[..., UptrainJob], tmp_path: Path
+    make_job: Callable[..., UptrainJob],
 ) -> None:
     job = make_job()
     with pytest.raises(
@@ -366,11 +368,13 @@ def test_a_plan_reads_its_tokenizer_once(
     model: Path, make_checkpoint: CheckpointFactory, prose_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside the check that student and teacher have the same one, which reads both."""
-    from kvconvert.uptrain import inputs
-
     loads: list[Path] = []
-    load = inputs.load_tokenizer
-    monkeypatch.setattr(inputs, "load_tokenizer", lambda place: loads.append(place) or load(place))
+
+    def load(place: Path) -> Any:
+        loads.append(place)
+        return load_tokenizer(place)
+
+    monkeypatch.setattr(inputs, "load_tokenizer", load)
     teacher = make_checkpoint(name="teacher", seed=1, with_tokenizer=True)
     uptrain(model, data=prose_file, teacher=teacher, steps=1, settings=UptrainSettings(**SMALL))
     assert loads == [model]

@@ -60,7 +60,8 @@ class Length:
         Doc("Tokens that the original was pretrained on, for example 2T. Default: what kvconvert knows of the model."),
     ] = None
     yes: Annotated[
-        bool, Doc("Start a run of many GPU hours: more than 1000 of an H100, or 100 where nobody chose the length.")
+        bool,
+        Doc("Start a run of many GPU hours: more than 1000 of an H100, or 100 where nobody chose the length."),
     ] = False
 
 
