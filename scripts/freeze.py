@@ -181,7 +181,6 @@ OF_ONE_MODEL = (
     Case("uptrain-light", (*_TAUGHT, "--recipe", "light", *_OUT)),
     Case("uptrain-layerwise", (*_TAUGHT, "--recipe", "layerwise", "--train-only", "kv", *_OUT)),
     Case("uptrain-sweep", (*_SWEPT, "--lr-sweep", "2", *_OUT)),
-    Case("uptrain-stream", ("uptrain", "{gqa}", *_TRAIN, "--stream", *_OUT)),
     Case("uptrain-plan", (*_TAUGHT, "--gpu", "NVIDIA H100 80GB HBM3", "--dry-run")),
     Case("uptrain-plan-json", (*_TAUGHT, "--dry-run", "--json")),
     Case("uptrain-unknown-tokens", ("uptrain", "{gqa}", "--data", "{text}")),
