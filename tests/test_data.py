@@ -179,6 +179,24 @@ def test_each_pass_sees_every_block_once_in_another_order(tmp_path: Path) -> Non
     assert orders[0][:20] != orders[1][:20]
 
 
+def test_a_dataset_without_a_fixed_commit_is_remarked_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(api: object, name: str, **options: object) -> None:
+        raise ConnectionError("no route to host")
+
+    rows = [{"text": " ".join(map(str, document))} for document in consecutive(80)]
+    monkeypatch.setattr("datasets.load_dataset", lambda *names, **options: rows)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+    remarks: list[str] = []
+    local = write_numbers(tmp_path / "a.jsonl", consecutive(80))
+    build(corpus_of(local, num_blocks=5), tmp_path / "local", TOKENIZER, remark=remarks.append)
+    assert remarks == []
+    build(corpus_of(Path("hub/name"), num_blocks=5), tmp_path / "dataset", TOKENIZER, remark=remarks.append)
+    assert remarks == [
+        "hub/name is read without a fixed commit, so it may change between runs: the hub cannot be reached "
+        "(no route to host)"
+    ]
+
+
 def test_sources_are_mixed_by_weight_and_each_goes_round_by_itself(tmp_path: Path) -> None:
     one = write_numbers(tmp_path / "one.jsonl", consecutive(400))
     other = write_numbers(tmp_path / "other.jsonl", consecutive(82, first=1000))

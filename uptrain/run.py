@@ -113,6 +113,7 @@ def _run(context: RunContext, held: ExitStack, *, force: bool) -> UptrainResult:
                 held,
                 begin=begin,
                 should_stop=lambda: context.stop.requested,
+                remark=watch.remark,
                 force=force,
                 needs_validation=not watch.keep and watch.score is None,
             )

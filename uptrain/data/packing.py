@@ -36,17 +36,18 @@ def build(
     num_tokens: Callable[[TextSource], int | None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], object] = lambda num_blocks: None,
+    remark: Callable[[str], object] = lambda text: None,
 ) -> None:
     """Pack the validation slice and the training blocks into `folder`, or go on where an earlier call stopped.
 
     `num_tokens` says about how many tokens a text holds, None if that is not known; without it the text is sampled.
     No source is packed beyond its share of `num_blocks` nor beyond one pass over its text. `progress` receives the
-    number of training blocks packed since it was last called. Raises PreemptedError once `should_stop()` and the state
-    is on disk, InputError when `folder` holds another corpus, DataError for damaged shards and for text that does not
-    fill a block.
+    number of training blocks packed since it was last called, `remark` a sentence for a dataset that the hub does not
+    tell the commit of. Raises PreemptedError once `should_stop()` and the state is on disk, InputError when `folder`
+    holds another corpus, DataError for damaged shards and for text that does not fill a block.
     """
     estimate = num_tokens or (lambda text: estimate_tokens(text, tokenizer))
-    index = _open_index(corpus, folder, estimate)
+    index = _open_index(corpus, folder, estimate, remark)
     training = [
         SourcePacker(
             source_folder(folder, number),
@@ -80,7 +81,9 @@ def build(
             )
 
 
-def _open_index(corpus: Corpus, folder: Path, num_tokens: Callable[[TextSource], int | None]) -> CorpusIndex:
+def _open_index(
+    corpus: Corpus, folder: Path, num_tokens: Callable[[TextSource], int | None], remark: Callable[[str], object]
+) -> CorpusIndex:
     """Read the index of the folder, or begin a new one. Raises InputError for that of another corpus."""
     path = folder / INDEX_NAME
     if path.exists():
@@ -90,7 +93,7 @@ def _open_index(corpus: Corpus, folder: Path, num_tokens: Callable[[TextSource],
     for rest in [*folder.glob("source-*"), folder / "validation"]:
         shutil.rmtree(rest, ignore_errors=True)
     origins = tuple(
-        Origin(pin_revision(source.text).revision, text_bytes(source.text), num_tokens(source.text))
+        Origin(pin_revision(source.text, remark=remark).revision, text_bytes(source.text), num_tokens(source.text))
         for source in corpus.sources
     )
     index = CorpusIndex(corpus, max(shards.SHARD_TOKENS // corpus.sequence_length, 1), origins)

@@ -34,13 +34,14 @@ def prepare(
     *,
     begin: Callable[[], object],
     should_stop: Callable[[], bool],
+    remark: Callable[[str], object],
     force: bool,
     needs_validation: bool,
 ) -> None:
     """Pack the training text into the work directory, or go on with it; an error before the first shard leaves nothing.
 
     `begin` is called once that directory is there and held, which it is until `held` is closed; `force` puts a new one
-    in its place. Raises InputError where a validation slice is needed and is empty.
+    in its place; `remark` is that of `build`. Raises InputError where a validation slice is needed and is empty.
     """
     held.enter_context(sole_run_in(job.work))
     if force:
@@ -57,6 +58,7 @@ def prepare(
             job.inputs.tokenizer,
             num_tokens=job.inputs.num_tokens,
             should_stop=should_stop,
+            remark=remark,
         )
         if needs_validation and validation_blocks(data_folder(job)) is None:
             discard(job.work)  # nobody goes on with it
