@@ -10,7 +10,7 @@ from rich.console import Console
 
 from .. import convert as library
 from ..convert.describe.engines import engines_line, latent_kernels
-from ..convert.describe.inspection import Inspection
+from ..convert.describe.inspection import Inspection, Target
 from .console import Terminal, human_bytes, human_count
 from .options import Json, Model, Quiet, Revision
 
@@ -38,6 +38,23 @@ def inspect(
     terminal.result(asdict(inspection), lambda console: show_inspection(inspection, console))
 
 
+def _options(target: Target) -> str:
+    """How a conversion that is possible is typed."""
+    if target.command == "mha2gqa":
+        return f"--groups {' or '.join(map(str, target.groups))}"
+    if target.share is not None:
+        least, most = target.share
+        return f"--share {least} to {most}" if most > least else f"--share {least}"
+    if target.latent_below is None:
+        return target.reason
+    sizes = [
+        f"{rank} + {rope_dim}" + (f" with --v-head-dim {v_head_dim}" if v_head_dim else "")
+        for rank, rope_dim, v_head_dim in target.kernel_sizes
+    ]
+    kernels = f"fast kernels for {' or '.join(sizes)}" if sizes else "every size with fast kernels has a larger cache"
+    return f"--kv-lora-rank R --qk-rope-head-dim D, R + D below {target.latent_below}; {kernels}"
+
+
 def show_inspection(inspection: Inspection, console: Console) -> None:
     context = f"{human_bytes(inspection.cache_bytes_for_context)} for {inspection.context_length} tokens"
     size = f"{human_count(inspection.num_parameters)}, {inspection.dtype}"
@@ -62,7 +79,7 @@ def show_inspection(inspection: Inspection, console: Console) -> None:
         rows["latent"] += f"no fast kernels: {kernels}" if kernels else "there are fast kernels for these sizes"
     for target in inspection.targets:
         changes = target.model_type not in (None, inspection.model_type)
-        rows[target.command] = target.reason if target.possible else f"not possible: {target.reason}"
+        rows[target.command] = _options(target) if target.possible else f"not possible: {target.reason}"
         rows[target.command] += f", as {target.model_type}" if changes else ""
     for model_type, engines in inspection.serving.items():
         label = "served by" if len(inspection.serving) == 1 else model_type

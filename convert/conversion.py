@@ -104,7 +104,7 @@ class Conversion:
     opened_as: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """What `--json` prints."""
+        """The conversion as an object for JSON."""
         plan = self.plan
         before, after = plan.cache_bytes_per_token
         source, result = plan.source, plan.result
@@ -242,7 +242,9 @@ def _memory_errors(hardware: Hardware) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise InputError(f"{hardware.device}: out of memory", hint="use another --device, for example cpu") from error
+        raise InputError(
+            f"{hardware.device}: out of memory", hint="use another device, for example cpu", settings=("device",)
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -265,7 +267,7 @@ class _Measuring:
             torch.empty(1, device=device)
         except (AssertionError, RuntimeError) as error:  # torch has no error of its own for this
             raise InputError(
-                f"--device {device}: this machine has none that works ({str(error).splitlines()[0]})"
+                f"device {device!r}: this machine has none that works ({str(error).splitlines()[0]})"
             ) from error
         check_source(self.source.checkpoint)
         if plan is not None:

@@ -163,8 +163,8 @@ def test_inspection_of_an_mha_checkpoint(make_checkpoint: CheckpointFactory) -> 
 @pytest.mark.parametrize(
     ("num_key_value_heads", "reasons"),
     [
-        (1, ["the model has one K/V head already", "the model is MQA already", "--share 2"]),
-        (2, ["2 K/V heads have no divisor between 1 and 2", "2 K/V heads become 1", "--share 2"]),
+        (1, ["the model has one K/V head already", "the model is MQA already", "2 layers share keys and values"]),
+        (2, ["2 K/V heads have no divisor between 1 and 2", "2 K/V heads become 1", "2 layers share keys and values"]),
     ],
 )
 def test_inspection_says_why_a_target_is_not_possible(

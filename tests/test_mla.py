@@ -487,13 +487,13 @@ def test_a_base_model_becomes_a_base_model(make_checkpoint: CheckpointFactory, t
         ("llama", {}, Mla(66, 8, "exact"), "use 2 to 65"),
         ("llama", {"num_key_value_heads": 1}, Mla(17, 8), "use 1 to 16"),
         ("llama", {}, Mla(16, 7), "use an even number, for example 6"),
-        ("llama", {}, Mla(16, 10), "use up to 8, or up to 64 with --rope-selection gain"),
+        ("llama", {}, Mla(16, 10), "use up to 8, or 64 where rope_selection is gain"),
         ("llama", {}, Mla(16, 8, v_head_dim=4), "use 8 or more"),
-        ("qwen3", {}, Mla(16, 8), "mha2gqa, mha2mqa and mha2cla can shrink its cache"),
+        ("qwen3", {}, Mla(16, 8), "GQA, MQA and CLA can shrink its cache"),
         ("gemma3_text", {}, Mla(16, 8), "GQA and MQA can shrink its cache"),
         ("stablelm", {}, Mla(16, 8), "MLA takes llama, mistral"),
         ("llama", {"mlp_bias": True}, Mla(16, 8), "MLP has biases"),
-        ("llama", {"attention_bias": True}, Mla(16, 8), "--latent-norm exact"),
+        ("llama", {"attention_bias": True}, Mla(16, 8), "latent_norm is exact"),
         ("mistral", {"sliding_window": 4}, Mla(16, 8), "set sliding_window to null"),
         (
             "llama",
@@ -988,4 +988,4 @@ def test_inspect_says_which_sizes_have_fast_kernels(
     printed = kvconvert("inspect", tmp_path / "large").stdout
     assert "fast kernels for 512 + 64 or 448 + 64 or 256 + 64" in printed
     small = kvconvert("inspect", make_checkpoint()).stdout
-    assert "no size with fast kernels" in small
+    assert "every size with fast kernels has a larger cache" in small

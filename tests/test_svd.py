@@ -536,7 +536,7 @@ def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
     from test_seq2seq import T5, make
 
     with as_target(open_checkpoint(make(tmp_path / "model", "t5", T5)), 2) as view:
-        with pytest.raises(UnsupportedError, match="--method svd merges decoders only"):
+        with pytest.raises(UnsupportedError, match="svd merges the heads of decoders only"):
             Gqa(2, merge="svd").prepare(view, None, tmp_path)
 
 

@@ -87,12 +87,17 @@ def open_statistics(path: Path, source: Source) -> LayerStatistics:
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise DataError(f"{path}: not a file of statistics", hint="--save-statistics writes one") from error
+        raise DataError(
+            f"{path}: not a file of statistics",
+            hint="a conversion keeps one where that is asked for",
+            settings=("save_statistics",),
+        ) from error
     origin = StatisticsOrigin(**record)
     if origin.model != fingerprint(source):
         raise DataError(
             f"{path}: these statistics are of another model than {source.name}",
-            hint="measure them again, with --calibration and --save-statistics",
+            hint="measure them again on a text",
+            settings=("data", "save_statistics"),
         )
 
     def gram(layer: int) -> Tensor:

@@ -25,8 +25,11 @@ _CACHE_VALUE_BYTES = 2
 class Target:
     """Whether a checkpoint can be converted by a command of kvconvert.
 
-    `reason` says with which options, or why not. Where it is possible, `groups` lists the numbers of K/V heads that
-    the result can have, for commands that take one, and `model_type` is that of the result.
+    `reason` says why not, or what becomes of the model. Where it is possible, `groups` lists the numbers of K/V heads
+    that the result can have, `share` the least and the largest number of layers that can share, and `latent_below` what
+    kv_lora_rank + qk_rope_head_dim has to stay below for a smaller cache; `model_type` is that of the result.
+    `kernel_sizes` are the kv_lora_rank, qk_rope_head_dim and, where values are padded for it, v_head_dim of latents
+    with fast kernels, smaller than the cache is.
     """
 
     command: str
@@ -34,6 +37,9 @@ class Target:
     reason: str
     groups: tuple[int, ...] = ()
     model_type: str | None = None
+    share: tuple[int, int] | None = None
+    latent_below: int | None = None
+    kernel_sizes: tuple[tuple[int, int, int | None], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,8 @@ def _targets(source: Checkpoint, shape: AttentionShape) -> tuple[Target, Target]
         target, reason = _target(source, number)
         if target is not None and gqa.model_type in (None, target):
             taken.append(number)
-            gqa = Target("mha2gqa", True, f"--groups {' or '.join(map(str, taken))}", tuple(taken), target)
+            reason = f"{heads} K/V heads become {' or '.join(map(str, taken))}"
+            gqa = Target("mha2gqa", True, reason, tuple(taken), target)
         elif not taken:
             gqa = Target("mha2gqa", False, reason)
     target, reason = _target(source, 1)
@@ -159,8 +166,10 @@ def _cross_layer_target(source: Checkpoint) -> tuple[Target, tuple[Source, ...]]
     num_layers = view.shape.num_hidden_layers
     if num_layers == 1:
         return Target("mha2cla", False, "the model has one layer"), (view,)
-    reason = f"--share 2 to {num_layers}" if num_layers > 2 else "--share 2"
-    return Target("mha2cla", True, reason, model_type=view.architecture.model_type), (view,)
+    share = (2, num_layers)
+    number = f"2 to {num_layers}" if num_layers > 2 else "2"
+    reason = f"{number} layers share keys and values"
+    return Target("mha2cla", True, reason, model_type=view.architecture.model_type, share=share), (view,)
 
 
 def _latent_target(source: Checkpoint) -> Target:
@@ -173,19 +182,22 @@ def _latent_target(source: Checkpoint) -> Target:
     refusal = class_refusal(view)
     if refusal:
         return Target("mha2mla", False, refusal)
-    sizes = []
+    sizes: list[tuple[int, int, int | None]] = []
     for rank in KERNEL_RANKS:
         for v_head_dim in (None, 128):
             latent = Mla(rank, 64, v_head_dim=v_head_dim).latent_sizes(shape)
             fits = rank <= min(shape.hidden_size, shape.cached_values) and rank + 64 < shape.cached_values
             if fits and latent_kernels(latent) is None:
-                sizes.append(f"{rank} + 64" + (f" with --v-head-dim {v_head_dim}" if v_head_dim else ""))
+                sizes.append((rank, latent.qk_rope_head_dim, v_head_dim))
                 break
-    kernels = (
-        f"fast kernels for {' or '.join(sizes)}" if sizes else "no size with fast kernels is smaller than its cache"
+    return Target(
+        "mha2mla",
+        True,
+        f"{shape.cached_values} cached numbers of a layer and token become a latent and a rotary key",
+        model_type="deepseek_v3",
+        latent_below=shape.cached_values,
+        kernel_sizes=tuple(sizes),
     )
-    options = f"--kv-lora-rank R --qk-rope-head-dim D, R + D below {shape.cached_values}"
-    return Target("mha2mla", True, f"{options}; {kernels}", model_type="deepseek_v3")
 
 
 def _target(source: Checkpoint, number: int) -> tuple[str | None, str]:

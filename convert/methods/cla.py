@@ -322,5 +322,6 @@ def _check_shareable(source: Source, layers: LayerGrouping) -> None:
             raise UnsupportedError(
                 f"{name}: layers {first} and {layer} cannot share keys and values, one sees {seen[0]}, the other "
                 f"{seen[1]}",
-                hint="choose the layers with --kv-source-layers",
+                hint="say for each layer whose keys and values it reads",
+                settings=("kv_source_layers",),
             )

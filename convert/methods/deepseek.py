@@ -77,9 +77,9 @@ def class_refusal(source: Source) -> str | None:
         return refusal
     normalised = source.architecture.approximation(checkpoint)
     if normalised:
-        return f"{normalised}, which a latent cannot hold; mha2gqa, mha2mqa and mha2cla can shrink its cache"
+        return f"{normalised}, which a latent cannot hold; GQA, MQA and CLA can shrink its cache"
     if config.get("mlp_bias"):
-        return "its MLP has biases, and deepseek_v3's has none; mha2gqa and mha2cla keep them"
+        return "its MLP has biases, and deepseek_v3's has none; GQA and CLA keep them"
     if any(window is not None and window < source.longest_context for window in source.shape.windows):
         return (
             f"its layers see the last {config['sliding_window']} tokens only, and deepseek_v3 has no sliding window; "
@@ -89,7 +89,7 @@ def class_refusal(source: Source) -> str | None:
     if rope_type not in _STILL:
         return (
             f"its RoPE ({rope_type}) is none of those known to turn alike at every length of the text "
-            f"({', '.join(_STILL)}); mha2gqa and mha2cla keep it"
+            f"({', '.join(_STILL)}); GQA and CLA keep it"
         )
     return None
 

@@ -96,7 +96,8 @@ class Gqa:
         if self._keeps_heads(source) and not self.allow_same:
             raise UnsupportedError(
                 f"{source.name} already has {source.shape.num_key_value_heads} K/V heads",
-                hint="ask for fewer groups, or pass --force to keep every head",
+                hint="ask for fewer, or allow as many: no head is pooled then",
+                settings=("num_key_value_heads", "allow_same"),
             )
         if self._merges(source):
             from .merging import check_mergeable

@@ -135,14 +135,16 @@ def check_mergeable(source: Source) -> None:
     """Raise UnsupportedError for architectures that have no such merge."""
     if source.architecture.cross_attention is not None:
         raise UnsupportedError(
-            f"{source.name}: --method svd merges decoders only, not the encoder-decoder "
+            f"{source.name}: svd merges the heads of decoders only, not of the encoder-decoder "
             f"{source.architecture.model_type}",
-            hint="use --method mean",
+            hint="take the mean of the heads",
+            settings=("merge",),
         )
     if source.shape.layer_grouping is not None:
         raise UnsupportedError(
-            f"{source.name}: --method svd does not merge heads whose keys and values several layers read",
-            hint="merge heads and layers at once: mha2cla --groups; or use --method mean",
+            f"{source.name}: svd does not merge heads whose keys and values several layers read",
+            hint="merge heads and layers of the original at once, as CLA with fewer heads, or take the mean",
+            settings=("merge",),
         )
 
 

@@ -208,7 +208,7 @@ class Mla:
     def _bias_refusal(self, source: Source) -> str | None:
         if self.constant or source.architecture.tensor_name(0, "o_proj", "bias") not in source.checkpoint.tensors:
             return None
-        return "o_proj has a bias, which deepseek_v3 holds only with --latent-norm exact"
+        return "o_proj has a bias, which deepseek_v3 holds only where latent_norm is exact"
 
     def _check_sizes(self, source: Source) -> None:
         name, shape, rotary = source.name, source.shape, source.rotary[0]
@@ -226,7 +226,7 @@ class Mla:
         per_frequency = 1 if self.rope_selection == "high" else shape.num_key_value_heads
         if rope_dim > rotary.dims * per_frequency:
             most = rotary.dims * shape.num_key_value_heads
-            more = f", or up to {most} with --rope-selection gain" if per_frequency < shape.num_key_value_heads else ""
+            more = f", or {most} where rope_selection is gain" if per_frequency < shape.num_key_value_heads else ""
             raise UnsupportedError(
                 f"{name}: qk_rope_head_dim = {rope_dim}, and its heads have {rotary.dims} rotary dims",
                 hint=f"use up to {rotary.dims * per_frequency}{more}",
