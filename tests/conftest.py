@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import json
 import os
 import subprocess
@@ -9,10 +10,12 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import huggingface_hub.constants
 import pytest
 import torch
 from hypothesis import settings as hypothesis_settings
@@ -77,13 +80,33 @@ PROSE = (
 hypothesis_settings.register_profile("kvconvert", deadline=None, derandomize=True, max_examples=50)
 hypothesis_settings.load_profile("kvconvert")
 
+KVCONVERT = Path(sys.executable).with_name("kvconvert")
+_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+
 SETTINGS = RunSettings(steps=6, sequence_length=32, sequences_per_step=4, learning_rate=1e-2)
 EXECUTION = Execution(micro_batch=4)
 DISTILL: dict[str, Any] = {"recipe": Recipe.distill, "weights": LossWeights()}
 
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left: its exit code and its two streams."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def printed(self) -> dict[str, Any]:
+        """The one JSON object on stdout of a command that succeeded."""
+        assert self.returncode == 0, self.stderr
+        printed: dict[str, Any] = json.loads(self.stdout)
+        return printed
+
+
 CheckpointFactory = Callable[..., Path]
 Train = Callable[..., Path]
-Command = Callable[..., subprocess.CompletedProcess[str]]
+Command = Callable[..., Outcome]
 RunHere = Callable[..., dict[str, Any]]
 
 
@@ -210,6 +233,7 @@ def assert_same_function(original: Any, converted: Any, num_key_value_heads: int
     assert torch.equal(generated[0], generated[2])
 
     cache = cache_of(converted(input_ids, use_cache=True, **{CACHE_NAME: DynamicCache(config=converted.config)}))
+    assert cache.layers
     for layer in cache.layers:
         assert layer.keys.shape == layer.values.shape
         assert layer.keys.shape[1] == num_key_value_heads
@@ -330,38 +354,60 @@ def prose_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def kvconvert(tmp_path: Path) -> Command:
-    """Run the installed command in a clean process, offline, from an empty directory."""
-    working_directory = tmp_path / "cwd"
-    working_directory.mkdir()
-    script = Path(sys.executable).with_name("kvconvert")
+def working_directory(tmp_path: Path) -> Path:
+    """An empty directory to run commands in."""
+    directory = tmp_path / "cwd"
+    directory.mkdir()
+    return directory
 
-    def run(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [str(script), *map(str, arguments)],
+
+@pytest.fixture
+def kvconvert(working_directory: Path) -> Command:
+    """Run the installed command in a process of its own, offline, from an empty directory.
+
+    A process costs seconds, most of them for importing torch and transformers. `invoke` shows the same but for what
+    belongs to a process: signals, limits, environment variables that are read at import, the bare start.
+    """
+
+    def run(*arguments: object, env: dict[str, str] | None = None) -> Outcome:
+        done = subprocess.run(
+            [str(KVCONVERT), *map(str, arguments)],
             capture_output=True,
             text=True,
             cwd=working_directory,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **(env or {})},
+            env={**os.environ, **_ENVIRONMENT, **(env or {})},
             timeout=900,
             check=False,
         )
+        return Outcome(done.returncode, done.stdout, done.stderr)
 
     return run
 
 
 @pytest.fixture
-def run_here() -> RunHere:
-    """Run a command in this process, which is faster; returns the JSON object that it prints."""
+def invoke(working_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run a command in this process, offline, from an empty directory; what it changes in the environment is undone."""
     from kvconvert.cli.main import app
 
-    def invoke(*arguments: object) -> dict[str, Any]:
-        outcome = CliRunner().invoke(app, [*map(str, arguments), "--json", "--quiet"])
-        assert outcome.exit_code == 0, outcome.stderr
-        printed: dict[str, Any] = json.loads(outcome.stdout)
-        return printed
+    monkeypatch.chdir(working_directory)
+    # the library has read the variable when it was imported
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
-    return invoke
+    def run(*arguments: object) -> Outcome:
+        with mock.patch.dict(os.environ, _ENVIRONMENT):
+            # a context of its own, since --trust-remote-code holds for the rest of one
+            done = contextvars.copy_context().run(
+                CliRunner().invoke, app, [*map(str, arguments)], prog_name="kvconvert", catch_exceptions=False
+            )
+        return Outcome(done.exit_code, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def run_here(invoke: Command) -> RunHere:
+    """Run a command that must succeed in this process; returns the JSON object that it prints."""
+    return lambda *arguments: invoke(*arguments, "--json", "--quiet").printed
 
 
 @pytest.fixture
@@ -414,7 +460,9 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    return all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(one).items())
+    """Whether two results hold tensors of the same names, and these are equal."""
+    ones, others = weights(one), weights(other)
+    return ones.keys() == others.keys() and all(torch.equal(tensor, others[name]) for name, tensor in ones.items())
 
 
 def settings_with(**changes: Any) -> RunSettings:

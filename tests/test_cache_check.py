@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LATENT, CheckpointFactory, build_model, build_tokenizer
-from kvconvert.cli.main import app
-from kvconvert.convert import Gqa, as_target, cache_check, execute, open_checkpoint
+from conftest import LATENT, CheckpointFactory, Command, build_model, build_tokenizer
+from kvconvert.convert import Checkpoint, Gqa, as_target, cache_check, execute, open_checkpoint
 from kvconvert.convert.cache_check import CacheCheck, check_cache, check_runtime, refresh
 from kvconvert.convert.checkpoint.remote_code import allow_remote_code
 from kvconvert.convert.checkpoint.runtime_code import EARLIER_CODE, BesideState, code_beside, copy_runtime_code
@@ -23,7 +22,7 @@ from kvconvert.convert.runtime.transformers_interface import CACHE_NAME
 from test_seq2seq import BART, T5, WHISPER
 from test_seq2seq import convert as convert_seq2seq
 from test_seq2seq import make as make_seq2seq
-from typer.testing import CliRunner
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 EARLIER = Path(__file__).parent / "earlier_code"
 ALIBI = {"position_embedding_type": "alibi", "alibi_slopes": [2.0**-head for head in range(8)]}
@@ -104,24 +103,25 @@ def test_the_layers_that_run_have_the_weights_of_the_checkpoint(
     """Of a larger model the layers that were chosen, not its first ones, and all of the decoder around them."""
     monkeypatch.setattr(cache_check, "MAX_WHOLE_PARAMETERS", 0)
     build_model("cross_layer_decoder", num_hidden_layers=4, kv_source_layers=[0, 1, 2, 2]).save_pretrained(tmp_path)
-    built: list[Any] = []
-    real = cache_check._first_layers
+    ran: list[torch.nn.Module] = []
+    read: set[str] = set()
+    real = Checkpoint.read
 
-    def keep(*arguments: Any) -> Any:
-        built.append(real(*arguments))
-        return built[0]
+    def note(self: Checkpoint, name: str) -> torch.Tensor:
+        read.add(name)
+        return real(self, name)
 
-    monkeypatch.setattr(cache_check, "_first_layers", keep)
-    assert check_cache(tmp_path).layers == (0, 2, 3)
-    loaded = dict(built[0].named_parameters())
+    monkeypatch.setattr(Checkpoint, "read", note)
+    with register_module_forward_pre_hook(lambda module, inputs: ran.append(module)):
+        assert check_cache(tmp_path).layers == (0, 2, 3)
+    assert not {"model.embed_tokens.weight", "lm_head.weight"} & read
+    loaded = dict(ran[0].named_parameters())
     with open_checkpoint(tmp_path) as checkpoint:
         for name, saved in [(0, 0), (1, 2), (2, 3)]:
             for part in ("self_attn.q_proj.weight", "mlp.up_proj.weight", "input_layernorm.weight"):
-                expected = checkpoint.read(f"model.layers.{saved}.{part}")
-                assert torch.equal(loaded[f"model.layers.{name}.{part}"], expected)
-        assert torch.equal(loaded["model.norm.weight"], checkpoint.read("model.norm.weight"))
-    assert loaded["model.embed_tokens.weight"].is_meta  # neither is read
-    assert loaded["lm_head.weight"].is_meta
+                expected = real(checkpoint, f"model.layers.{saved}.{part}")
+                assert torch.equal(loaded[f"layers.{name}.{part}"], expected)
+        assert torch.equal(loaded["norm.weight"], real(checkpoint, "model.norm.weight"))
 
 
 def without_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -212,11 +212,11 @@ def test_earlier_code_works_with_its_transformers_and_is_refused_with_later_ones
     assert check_runtime(model) is not None
 
 
-def test_refresh_renews_the_code_and_nothing_else(tmp_path: Path) -> None:
+def test_refresh_renews_the_code_and_nothing_else(invoke: Command, tmp_path: Path) -> None:
     model = save_pairs(tmp_path / "model")
     wanted = digests(model)
     put_earlier_code(model)
-    outcome = CliRunner().invoke(app, ["refresh", str(model)])
+    outcome = invoke("refresh", model)
     names = "transformers_interface.py, modeling_cross_layer_decoder.py, configuration_cross_layer_decoder.py"
     assert outcome.stdout == f"{model}: renewed {names}\n", outcome.stderr
     assert digests(model) == wanted
@@ -277,20 +277,20 @@ def test_refresh_says_where_there_is_nothing_to_renew(make_checkpoint: Checkpoin
 
 
 @pytest.mark.filterwarnings("ignore:`past_.*` is deprecated:FutureWarning")
-def test_evaluate_and_uptrain_refuse_code_that_no_longer_works(tmp_path: Path, prose_file: Path) -> None:
+def test_evaluate_and_uptrain_refuse_code_that_no_longer_works(
+    invoke: Command, prose_file: Path, tmp_path: Path
+) -> None:
     """With a version that it works with, they go on."""
     model = save_pairs(tmp_path / "model")
     build_tokenizer().save_pretrained(model)
     put_earlier_code(model)
-    text = ("--data", str(prose_file))
-    size = ("--sequence-length", "32", "--global-batch-tokens", "64")
     for command in (
-        ("evaluate", str(model), *text, "--window", "16", "--max-windows", "1"),
-        ("uptrain", str(model), *text, "--steps", "1", *size),
+        ("evaluate", model, "--data", prose_file, "--window", 16, "--max-windows", 1),
+        ("uptrain", model, "--data", prose_file, "--steps", 1, "--sequence-length", 32, "--global-batch-tokens", 64),
     ):
-        outcome = CliRunner().invoke(app, command)
+        outcome = invoke(*command)
         if CACHE_NAME != "cache":
-            assert outcome.exit_code == 0, outcome.stderr
+            assert outcome.returncode == 0, outcome.stderr
         else:
-            assert outcome.exit_code == 2
+            assert outcome.returncode == 2
             assert f"hint: `refresh` renews the code beside the weights of {model}" in outcome.stderr

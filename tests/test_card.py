@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CheckpointFactory, Command
+from conftest import CheckpointFactory, Command, RunHere
 from huggingface_hub import ModelCard
 from kvconvert.convert.describe.card import write_card
 
@@ -28,10 +28,10 @@ class Mine(LlamaForCausalLM):
 """
 
 
-def test_a_card_says_what_the_result_is(make_checkpoint: CheckpointFactory, kvconvert: Command, tmp_path: Path) -> None:
+def test_a_card_says_what_the_result_is(make_checkpoint: CheckpointFactory, run_here: RunHere, tmp_path: Path) -> None:
     source, output = make_checkpoint(), tmp_path / "out"
     (source / "README.md").write_text("---\nlicense: mit\nlanguage: en\nbase_model: other\n---\n# The original\n")
-    assert kvconvert("mha2gqa", "--groups", 2, source, "--output", output).returncode == 0
+    run_here("mha2gqa", "--groups", 2, source, "--output", output)
     card = ModelCard.load(output / "README.md")
     assert (card.data.license, card.data.language, card.data.library_name) == ("mit", "en", "transformers")
     assert card.data.base_model is None  # a directory is no hub id
@@ -125,20 +125,21 @@ def test_a_card_that_cannot_be_opened_is_said_to_be_missing(tmp_path: Path, monk
 
 
 def test_remote_code_runs_only_if_it_is_trusted(
-    make_checkpoint: CheckpointFactory, kvconvert: Command, prose_file: Path, tmp_path: Path
+    make_checkpoint: CheckpointFactory, invoke: Command, kvconvert: Command, prose_file: Path, tmp_path: Path
 ) -> None:
     source, marker = make_checkpoint(with_tokenizer=True), tmp_path / "code-has-run"
     config = json.loads((source / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_mine.Mine"}
     (source / "config.json").write_text(json.dumps(config))
     (source / "modeling_mine.py").write_text(CODE.format(marker=str(marker)))
-    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     for command in (
         ("inspect", source),
         ("mha2gqa", "--groups", 2, source, "--output", tmp_path / "out"),
         ("evaluate", source, "--data", prose_file, "--window", 16, "--max-windows", 1),
     ):
-        assert kvconvert(*command, env=environment).returncode == 0
+        assert invoke(*command).returncode == 0
         assert not marker.exists(), command
+    # in a process of its own: the code that lies beside the checkpoint stays imported
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     assert kvconvert(*command, "--trust-remote-code", env=environment).returncode == 0
     assert marker.exists()

@@ -12,9 +12,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
+import huggingface_hub.constants
 import pytest
 import torch
-from conftest import CheckpointFactory, Command
+from conftest import CheckpointFactory, Command, RunHere
 from kvconvert.convert import open_checkpoint
 from kvconvert.convert.algebra.kv_cache import kv_cache_bytes, kv_cache_bytes_per_token
 from kvconvert.convert.architectures.attention import read_attention
@@ -183,25 +184,30 @@ def test_a_refused_checkpoint_is_inspected_all_the_same(make_checkpoint: Checkpo
     assert all("quantised" in target.reason for target in targets)
 
 
+SLIDING: list[tuple[str, dict[str, object], int]] = [
+    ("gemma2", {"sliding_window": 16}, 1),
+    ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}, 1),
+    ("qwen2", {"sliding_window": 16, "use_sliding_window": False}, 0),
+]
+WHOLE: list[tuple[str, dict[str, object], int]] = [
+    ("mistral", {"sliding_window": 16}, 2),
+    ("mistral", {"sliding_window": None}, 0),
+    ("llama", {}, 0),
+]
+
+
 @pytest.mark.parametrize(
-    ("model_type", "overrides", "num_sliding"),
-    [
-        ("mistral", {"sliding_window": 16}, 2),
-        ("mistral", {"sliding_window": None}, 0),
-        ("gemma2", {"sliding_window": 16}, 1),
-        ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}, 1),
-        ("qwen2", {"sliding_window": 16, "use_sliding_window": False}, 0),
-        ("llama", {}, 0),
-    ],
+    ("model_type", "overrides", "num_sliding", "listed"),
+    [*((*case, listed) for case in SLIDING for listed in (True, False)), *((*case, False) for case in WHOLE)],
 )
-@pytest.mark.parametrize("listed", [True, False])
 def test_sliding_windows_bound_the_cache(
     model_type: str, overrides: dict[str, object], num_sliding: int, listed: bool, make_checkpoint: CheckpointFactory
 ) -> None:
     """With config.json's layer_types as transformers 5 writes them, and without as older versions did."""
     source = make_checkpoint(model_type, **overrides)
+    config = json.loads((source / "config.json").read_text())
+    assert ("layer_types" in config) == (model_type in ("gemma2", "qwen2"))
     if not listed:
-        config = json.loads((source / "config.json").read_text())
         config.pop("layer_types", None)
         (source / "config.json").write_text(json.dumps(config | overrides))
     with open_checkpoint(source) as checkpoint:
@@ -301,26 +307,30 @@ def serve(repository: Path, refusals: dict[str, tuple[int, str]] | None = None) 
 
 
 def test_a_hub_id_is_inspected_downloaded_once_and_then_used_offline(
-    make_checkpoint: CheckpointFactory, kvconvert: Command, tmp_path: Path
+    make_checkpoint: CheckpointFactory,
+    kvconvert: Command,
+    run_here: RunHere,
+    working_directory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """In processes while there is a hub, whose address the library reads when it is imported."""
     source = make_checkpoint(with_tokenizer=True, vocab_size=50_000)
-    size = (source / "model.safetensors").stat().st_size
-    home = {"HF_HOME": str(tmp_path / "hf-home")}
+    size = sum(tensor.nbytes for tensor in load_file(source / "model.safetensors").values())
+    home = tmp_path / "hf-home"
     with serve(source) as (endpoint, hub):
-        online = home | {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}
-        inspected = kvconvert("inspect", "org/tiny", "--json", env=online)
-        assert inspected.returncode == 0, inspected.stderr
-        assert json.loads(inspected.stdout)["num_key_value_heads"] == 8
-        assert json.loads(inspected.stdout)["size_on_disk_bytes"] < size
+        online = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}
+        inspected = kvconvert("inspect", "org/tiny", "--json", env=online).printed
+        assert inspected["num_key_value_heads"] == 8
+        assert inspected["size_on_disk_bytes"] == size
         assert hub.num_weight_bytes_sent < size / 10  # headers only
         converted = kvconvert("mha2gqa", "org/tiny", "--groups", 2, env=online)
         assert converted.returncode == 0, converted.stderr
         missing = kvconvert("inspect", "org/other", env=online)
         assert missing.returncode == 2
         assert "org/other: " in missing.stderr
-    again = kvconvert("mha2mqa", "org/tiny", env=home)
-    assert again.returncode == 0, again.stderr
-    working_directory = tmp_path / "cwd"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home / "hub"))
+    run_here("mha2mqa", "org/tiny")
     assert {path.name for path in working_directory.iterdir()} == {"tiny-gqa2", "tiny-mqa"}
     assert json.loads((working_directory / "tiny-mqa" / "kvconvert.json").read_text())["source"] == "org/tiny"
 
@@ -387,8 +397,11 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
         assert hint.startswith("check the network")
 
 
-def test_a_hub_id_that_is_not_cached_fails_offline(kvconvert: Command, tmp_path: Path) -> None:
-    outcome = kvconvert("inspect", "org/none", env={"HF_HOME": str(tmp_path / "hf-home")})
+def test_a_hub_id_that_is_not_cached_fails_offline(
+    invoke: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    outcome = invoke("inspect", "org/none")
     assert outcome.returncode == 2
     assert outcome.stderr.splitlines() == [
         "error: org/none: it is not in the cache of this machine, and HF_HUB_OFFLINE forbids to ask the hub; "

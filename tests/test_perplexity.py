@@ -31,7 +31,8 @@ def test_every_token_is_scored_once_and_in_its_context(
     options: dict[str, Any] = {"window": window, "stride": stride}
     options |= {"bos_token_id": 7 if bos else None, "max_windows": max_windows}
     if stride > text_window or count < text_window:
-        with pytest.raises(DataError):
+        reason = f"stride {stride} does not fit" if stride > text_window else f"the text has {count} tokens, fewer than"
+        with pytest.raises(DataError, match=reason):
             cut_windows(text, **options)
         return
     windows = cut_windows(text, **options)

@@ -78,3 +78,5 @@ def test_steps_of_uptraining_and_an_evaluation(
     assert not before[name].equal(after[name])
     scored = run_here("evaluate", tmp_path / "trained", "--against", source, "--data", prose_file, "--window", 32)
     assert scored["against"]["kl_nats_per_token"] > 0
+    same = run_here("evaluate", source, "--against", source, "--data", prose_file, "--window", 32)
+    assert same["against"]["kl_nats_per_token"] == 0  # the control

@@ -1,0 +1,172 @@
+"""Every option of `evaluate` and `inspect` changes what it should: the result, or what is asked of other libraries."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import pytest
+import torch
+from conftest import PROSE, CheckpointFactory, Command, Outcome
+from kvconvert.cli.main import app
+from kvconvert.convert.checkpoint.remote_code import remote_code_allowed
+from torch.nn.modules.module import register_module_forward_pre_hook
+from typer.main import get_command
+
+Arguments = dict[str, object]  # values by option; "" is the argument that has no name, None the value of a flag
+ANOTHER = object()  # stands for any value but that of the run without the option
+
+
+@dataclass
+class Seen:
+    """A run, and what it asked of other libraries."""
+
+    outcome: Outcome = field(default_factory=lambda: Outcome(-1, "", ""))
+    downloads: list[tuple[str, str | None]] = field(default_factory=list)
+    downloads_are_shown: bool = True
+    dataset: tuple[object, ...] = ()
+    batch_sizes: list[int] = field(default_factory=list)
+    first_tokens: set[int] = field(default_factory=set)
+    dtypes: set[torch.dtype] = field(default_factory=set)
+    remote_code: bool = False
+
+    def __getitem__(self, name: str) -> Any:
+        return self.outcome.printed[name]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What `look` finds in a run with these arguments; in one without them, but with those `beside`, it does not."""
+
+    arguments: Arguments
+    look: Callable[[Seen], object]
+    expected: object = ANOTHER
+    beside: Arguments = field(default_factory=dict)
+
+
+RunSeen = Callable[[str, Arguments], Seen]
+BASIS: dict[str, Arguments] = {
+    "evaluate": {"": "org/tiny", "--data": "{prose}", "--window": 16, "--max-windows": 8, "--json": None},
+    "inspect": {"": "org/tiny", "--json": None},
+}
+NAMED: Arguments = {"--data": "org/texts"}
+EFFECTS: dict[str, dict[str, Effect]] = {
+    "evaluate": {
+        "model": Effect({"": "org/other"}, lambda seen: (seen.downloads, seen["nats_per_token"])),
+        "data": Effect({"--data": "{verse}"}, lambda seen: seen["nats_per_token"]),
+        "against": Effect({"--against": "org/other"}, lambda seen: seen["against"]),
+        "max_ppl_increase": Effect(
+            {"--max-ppl-increase": "900%"},
+            lambda seen: seen["gate"] and seen["gate"]["threshold"],
+            9.0,
+            beside={"--against": "org/other"},
+        ),
+        "window": Effect({"--window": 32}, lambda seen: seen["num_tokens"], 8 * 31),
+        "stride": Effect({"--stride": 8}, lambda seen: seen["num_tokens"], 15 + 7 * 8),
+        "bos": Effect({"--bos": "always"}, lambda seen: seen.first_tokens, {1}),
+        "max_windows": Effect({"--max-windows": 3}, lambda seen: seen["num_windows"], 3),
+        "text_field": Effect({"--text-field": "verse"}, lambda seen: seen["nats_per_token"]),
+        "split": Effect({"--split": "train"}, lambda seen: seen.dataset, ("org/texts", None, "train"), beside=NAMED),
+        "data_config": Effect(
+            {"--data-config": "old"}, lambda seen: seen.dataset, ("org/texts", "old", "test"), beside=NAMED
+        ),
+        "batch_size": Effect({"--batch-size": 3}, lambda seen: seen.batch_sizes, [3, 3, 2]),
+        "dtype": Effect(
+            {"--dtype": "bfloat16"}, lambda seen: (seen["dtype"], seen.dtypes), ("bfloat16", {torch.bfloat16})
+        ),
+        "revision": Effect({"--revision": "v2"}, lambda seen: (seen.downloads[0], seen["nats_per_token"])),
+        "trust_remote_code": Effect({"--trust-remote-code": None}, lambda seen: seen.remote_code, True),
+        "as_json": Effect({"--json": None}, lambda seen: is_json(seen.outcome.stdout), True),
+        "quiet": Effect({"--quiet": None}, lambda seen: seen.outcome.stderr, ""),
+    },
+    "inspect": {
+        "model": Effect({"": "org/other"}, lambda seen: seen["num_key_value_heads"], 2),
+        "context": Effect(
+            {"--context": 1000},
+            lambda seen: (seen["context_length"], seen["cache_bytes_for_context"]),
+            (1000, 1000 * 512),
+        ),
+        "revision": Effect({"--revision": "v2"}, lambda seen: seen["num_key_value_heads"], 4),
+        "as_json": Effect({"--json": None}, lambda seen: is_json(seen.outcome.stdout), True),
+        "quiet": Effect({"--quiet": None}, lambda seen: seen.downloads_are_shown, False),
+    },
+}
+
+
+def is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+@pytest.fixture
+def run_seen(
+    make_checkpoint: CheckpointFactory, invoke: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> RunSeen:
+    """Run a command with a hub of three checkpoints and a dataset, and watch what it asks of them and of the models."""
+    checkpoints = {
+        ("org/tiny", None): make_checkpoint(with_tokenizer=True),
+        ("org/tiny", "v2"): make_checkpoint(name="v2", seed=1, num_key_value_heads=4, with_tokenizer=True),
+        ("org/other", None): make_checkpoint(name="other", seed=2, num_key_value_heads=2, with_tokenizer=True),
+    }
+    rows = [{"text": PROSE, "verse": " ".join(reversed(PROSE.split()))}] * 4
+    (tmp_path / "prose.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "verse.jsonl").write_text("".join(json.dumps({"text": row["verse"]}) + "\n" for row in rows))
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+
+    def run(command: str, arguments: Arguments) -> Seen:
+        seen = Seen()
+
+        def download(repo_id: str, *, revision: str | None = None, **options: object) -> str:
+            seen.downloads.append((repo_id, revision))
+            seen.downloads_are_shown = "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ
+            return str(checkpoints[repo_id, revision])
+
+        def load_dataset(name: str, config: str | None, *, split: str, **options: object) -> list[dict[str, str]]:
+            seen.dataset = (name, config, split)
+            return rows
+
+        def watch(module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+            if isinstance(module, torch.nn.Embedding):
+                (token_ids,) = inputs  # (B, T)
+                seen.batch_sizes.append(len(token_ids))
+                seen.first_tokens |= set(token_ids[:, 0].tolist())
+                seen.dtypes.add(module.weight.dtype)
+                seen.remote_code = remote_code_allowed()
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        words = [word for pair in arguments.items() for word in pair if word not in ("", None)]
+        places = {"{prose}": tmp_path / "prose.jsonl", "{verse}": tmp_path / "verse.jsonl"}
+        with register_module_forward_pre_hook(watch):
+            seen.outcome = invoke(command, *(places.get(str(word), word) for word in words))
+        assert seen.outcome.returncode == 0, seen.outcome.stderr
+        return seen
+
+    return run
+
+
+@pytest.mark.parametrize("command", EFFECTS)
+def test_every_option_is_in_the_table(command: str) -> None:
+    parameters = get_command(app).commands[command].params  # type: ignore[attr-defined]
+    assert {parameter.name for parameter in parameters} - {"help"} == set(EFFECTS[command])
+
+
+@pytest.mark.parametrize(
+    ("command", "name"), [(command, name) for command, effects in EFFECTS.items() for name in effects]
+)
+def test_an_option_changes_what_it_should(command: str, name: str, run_seen: RunSeen) -> None:
+    effect = EFFECTS[command][name]
+    others = BASIS[command] | effect.beside
+    without = {option: value for option, value in others.items() if value is not None or option not in effect.arguments}
+    before, after = (effect.look(run_seen(command, arguments)) for arguments in (without, without | effect.arguments))
+    assert after != before
+    if effect.expected is not ANOTHER:
+        assert after == effect.expected
