@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import CheckpointFactory, Command, RunHere
 from huggingface_hub import ModelCard
+from kvconvert.convert.checkpoint.loading import load_model
 from kvconvert.convert.describe.card import write_card
 
 PROVENANCE = {
@@ -139,6 +141,8 @@ def test_remote_code_runs_only_if_it_is_trusted(
     ):
         assert invoke(*command).returncode == 0
         assert not marker.exists(), command
+    load_model(source, dtype=torch.float32, device="cpu")  # nor does the library trust it unasked
+    assert not marker.exists()
     # in a process of its own: the code that lies beside the checkpoint stays imported
     environment = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     assert kvconvert(*command, "--trust-remote-code", env=environment).returncode == 0

@@ -22,6 +22,7 @@ from conftest import KVCONVERT, CheckpointFactory, Command, Outcome, RunHere
 from kvconvert.cli.main import app
 from kvconvert.cli.values import parse_percentage, parse_size
 from kvconvert.configs import DEMO
+from kvconvert.convert import Checkpoint
 from kvconvert.convert import errors as errors_module
 from kvconvert.convert.errors import KvConvertError
 from safetensors.torch import load_file, save_file
@@ -220,7 +221,7 @@ def test_convert_for_people(make_checkpoint: CheckpointFactory, kvconvert: Comma
     assert outcome.returncode == 0, outcome.stderr
     assert outcome.stdout.splitlines() == [
         "llama: 8 → 1 K/V heads",
-        "  method      mean, 4 tensors pooled, 17 copied",
+        "  method      mean, 4 tensors made, 17 copied",
         "  K/V cache   512 → 64 bytes per token (16-bit), 1/8",
         "  weights     403 kB → 345 kB",
         f"  wrote {tmp_path / 'deep' / 'out'} (opens as LlamaForCausalLM)",
@@ -308,19 +309,19 @@ def test_a_diverging_run_exits_with_4(
 
 
 def test_an_unexpected_error_is_one_line_and_debug_shows_the_traceback(
-    invoke: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    invoke: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*arguments: object, **named: object) -> None:
+    def fail(checkpoint: Checkpoint) -> int:
         raise ZeroDivisionError("nobody\nforesaw it")
 
-    monkeypatch.setattr("kvconvert.cli.inspect.open_checkpoint", fail)
-    outcome = invoke("inspect", tmp_path)
+    monkeypatch.setattr(Checkpoint, "num_parameters", property(fail))
+    outcome = invoke("inspect", DEMO / "model")
     assert (outcome.returncode, outcome.stdout) == (1, "")
     assert outcome.stderr == (
         "error: unexpected ZeroDivisionError: nobody foresaw it\n"
         "hint: this is a bug: run again with `kvconvert --debug …` and report the traceback\n"
     )
-    outcome = invoke("--debug", "inspect", tmp_path)
+    outcome = invoke("--debug", "inspect", DEMO / "model")
     assert outcome.returncode == 1
     assert outcome.stderr.startswith("Traceback (most recent call last):\n")
     assert outcome.stderr.endswith("\nerror: unexpected ZeroDivisionError: nobody foresaw it\n")

@@ -1,4 +1,7 @@
-"""Every option of `evaluate` and `inspect` changes what it should: the result, or what is asked of other libraries."""
+"""Every option of `evaluate` and `inspect` changes what it should: the result, or what is asked of other libraries.
+
+Of the conversions it is the options that say which text and which revision are read.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,6 @@ class Seen:
     """A run, and what it asked of other libraries."""
 
     outcome: Outcome = field(default_factory=lambda: Outcome(-1, "", ""))
-    downloads: list[tuple[str, str | None]] = field(default_factory=list)
     downloads_are_shown: bool = True
     dataset: tuple[object, ...] = ()
     batch_sizes: list[int] = field(default_factory=list)
@@ -50,15 +53,31 @@ class Effect:
     beside: Arguments = field(default_factory=dict)
 
 
+def dataset(seen: Seen) -> object:
+    return seen.dataset
+
+
+def weights_written(seen: Seen) -> str:
+    return sha256((Path(seen["output"]) / "model.safetensors").read_bytes()).hexdigest()
+
+
 RunSeen = Callable[[str, Arguments], Seen]
 BASIS: dict[str, Arguments] = {
     "evaluate": {"": "org/tiny", "--data": "{prose}", "--window": 16, "--max-windows": 8, "--json": None},
     "inspect": {"": "org/tiny", "--json": None},
 }
+CALIBRATED: Arguments = {"": "org/tiny", "--calibration": "{prose}", "--calibration-tokens": 512, "--precision": "fp32"}
+CALIBRATED |= {"--output": "{out}", "--force": None, "--json": None}
+BASIS |= {
+    "mha2gqa": CALIBRATED | {"--groups": 2, "--method": "svd"},
+    "mha2mqa": CALIBRATED | {"--method": "svd"},
+    "mha2cla": CALIBRATED | {"--share": 2, "--method": "svd"},
+    "mha2mla": CALIBRATED | {"--kv-lora-rank": 24, "--qk-rope-head-dim": 4},
+}
 NAMED: Arguments = {"--data": "org/texts"}
 EFFECTS: dict[str, dict[str, Effect]] = {
     "evaluate": {
-        "model": Effect({"": "org/other"}, lambda seen: (seen.downloads, seen["nats_per_token"])),
+        "model": Effect({"": "org/other"}, lambda seen: seen["nats_per_token"]),
         "data": Effect({"--data": "{verse}"}, lambda seen: seen["nats_per_token"]),
         "against": Effect({"--against": "org/other"}, lambda seen: seen["against"]),
         "max_ppl_increase": Effect(
@@ -72,15 +91,13 @@ EFFECTS: dict[str, dict[str, Effect]] = {
         "bos": Effect({"--bos": "always"}, lambda seen: seen.first_tokens, {1}),
         "max_windows": Effect({"--max-windows": 3}, lambda seen: seen["num_windows"], 3),
         "text_field": Effect({"--text-field": "verse"}, lambda seen: seen["nats_per_token"]),
-        "split": Effect({"--split": "train"}, lambda seen: seen.dataset, ("org/texts", None, "train"), beside=NAMED),
-        "data_config": Effect(
-            {"--data-config": "old"}, lambda seen: seen.dataset, ("org/texts", "old", "test"), beside=NAMED
-        ),
+        "split": Effect({"--split": "train"}, dataset, ("org/texts", None, "train"), beside=NAMED),
+        "config": Effect({"--data-config": "old"}, dataset, ("org/texts", "old", "test"), beside=NAMED),
         "batch_size": Effect({"--batch-size": 3}, lambda seen: seen.batch_sizes, [3, 3, 2]),
         "dtype": Effect(
             {"--dtype": "bfloat16"}, lambda seen: (seen["dtype"], seen.dtypes), ("bfloat16", {torch.bfloat16})
         ),
-        "revision": Effect({"--revision": "v2"}, lambda seen: (seen.downloads[0], seen["nats_per_token"])),
+        "revision": Effect({"--revision": "v2"}, lambda seen: seen["nats_per_token"]),
         "trust_remote_code": Effect({"--trust-remote-code": None}, lambda seen: seen.remote_code, True),
         "as_json": Effect({"--json": None}, lambda seen: is_json(seen.outcome.stdout), True),
         "quiet": Effect({"--quiet": None}, lambda seen: seen.outcome.stderr, ""),
@@ -96,6 +113,17 @@ EFFECTS: dict[str, dict[str, Effect]] = {
         "as_json": Effect({"--json": None}, lambda seen: is_json(seen.outcome.stdout), True),
         "quiet": Effect({"--quiet": None}, lambda seen: seen.downloads_are_shown, False),
     },
+}
+COMPLETE = tuple(EFFECTS)
+CALIBRATED_ON_NAMED: Arguments = {"--calibration": "org/texts"}
+EFFECTS |= {
+    command: {
+        "text_field": Effect({"--text-field": "verse"}, weights_written),
+        "split": Effect({"--split": "test"}, dataset, ("org/texts", None, "test"), beside=CALIBRATED_ON_NAMED),
+        "config": Effect({"--data-config": "old"}, dataset, ("org/texts", "old", "train"), beside=CALIBRATED_ON_NAMED),
+        "revision": Effect({"--revision": "v2"}, weights_written),
+    }
+    for command in ("mha2gqa", "mha2mqa", "mha2cla", "mha2mla")
 }
 
 
@@ -125,7 +153,6 @@ def run_seen(
         seen = Seen()
 
         def download(repo_id: str, *, revision: str | None = None, **options: object) -> str:
-            seen.downloads.append((repo_id, revision))
             seen.downloads_are_shown = "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ
             return str(checkpoints[repo_id, revision])
 
@@ -144,7 +171,7 @@ def run_seen(
         monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         words = [word for pair in arguments.items() for word in pair if word not in ("", None)]
-        places = {"{prose}": tmp_path / "prose.jsonl", "{verse}": tmp_path / "verse.jsonl"}
+        places = {"{prose}": tmp_path / "prose.jsonl", "{verse}": tmp_path / "verse.jsonl", "{out}": tmp_path / "out"}
         with register_module_forward_pre_hook(watch):
             seen.outcome = invoke(command, *(places.get(str(word), word) for word in words))
         assert seen.outcome.returncode == 0, seen.outcome.stderr
@@ -153,7 +180,7 @@ def run_seen(
     return run
 
 
-@pytest.mark.parametrize("command", EFFECTS)
+@pytest.mark.parametrize("command", COMPLETE)
 def test_every_option_is_in_the_table(command: str) -> None:
     parameters = get_command(app).commands[command].params  # type: ignore[attr-defined]
     assert {parameter.name for parameter in parameters} - {"help"} == set(EFFECTS[command])
