@@ -53,7 +53,7 @@ class Inputs:
         return tokenizer_hash(self.tokenizer)
 
     def num_tokens(self, text: TextSource) -> int | None:
-        """About how many tokens a text holds, None if that is not known. Raises DataError for what is no text."""
+        """Estimate how many tokens a text holds, None if that is not known. Raises DataError for what is no text."""
         if text not in self._num_tokens:
             self._num_tokens[text] = estimate_tokens(text, self.tokenizer)
         return self._num_tokens[text]

@@ -65,9 +65,10 @@ class UptrainJob:
 
     @property
     def shares_frozen(self) -> bool:
-        """Whether what is frozen is the teacher's own; FSDP2, which wants one dtype in a layer, shards each by itself.
+        """Whether frozen weights of the student are the teacher's own tensors.
 
-        What is shared has one dtype, and without autocast that is the one that is trained in.
+        They are with the recipe light, except under FSDP2, which wants one dtype in a layer and shards each model by
+        itself. What is shared has one dtype, and without autocast that is the one that is trained in.
         """
         return self.settings.recipe is Recipe.light and not self.is_sharded
 
@@ -89,7 +90,7 @@ class UptrainJob:
         return ", then ".join(parts)
 
     def batch(self, micro_batch: int | None = None) -> Batch:
-        """How the sequences of a step are shared out: with this micro-batch, else the job's, else the default one.
+        """Share out the sequences of a step: with this micro-batch, else the job's, else the default one.
 
         Raises UnsupportedError where they cannot be shared out evenly.
         """
@@ -143,7 +144,7 @@ class UptrainJob:
 
     @property
     def description(self) -> dict[str, Any]:
-        """All that decides the result, as JSON has it; what differs is another run."""
+        """All that decides the result, as JSON has it: two jobs with one description are the same run."""
         description = {
             "model": Path(self.checkpoint.name).name,
             "model_fingerprint": self.inputs.fingerprint,
@@ -158,10 +159,10 @@ class UptrainJob:
 
 
 def work_directory(output: Path) -> Path:
-    """Where a run keeps its blocks, checkpoints, metrics and status until `output` is whole."""
+    """Name the directory where a run keeps its blocks, checkpoints, metrics and status until `output` is whole."""
     return output.with_name(f"{output.name}.uptraining")
 
 
 def sweep_directory(output: Path) -> Path:
-    """Where trials of learning rates are kept until the run that they are for is finished."""
+    """Name the directory where trials of learning rates are kept until the run that they are for is finished."""
     return output.with_name(f"{output.name}.lr-sweep")

@@ -11,12 +11,12 @@ __all__ = ["count_local_processes", "count_processes", "sharding_of", "uses_deep
 
 
 def count_processes() -> int:
-    """How many processes `accelerate launch` or `torchrun` started for this run."""
+    """Count the processes that `accelerate launch` or `torchrun` started for this run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def sharding_of(execution: Execution) -> Sharding:
-    """What a process holds a part of only: as --fsdp or accelerate's configuration of DeepSpeed says."""
+    """Tell which states are divided over the processes: FSDP2 divides all, else DeepSpeed's ZeRO stage decides."""
     if execution.fsdp:
         return "fsdp"
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") if uses_deepspeed() else None
@@ -24,10 +24,10 @@ def sharding_of(execution: Execution) -> Sharding:
 
 
 def uses_deepspeed() -> bool:
-    """Whether accelerate's configuration asks for DeepSpeed."""
+    """Tell whether accelerate's configuration asks for DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
 def count_local_processes() -> int:
-    """How many of the run's processes are on this machine."""
+    """Count the run's processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

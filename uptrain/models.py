@@ -35,7 +35,7 @@ _PROBE_TOKENS = 16
 def load_for_training(
     directory: Path, architecture: Architecture, *, dtype: Any, device: torch.device, num_shards: int = 1
 ) -> Any:
-    """A model on `device`, or with `num_shards` processes its share of every parameter (FSDP2), read by that process.
+    """Load a model onto `device`, or into each of `num_shards` processes its share of every parameter (FSDP2).
 
     Each decoder layer of the class is a unit that is gathered for its forward and backward pass alone.
     """
@@ -145,7 +145,7 @@ def require_separation(model: Any, *, name: str, bf16: bool) -> None:
 
 
 def compile_in_place(student: Any, teacher: Any | None) -> None:
-    """torch.compile, with no wrapper around them that would change the names of weights."""
+    """Compile both models (torch.compile) without a wrapper, which would change the names of weights."""
     student.compile()
     if teacher is not None:
         teacher.compile()
@@ -171,7 +171,7 @@ def reshard(model: Any) -> None:
 
 
 def full_state(model: Any, accelerator: Any, wrapped: Any) -> dict[str, Tensor]:
-    """All weights of a trained model in the main process, whatever sharded them; elsewhere it may be empty."""
+    """Gather all weights of a trained model in the main process, whatever sharded them; elsewhere it may be empty."""
     if getattr(model, "is_distributed_loading_by_transformers", False):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 

@@ -49,13 +49,15 @@ class Trained(StrEnum):
 
 
 class Objective(StrEnum):
+    """What a stage minimises: a loss on predictions, or the error of each layer's attention output."""
+
     prediction = "prediction"
     attention_regression = "attention regression"
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """How much forward KL and cross-entropy count, and the temperature at which distributions are compared.
+    """How much forward KL and cross-entropy count, and the softmax temperature of teacher and student in KL.
 
     KL is multiplied by the temperature squared, so that its gradient keeps its size (Hinton et al. 2015, §2).
     """
@@ -87,10 +89,11 @@ class Stage:
 
     @property
     def last_step(self) -> int:
+        """The step of the run at which the stage is finished."""
         return self.first_step + self.steps
 
     def uses_teacher(self, weights: LossWeights) -> bool:
-        """Whether what is minimised compares with a teacher; otherwise none is loaded."""
+        """Tell whether what is minimised compares with a teacher; otherwise none is loaded."""
         return self.objective is Objective.attention_regression or weights.kl > 0
 
 
@@ -103,7 +106,7 @@ def stages(
     layerwise_learning_rate: float,
     trained: Trained,
 ) -> tuple[Stage, ...]:
-    """The stages of a run of `steps`; `layerwise_fraction` of them, rounded up, fit attention first.
+    """Make the stages of a run of `steps`; `layerwise_fraction` of them, rounded up, fit attention first.
 
     At least one step is left for what follows. Raises UnsupportedError for a fraction where the recipe has one stage.
     """
@@ -129,12 +132,12 @@ def stages(
 
 
 def attention_names(names: Iterable[str], architecture: Architecture) -> frozenset[str]:
-    """Those of a decoder's parameters that belong to its layers' attention."""
+    """Choose the parameters of a decoder that belong to the attention of its layers."""
     return frozenset(_within_attention(names, architecture))
 
 
 def trained_names(names: Iterable[str], architecture: Architecture, trained: Trained) -> frozenset[str]:
-    """Those of a decoder's parameters that are trained."""
+    """Choose the parameters of a decoder that are trained."""
     if trained is Trained.all:
         return frozenset(names)
     found = _within_attention(names, architecture)

@@ -164,7 +164,7 @@ def _train_stages(context: RunContext) -> tuple[Any, dict[str, torch.Tensor]]:
 def result_of(
     job: UptrainJob, passes: float | None, *, seconds: float = 0.0, steps_done: int = 0, held_out: float | None = None
 ) -> UptrainResult:
-    """The result of a job, of which `steps_done` took `seconds`."""
+    """Make the result of a job, of which `steps_done` took `seconds`."""
     settings = job.settings
     return UptrainResult(
         output=job.output,

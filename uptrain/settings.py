@@ -71,10 +71,12 @@ class RunSettings:
 
     @property
     def tokens_per_step(self) -> int:
+        """The tokens of an optimizer step, over all processes."""
         return self.sequences_per_step * self.sequence_length
 
     @property
     def stages(self) -> tuple[Stage, ...]:
+        """The stages of the run, in order."""
         return stages(
             self.recipe,
             steps=self.steps,
@@ -112,12 +114,12 @@ class Execution:
 
 
 def default_sequence_length(checkpoint: Checkpoint) -> int:
-    """The longest sequence that the model takes, in tokens, but at most 2048."""
+    """Choose the longest sequence that the model takes, in tokens, but at most 2048."""
     return min(longest_sequence(checkpoint), _MAX_DEFAULT_SEQUENCE_LENGTH)
 
 
 def default_learning_rate(checkpoint: Checkpoint, recipe: Recipe) -> float:
-    """A peak learning rate by the number of parameters: 1e-3 below 100M, 3e-4 below 3B, 1e-4 above.
+    """Choose a peak learning rate by the number of parameters: 1e-3 below 100M, 3e-4 below 3B, 1e-4 above.
 
     It is at or below what models of these sizes were pretrained with (Pythia-70M 1e-3, Llama-2-7B 3e-4), half of it for
     the demo checkpoint (2e-3). For cross-entropy after a merge on calibration text, which leaves little to recover, it
@@ -130,5 +132,6 @@ def default_learning_rate(checkpoint: Checkpoint, recipe: Recipe) -> float:
 
 
 def longest_sequence(checkpoint: Checkpoint) -> int:
+    """Read from the config how many tokens a sequence may have; 2048 where it does not say."""
     name = find_architecture(checkpoint).config_name("max_position_embeddings")
     return checkpoint.config_int(name, default=_MAX_DEFAULT_SEQUENCE_LENGTH)

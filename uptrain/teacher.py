@@ -17,7 +17,7 @@ __all__ = ["as_teacher", "copied_bytes", "write_teacher"]
 
 
 def as_teacher(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint itself, or the class without grouped attention that it has as one that computes the same.
+    """Return a teacher in a class that can be trained towards: the checkpoint itself, or one that computes the same.
 
     That one tells packed documents apart, which classes such as OPT do not. Raises UnsupportedError if there is none.
     """
@@ -36,7 +36,7 @@ def as_teacher(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def copied_bytes(checkpoint: Checkpoint) -> int:
-    """What `write_teacher` writes of a teacher that has to be in another class, 0 of any other."""
+    """Count the bytes that `write_teacher` writes of a teacher that has to be in another class, 0 of any other."""
     return 0 if as_teacher(checkpoint) is checkpoint else measure_size(checkpoint).num_bytes
 
 

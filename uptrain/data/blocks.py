@@ -23,7 +23,7 @@ _IGNORED_LABEL = -100
 
 
 class PackedBlocks(Dataset[dict[str, Tensor]]):
-    """Samples `first_sample` to `first_sample + num_samples` of a corpus that `build` packs into `folder`.
+    """Samples `first_sample` to `first_sample + num_samples` of a corpus that `build` has packed into `folder`.
 
     A sample has input_ids, position_ids and labels, each (sequence_length,) int64. position_ids restart at each
     document: without an attention mask, transformers' attention then keeps the documents of a block apart. The first
@@ -56,7 +56,7 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
 
     @property
     def passes(self) -> tuple[float | None, ...]:
-        """How often each source is seen from the run's first sample to this dataset's last.
+        """Tell how often each source is seen from the run's first sample to this dataset's last.
 
         This is counted where the text was packed to its end, else estimated from a sample of the text, and None where
         that cannot be done, as for a named dataset.
@@ -97,15 +97,15 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
 
 
 def holds_shards(folder: Path) -> bool:
-    """Whether at least one shard of the text is packed in a folder of `build`."""
+    """Tell whether `build` has packed at least one shard of the text into a folder."""
     return any(SourceIndex.read(path.parent).shards for path in folder.glob(f"*/{INDEX_NAME}"))
 
 
 def validation_blocks(folder: Path) -> dict[str, Tensor] | None:
-    """The documents that are never trained on, in the form of PackedBlocks' samples; None when there are none.
+    """Read the documents that are never trained on, in the form of PackedBlocks' samples; None when there are none.
 
-    input_ids, position_ids and labels, each (num_blocks, sequence_length) int64, source after source. Raises DataError
-    when a file is missing or has another size than its index says.
+    They are input_ids, position_ids and labels, each (num_blocks, sequence_length) int64, source after source.
+    Raises DataError when a file is missing or has another size than its index says.
     """
     index = CorpusIndex.read(folder)
     samples = []

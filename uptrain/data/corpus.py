@@ -21,7 +21,7 @@ __all__ = ["Corpus", "CorpusIndex", "Origin", "most_passes", "source_folder"]
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a run reads: it decides every token of every sample.
+    """What a run reads, which decides every token of every sample.
 
     `num_blocks` counts training blocks of `sequence_length` tokens over all sources, as many as the run has samples.
     `validation_fraction` is of the documents.
@@ -54,27 +54,29 @@ class Corpus:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """The weights, with sum 1."""
+        """The weights of the sources, scaled to the sum 1."""
         return shares_of(self.sources)
 
     @property
     def mixture(self) -> Mixture:
+        """The rule by which each sample has its source."""
         return Mixture.of(self.shares, seed=self.seed)
 
     @property
     def dtype(self) -> str:
+        """The type of a token on the disk: the smaller one that holds every token id."""
         return "uint16" if self.vocab_size <= 2**16 else "uint32"
 
     @property
     def validation_shares(self) -> tuple[int, ...]:
-        """Validation blocks of each source, in proportion to the weights: a loss on them is one on the mixture."""
+        """The validation blocks of each source, in proportion to its weight: a loss on them is one on the mixture."""
         if self.validation_fraction == 0:
             return (0,) * len(self.sources)
         sums = np.cumsum((0.0, *self.shares)) * self.max_validation_blocks
         return tuple(np.diff(np.rint(sums).astype(int)).tolist())
 
     def is_validation(self, text: str) -> bool:
-        """Whether a document is never trained on; equal texts give equal answers, wherever they stand."""
+        """Tell whether a document is never trained on; equal texts give equal answers, wherever they stand."""
         if self.validation_fraction == 0:
             return False
         digest = blake2b(text.encode(errors="surrogatepass"), digest_size=8, key=str(self.seed).encode()).digest()
@@ -92,7 +94,10 @@ class Origin:
 
 @dataclass(frozen=True)
 class CorpusIndex:
-    """index.json of a corpus' folder; each source's own index has the counts and checksums of its shards."""
+    """The content of index.json in the folder of a corpus.
+
+    Each source has an index of its own, with the counts and checksums of its shards.
+    """
 
     corpus: Corpus
     blocks_per_shard: int
@@ -100,6 +105,7 @@ class CorpusIndex:
 
     @classmethod
     def read(cls, folder: Path) -> CorpusIndex:
+        """Read the index of a folder. Raises DataError when it is damaged."""
         path = folder / INDEX_NAME
         content = read_json(path)
         try:
@@ -111,15 +117,16 @@ class CorpusIndex:
             raise damaged(path, error) from error
 
     def layout(self, num_blocks: int) -> Layout:
+        """The layout of `num_blocks` blocks of one source."""
         return Layout(self.corpus.sequence_length, num_blocks, self.blocks_per_shard, self.corpus.dtype)
 
     @property
     def layouts(self) -> list[Layout]:
-        """Of each source's training blocks."""
+        """The layout of each source's training blocks."""
         return [self.layout(count) for count in self.corpus.mixture.counts(self.corpus.num_blocks)]
 
     def passes(self, packed: Sequence[SourceIndex], num_samples: int) -> tuple[float | None, ...]:
-        """How often each source, of which so much is packed, is seen in the first `num_samples` samples.
+        """Tell how often each source is seen in the first `num_samples` samples, given what is packed of it.
 
         A text that was packed to its end is counted, any other is estimated from its tokens, or None where they are not
         known. If no more of it is needed than is packed, that is at most once.
@@ -139,9 +146,9 @@ class CorpusIndex:
 
 
 def most_passes(passes: Sequence[float | None]) -> float | None:
-    """Of the source that is seen most often; None where it may be one of which that is not known.
+    """The passes over the source that is seen most often, None where that may be a source whose passes are not known.
 
-    At the end of a run it then was seen at most once.
+    At the end of a run None means that no text was seen more than once.
     """
     known = [value for value in passes if value is not None]
     most = max(known, default=0.0)
@@ -149,4 +156,5 @@ def most_passes(passes: Sequence[float | None]) -> float | None:
 
 
 def source_folder(folder: Path, number: int) -> Path:
+    """The folder of one source in the folder of a corpus."""
     return folder / f"source-{number}"

@@ -39,7 +39,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class DocumentStream:
-    """A source's documents as token ids, once over, from any place on.
+    """The documents of a source as token ids, which can be read once over from any place on.
 
     `name` is for messages. `open_text()` gives the texts, always the same ones in the same order, `encode` the token
     ids of some texts; texts that `keeps` refuses are left out.

@@ -23,7 +23,7 @@ _WHOLE = 2**40  # shares are integers of this: sums of floats would differ betwe
 
 @dataclass(frozen=True)
 class Mixture:
-    """Sources mixed by share: at the end of each window of 1024 samples, counts are within one of the exact ones.
+    """The rule that mixes sources by share: after each window of 1024 samples, counts are within one of the exact ones.
 
     `bounds` are the shares summed up, from 0 to 2**40. Within a window the order is drawn by `seed`. Raises InputError
     for a share below one sample in a window: rounded sums of it would not always grow.
@@ -43,23 +43,25 @@ class Mixture:
 
     @classmethod
     def of(cls, weights: Sequence[float], *, seed: int) -> Mixture:
+        """Make the mixture of sources with these weights, which may have any positive sum."""
         total = sum(weights)
         sums = [round(part / total * _WHOLE) for part in accumulate(weights)]
         return cls((0, *sums[:-1], _WHOLE), seed)
 
     @property
     def num_sources(self) -> int:
+        """The number of sources."""
         return len(self.bounds) - 1
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """The source of a sample, and how many samples of that source come before it."""
+        """Find the source of a sample, and how many samples of that source come before it."""
         window, place = divmod(sample, WINDOW)
         order = _order(self, window)
         source = int(order[place])
         return source, self._before(window)[source] + int(np.count_nonzero(order[:place] == source))
 
     def counts(self, num_samples: int) -> tuple[int, ...]:
-        """How many of the first `num_samples` samples come from each source."""
+        """Count how many of the first `num_samples` samples come from each source."""
         window, place = divmod(num_samples, WINDOW)
         begun = np.bincount(_order(self, window)[:place], minlength=self.num_sources).tolist()
         return tuple(before + count for before, count in zip(self._before(window), begun, strict=True))
@@ -80,7 +82,7 @@ def _order(mixture: Mixture, window: int) -> NDArray[Any]:
 
 
 def shuffled(count: int, *key: int | str) -> NDArray[np.uint32]:
-    """The numbers below `count` in an order drawn by `key`.
+    """Return the numbers below `count`, (count,), in an order drawn by `key`.
 
     No library's generator draws it: their streams may change between versions, and a resumed run must not notice.
     """
@@ -88,12 +90,12 @@ def shuffled(count: int, *key: int | str) -> NDArray[np.uint32]:
 
 
 def drawn_seed(*key: int | str) -> int:
-    """64 bits that look unrelated for each key."""
+    """Return a number of 64 bits, which looks unrelated for each key."""
     return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 
 def splitmix64(start: int, count: int) -> NDArray[np.uint64]:
-    """The first `count` outputs of the generator SplitMix64 (Steele, Lea, Flood 2014) from the state `start`."""
+    """Return `count` outputs, (count,), of SplitMix64 (Steele, Lea, Flood 2014) from the state `start` on."""
     z = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(start)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -43,15 +43,17 @@ class Layout:
 
     @property
     def num_shards(self) -> int:
+        """The number of shards of all blocks."""
         return -(-self.num_blocks // self.blocks_per_shard)
 
     def blocks_of(self, shard: int) -> int:
+        """The number of blocks in one shard."""
         return min(self.blocks_per_shard, self.num_blocks - shard * self.blocks_per_shard)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What one pair of files holds, between which places of the source."""
+    """The row of one shard: what its two files hold, and between which places of the source that lies."""
 
     num_blocks: int
     num_documents: int
@@ -64,6 +66,7 @@ class Shard:
 
     @classmethod
     def of_json(cls, row: dict[str, Any]) -> Shard:
+        """Read a row of the index."""
         return cls(**{**row, "begin": Cursor(**row["begin"]), "end": Cursor(**row["end"])})
 
 
@@ -80,14 +83,16 @@ class SourceIndex:
 
     @property
     def num_blocks(self) -> int:
+        """The number of blocks in all whole shards."""
         return sum(shard.num_blocks for shard in self.shards)
 
     def is_whole(self, layout: Layout) -> bool:
+        """Tell whether all blocks of a layout are packed, or all that the text has."""
         return self.leftover_tokens is not None or len(self.shards) == layout.num_shards
 
     @classmethod
     def read(cls, folder: Path) -> SourceIndex:
-        """The index in a source's folder, an empty one if there is none. Raises DataError when it is damaged."""
+        """Read the index in a source's folder, an empty one if there is none. Raises DataError when it is damaged."""
         path = folder / INDEX_NAME
         if not path.exists():
             return cls()
@@ -103,7 +108,7 @@ class SourceIndex:
 
 
 def read_json(path: Path) -> Any:
-    """Raises DataError when the file is not JSON."""
+    """Read a JSON file. Raises DataError when it is not JSON."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -111,16 +116,19 @@ def read_json(path: Path) -> Any:
 
 
 def damaged(path: Path, error: Exception) -> DataError:
+    """Make the error that says that an index cannot be read."""
     return DataError(
         f"{path}: not an index of packed blocks ({error})", hint=f"remove {path.parent}, then the text is packed again"
     )
 
 
 def tokens_path(folder: Path, shard: int) -> Path:
+    """The file with the tokens of a shard, (num_blocks, sequence_length) uint16 or uint32."""
     return folder / f"tokens-{shard:05}.bin"
 
 
 def starts_path(folder: Path, shard: int) -> Path:
+    """The file with the places where the documents of a shard start, (num_documents,) int64, in tokens of the shard."""
     return folder / f"starts-{shard:05}.bin"
 
 
@@ -131,5 +139,6 @@ def check_size(path: Path, num_bytes: int) -> None:
 
 
 def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,7 +21,7 @@ _EXAMPLE = "write for example a.jsonl:0.7 or org/name[split=train,field=text]:0.
 
 @dataclass(frozen=True)
 class WeightedSource:
-    """Text, and how much of the samples comes from it, relative to the other sources."""
+    """A text, and how much of the samples comes from it, relative to the other sources."""
 
     text: TextSource
     weight: float = 1.0
@@ -60,6 +60,6 @@ def parse_source(typed: str, defaults: TextSource) -> WeightedSource:
 
 
 def shares_of(sources: Sequence[WeightedSource]) -> tuple[float, ...]:
-    """The weights, with sum 1."""
+    """Scale the weights of sources to the sum 1."""
     total = math.fsum(source.weight for source in sources)
     return tuple(source.weight / total for source in sources)

@@ -28,7 +28,7 @@ _MAX_DEFAULT_MICRO_BATCH = 8
 
 @dataclass(frozen=True)
 class Budget:
-    """`steps` optimizer steps of `tokens_per_step` tokens.
+    """The length of a run: `steps` optimizer steps of `tokens_per_step` tokens.
 
     `fraction` is what was asked for (None where steps or tokens were), of `pretraining_tokens`, whose origin `source`
     tells; where they are not known it says why. `explicit` is False where nobody chose a length.
@@ -43,11 +43,12 @@ class Budget:
 
     @property
     def tokens(self) -> int:
+        """The tokens of the whole run."""
         return self.steps * self.tokens_per_step
 
     @property
     def fraction_of_pretraining(self) -> float | None:
-        """What the steps come to, rounded up as they are; None if the pretraining tokens are not known."""
+        """The part of the pretraining tokens that the steps come to; None if those tokens are not known."""
         return None if self.pretraining_tokens is None else self.tokens / self.pretraining_tokens
 
 
@@ -60,7 +61,7 @@ def plan_budget(
     lookup: PretrainingTokens,
     tokens_per_step: int,
 ) -> Budget:
-    """The budget that one of `steps`, `tokens` and `fraction` sets; without any, DEFAULT_FRACTION.
+    """Make the budget that one of `steps`, `tokens` and `fraction` sets; without any, DEFAULT_FRACTION does.
 
     `pretraining_tokens` is what the user says, `lookup` what is known otherwise. Steps are rounded up.
     Raises UnsupportedError for two lengths or one that is not positive, InputError for a fraction of an unknown number.
@@ -101,7 +102,7 @@ def plan_budget(
 
 
 def default_global_batch_tokens(num_parameters: int) -> int:
-    """Tokens per optimizer step: 16 384 below 1e8 parameters, 131 072 below 1e9, 524 288 above.
+    """Choose the tokens per optimizer step: 16 384 below 1e8 parameters, 131 072 below 1e9, 524 288 above.
 
     The largest is what MHA2MLA (SmolLM) and TransMLA (128 × 4096) uptrain with. Smaller models are given smaller
     budgets, which should still be thousands of steps: 1B tokens are 1908 steps of the largest batch.
@@ -129,17 +130,19 @@ class Batch:
 
     @property
     def gradient_accumulation_steps(self) -> int:
+        """The micro-batches that each process takes before the optimizer steps."""
         return self.sequences_per_step // (self.num_processes * self.micro_batch)
 
     @property
     def tokens_per_step(self) -> int:
+        """The tokens of an optimizer step, over all processes."""
         return self.sequences_per_step * self.sequence_length
 
 
 def derive_batch(
     *, global_batch_tokens: int, sequence_length: int, num_processes: int, micro_batch: int | None = None
 ) -> Batch:
-    """The batch nearest to `global_batch_tokens`: accumulation follows, so that it does not depend on the processes.
+    """Find the batch nearest to `global_batch_tokens`, whatever the number of processes: accumulation follows.
 
     Without `micro_batch`, the largest up to 8 that divides a process's share. Raises UnsupportedError, with the nearest
     batch and the largest micro-batch that work, where the sequences cannot be shared out evenly.
@@ -158,7 +161,7 @@ def derive_batch(
 
 
 def default_micro_batch(sequences: int, sequence_length: int, num_processes: int) -> int:
-    """The largest micro-batch up to 8 that divides a process's share of the sequences of a step.
+    """Find the largest micro-batch up to 8 that divides a process's share of the sequences of a step.
 
     Raises UnsupportedError where they cannot be shared out evenly.
     """

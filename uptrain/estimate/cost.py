@@ -44,7 +44,7 @@ class RunCost:
 
     @property
     def warning(self) -> str | None:
-        """What a user should know before starting, or None."""
+        """The sentence that a user should read before starting, or None."""
         return None if self.passes is None else warn_of_passes(self.passes)
 
 
@@ -76,13 +76,13 @@ def run_cost(
 
 
 def passes_over(tokens: int, sources: Sequence[SourceSize]) -> float | None:
-    """How often the source that is read most often is read in a run of so many tokens; None if a size is not known."""
+    """Tell how often a run of `tokens` reads the source that it reads most often; None if a size is not known."""
     passes = [tokens * source.share / source.num_tokens for source in sources if source.num_tokens]
     return max(passes) if passes and len(passes) == len(sources) else None
 
 
 def warn_of_passes(passes: float) -> str | None:
-    """What to say of a run that reads its text so often, or None."""
+    """Write the warning for a run that reads its text so often, or return None where that is fine."""
     if passes <= MAX_PASSES:
         return None
     return f"the run reads the text {passes:.1f} times; beyond {MAX_PASSES} it learns it by heart: use more text"

@@ -16,7 +16,7 @@ _CHECKPOINTS = 3  # two are kept while a third is written, or the result, which 
 
 
 def packed_tokens(tokens: int, sources: Sequence[SourceSize]) -> int:
-    """Tokens of text that a run of `tokens` has on its disk: of each source its share, or all that it holds if less."""
+    """Count the tokens that a run of `tokens` packs: of each source its share, or all that it holds if that is less."""
     needed = [math.ceil(tokens * source.share) for source in sources]
     return sum(
         count if source.num_tokens is None else min(count, source.num_tokens)
@@ -25,7 +25,7 @@ def packed_tokens(tokens: int, sources: Sequence[SourceSize]) -> int:
 
 
 def disk_bytes(shape: RunShape, num_packed_tokens: int) -> int:
-    """Bytes that a run takes at most, beside its model, teacher and text.
+    """Estimate the bytes that a run takes at most, beside its model, teacher and text.
 
     They are packed text in 2 bytes per token (4 if the vocabulary has more than 65 536); the teacher where it is copied
     into another class; weights, as they are held, of the stage before the last; three checkpoints, with weights and the

@@ -14,7 +14,7 @@ __all__ = ["flops_per_token", "stage_flops_per_token", "total_flops"]
 def flops_per_token(
     student: ModelSize, teacher: ModelSize | None, objective: Objective, trained: Trained, sequence_length: int
 ) -> float:
-    """FLOPs of one training step, forward and backward, per token.
+    """Compute the FLOPs of one training step, forward and backward, per token.
 
     Prediction, all parameters: 3 × forward. Only some of the attention: 2N forward, 2N for the gradients of
     activations, which pass every layer down to the first, 2·(trained matrices), and 3 × the scores. The first layer's
@@ -40,12 +40,12 @@ def flops_per_token(
 
 
 def stage_flops_per_token(shape: RunShape, stage: Stage) -> float:
-    """FLOPs of a stage of a run, per token."""
+    """Compute the FLOPs of a stage of a run, per token."""
     models = shape.models_in(stage)
     return flops_per_token(models.student, models.teacher, stage.objective, stage.trained, shape.batch.sequence_length)
 
 
 def total_flops(shape: RunShape, stages: Iterable[Stage]) -> float:
-    """FLOPs of these stages, over all processes."""
+    """Compute the FLOPs of these stages, over all processes."""
     tokens = shape.batch.tokens_per_step
     return sum(stage.steps * tokens * stage_flops_per_token(shape, stage) for stage in stages)

@@ -31,7 +31,7 @@ _PEAKS: tuple[tuple[str, float, str], ...] = (
 
 
 def peak_flops(gpu_name: str) -> float | None:
-    """Dense bf16 FLOPs per second of a GPU, by its name as torch reports it, or None where it is not known for sure.
+    """Return the dense bf16 FLOPs per second of a GPU, by its name in torch; None where they are not known for sure.
 
     Parts of a GPU (MIG), laptop and NVL variants have other peaks than the name's start suggests; V100 and older have
     no bf16.
@@ -59,5 +59,5 @@ def detect_gpu() -> str | None:
 
 
 def gpu_hours(flops: float, peak: float, mfu: float = _MFU) -> float:
-    """Hours of one GPU. `mfu` is the part of its peak that training is assumed to reach."""
+    """Compute the hours that one GPU takes, where training reaches the part `mfu` of its peak."""
     return flops / (peak * mfu * 3600)

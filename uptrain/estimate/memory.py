@@ -14,7 +14,7 @@ _CHUNK_TOKENS = 1024  # of which losses hold float32 probabilities at a time
 
 
 def weight_bytes(models: Models, trained: Trained) -> int:
-    """Bytes of both models' weights as a run loads them: the student in float32, the teacher in its stored dtype.
+    """Compute the bytes of both models' weights: the student's in float32, the teacher's in their stored dtype.
 
     What is frozen is as `Models` says.
     """

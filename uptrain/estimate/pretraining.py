@@ -36,7 +36,9 @@ _OTHER_NAMES = {
 
 @dataclass(frozen=True)
 class PretrainingTokens:
-    """`tokens` is None where it is not known; `source` then says why, else where the number is from."""
+    """On how many tokens a model was pretrained, and who says so.
+
+    `tokens` is None where it is not known; `source` then says why, else where the number is from."""
 
     tokens: int | None
     source: str
@@ -58,12 +60,13 @@ class KnownModel:
 
     @property
     def described(self) -> str:
+        """The source, with a note where the number is rounded."""
         return self.source if self.exact or self.tokens is None else f"{self.source}; rounded"
 
 
 @cache
 def known_models() -> tuple[KnownModel, ...]:
-    """The rows of configs/pretraining_tokens.json."""
+    """Read the rows of configs/pretraining_tokens.json."""
     table = json.loads(PRETRAINING_TOKENS.read_text(encoding="utf-8"))
     return tuple(
         KnownModel(
@@ -82,7 +85,7 @@ def known_models() -> tuple[KnownModel, ...]:
 
 
 def lookup_pretraining_tokens(checkpoint: Checkpoint, teacher: Checkpoint | None = None) -> PretrainingTokens:
-    """The pretraining tokens of the model that `checkpoint` was converted from.
+    """Look up the pretraining tokens of the model that `checkpoint` was converted from.
 
     In this order: pretraining.json beside it; its id or name in the table, then that of its source in kvconvert.json;
     the shape in its config. A teacher of the same shape is taken for the original, and asked after the checkpoint in

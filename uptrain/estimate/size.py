@@ -55,10 +55,11 @@ class ModelSize:
 
     @property
     def num_hidden_layers(self) -> int:
+        """The number of layers."""
         return len(self.windows)
 
     def num_trained(self, trained: Trained) -> int:
-        """Parameters that an optimizer updates."""
+        """Count the parameters that an optimizer updates."""
         return {
             Trained.all: self.num_parameters,
             Trained.attention: self.num_attention_parameters,
@@ -66,7 +67,7 @@ class ModelSize:
         }[trained]
 
     def score_flops(self, sequence_length: int) -> float:
-        """Forward FLOPs per token of scores and of their product with the values, under a causal mask.
+        """Compute the forward FLOPs per token of scores and of their product with the values, under a causal mask.
 
         2·H·(qk + v)·(mean attended tokens) per layer, which are S/2, or w − w²/2S with a window of w < S tokens.
         """
@@ -77,12 +78,12 @@ class ModelSize:
         return 2 * self.num_attention_heads * (self.qk_head_dim + self.v_head_dim) * attended
 
     def forward_flops(self, sequence_length: int) -> float:
-        """Per token: 2N for the matrices, and the attention's scores."""
+        """Compute the forward FLOPs per token: 2N for the matrices, and those of the attention's scores."""
         return 2 * self.num_matmul_parameters + self.score_flops(sequence_length)
 
 
 def measure_size(checkpoint: Checkpoint) -> ModelSize:
-    """The size of a decoder from its headers and config; no weight is read.
+    """Measure a decoder from its headers and config; no weight is read.
 
     A class without grouped attention is measured as the one that it can be converted to, with its own parameters.
     Raises UnsupportedError for an architecture that kvconvert does not know and for encoder-decoders, CheckpointError

@@ -23,7 +23,7 @@ _FEED_FORWARDS = ("mlp", "ffn")
 
 
 def decoder_layers(model: Any, architecture: Architecture) -> list[Any]:
-    """The decoder layers of a model, in order."""
+    """Return the decoder layers of a model, in order."""
     return list(model.get_submodule(architecture.attention.partition(".{layer}")[0]))
 
 
@@ -39,7 +39,7 @@ def require_same_size(student: Any, teacher: Any) -> None:
 
 
 class AttentionRegression:
-    """Sum over tokens of the mean over layers of ‖student's attention output − teacher's‖² / E‖teacher's‖².
+    """The sum over tokens of the mean over layers of ‖student's attention output − teacher's‖² / E‖teacher's‖².
 
     An output is that of o_proj, whatever a class does with it next. E‖teacher's‖² per token comes from a sample that is
     the same throughout a run (`measure_scales`, or `scales` of a run to go on with), so that how a batch is cut into
@@ -84,7 +84,7 @@ class AttentionRegression:
         return self.scales
 
     def __call__(self, model: Any, feed: dict[str, Tensor], labels: Tensor) -> Tensor:
-        """The loss, float32, of `model`, the student or what wraps it; `labels` are not used."""
+        """Compute the loss, a float32 scalar, of `model`: the student or what wraps it. `labels` are not used."""
         self._run_teacher(feed)
         with self._attention_only():
             model(**feed, use_cache=False, logits_to_keep=1)

@@ -19,7 +19,7 @@ _CHUNK_TOKENS = 1024
 def prediction_loss_sum(
     student_logits: Tensor, labels: Tensor, weights: LossWeights, *, teacher_logits: Tensor | None = None
 ) -> Tensor:
-    """Weighted sum over predicted tokens of KL(teacher ‖ student) and −log p(label), in nats, float32.
+    """Compute the weighted sum over predicted tokens of KL(teacher ‖ student) and −log p(label), in nats, float32.
 
     student_logits, teacher_logits: (B, T, vocab_size), any float dtype, the teacher's needed where weights.kl > 0;
     labels: (B, T) int64, not shifted, IGNORED_LABEL where not predicted. No gradient flows into the teacher. Beside the
@@ -91,13 +91,13 @@ def _chunk_loss(
 
 
 class Loss(Protocol):
-    """The sum of a loss over the tokens of a micro-batch: `feed` holds what the model takes, `labels` (B, T)."""
+    """What sums a loss over the tokens of a micro-batch: `feed` holds what the model takes, `labels` is (B, T)."""
 
     def __call__(self, model: Any, feed: dict[str, Tensor], labels: Tensor) -> Tensor: ...
 
 
 class PredictionLoss:
-    """Divergence from `teacher`, cross-entropy, or both.
+    """The loss on predictions: the divergence from `teacher`, cross-entropy, or both.
 
     Neither an attention mask nor a cache is used: either would let packed documents attend to each other.
     """

@@ -19,7 +19,7 @@ _NAME = re.compile(r"checkpoint-\d+")  # others are copies that somebody made
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer steps that a `checkpoint-N` holds."""
+    """Read the number of optimizer steps from the name `checkpoint-N`."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
@@ -41,7 +41,7 @@ def finish_checkpoint(checkpoint: Path) -> None:
 
 
 def last_complete(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a folder, if there is one."""
+    """Find the newest complete checkpoint of a folder, if there is one."""
     return next((path for path in reversed(_checkpoints(folder)) if _is_complete(path)), None)
 
 

@@ -21,7 +21,7 @@ __all__ = ["no_held_out_text", "prepare"]
 
 
 def no_held_out_text() -> InputError:
-    """The error that trials which cannot be compared end with."""
+    """Make the error that trials end with which cannot be compared."""
     return InputError(
         "--lr-sweep compares held-out loss, and there is no held-out text",
         hint="pass --eval-data, or a --validation-fraction that holds out at least one block",

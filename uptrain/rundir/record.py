@@ -23,19 +23,19 @@ REPLACES_NAME = "force"
 
 
 def finished_before(job: UptrainJob) -> bool:
-    """Whether the output holds the result of this very run."""
+    """Tell whether the output holds the result of this very run."""
     record = read_provenance(job.output).get("uptraining")
     return record is not None and not _changes(record, job)
 
 
 def begun_before(job: UptrainJob) -> bool:
-    """Whether the work directory holds this very run, not finished."""
+    """Tell whether the work directory holds this very run, not finished."""
     path = job.work / SETTINGS_NAME
     return path.exists() and not _changes(json.loads(path.read_text()), job)
 
 
 def replaces_output(job: UptrainJob) -> bool:
-    """Whether the run that is under way began with force, so that it may replace an output."""
+    """Tell whether the run that is under way began with force, so that it may replace an output."""
     path = job.work / SETTINGS_NAME
     return path.exists() and bool(json.loads(path.read_text()).get(REPLACES_NAME))
 

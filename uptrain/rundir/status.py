@@ -101,13 +101,13 @@ def write_status(folder: Path, status: RunStatus) -> None:
 
 
 def read_status(folder: Path) -> RunStatus | None:
-    """The status in a folder, None if there is none."""
+    """Read the status in a folder, None if there is none."""
     path = folder / STATUS_NAME
     return RunStatus(**json.loads(path.read_text())) if path.exists() else None
 
 
 def status_of_error(status: RunStatus, error: BaseException) -> RunStatus:
-    """The status of a run that `error` ended."""
+    """Make the status of a run that `error` ended."""
     if isinstance(error, PreemptedError):
         state, exit_code = "preempted", error.exit_code
     elif isinstance(error, DivergedError):

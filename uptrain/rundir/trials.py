@@ -60,11 +60,15 @@ class Sweep:
 
     @property
     def is_done(self) -> bool:
+        """Whether no trial is left to be run."""
         return len(self.trials) == self.num_rates
 
 
 def trial_settings(settings: RunSettings, num_rates: int) -> tuple[RunSettings, ...]:
-    """Of each trial: rates around the run's own, each twice the one before; 3 % of the run's steps, at least 20."""
+    """Make the settings of each trial.
+
+    The rates lie around the run's own, each twice the one before; a trial has 3 % of the run's steps, at least 20.
+    """
     steps = min(max(math.ceil(_FRACTION * settings.steps), _LEAST_STEPS), settings.steps)
     return tuple(
         replace(settings, steps=steps, learning_rate=settings.learning_rate * _FACTOR ** (index - num_rates // 2))
@@ -73,11 +77,12 @@ def trial_settings(settings: RunSettings, num_rates: int) -> tuple[RunSettings, 
 
 
 def new_sweep(job: UptrainJob, num_rates: int, *, force: bool) -> Sweep:
+    """Begin a sweep for a job, without a trial that is done."""
     return Sweep(job.description, num_rates, (), replaces=force)
 
 
 def find_sweep(job: UptrainJob, num_rates: int, *, force: bool) -> Sweep | None:
-    """The trials for this job to go on with, beside its output or in it; None where they have to begin.
+    """Find the trials for this job to go on with, beside its output or in it; None where they have to begin.
 
     With `force` they begin, unless they are ones that began with force themselves and the run that they are for has
     not begun: the same command then goes on. Raises OutputError where something else is in their place, InputError for
@@ -103,7 +108,7 @@ def find_sweep(job: UptrainJob, num_rates: int, *, force: bool) -> Sweep | None:
 
 
 def goes_on_to_replace(sweep: Sweep, job: UptrainJob) -> bool:
-    """Whether these trials began with force, and the run that they are for, which then may replace an output, did not.
+    """Tell whether these trials began with force and their run, which then may replace an output, has not begun.
 
     Once it has begun, its own work directory tells that.
     """
@@ -111,7 +116,7 @@ def goes_on_to_replace(sweep: Sweep, job: UptrainJob) -> bool:
 
 
 def with_best_rate(job: UptrainJob, trials: Sequence[Trial]) -> UptrainJob:
-    """The job at the learning rate whose trial ended with the least held-out loss.
+    """Give the job the learning rate whose trial ended with the least held-out loss.
 
     Raises DivergedError if none came to its end.
     """
@@ -119,7 +124,7 @@ def with_best_rate(job: UptrainJob, trials: Sequence[Trial]) -> UptrainJob:
 
 
 def sweep_that_chose(job: UptrainJob) -> Path | None:
-    """The directory beside the output of the trials that chose this job's learning rate, if that is so."""
+    """Find the directory of the trials that chose this job's learning rate; None if none did."""
     folder = sweep_directory(job.output)
     sweep = _read_sweep(folder)
     if sweep is None or not sweep.is_done or all(trial.nats_per_token is None for trial in sweep.trials):
@@ -129,6 +134,7 @@ def sweep_that_chose(job: UptrainJob) -> Path | None:
 
 
 def write_sweep(folder: Path, sweep: Sweep) -> None:
+    """Write a sweep into its folder."""
     record = {
         "of": sweep.of,
         "num_rates": sweep.num_rates,

@@ -24,34 +24,34 @@ __all__ = [
 
 
 def data_folder(job: UptrainJob) -> Path:
-    """Where the packed text is."""
+    """Name the folder of the packed text."""
     return job.work / "data"
 
 
 def checkpoints_folder(job: UptrainJob, stage: Stage) -> Path:
-    """Where the checkpoints of a stage are."""
+    """Name the folder of the checkpoints of a stage."""
     return job.work / "checkpoints" / stage.name
 
 
 def stage_folder(job: UptrainJob, stage: Stage) -> Path:
-    """Where the weights that a stage ended with are, once it is finished."""
+    """Name the folder of the weights that a stage ended with, which is there once the stage is finished."""
     return job.work / "stages" / stage.name
 
 
 def teacher_folder(job: UptrainJob) -> Path:
-    """Where the teacher is read from."""
+    """Name the folder that the teacher is read from."""
     assert job.teacher is not None
     translated = translated_teacher(job)
     return translated if translated.exists() else Path(job.teacher)
 
 
 def translated_teacher(job: UptrainJob) -> Path:
-    """Where a teacher is that was copied into another class."""
+    """Name the folder of a teacher that was copied into another class."""
     return job.work / "teacher"
 
 
 def last_saved(job: UptrainJob) -> tuple[int, Path | None]:
-    """The step up to which weights are saved, and where they are."""
+    """Find the step up to which weights are saved, and where they are."""
     for stage in reversed(job.settings.stages):
         if stage_folder(job, stage).joinpath(CONFIG_NAME).exists():
             return stage.last_step, stage_folder(job, stage)

@@ -22,7 +22,7 @@ _ADAM_BETA2 = 0.95  # as language models are pretrained with (GPT-3, Llama), not
 def training_arguments(
     job: UptrainJob, watch: Observation, stage: Stage, device: torch.device, *, micro_batch: int
 ) -> TrainingArguments:
-    """The Trainer's arguments for a stage that takes `micro_batch` sequences at once on `device`."""
+    """Make the Trainer's arguments for a stage that takes `micro_batch` sequences at once on `device`."""
     settings, execution = job.settings, job.execution
     checkpointing: dict[str, Any] = {
         ACTIVATION_CHECKPOINTING: checkpoints_activations(job, stage),
@@ -59,7 +59,7 @@ def training_arguments(
 
 
 def checkpoints_activations(job: UptrainJob, stage: Stage) -> bool:
-    """Whether activations are computed again in the backward pass of a stage.
+    """Tell whether activations are computed again in the backward pass of a stage.
 
     Attention regression keeps no feed-forward activations anyway, and its hooks are not there in a second pass.
     """

@@ -56,7 +56,7 @@ class PeriodicEvaluation(TrainerCallback):
 
 
 def validation_score(job: UptrainJob) -> Callable[[Any], float] | None:
-    """Nats per token on the validation slice, where there is one."""
+    """Make the score of a model in nats per token on the validation slice; None where there is none."""
     blocks = validation_blocks(data_folder(job))
     if blocks is None:
         return None
@@ -76,7 +76,7 @@ def validation_score(job: UptrainJob) -> Callable[[Any], float] | None:
 
 
 def under_autocast(score: Callable[[Any], float] | None, precision: str) -> Callable[[Any], float] | None:
-    """Score as a model is trained: frozen weights may be in bfloat16."""
+    """Let a score run as the model is trained, under autocast with bf16: frozen weights may be in bfloat16."""
     if score is None or precision != "bf16":
         return score
 

@@ -25,7 +25,7 @@ _NUM_SCALE_SAMPLES = 8
 
 
 def stage_loss(context: RunContext, stage: Stage, student: Any, teacher: Any) -> Loss:
-    """The loss of a stage between loaded models.
+    """Make the loss of a stage between loaded models.
 
     The scales of attention regression come from the run's first samples and are kept in its work directory.
     """

@@ -17,7 +17,7 @@ __all__ = ["MetricsLog", "StepProgress", "Throughput"]
 
 
 class Throughput:
-    """Tokens per second, model FLOPs utilisation and remaining time, from the steps between two readings.
+    """A clock that gives tokens per second, model FLOPs utilisation and remaining time between two readings.
 
     `peak_flops` is that of all devices together; without it, or without `flops_per_token`, the utilisation is None,
     never a guess. The first reading covers the steps since it was made, with what compiles or warms up in them.
@@ -33,6 +33,7 @@ class Throughput:
         self._at: tuple[int, float] | None = None
 
     def start(self, step: int) -> None:
+        """Count from this step on."""
         self._at = (step, time.monotonic())
 
     def leave_out(self, seconds: float) -> None:
@@ -41,6 +42,7 @@ class Throughput:
             self._at = (self._at[0], self._at[1] + seconds)
 
     def read(self, step: int) -> dict[str, float | None]:
+        """Return what the steps since the last reading took; nothing if there were none."""
         now = time.monotonic()
         if self._at is None or step <= self._at[0]:
             return {}

@@ -39,7 +39,7 @@ def largest_micro_batch(
     num_local: int,
     everywhere: Callable[[bool], bool] = lambda holds: holds,
 ) -> int:
-    """The largest divisor of `sequences_per_process`, at most 64, whose step fits beside gradients and AdamW's moments.
+    """Find the largest divisor of `sequences_per_process` up to 64 whose step fits beside gradients and moments.
 
     `loss(n)` is that of n sequences. One and, where it fits, two sequences are run forward and backward, with the
     gradients there already: what a further one needs is their difference. `num_local` processes share the memory of a
@@ -109,7 +109,7 @@ def _local(parameter: Tensor) -> Tensor:
 
 
 def stage_micro_batch(context: RunContext, stage: Stage, student: Any, loss: Loss) -> int:
-    """The micro-batch that was asked for; or what fits, which is not measured again on the same machines."""
+    """Return the micro-batch that was asked for, or what fits, which is not measured again on the same machines."""
     job, processes = context.job, context.processes
     if job.execution.micro_batch is not None:
         return job.execution.micro_batch

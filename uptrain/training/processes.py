@@ -29,7 +29,7 @@ class Processes:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """The number of processes."""
         return int(self._state.num_processes)
 
     @property
@@ -55,11 +55,11 @@ class Processes:
             torch.distributed.barrier(group=self._patient)
 
     def everywhere(self, holds: bool) -> bool:
-        """Whether something holds in all processes."""
+        """Tell whether something holds in all processes."""
         return all(gather_object([holds])) if self.count > 1 else holds
 
     def least(self, number: int) -> int:
-        """The smallest of the processes' numbers."""
+        """Return the smallest of the processes' numbers."""
         return min(gather_object([number])) if self.count > 1 else number
 
 

@@ -25,7 +25,7 @@ require("training")
 
 
 class UptrainTrainer(Trainer):
-    """Minimises `loss` per token.
+    """The Trainer, which minimises `loss` per token.
 
     The loss is a sum over tokens divided by the tokens of the whole accumulated batch, so that gradient accumulation
     changes nothing; `loss_is_scaled_for_ga` tells the Trainer not to scale it again. With `bf16` models compute under
@@ -79,7 +79,7 @@ class UptrainTrainer(Trainer):
         return loss
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """AdamW, or what the arguments name, with a learning rate of its own for what is not attention."""
+        """Make AdamW, or what the arguments name, with a learning rate of its own for what is not attention."""
         if self.optimizer is not None:
             return self.optimizer
         model = self.model if model is None else model
