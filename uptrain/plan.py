@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..convert.checkpoint.opening import open_checkpoint
 from ..convert.checkpoint.tensors import Checkpoint
-from ..convert.conversion import default_output
+from ..convert.conversion import Progress, default_output, no_progress
 from ..convert.device import default_precision
 from ..convert.errors import DataError, InputError
 from ..convert.text.sources import TextSource
@@ -33,17 +32,10 @@ from .rundir.trials import Trial, find_sweep, goes_on_to_replace, trial_settings
 from .settings import Execution, RunSettings, default_learning_rate, default_sequence_length
 from .sweep import check_sweep, sweep_learning_rates
 
-__all__ = ["Progress", "UptrainPlan", "carry_out", "plan_uptraining", "uptrain"]
-
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
-"""Called with what is done and how much of it there is; gives a function that is called with how much is done since."""
+__all__ = ["UptrainPlan", "carry_out", "plan_uptraining", "uptrain"]
 
 _EVAL_WINDOWS = 64
 _DEFAULT_VALIDATION_FRACTION = 0.01
-
-
-def _no_progress(what: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
-    return nullcontext(lambda done: None)
 
 
 @dataclass(frozen=True)
@@ -83,7 +75,7 @@ def uptrain(
     revision: str | None = None,
     yes: bool = False,
     force: bool = False,
-    progress: Progress = _no_progress,
+    progress: Progress = no_progress,
     remark: Callable[[str], object] = lambda text: None,
     show: Callable[[dict[str, Any]], object] = lambda record: None,
 ) -> UptrainResult:
@@ -168,7 +160,7 @@ def plan_uptraining(request: UptrainRequest, *, remark: Callable[[str], object] 
 def carry_out(
     plan: UptrainPlan,
     *,
-    progress: Progress = _no_progress,
+    progress: Progress = no_progress,
     remark: Callable[[str], object] = lambda text: None,
     show: Callable[[dict[str, Any]], object] = lambda record: None,
     command: str = "",
