@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from typing_extensions import Doc
 
+from .algebra.attention_shape import LatentSizes
 from .architectures.source import Source
 from .calibration.statistics import (
     LayerStatistics,
@@ -157,6 +158,8 @@ def convert(
         target = Path(output) if output is not None else default_output(source.checkpoint, method.suffix(source))
         check_output(target, force=force, inputs=[source.checkpoint.path] if source.checkpoint.path else [])
         _check_calibration(method, calibration)
+        if isinstance(method, Mla):
+            _remark_on_sizes(method.latent_sizes(source.shape), source, remark)
         # 2. the plan, where nothing has to be measured for it
         resolved: Method | None = None if method.needs_choice else method.resolve(source)
         plan = None if resolved is None else resolved.plan(source)
@@ -180,7 +183,6 @@ def convert(
                 job.save_statistics(prepared, record)
         # 5. the result
         assert plan is not None
-        _remark_on(plan, remark)
         if dry_run:
             return Conversion(target, plan, prepared.reports, record)
         with progress("converting", plan.bytes_out) as advance:
@@ -222,13 +224,13 @@ def _check_calibration(method: Method, calibration: Calibration | None) -> None:
         raise InputError("layers that share keys and values are merged on a text", hint="give a text")
 
 
-def _remark_on(plan: ConversionPlan, remark: Callable[[str], object]) -> None:
-    """Say what is not good about the sizes of a latent."""
-    latent = plan.result.latent
-    if latent is None:
-        return
-    if latent.num_cached >= plan.source.cached_values:
-        remark("the cache gets larger: ask for smaller sizes")
+def _remark_on_sizes(latent: LatentSizes, source: Source, remark: Callable[[str], object]) -> None:
+    """Say, before any work, what is not good about the sizes of a latent."""
+    if latent.num_cached >= source.shape.cached_values:
+        remark(
+            f"the cache gets larger: {latent.num_cached} numbers of a layer and token in place of "
+            f"{source.shape.cached_values}; ask for smaller sizes"
+        )
     kernels = latent_kernels(latent)
     if kernels is not None:
         remark(f"no engine has a fast kernel for these sizes: {kernels}")

@@ -146,7 +146,7 @@ def test_a_full_disk(arguments: str, make_checkpoint: CheckpointFactory, prose_f
     ("arguments", "message"),
     [
         (["mha2gqa", "MODEL", "--groups", "3"], r"8 K/V heads cannot form 3 equal groups\nhint: .*1, 2, 4, 8"),
-        (["mha2gqa", "MODEL", "--groups", "8"], r"already has 8 K/V heads\nhint: .*--force"),
+        (["mha2gqa", "MODEL", "--groups", "8"], r"already has 8 K/V heads\nhint: .*--groups, --allow-same"),
         (["mha2gqa", "MODEL", "--groups", "2", "--output", "MODEL", "--force"], "which is read"),
         (["uptrain", "MODEL", "--steps", "1", "--data", "SHORT", "--lr", "0"], "learning rate is 0"),
         (["evaluate", "MODEL", "--data", "none.jsonl"], r"none\.jsonl: no such file"),
@@ -349,8 +349,8 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
 
 def test_inspect_does_not_import_torch(make_checkpoint: CheckpointFactory) -> None:
     program = (
-        "import sys; from kvconvert.convert import inspect_checkpoint, open_checkpoint\n"
-        f"inspect_checkpoint(open_checkpoint({str(make_checkpoint())!r})); print('torch' in sys.modules)"
+        "import sys; from kvconvert.convert import inspect\n"
+        f"inspect({str(make_checkpoint())!r}); print('torch' in sys.modules)"
     )
     outcome = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert outcome.stdout.split() == ["False"]

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,24 @@ def test_layers_that_share_are_said_once() -> None:
         Cla(num_key_value_layers=1)
     with pytest.raises(UnsupportedError, match="unknown method 'random'"):
         Cla(share=2, merge="random")  # type: ignore[arg-type]
+
+
+def test_a_larger_cache_is_said_before_the_work(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    source = make_checkpoint(num_key_value_heads=1)
+    remarks: list[str] = []
+
+    def progress(what: str, total: int) -> Any:
+        remarks.append(what)
+        return nullcontext(lambda done: None)
+
+    def run(rank: int) -> list[str]:
+        remarks.clear()
+        weights = Calibration(weights_only=True)
+        convert(source, Mla(rank, 8), dry_run=True, calibration=weights, progress=progress, remark=remarks.append)
+        return remarks[: remarks.index("compressing")]
+
+    assert run(9)[0] == "the cache gets larger: 17 numbers of a layer and token in place of 16; ask for smaller sizes"
+    assert not any("larger" in remark for remark in run(7))  # the control
 
 
 def test_a_latent_source_is_refused_before_anything_is_written(
