@@ -960,7 +960,7 @@ def test_the_command_without_text_and_its_errors(
     dry = kvconvert("mha2mla", source, *sizes, "--dry-run", "--output", tmp_path / "mla")
     assert dry.returncode == 0, dry.stderr
     assert "a latent of 9 and a rotary key of 8" in dry.stdout
-    assert "the cache gets larger: ask for smaller sizes" in dry.stderr
+    assert "the cache gets larger" in dry.stderr
     assert not (tmp_path / "mla").exists()
     assert kvconvert("mha2mla", source, *sizes, "--output", tmp_path / "mla").returncode == 0
     assert error_of(source, tmp_path / "mla") < EXACT
