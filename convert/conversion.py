@@ -32,14 +32,13 @@ from .errors import InputError
 from .execute import DEFAULT_MAX_SHARD_BYTES, check_source, execute
 from .methods.cla import Cla
 from .methods.gqa import Gqa
+from .methods.method import Method
 from .methods.mla import Mla
 from .methods.prepared import Hardware, LayerReport, Measurements, Prepared
 from .plan import ConversionPlan
 from .text.sources import TextSource
 
 __all__ = ["Calibration", "Conversion", "Method", "Progress", "convert", "default_output", "no_progress"]
-
-Method = Gqa | Cla | Mla
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 """Called with what is done and how much of it there is; gives a function that is called with how much is done since."""
@@ -301,7 +300,7 @@ class _Measuring:
             statistics = open_statistics(self.calibration.statistics, self.source)
             return statistics, asdict(statistics.origin)
         text = self._text()
-        if isinstance(method, Mla) or method.merge != "svd":
+        if not isinstance(method, Gqa | Cla) or method.merge != "svd":
             return text, {"data": text.description, "num_tokens": text.num_tokens}
         return text, asdict(StatisticsOrigin(fingerprint(self.source), text.description, text.num_tokens))
 

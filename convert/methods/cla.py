@@ -19,6 +19,7 @@ from ..errors import InputError, UnsupportedError
 from ..plan import AverageLayers, ConversionPlan, MoveGain, PoolHeads, Step
 from ..translations.routes import as_cross_layer
 from .choices import Grouping, require_choice
+from .method import Method
 from .prepared import CPU, Hardware, Measurements, Prepared
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ _PAIRS = ("uniform", "auto")
 
 
 @dataclass(frozen=True)
-class Cla:
+class Cla(Method):
     """Let neighbouring layers share the keys and values that the first of them computes, perhaps with fewer heads.
 
     Which layers share is said by one of `layers`, `share` and, where `pairs` is "auto", `num_key_value_layers`. Raises
@@ -84,11 +85,6 @@ class Cla:
     def needs_measurements(self) -> bool:
         """Whether the result depends on what is measured on a text."""
         return self.merge == "svd" or self.needs_choice
-
-    @property
-    def takes_statistics(self) -> bool:
-        """Whether statistics of a text do as well as the text itself."""
-        return False
 
     @property
     def needs_text(self) -> bool:

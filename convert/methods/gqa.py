@@ -21,6 +21,7 @@ from ..plan import ConversionPlan, PoolHeads, Step
 from ..runtime import RUNTIME_CLASSES
 from ..translations.routes import as_target
 from .choices import Grouping, require_choice
+from .method import Method
 from .prepared import CPU, Hardware, Measurements, Prepared
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _DEFAULT_INITIALIZER_RANGE = 0.02
 
 
 @dataclass(frozen=True)
-class Gqa:
+class Gqa(Method):
     """Reduce a checkpoint to `num_key_value_heads` K/V heads per layer. Raises UnsupportedError for unknown choices."""
 
     num_key_value_heads: Annotated[int, Doc("K/V heads of the result.")]
@@ -67,16 +68,6 @@ class Gqa:
         """Whether statistics of a text do as well as the text itself."""
         return True
 
-    @property
-    def needs_choice(self) -> bool:
-        """Whether something is left to be chosen on a text: nothing."""
-        return False
-
-    @property
-    def needs_text(self) -> bool:
-        """Whether statistics of a text, or the weights alone, do not do."""
-        return False
-
     def source(self, checkpoint: Checkpoint) -> Source:
         """The checkpoint in the class that can have so many heads. Raises UnsupportedError where there is none."""
         return as_target(checkpoint, self.num_key_value_heads)
@@ -103,16 +94,6 @@ class Gqa:
             from .merging import check_mergeable
 
             check_mergeable(source)
-
-    def resolve(
-        self,
-        source: Source,
-        measurements: Measurements = None,
-        hardware: Hardware = CPU,
-        progress: Callable[[int], object] = lambda num_layers: None,
-    ) -> Gqa:
-        """The same: nothing is left to be chosen on a text."""
-        return self
 
     def prepare(
         self,

@@ -18,13 +18,14 @@ from ..plan import ConversionPlan, Step
 from ..translations.routes import as_latent_source
 from .choices import require_choice
 from .deepseek import LatentLayout, attention_shapes, class_refusal, result_config
+from .method import Method
 from .prepared import CPU, Hardware, Measurements, Prepared
 
 __all__ = ["Mla"]
 
 
 @dataclass(frozen=True)
-class Mla:
+class Mla(Method):
     """Cache `kv_lora_rank` numbers of keys and values together, and a rotary key of `qk_rope_head_dim` for all heads.
 
     `rope_pairs` are the pairs of the rotary key, which `resolve` chooses. Raises UnsupportedError for unknown choices.
@@ -80,19 +81,9 @@ class Mla:
         return True
 
     @property
-    def takes_statistics(self) -> bool:
-        """Whether statistics of a text do as well as the text itself."""
-        return False
-
-    @property
     def needs_choice(self) -> bool:
         """Whether the frequencies of the rotary key are still to be chosen by what the model reads."""
         return self.rope_pairs is None and self.rope_selection == "gain"
-
-    @property
-    def needs_text(self) -> bool:
-        """Whether the weights alone do not do."""
-        return False
 
     def source(self, checkpoint: Checkpoint) -> Source:
         """The checkpoint in a class whose function a latent can hold. Raises UnsupportedError where it is another."""
