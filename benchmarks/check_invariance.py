@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,6 @@ from kvconvert.convert.text.sources import TextSource
 from kvconvert.uptrain import run
 from kvconvert.uptrain.data.sources import WeightedSource
 from kvconvert.uptrain.job import UptrainJob
-from kvconvert.uptrain.models import full_state, load_for_training
 from kvconvert.uptrain.observation import Observation
 from kvconvert.uptrain.recipe import LossWeights, Recipe
 from kvconvert.uptrain.settings import Execution, RunSettings
@@ -71,7 +70,7 @@ class Layout:
 @dataclass(frozen=True)
 class Arithmetic:
     name: str
-    dtype: torch.dtype
+    precision: str
     optimizer: str
     learning_rate: float
     max_grad_norm: float
@@ -105,9 +104,9 @@ LAYOUTS = (
     Layout("2 processes", 2, num_processes=2),
     Layout("FSDP2, 2 processes", 2, num_processes=2, fsdp=True, limit=1e-4),
 )
-ADAMW = Arithmetic("float32, AdamW", torch.float32, "adamw_torch_fused", 1e-3, 1.0)
-SGD = Arithmetic("float32, SGD", torch.float32, "sgd", 0.1, 0.0)
-DOUBLE = Arithmetic("float64, AdamW", torch.float64, "adamw_torch_fused", 1e-3, 1.0)
+ADAMW = Arithmetic("float32, AdamW", "fp32", "adamw_torch_fused", 1e-3, 1.0)
+SGD = Arithmetic("float32, SGD", "fp32", "sgd", 0.1, 0.0)
+DOUBLE = Arithmetic("float64, AdamW", "fp64", "adamw_torch_fused", 1e-3, 1.0)
 ARITHMETICS = (ADAMW, SGD, DOUBLE)
 OBJECTIVES = {
     "CE": (Recipe.pretraining, LossWeights(kl=0.0, cross_entropy=1.0)),
@@ -152,7 +151,8 @@ def train(layout: Layout, arithmetic: Arithmetic, objective: str, *, model: Path
         weights=weights,
         warmup_fraction=0.0,  # with a warm-up the first step would be none
         max_grad_norm=arithmetic.max_grad_norm,
-        precision="fp32",
+        precision=arithmetic.precision,
+        optimizer=arithmetic.optimizer,
     )
     execution = Execution(layout.micro_batch, layout.num_processes, fsdp=layout.fsdp)
     source = WeightedSource(TextSource(str(_DEMO / "uptrain.jsonl")))
@@ -162,24 +162,17 @@ def train(layout: Layout, arithmetic: Arithmetic, objective: str, *, model: Path
     def show(record: dict[str, Any]) -> None:
         losses.append(record["loss"])
 
-    with open_checkpoint(model) as checkpoint, ExitStack() as stack:
-        _change(stack, layout, arithmetic)
-        gradient = stack.enter_context(_first_gradient())
-        states = stack.enter_context(_final_weights())
+    states: dict[str, Tensor] = {}
+
+    def keep(trained: dict[str, Tensor]) -> None:
+        states.update({name: tensor.clone() for name, tensor in trained.items()})
+
+    # the control: a class that lets the Trainer scale the loss a second time
+    control = patch.object(UptrainTrainer, "loss_is_scaled_for_ga", not layout.scaled_twice)
+    with open_checkpoint(model) as checkpoint, _first_gradient() as gradient, control:
         job = UptrainJob(checkpoint, settings, (source,), output, teacher, execution)
-        run.uptrain(job, Observation(log_steps=1, show=show))
+        run.uptrain(job, Observation(log_steps=1, show=show, trained=keep))
     return Outcome(losses, torch.cat(gradient), states)
-
-
-def _change(stack: ExitStack, layout: Layout, arithmetic: Arithmetic) -> None:
-    """Let uptrain compute in another arithmetic, the teacher too."""
-
-    def load_as(directory: Path, architecture: Any, *, dtype: Any, **options: Any) -> Any:
-        return load_for_training(directory, architecture, dtype=arithmetic.dtype, **options)
-
-    stack.enter_context(patch.object(run, "load_for_training", load_as))
-    stack.enter_context(patch.object(run, "_OPTIMIZER", arithmetic.optimizer))
-    stack.enter_context(patch.object(UptrainTrainer, "loss_is_scaled_for_ga", not layout.scaled_twice))
 
 
 @contextmanager
@@ -201,20 +194,6 @@ def _first_gradient() -> Iterator[list[Tensor]]:
         yield found
     finally:
         handle.remove()
-
-
-@contextmanager
-def _final_weights() -> Iterator[dict[str, Tensor]]:
-    """What uptrain gathers when it is done, in the dtype that it was trained in."""
-    found: dict[str, Tensor] = {}
-
-    def keep(*args: Any) -> dict[str, Tensor]:
-        weights = full_state(*args)
-        found.update({name: tensor.clone() for name, tensor in weights.items()})
-        return weights
-
-    with patch.object(run, "full_state", keep):
-        yield found
 
 
 def work(folder: Path, *, steps: int, num_processes: int, fsdp: bool) -> None:

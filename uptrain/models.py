@@ -26,7 +26,7 @@ __all__ = [
     "require_separation",
     "reshard",
     "share_equal_parameters",
-    "train_in_float32",
+    "train_in",
 ]
 
 _PROBE_TOKENS = 16
@@ -53,17 +53,19 @@ def load_models(
 ) -> tuple[Any, Any | None]:
     """Load the student from `source` and the teacher of a stage, checked and partly frozen.
 
-    What is trained is in float32. Without a teacher None stands for it. Raises UnsupportedError for a class that does
-    not tell packed documents apart.
+    What is trained is in float32, or in float64 where the job's precision is that. Without a teacher None stands for
+    it. Raises UnsupportedError for a class that does not tell packed documents apart.
     """
-    bf16 = job.settings.precision == "bf16"
+    bf16, fp64 = job.settings.precision == "bf16", job.settings.precision == "fp64"
+    trained_dtype = torch.float64 if fp64 else torch.float32
     num_shards = job.execution.num_processes if job.execution.fsdp else 1
     architecture = find_architecture(job.checkpoint)
-    shared_dtype = "auto" if bf16 else torch.float32
-    student_dtype, teacher_dtype = (shared_dtype, shared_dtype) if job.shares_frozen else (torch.float32, "auto")
+    shared_dtype = "auto" if bf16 else trained_dtype
+    own_dtype = trained_dtype if fp64 else "auto"
+    student_dtype, teacher_dtype = (shared_dtype, shared_dtype) if job.shares_frozen else (trained_dtype, own_dtype)
     student = load_for_training(source, architecture, dtype=student_dtype, device=device, num_shards=num_shards)
     freeze_except(student, trained_names([name for name, _ in student.named_parameters()], architecture, stage.trained))
-    train_in_float32(student)
+    train_in(student, trained_dtype)
     require_separation(student, name=job.checkpoint.name, bf16=bf16)
     if teacher is None:
         return student, None
@@ -83,11 +85,11 @@ def freeze_except(model: Any, names: frozenset[str]) -> None:
         parameter.requires_grad_(name in names)
 
 
-def train_in_float32(model: Any) -> None:
-    """Put what is trained into float32: in bfloat16 most updates at usual learning rates are lost in rounding."""
+def train_in(model: Any, dtype: torch.dtype = torch.float32) -> None:
+    """Put what is trained into a dtype: in bfloat16 most updates at usual learning rates are lost in rounding."""
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(dtype)
 
 
 def share_equal_parameters(student: Any, teacher: Any) -> int:

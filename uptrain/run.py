@@ -130,6 +130,7 @@ def _run(context: RunContext, held: ExitStack, *, force: bool) -> UptrainResult:
         # 3. the result
         seconds = time.monotonic() - started
         if processes.is_first:
+            watch.trained(weights)
             if watch.keep:
                 publish(job, model, weights, passes=passes, status=status.finished, force=replaces_output(job))
             remove_work(job)

@@ -27,7 +27,8 @@ _MAX_DEFAULT_SEQUENCE_LENGTH = 2048
 class RunSettings:
     """What decides the trajectory of a run; a resumed run must have the same.
 
-    `warmup_fraction` is of a stage's steps; `precision` is "bf16" (autocast over float32 weights) or "fp32".
+    `warmup_fraction` is of a stage's steps; `precision` is "bf16" (autocast over float32 weights), "fp32", or
+    "fp64", which is for checks of arithmetic.
     `optimizer` is one of the names that transformers has.
     """
 
@@ -61,7 +62,7 @@ class RunSettings:
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
             ("max_grad_norm", 0 <= self.max_grad_norm < math.inf, "0 or more"),
             ("warmup_fraction", 0 <= self.warmup_fraction <= 1, "a number from 0 to 1"),
-            ("precision", self.precision in ("bf16", "fp32"), "'bf16' or 'fp32'"),
+            ("precision", self.precision in ("bf16", "fp32", "fp64"), "'bf16', 'fp32' or 'fp64'"),
             ("seed", 0 <= self.seed < 2**32, "a number from 0 to 2**32 - 1"),
         )
         for name, holds, expected in checks:
