@@ -149,7 +149,7 @@ def _train_stages(context: RunContext) -> tuple[Any, dict[str, torch.Tensor]]:
     num_done = sum(stage_folder(job, stage).joinpath(CONFIG_NAME).exists() for stage in plan)
     source = stage_folder(job, plan[num_done - 1]) if num_done else job.checkpoint.directory
     for number, stage in enumerate(plan[num_done:-1], start=num_done):
-        model, weights = train_stage(context, stage, source, resume=number == num_done)
+        model, weights = train_stage(context, stage, source, is_first_here=number == num_done)
         source = stage_folder(job, stage)
         if context.processes.is_first:
             with staged_directory(source, force=True) as staging:
@@ -159,7 +159,7 @@ def _train_stages(context: RunContext) -> tuple[Any, dict[str, torch.Tensor]]:
         context.processes.wait_long()
         del model, weights  # with the teacher, before those of the next stage come
         gc.collect()
-    return train_stage(context, plan[-1], source, resume=num_done == len(plan) - 1)
+    return train_stage(context, plan[-1], source, is_first_here=num_done == len(plan) - 1)
 
 
 def result_of(

@@ -132,13 +132,15 @@ def latent_attention(
 ) -> LatentAttention:
     """Return the layer with a latent of `kv_lora_rank` and a shared rotary key with the frequencies of `rope_pairs`.
 
-    1. The rotary key and the maps through which heads read it are those with the least error at the distances that
-       occur (`merge_at_distances`).
-    2. What the rotary key leaves of a head's key has no position any more: its mean over the distances is taken.
+    1. The rotary key and the maps through which heads read it are those with the least error at likely distances
+       (`merge_at_distances`).
+    2. What the rotary key leaves of a head's key is replaced by its mean over the distances, which needs no position.
     3. The latent holds the top directions of the joint covariance of these keys and of all values, each weighted by the
-       queries or outputs that read it. Its channels have an rms of 1.
+       queries or outputs that read it (`objective` weights keys further). Its channels have an rms of 1.
 
-    With `constant`, the last channel of the latent is the constant 1, which carries means and biases.
+    With `constant`, the last channel of the latent is the constant 1, which carries means and biases; the others have a
+    standard deviation of 1. Without it, projections are those that `without_constant` gives. Queries are scaled by
+    √((d + 2 S) / d), since DeepSeek's class divides scores by the root of more dims.
     """
     import torch
 

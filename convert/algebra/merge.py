@@ -74,9 +74,10 @@ def merge_rotary(heads: Sequence[Tensor], powers: Sequence[Tensor], gram: Tensor
     """Merge keys that rotate so that readers commute with every rotation: one complex scalar per pair and head.
 
     heads: m tensors (2 · F, D + 1), of which rows i and i + F are a rotary pair. powers: m tensors (F,), E|q|² of each
-    pair, summed over the query heads of the head. For each pair, let z ∈ Cᵐ be the heads' keys as complex numbers and
-    P the diagonal matrix of the heads' powers: the shared key is made by u, the top eigenvector of P^½ E[z zᴴ] P^½, and
-    head h reads it through the scalar u_h / √P_h. Returns 2 · F shared rows.
+    pair, summed over the query heads of the head. For each pair, let z ∈ Cᵐ be the heads' keys as complex numbers, P
+    the diagonal matrix of the heads' powers and u the top eigenvector of P^½ E[z zᴴ] P^½: the shared key is
+    s = uᴴ P^½ z, and head h reads it as z_h ≈ (u_h / √P_h) s, up to a scale of each pair that gives s the heads' rms.
+    That is the best where every angle between a query and a key is as likely. Returns 2 · F shared rows.
     """
     import torch
 
@@ -114,9 +115,11 @@ class ExpectedRotations:
 def merge_at_distances(
     start: Merged, heads: Sequence[Tensor], weights: Sequence[Tensor], gram: Tensor, rotations: ExpectedRotations
 ) -> Merged:
-    """Improve the merge `start` of keys that rotate, for the distances between query and key that occur.
+    """Improve the shared rows of `start`, keys that rotate, for the distances between query and key that are likely.
 
-    heads: m tensors (d, D + 1). weights: m tensors (d, d), E[q qᵀ] summed over the query heads of head h. With R the
+    heads: m tensors (d, D + 1), half-split. weights: m tensors (d, d), how much an error of head h counts: E[q qᵀ]
+    summed over its query heads, or a multiple of that. Distances are not measured: `rotations` says how likely each is
+    (`expected_rotation`, a distance n as 1 / (n + 1)), perhaps less a part of their mean. With R the
     rotation of the heads by a random distance and S that of the shared key, minimises
     Σ_h E tr(weights_h e_h gram e_hᵀ), where e_h = R head_h − reader_h S shared, by alternating two exact steps: the
     best readers for the shared key, then the best shared key for the readers. Readers need not commute with the

@@ -27,7 +27,8 @@ class ExpectedRotation:
     """The expectation over random distances of R M Sᵀ, with R and S the rotations of two kinds of key by a distance.
 
     R and S are diagonal in the bases `left` and `right`, which are unitary, with entries e^{iωn} for the distance n.
-    coherence[a, b] is E e^{i (ω_a − ω_b) n}, by which R M Sᵀ is multiplied there on average.
+    coherence[a, b] is E e^{i (ω_a − ω_b) n}, by which the entry (a, b) of M in these bases is multiplied, less a part
+    of the product of the means where it is centred.
     """
 
     left: Tensor  # (m, m), complex

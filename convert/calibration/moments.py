@@ -53,10 +53,13 @@ def layer_moments(
     device: str = "cpu",
     visit: Callable[[Tensor, int], object] = lambda inputs, sequence_length: None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Of the attention inputs x with a 1 appended: E[x xᵀ] of each layer, and E[x x'ᵀ] with the x' of the first layer
-    for each one after it. `batches` are the hidden states that enter the first, each (sequences, sequence_length,
-    hidden_size); the layers follow each other. `visit` is called with the inputs of each batch, (tokens, hidden_size +
-    1), and its sequence_length.
+    """Run consecutive layers, and return second moments of what their attention reads, x with a 1 appended, float64.
+
+    They are E[x xᵀ] of each layer, and for each layer after the first E[x x'ᵀ] with the x' of the first one (None for
+    the first), all (hidden_size + 1, hidden_size + 1). `batches` are the hidden states that enter the first layer, each
+    (sequences, sequence_length, hidden_size), of batches that the model has embedded. Products are summed on `device`.
+    `visit` is called with the inputs of each batch, (tokens, hidden_size + 1), and its sequence_length. The inputs of
+    the first layer stay in memory while the others run.
     """
     import torch
 

@@ -51,7 +51,7 @@ class LayerStatistics:
 
 
 def fingerprint(source: Source) -> str:
-    """Equal for checkpoints with the same config, the same tensors by name, dtype and shape, and the same o_projs."""
+    """Return 16 hexadecimal digits of a hash of the config, the tensors' names, dtypes and shapes, and all o_projs."""
     checkpoint, architecture = source.checkpoint, source.architecture
     tensors = sorted((name, info.dtype, info.shape) for name, info in checkpoint.tensors.items())
     digest = hashlib.sha256(json.dumps([checkpoint.config, tensors], sort_keys=True, default=str).encode())

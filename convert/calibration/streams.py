@@ -33,7 +33,10 @@ CPU = Hardware()
 
 
 class Stream:
-    """The hidden states of a text at the entrance of a model's layer: first of layer 0, then of one after another."""
+    """The hidden states of a text that are about to enter the next layer of a model.
+
+    A stream begins before layer 0; `advance` and `refit` move it one layer on.
+    """
 
     def __init__(self, model: LayerwiseModel, states: Iterable[Tensor], device: str) -> None:
         self.model = model
@@ -86,10 +89,11 @@ class Stream:
     def output_moments(
         self, module: Module, layer: int, wanted: Sequence[Tensor], num_batches: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """E[z z'ᵀ] and E[z' z'ᵀ] of what the output projection reads, z that `wanted` holds and z' in this stream.
+        """Return E[z z'ᵀ] and E[z' z'ᵀ] of what output projections read: z the original's, z' this stream's.
 
-        Both (num_attention_heads · head_dim) squared, over the first batches or over all. `module` is the layer, loaded
-        with the weights in question.
+        `wanted` holds z, (tokens, H) for each batch; z' are (tokens, H'), where H' is larger if heads are padded. Their
+        moments are (H, H') and (H', H'), over the first batches or over all. `module` is the layer, loaded with the
+        weights that give z'.
         """
         batches = list(zip(self._states, self._shared, strict=True))[:num_batches]
         found = [self.model.attention_outputs(module, layer, states, shared) for states, shared in batches]
@@ -109,10 +113,11 @@ class Stream:
     ) -> None:
         """Fit tensors[o_proj] to the original's attention output, then take the hidden states through the layer.
 
-        `tensors` are the layer's new weights, `original` is the original's o_proj, (hidden_size, num_attention_heads ·
-        head_dim) in float64, and `wanted` what that one read; it is emptied. `ridge` is a fraction of the mean diagonal
-        of E[z' z'ᵀ]; where heads are padded with zeros it counts the others only. `kv_source_layers` says whose keys
-        and values a layer of a class with cross-layer attention reads.
+        The fit is that of `refitted`, with z' of this stream. `tensors` are the layer's new weights, among which the
+        fitted one is put. `original` is the original's o_proj, (hidden_size, H) in float64, and `wanted` what it read,
+        (tokens, H) for each batch; the list is cleared. `ridge` is a fraction of the mean diagonal of E[z' z'ᵀ], the
+        zeros of padded heads left out. `kv_source_layers` names for each layer the layer whose keys and values it
+        reads, in a class with cross-layer attention.
         """
         import torch
 

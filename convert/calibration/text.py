@@ -43,11 +43,13 @@ class CalibrationText:
 def read_calibration_text(
     checkpoint: Checkpoint, source: TextSource, *, num_tokens: int, sequence_length: int
 ) -> CalibrationText:
-    """`num_tokens` of the source in whole sequences, drawn from its files in turn, and from a file's documents in turn.
+    """Read up to `num_tokens` tokens in whole sequences, from files in turn and from a file's documents in turn.
 
-    A document gives one passage, cut to a sequence, and a second one only when all have given one; any of its passages,
-    with a fixed seed. They begin with BOS if the tokenizer adds it, and follow each other unpadded. Where the text is
-    too short for that, what was cut off follows.
+    Every document gives one passage, drawn with a fixed seed and cut to the length of a sequence; a document gives a
+    second passage when all of its file have given one. A passage begins with BOS if the tokenizer adds it, and ends
+    with EOS where there is one; passages follow each other without padding, so that sequences need not begin with one. If
+    all passages together are too short, what was cut off them is taken too. Fewer tokens than asked for are returned
+    where the text has no more.
     Raises DataError for text that is missing, unreadable or shorter than one sequence.
     """
     import torch

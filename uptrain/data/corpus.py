@@ -129,7 +129,7 @@ class CorpusIndex:
         """Tell how often each source is seen in the first `num_samples` samples, given what is packed of it.
 
         A text that was packed to its end is counted, any other is estimated from its tokens, or None where they are not
-        known. If no more of it is needed than is packed, that is at most once.
+        known. Where what is packed suffices, the estimate is at most 1.
         """
         counts = self.corpus.mixture.counts(num_samples)
         return tuple(map(self._passes_over, packed, self.origins, counts))

@@ -25,7 +25,7 @@ class Cursor:
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens of one document, from the place `begin` to the place `end`; none of them where a document is left out."""
+    """Tokens of one document, from the place `begin` to the place `end`; it has none where documents were left out."""
 
     ids: NDArray[Any]
     begin: Cursor
@@ -39,7 +39,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class DocumentStream:
-    """The documents of a source as token ids, which can be read once over from any place on.
+    """The documents of a source as token ids, which can be read from any cursor on.
 
     `name` is for messages. `open_text()` gives the texts, always the same ones in the same order, `encode` the token
     ids of some texts; texts that `keeps` refuses are left out.

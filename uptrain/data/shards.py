@@ -28,7 +28,7 @@ __all__ = [
 
 
 INDEX_NAME = "index.json"
-SHARD_TOKENS = 2**25  # 64 or 128 MiB; a kill without warning costs the tokenising of one at most, minutes
+SHARD_TOKENS = 2**25  # 64 or 128 MiB; a kill loses the tokenising of one shard at most, minutes
 REPACK = "remove this file; building again packs the same shard from the text"
 
 
@@ -53,7 +53,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Shard:
-    """The row of one shard: what its two files hold, and between which places of the source that lies."""
+    """The record of one shard: what its two files hold, and the places of the source where it begins and ends."""
 
     num_blocks: int
     num_documents: int
@@ -72,9 +72,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class SourceIndex:
-    """The shards of a source that were packed, and the one that was begun when packing stopped.
+    """The finished shards of a source, and the one that was begun when packing stopped.
 
-    `leftover_tokens` is None until the text has ended: then so many did not fill a last block.
+    `leftover_tokens` is None until the text has ended, then the number of trailing tokens that did not fill a block.
     """
 
     shards: tuple[Shard, ...] = ()
@@ -83,11 +83,11 @@ class SourceIndex:
 
     @property
     def num_blocks(self) -> int:
-        """The number of blocks in all whole shards."""
+        """The number of blocks in all finished shards."""
         return sum(shard.num_blocks for shard in self.shards)
 
     def is_whole(self, layout: Layout) -> bool:
-        """Tell whether all blocks of a layout are packed, or all that the text has."""
+        """Tell whether packing is complete: all blocks of the layout are packed, or all that the text has."""
         return self.leftover_tokens is not None or len(self.shards) == layout.num_shards
 
     @classmethod

@@ -22,10 +22,13 @@ def prediction_loss_sum(
     """Compute the weighted sum over predicted tokens of KL(teacher ‖ student) and −log p(label), in nats, float32.
 
     student_logits, teacher_logits: (B, T, vocab_size), any float dtype, the teacher's needed where weights.kl > 0;
-    labels: (B, T) int64, not shifted, IGNORED_LABEL where not predicted. No gradient flows into the teacher. Beside the
-    two tensors of logits only one chunk of 1024 tokens is held, in float32: the gradient is written over the student's
-    logits, which the caller must not read afterwards.
+    labels: (B, T) int64, not shifted, IGNORED_LABEL where not predicted. KL is taken at the weights' temperature T and
+    multiplied by T². No gradient flows into the teacher, and backward works once. Beside the two tensors of logits only
+    float32 copies of one chunk of 1024 tokens are held: the gradient is written over the student's logits, which the
+    caller must not read afterwards. Raises ValueError where KL has a weight and there is no teacher.
     """
+    if weights.kl and teacher_logits is None:
+        raise ValueError("KL has a weight, and there are no logits of a teacher")
     targets = torch.full_like(labels, IGNORED_LABEL)
     targets[:, :-1] = labels[:, 1:]
     total: Tensor = _PredictionLoss.apply(student_logits.contiguous(), teacher_logits, targets, weights)

@@ -20,7 +20,7 @@ class Throughput:
     """A clock that gives tokens per second, model FLOPs utilisation and remaining time between two readings.
 
     `peak_flops` is that of all devices together; without it, or without `flops_per_token`, the utilisation is None,
-    never a guess. The first reading covers the steps since it was made, with what compiles or warms up in them.
+    never a guess. The first reading covers the steps since `start`, with what compiles or warms up in them.
     """
 
     def __init__(

@@ -41,9 +41,10 @@ def largest_micro_batch(
 ) -> int:
     """Find the largest divisor of `sequences_per_process` up to 64 whose step fits beside gradients and moments.
 
-    `loss(n)` is that of n sequences. One and, where it fits, two sequences are run forward and backward, with the
-    gradients there already: what a further one needs is their difference. `num_local` processes share the memory of a
-    CPU. `everywhere` tells whether something holds in all processes, which run the steps of a sharded model together.
+    `loss(n)` is that of n sequences. One and, where it fits, two sequences are run forward and backward while gradients
+    are allocated; each further sequence is taken to need the difference of the two. `num_local` processes share the
+    memory of a CPU. `everywhere` tells whether something holds in all processes, which run the steps of a sharded model
+    together.
     Raises UnsupportedError where one sequence does not fit.
     """
     divisors = [n for n in range(1, min(sequences_per_process, _MAX_MICRO_BATCH) + 1) if sequences_per_process % n == 0]

@@ -32,18 +32,21 @@ __all__ = ["train_stage"]
 
 
 def train_stage(
-    context: RunContext, stage: Stage, source: Path, *, resume: bool
+    context: RunContext, stage: Stage, source: Path, *, is_first_here: bool
 ) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Train one stage from the weights in `source`, or from its last checkpoint; `resume` says that this one began it.
+    """Train one stage from its last complete checkpoint, or from the weights in `source` where it has none.
 
-    Returns the model and its weights, which the first process holds whole. Raises DivergedError and PreemptedError.
+    `is_first_here` says that this is the first stage that the process trains, so that the steps of its checkpoint are
+    those that an earlier process did. Returns the model and its weights, which the first process holds whole. Raises
+    DivergedError and PreemptedError, InputError for a checkpoint that was saved with another sharding, and
+    UnsupportedError for a stage that DeepSpeed's configuration cannot train.
     """
     job, settings, watch = context.job, context.job.settings, context.watch
     torch.manual_seed(settings.seed)
     folder = checkpoints_folder(job, stage)
 
     # 1. models, loss, batch
-    last = _last_checkpoint(context, stage, folder, resume=resume)
+    last = _last_checkpoint(context, stage, folder, is_first_here=is_first_here)
     teacher_at = teacher_folder(job) if stage.uses_teacher(settings.weights) else None
     student, teacher = load_models(job, stage, source, teacher_at, context.processes.device)
     loss = stage_loss(context, stage, student, teacher)
@@ -84,15 +87,15 @@ def train_stage(
     return student, weights
 
 
-def _last_checkpoint(context: RunContext, stage: Stage, folder: Path, *, resume: bool) -> Path | None:
-    """What the stage goes on from, if anything; torn checkpoints are removed."""
+def _last_checkpoint(context: RunContext, stage: Stage, folder: Path, *, is_first_here: bool) -> Path | None:
+    """Find what the stage goes on from, if anything; remove torn checkpoints, and note where the stage stands."""
     if context.processes.is_first:
         for torn in remove_torn(folder):
             context.watch.remark(f"{torn} is not complete and was removed")
     context.processes.wait()
     last = last_complete(folder)
     step = stage.first_step + (step_of(last) if last else 0)
-    if resume:
+    if is_first_here:
         context.steps_before = step
     context.status.reach(step, last)
     if last is not None:

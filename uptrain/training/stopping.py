@@ -42,10 +42,7 @@ class StopRequests(TrainerCallback):
 
     @property
     def requested(self) -> bool:
-        """Whether what is done beside training shall stop: with it, or at once where it has not begun.
-
-        A step may be waiting for text that is packed beside it.
-        """
+        """Whether work outside the training loop, packing say, should stop now."""
         if self._training:
             return self.reason is not None
         return self._received is not None or self._out_of_time()
