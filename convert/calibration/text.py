@@ -47,8 +47,8 @@ def read_calibration_text(
 
     Every document gives one passage, drawn with a fixed seed and cut to the length of a sequence; a document gives a
     second passage when all of its file have given one. A passage begins with BOS if the tokenizer adds it, and ends
-    with EOS where there is one; passages follow each other without padding, so that sequences need not begin with one. If
-    all passages together are too short, what was cut off them is taken too. Fewer tokens than asked for are returned
+    with EOS where there is one; passages follow each other without padding, so that sequences need not begin with one.
+    If all passages together are too short, what was cut off them is taken too. Fewer tokens than asked for are returned
     where the text has no more.
     Raises DataError for text that is missing, unreadable or shorter than one sequence.
     """
