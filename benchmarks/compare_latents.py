@@ -101,7 +101,7 @@ def measure(source: Source, text: CalibrationText) -> Measured:
     rotary, head_dim = source.rotary[0], source.shape.head_dim
     if rotary.dims != head_dim:
         raise ImpossibleError(f"{rotary.dims} of {head_dim} dims of a head rotate")
-    modules = empty_model(source.checkpoint.config).modules()
+    modules = source.empty_model.modules()
     if any(getattr(module, "attention_scaling", 1.0) != 1.0 for module in modules):
         raise ImpossibleError("its RoPE scales queries and keys")
     grams, _ = Stream.of(source, text, CPU).moments(range(source.shape.num_hidden_layers))

@@ -26,9 +26,7 @@ from kvconvert.convert.algebra.merge import (
 )
 from kvconvert.convert.algebra.refit import refitted
 from kvconvert.convert.algebra.rotations import Rotary, expected_rotation
-from kvconvert.convert.architectures.attention import read_attention
 from kvconvert.convert.architectures.projections import read_projections
-from kvconvert.convert.architectures.rotary import read_rotary
 from kvconvert.convert.architectures.source import Source
 from kvconvert.convert.architectures.table import find_architecture
 from kvconvert.convert.calibration.layerwise import LayerwiseModel
@@ -387,9 +385,7 @@ def test_frequencies_turn_keys_as_the_class_does(make_checkpoint: CheckpointFact
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     with open_checkpoint(make_checkpoint("llama")) as checkpoint:
-        architecture = find_architecture(checkpoint)
-        shape = read_attention(checkpoint, architecture)
-        rotary = read_rotary(checkpoint, architecture, shape)[0]
+        rotary = Source.of(checkpoint).rotary[0]
     query, key = random_matrix(1, 8), random_matrix(2, 8)
     phases = torch.outer(torch.arange(20, dtype=torch.float64), torch.tensor(rotary.frequencies).double()).repeat(1, 2)
     queries, keys = query.expand(1, 1, 20, 8), key.expand(1, 1, 20, 8)
@@ -403,7 +399,7 @@ def test_keys_that_rotate_at_an_unknown_speed_are_refused(make_checkpoint: Check
     with open_checkpoint(make_checkpoint("gpt_bigcode", **OVERRIDES["gpt_bigcode"])) as checkpoint:
         architecture = replace(find_architecture(checkpoint), rotates=lambda config, layer: True)
         with pytest.raises(UnsupportedError, match="GPTBigCodeForCausalLM does not say how fast its keys rotate"):
-            read_rotary(checkpoint, architecture, read_attention(checkpoint, architecture))
+            _ = Source(checkpoint, architecture).rotary
 
 
 @given(seed=st.integers(0, 10**6), num_heads=st.integers(1, 4))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..algebra.attention_shape import AttentionShape
 from ..algebra.rotations import Rotary
-from ..checkpoint.loading import empty_model
 from ..checkpoint.tensors import Checkpoint
 from ..errors import UnsupportedError
 from .architecture import Architecture
@@ -12,12 +13,12 @@ from .architecture import Architecture
 __all__ = ["read_rotary"]
 
 
-def read_rotary(checkpoint: Checkpoint, architecture: Architecture, shape: AttentionShape) -> list[Rotary]:
+def read_rotary(checkpoint: Checkpoint, architecture: Architecture, shape: AttentionShape, model: Any) -> list[Rotary]:
     """Return how the keys of each layer rotate, with the frequencies that its class computes.
 
-    The class is built on the meta device. Raises UnsupportedError for one that rotates keys and does not say how fast.
+    `model` is the checkpoint's class, of which buffers are read. Raises UnsupportedError for one that rotates keys and
+    does not say how fast.
     """
-    model = empty_model(checkpoint.config)
     found = {name.rpartition("rotary_emb.")[2]: buffer for name, buffer in model.named_buffers()}
     kinds = getattr(model.config, "layer_types", None) or [""] * shape.num_hidden_layers
     context = checkpoint.config_int(architecture.config_name("max_position_embeddings"), default=2048)

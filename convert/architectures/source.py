@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from ..algebra.attention_shape import AttentionShape
 from ..algebra.rotations import Rotary
+from ..checkpoint.loading import empty_model
 from ..checkpoint.tensors import Checkpoint
 from ..errors import UnsupportedError
 from .architecture import Architecture
@@ -51,7 +53,12 @@ class Source:
     @cached_property
     def rotary(self) -> tuple[Rotary, ...]:
         """How the keys of each layer rotate, with the frequencies that its class computes."""
-        return tuple(read_rotary(self.checkpoint, self.architecture, self.shape))
+        return tuple(read_rotary(self.checkpoint, self.architecture, self.shape, self.empty_model))
+
+    @cached_property
+    def empty_model(self) -> Any:
+        """Its class in float32, parameters on the meta device; built once, so that who fills it takes a copy."""
+        return empty_model(self.checkpoint.config)
 
     @property
     def longest_context(self) -> int:

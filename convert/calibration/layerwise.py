@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from ..architectures.source import Source
 from ..architectures.table import known_architecture
-from ..checkpoint.loading import empty_model, load_model
+from ..checkpoint.loading import load_model
 from ..errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class LayerwiseModel:
         self._device = torch.device(device)
         self._bf16 = precision == "bf16" and architecture.autocasts
         self._whole: Any = None
-        self._model = model = empty_model(source.checkpoint.config)
+        self._model = model = copy.deepcopy(source.empty_model)
         in_class = known_architecture(architecture.model_type) or architecture
         self._path = in_class.attention.partition(".{layer}")[0]
         located = architecture.attention.partition(".{layer}")[0]

@@ -24,7 +24,6 @@ from ..architectures.source import Source
 from ..architectures.table import LATENT_ARCHITECTURES
 from ..calibration.streams import CPU, Hardware, Stream
 from ..calibration.text import CalibrationText
-from ..checkpoint.loading import empty_model
 from ..checkpoint.overlay import Overlay
 from .deepseek import latent_tensors, result_config
 from .prepared import LayerReport, Measurements, Prepared
@@ -146,7 +145,7 @@ def _candidates(projections: Projections, source: Source, gram: Tensor, mla: Mla
 
 def _attention_scaling(source: Source) -> float:
     """What RoPE multiplies scores by besides rotating: yarn's factor, of queries and of keys."""
-    for module in empty_model(source.checkpoint.config).modules():
+    for module in source.empty_model.modules():
         if hasattr(module, "attention_scaling"):
             return float(module.attention_scaling) ** 2
     return 1.0
