@@ -528,11 +528,11 @@ def test_the_gain_of_a_key_norm_moves_to_the_queries(
 
 
 def test_the_command_writes_what_it_says(
-    make_checkpoint: CheckpointFactory, kvconvert: Command, prose_file: Path, tmp_path: Path
+    make_checkpoint: CheckpointFactory, invoke: Command, prose_file: Path, tmp_path: Path
 ) -> None:
     source = make_checkpoint(num_hidden_layers=4, with_tokenizer=True)
     output = tmp_path / "model-mqa-cla2"
-    outcome = kvconvert(
+    outcome = invoke(
         *("mha2cla", source, "--share", 2, "--groups", 1, "--method", "svd", "--json"),
         *("--calibration", prose_file, "--calibration-tokens", 512),
     )
@@ -547,12 +547,12 @@ def test_the_command_writes_what_it_says(
     assert (output / "modeling_cross_layer_decoder.py").exists()
     card = (output / "README.md").read_text()
     assert "8 K/V heads in each layer became 1 and 4 layers share the keys and values of 2" in card
-    shown = kvconvert("inspect", output).stdout
+    shown = invoke("inspect", output).stdout
     assert "cross_layer_decoder (MQA + CLA)" in shown
     assert "4, of which 2 have keys and values" in shown
     assert "64 bytes per token" in shown
     assert "its layers share keys and values already" in shown
-    assert kvconvert("evaluate", output, "--data", prose_file, "--window", 32).returncode == 0
+    assert invoke("evaluate", output, "--data", prose_file, "--window", 32).returncode == 0
 
 
 def test_a_result_in_shards_opens_in_a_process_without_kvconvert(
@@ -583,12 +583,12 @@ def test_a_result_in_shards_opens_in_a_process_without_kvconvert(
 
 
 def test_a_result_is_uptrained_towards_the_original(
-    make_checkpoint: CheckpointFactory, kvconvert: Command, prose_file: Path, tmp_path: Path
+    make_checkpoint: CheckpointFactory, invoke: Command, prose_file: Path, tmp_path: Path
 ) -> None:
     source = make_checkpoint(num_hidden_layers=4, with_tokenizer=True)
     converted, output = tmp_path / "converted", tmp_path / "trained"
-    assert kvconvert("mha2cla", source, "--share", 2, "--output", converted).returncode == 0
-    outcome = kvconvert(
+    assert invoke("mha2cla", source, "--share", 2, "--output", converted).returncode == 0
+    outcome = invoke(
         *(
             "uptrain",
             converted,
@@ -613,11 +613,11 @@ def test_a_result_is_uptrained_towards_the_original(
 
 
 def test_the_command_chooses_layers(
-    make_checkpoint: CheckpointFactory, kvconvert: Command, prose_file: Path, tmp_path: Path
+    make_checkpoint: CheckpointFactory, invoke: Command, prose_file: Path, tmp_path: Path
 ) -> None:
     source = make_checkpoint(num_hidden_layers=4, with_tokenizer=True)
     make_shareable(source, free_map)  # layers 0 and 1 can share without loss
-    outcome = kvconvert(
+    outcome = invoke(
         *("mha2cla", source, "--pairs", "auto", "--kv-layers", 3, "--calibration", prose_file),
         *("--calibration-tokens", 512, "--dry-run", "--json"),
     )
@@ -643,10 +643,10 @@ def test_the_command_chooses_layers(
     ],
 )
 def test_bad_requests_give_one_line(
-    arguments: tuple[object, ...], message: str, make_checkpoint: CheckpointFactory, kvconvert: Command, tmp_path: Path
+    arguments: tuple[object, ...], message: str, make_checkpoint: CheckpointFactory, invoke: Command, tmp_path: Path
 ) -> None:
     source = make_checkpoint(num_hidden_layers=4)
-    outcome = kvconvert("mha2cla", source, *arguments)
+    outcome = invoke("mha2cla", source, *arguments)
     assert outcome.returncode == 2
     assert message in outcome.stderr
     assert "Traceback" not in outcome.stderr
@@ -660,11 +660,11 @@ def test_heads_of_a_result_can_be_pooled_but_not_merged(
     method: str,
     exit_code: int,
     make_checkpoint: CheckpointFactory,
-    kvconvert: Command,
+    invoke: Command,
     tmp_path: Path,
 ) -> None:
     source = make_checkpoint("cross_layer_decoder", num_hidden_layers=4, kv_source_layers=[0, 0, 2, 2])
-    outcome = kvconvert("mha2mqa", source, "--method", method, "--output", tmp_path / "out", "--json")
+    outcome = invoke("mha2mqa", source, "--method", method, "--output", tmp_path / "out", "--json")
     assert outcome.returncode == exit_code, outcome.stderr
     if method == "svd":
         assert "does not merge heads whose keys and values several layers read" in outcome.stderr

@@ -863,7 +863,7 @@ def test_a_fit_to_the_norm_ends_where_tokens_that_are_left_out_do_not_gain() -> 
         (Mla(512, 64, v_head_dim=128), (64,), None),
         (Mla(448, 64), (128,), None),
         (Mla(96, 32), (128,), "96 + 32 = 128 cached numbers"),
-        (Mla(512, 64), (64,), "add --v-head-dim 128"),
+        (Mla(512, 64), (64,), "set v_head_dim = 128"),
         (Mla(512, 64), (80,), "a head_dim of 80"),
     ],
 )
@@ -905,13 +905,13 @@ def test_engines_depend_on_sizes_biases_and_rope(
 
 
 def test_the_command_end_to_end(
-    make_checkpoint: CheckpointFactory, kvconvert: Command, prose_file: Path, tmp_path: Path
+    make_checkpoint: CheckpointFactory, invoke: Command, prose_file: Path, tmp_path: Path
 ) -> None:
     """After mha2gqa; then inspect, evaluate, uptrain, the card, and what a second conversion says."""
     source = make_checkpoint(with_tokenizer=True)
     grouped, result = tmp_path / "grouped", tmp_path / "mla"
-    assert kvconvert("mha2gqa", source, "--groups", 4, "--output", grouped).returncode == 0
-    outcome = kvconvert(
+    assert invoke("mha2gqa", source, "--groups", 4, "--output", grouped).returncode == 0
+    outcome = invoke(
         "mha2mla", "--kv-lora-rank", 20, "--qk-rope-head-dim", 4, grouped, "--calibration", prose_file,
         "--calibration-tokens", 2048, "--output", result, "--json",
     )  # fmt: skip
@@ -930,39 +930,39 @@ def test_the_command_end_to_end(
     assert f"vLLM (read: {ALL_HEADS}: no kernel for these sizes)." in card
     assert "SGLang" not in card
 
-    inspected = json.loads(kvconvert("inspect", result, "--json").stdout)
+    inspected = json.loads(invoke("inspect", result, "--json").stdout)
     assert (inspected["attention"], inspected["cache_bytes_per_token"]) == ("MLA", 96)
     assert not any(target["possible"] for target in inspected["targets"])
-    printed = kvconvert("inspect", result).stdout
+    printed = invoke("inspect", result).stdout
     assert "20, and a rotary key of 4; no fast kernels: 20 + 4 = 24 cached numbers" in printed
-    evaluated = kvconvert("evaluate", result, "--data", prose_file, "--window", 64, "--against", grouped, "--json")
+    evaluated = invoke("evaluate", result, "--data", prose_file, "--window", 64, "--against", grouped, "--json")
     assert json.loads(evaluated.stdout)["num_tokens"] > 100
-    trained = kvconvert(
+    trained = invoke(
         "uptrain", result, "--data", prose_file, "--steps", 2, "--sequence-length", 32, "--global-batch-tokens", 64,
         "--teacher", grouped, "--output", tmp_path / "trained",
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr
     assert load(tmp_path / "trained").config.model_type == "deepseek_v3"
 
-    again = kvconvert("mha2mla", result, "--kv-lora-rank", 8, "--qk-rope-head-dim", 4)
+    again = invoke("mha2mla", result, "--kv-lora-rank", 8, "--qk-rope-head-dim", 4)
     assert again.returncode == 2
     assert "its cache holds a latent already" in again.stderr
-    grouping = kvconvert("mha2gqa", result, "--groups", 2)
+    grouping = invoke("mha2gqa", result, "--groups", 2)
     assert grouping.returncode == 2
     assert "its cache holds a latent, not keys and values" in grouping.stderr
 
 
 def test_the_command_without_text_and_its_errors(
-    make_checkpoint: CheckpointFactory, kvconvert: Command, tmp_path: Path
+    make_checkpoint: CheckpointFactory, invoke: Command, tmp_path: Path
 ) -> None:
     source = make_checkpoint(num_key_value_heads=1)
     sizes = ("--kv-lora-rank", 9, "--qk-rope-head-dim", 8, "--latent-norm", "exact", "--no-calibration")
-    dry = kvconvert("mha2mla", source, *sizes, "--dry-run", "--output", tmp_path / "mla")
+    dry = invoke("mha2mla", source, *sizes, "--dry-run", "--output", tmp_path / "mla")
     assert dry.returncode == 0, dry.stderr
     assert "a latent of 9 and a rotary key of 8" in dry.stdout
     assert "the cache gets larger" in dry.stderr
     assert not (tmp_path / "mla").exists()
-    assert kvconvert("mha2mla", source, *sizes, "--output", tmp_path / "mla").returncode == 0
+    assert invoke("mha2mla", source, *sizes, "--output", tmp_path / "mla").returncode == 0
     assert error_of(source, tmp_path / "mla") < EXACT
     for options, says in (
         (
@@ -972,7 +972,7 @@ def test_the_command_without_text_and_its_errors(
         (("--kv-lora-rank", 99, *sizes[2:]), "use 2 to 17"),
         ((*sizes[:3], 7, *sizes[4:]), "use an even number"),
     ):
-        refused = kvconvert("mha2mla", source, *options, "--output", tmp_path / "other")
+        refused = invoke("mha2mla", source, *options, "--output", tmp_path / "other")
         assert refused.returncode == 2
         assert says in refused.stderr
         assert "Traceback" not in refused.stderr
@@ -980,12 +980,12 @@ def test_the_command_without_text_and_its_errors(
 
 
 def test_inspect_says_which_sizes_have_fast_kernels(
-    make_checkpoint: CheckpointFactory, kvconvert: Command, tmp_path: Path
+    make_checkpoint: CheckpointFactory, invoke: Command, tmp_path: Path
 ) -> None:
     build_model(hidden_size=1024, num_attention_heads=8, num_key_value_heads=8, head_dim=128).save_pretrained(
         tmp_path / "large"
     )
-    printed = kvconvert("inspect", tmp_path / "large").stdout
+    printed = invoke("inspect", tmp_path / "large").stdout
     assert "fast kernels for 512 + 64 or 448 + 64 or 256 + 64" in printed
-    small = kvconvert("inspect", make_checkpoint()).stdout
+    small = invoke("inspect", make_checkpoint()).stdout
     assert "every size with fast kernels has a larger cache" in small

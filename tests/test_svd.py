@@ -542,10 +542,10 @@ def source(make_checkpoint: CheckpointFactory) -> Path:
 
 
 def test_the_command_reports_what_each_layer_keeps(
-    source: Path, kvconvert: Command, prose_file: Path, tmp_path: Path
+    source: Path, invoke: Command, prose_file: Path, tmp_path: Path
 ) -> None:
     options = ("--method", "svd", "--calibration", prose_file, "--calibration-tokens", 512, "--json")
-    outcome = kvconvert("mha2gqa", "-g", 2, source, *options, "-o", tmp_path / "out")
+    outcome = invoke("mha2gqa", "-g", 2, source, *options, "-o", tmp_path / "out")
     assert outcome.returncode == 0, outcome.stderr
     result = json.loads(outcome.stdout)
     assert [layer["layers"] for layer in result["layers"]] == [[0], [1]]
@@ -559,20 +559,20 @@ def test_the_command_reports_what_each_layer_keeps(
 
 
 def test_statistics_are_kept_and_used_again(
-    source: Path, kvconvert: Command, prose_file: Path, tmp_path: Path, make_checkpoint: CheckpointFactory
+    source: Path, invoke: Command, prose_file: Path, tmp_path: Path, make_checkpoint: CheckpointFactory
 ) -> None:
     file = tmp_path / "statistics.safetensors"
     text = ("--calibration", prose_file, "--calibration-tokens", 512, "--no-refit", "--save-statistics", file)
     svd = ("mha2gqa", "-g", 2, source, "--method", "svd")
-    assert kvconvert(*svd, *text, "-o", tmp_path / "one").returncode == 0
-    assert kvconvert(*svd, "--statistics", file, "-o", tmp_path / "two").returncode == 0
+    assert invoke(*svd, *text, "-o", tmp_path / "one").returncode == 0
+    assert invoke(*svd, "--statistics", file, "-o", tmp_path / "two").returncode == 0
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
-    dry = kvconvert(*svd, "--statistics", file, "--dry-run", "--json", "-o", tmp_path / "three")
+    dry = invoke(*svd, "--statistics", file, "--dry-run", "--json", "-o", tmp_path / "three")
     assert len(json.loads(dry.stdout)["layers"]) == 2
     assert not (tmp_path / "three").exists()
     for other in (make_checkpoint(name="deeper", num_hidden_layers=3), make_checkpoint(name="other-weights", seed=1)):
-        outcome = kvconvert("mha2gqa", "-g", 2, other, "--method", "svd", "--statistics", file)
+        outcome = invoke("mha2gqa", "-g", 2, other, "--method", "svd", "--statistics", file)
         assert outcome.returncode == 2
         assert "these statistics are of another model" in outcome.stderr
 
@@ -581,7 +581,7 @@ def test_statistics_are_kept_and_used_again(
     ("options", "message"),
     [
         (("--calibration", "text.txt"), "--calibration belongs to --method svd"),
-        (("--method", "svd", "--device", "teapot"), "--device teapot: this machine has none"),
+        (("--method", "svd", "--device", "teapot"), "device 'teapot': this machine has none"),
         (("--no-refit",), "--no-refit belongs to --method svd"),
         (("--precision", "fp32"), "--precision belongs to --method svd"),
         (("--method", "svd", "--save-statistics", "f", "--dry-run"), "--dry-run writes nothing"),
@@ -595,15 +595,15 @@ def test_statistics_are_kept_and_used_again(
     ],
 )
 def test_options_that_do_not_go_together(
-    options: tuple[str, ...], message: str, source: Path, kvconvert: Callable[..., Any]
+    options: tuple[str, ...], message: str, source: Path, invoke: Callable[..., Any]
 ) -> None:
-    outcome = kvconvert("mha2mqa", source, *options)
+    outcome = invoke("mha2mqa", source, *options)
     assert outcome.returncode == 2
     assert message in outcome.stderr
     assert not source.with_name("model-mqa").exists()
 
 
-def test_without_calibration_inputs_count_as_white(source: Path, kvconvert: Command, tmp_path: Path) -> None:
-    outcome = kvconvert("mha2mqa", source, "--method", "svd", "--no-calibration", "-o", tmp_path / "out")
+def test_without_calibration_inputs_count_as_white(source: Path, invoke: Command, tmp_path: Path) -> None:
+    outcome = invoke("mha2mqa", source, "--method", "svd", "--no-calibration", "-o", tmp_path / "out")
     assert outcome.returncode == 0, outcome.stderr
     assert "keeps" in outcome.stdout

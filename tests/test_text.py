@@ -6,6 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
+import huggingface_hub
 import pyarrow as pa
 import pytest
 from conftest import build_tokenizer
@@ -98,7 +100,8 @@ def test_a_column_of_numbers_is_not_text(tmp_path: Path) -> None:
 
 
 def test_unusable_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for constants in (huggingface_hub.constants, datasets.config):  # the variable is read when they are imported
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"no \.txt, \.jsonl or \.parquet file in this directory"):
         read(tmp_path)
     for missing in (
