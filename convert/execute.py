@@ -92,10 +92,16 @@ def execute(
 
 
 def check_source(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError if the source's class does not accept it; a class that may not run is not asked."""
+    """Raise CheckpointError if the source's class does not accept it; a class that may not run is not asked.
+
+    A checkpoint that was accepted before is not opened again.
+    """
+    if checkpoint.accepted:
+        return
     source_type = json.loads((checkpoint.directory / CONFIG_NAME).read_bytes()).get("model_type")
     if knows_class(source_type) or remote_code_allowed():
         check_opens(checkpoint.directory)
+    checkpoint.accepted = True
 
 
 def _check_reads(plan: ConversionPlan, checkpoint: Checkpoint, overlay: Overlay | None) -> None:

@@ -8,11 +8,12 @@ import sys
 import textwrap
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from conftest import LATENT, CheckpointFactory
-from kvconvert.convert import Calibration, Cla, Gqa, KvConvertError, Mla, convert, inspect, open_checkpoint
+from kvconvert.convert import Calibration, Cla, Gqa, KvConvertError, Mla, convert, execute, inspect, open_checkpoint
+from kvconvert.convert.checkpoint.loading import check_opens
 from kvconvert.convert.conversion import Method
 from kvconvert.convert.errors import InputError, OutputError, UnsupportedError
 from kvconvert.convert.methods.prepared import Prepared
@@ -80,6 +81,27 @@ def read_text(checkpoint: Any, prose_file: Path) -> Any:
     from kvconvert.convert.text.sources import TextSource
 
     return read_calibration_text(checkpoint, TextSource(str(prose_file)), num_tokens=256, sequence_length=64)
+
+
+@pytest.mark.parametrize("merge", ["mean", "svd"])
+def test_source_and_result_are_opened_in_their_class_once_each(
+    merge: Literal["mean", "svd"],
+    make_checkpoint: CheckpointFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[str] = []
+
+    def note(directory: Path) -> str:
+        opened.append(directory.name)
+        return check_opens(directory)
+
+    monkeypatch.setattr(sys.modules[execute.__module__], "check_opens", note)
+    calibration = Calibration(weights_only=True) if merge == "svd" else None
+    convert(make_checkpoint(), Gqa(2, merge=merge), tmp_path / "out", calibration=calibration)
+    assert len(opened) == 2
+    assert opened[0] == "model"
+    assert opened[1].startswith(".out.partial")
 
 
 def test_places_may_be_texts_and_the_result_says_where_it_is(

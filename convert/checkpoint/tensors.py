@@ -81,7 +81,8 @@ class Checkpoint:
     """An opened, read-only checkpoint: its config and headers are in memory, and tensors are read one at a time.
 
     `path` is None where only the headers of a hub repository were fetched, so that no tensor can be read. `pickled`
-    holds the tensors of pytorch_model.bin files, mapped from the disk.
+    holds the tensors of pytorch_model.bin files, mapped from the disk. `accepted` says that its class was opened with
+    it and took it, which need not be tried again.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     size_on_disk_bytes: int
     pickled: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+    accepted: bool = False
     _maps: dict[str, mmap.mmap] = field(default_factory=dict, repr=False)
 
     def __enter__(self) -> Checkpoint:
