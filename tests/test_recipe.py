@@ -120,7 +120,7 @@ def test_trained_names(model_type: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"precision": "fp16"}, "precision is 'fp16', expected 'bf16' or 'fp32'"),
+        ({"precision": "fp16"}, "precision is 'fp16', expected 'bf16', 'fp32' or 'fp64'"),
         ({"warmup_fraction": 1.5}, "warmup fraction is 1.5, expected a number from 0 to 1"),
         ({"body_lr_multiplier": math.nan}, "body lr multiplier is nan, expected 0 or more"),
         ({"weight_decay": -1.0}, "weight decay is -1.0, expected 0 or more"),
