@@ -17,10 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import configs
-from ..convert import Calibration, Conversion, Gqa, convert, inspect, open_checkpoint
+from ..convert import Calibration, Conversion, Gqa, convert, inspect
 from ..convert.checkpoint.output import write_text
 from ..convert.conversion import no_progress
-from ..convert.device import default_precision
 from ..convert.errors import OutputError, PreemptedError
 from ..convert.text.sources import TextSource
 from .console import Terminal
@@ -248,12 +247,7 @@ def _evaluate(model: Path, windows: Any, description: str, terminal: Terminal) -
 def _uptrain(variant: _Variant, output: Path, windows: Any, steps: int, terminal: Terminal) -> list[tuple[int, float]]:
     """Uptrain a converted checkpoint; returns (tokens, held-out perplexity) along the way."""
     from ..measure.perplexity import evaluate
-    from ..uptrain import run
-    from ..uptrain.data.sources import WeightedSource
-    from ..uptrain.job import UptrainJob
-    from ..uptrain.observation import Observation
-    from ..uptrain.recipe import LossWeights, Recipe
-    from ..uptrain.settings import RunSettings
+    from ..uptrain import Monitoring, TextSettings, UptrainSettings, uptrain
 
     recovery = []
 
@@ -263,36 +257,30 @@ def _uptrain(variant: _Variant, output: Path, windows: Any, steps: int, terminal
             recovery.append((record["tokens"], perplexity))
             terminal.remark(f"{variant.label}: held-out perplexity {perplexity:.1f} after {record['tokens']} tokens")
 
-    with open_checkpoint(output / variant.name) as checkpoint:
-        settings = RunSettings(
+    def progress(what: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
+        return terminal.progress(f"{what} {variant.label}", total)
+
+    try:
+        uptrain(
+            output / variant.name,
+            data=_UPTRAIN_TEXT,
+            teacher=_MODEL,
             steps=steps,
-            sequence_length=_SEQUENCE_LENGTH,
-            sequences_per_step=_BATCH_SIZE,
-            learning_rate=_LEARNING_RATE,
-            recipe=Recipe.distill,
-            weights=LossWeights(),
-            precision=default_precision(),
+            output=output / f"{variant.name}-uptrained",
+            settings=UptrainSettings(
+                lr=_LEARNING_RATE,
+                sequence_length=_SEQUENCE_LENGTH,
+                global_batch_tokens=_BATCH_SIZE * _SEQUENCE_LENGTH,
+            ),
+            text=TextSettings(validation_fraction=0.0),
+            monitoring=Monitoring(eval_steps=_EVAL_STEPS),
+            force=True,
+            progress=progress,
+            show=show,
+            score=lambda model: evaluate(model, windows, batch_size=_BATCH_SIZE).nats_per_token,
         )
-        job = UptrainJob(
-            checkpoint,
-            settings,
-            (WeightedSource(TextSource(str(_UPTRAIN_TEXT))),),
-            output / f"{variant.name}-uptrained",
-            teacher=str(_MODEL),
-        )
-        with terminal.progress(f"uptraining {variant.label}", settings.steps) as advance:
-            watch = Observation(
-                eval_steps=_EVAL_STEPS,
-                score=lambda model: evaluate(model, windows, batch_size=_BATCH_SIZE).nats_per_token,
-                progress=advance,
-                show=show,
-            )
-            try:
-                run.uptrain(job, watch, force=True)
-            except PreemptedError as error:
-                raise PreemptedError(
-                    "the demo was stopped", hint="run it again; it starts from the beginning"
-                ) from error
+    except PreemptedError as error:
+        raise PreemptedError("the demo was stopped", hint="run it again; it starts from the beginning") from error
     return recovery
 
 

@@ -78,6 +78,7 @@ def uptrain(
     progress: Progress = no_progress,
     remark: Callable[[str], object] = lambda text: None,
     show: Callable[[dict[str, Any]], object] = lambda record: None,
+    score: Callable[[Any], float] | None = None,
 ) -> UptrainResult:
     """Train a converted checkpoint briefly, so that it recovers, and write the result to `output`.
 
@@ -88,9 +89,9 @@ def uptrain(
     -uptrained. The same call goes on with a run that was stopped; `force` starts over and replaces an output.
 
     `progress` is called as that of `kvconvert.convert.convert`, `show` with each record of metrics, `remark` with what
-    a person should know. Raises InputError for whatever can be refused before training, DivergedError on a loss or
-    gradient that is not finite, PreemptedError after a signal to stop or `monitoring.max_time`, once a checkpoint is
-    saved.
+    a person should know. `score(model)` gives held-out nats per token in place of those of `text.eval_data`. Raises
+    InputError for whatever can be refused before training, DivergedError on a loss or gradient that is not finite,
+    PreemptedError after a signal to stop or `monitoring.max_time`, once a checkpoint is saved.
     """
     request = UptrainRequest(
         model=model,
@@ -105,7 +106,8 @@ def uptrain(
         monitoring=monitoring or Monitoring(),
         force=force,
     )
-    return carry_out(plan_uptraining(request, remark=remark), progress=progress, remark=remark, show=show)
+    plan = plan_uptraining(request, remark=remark)
+    return carry_out(plan, progress=progress, remark=remark, show=show, score=score)
 
 
 def plan_uptraining(request: UptrainRequest, *, remark: Callable[[str], object] = lambda text: None) -> UptrainPlan:
@@ -164,11 +166,12 @@ def carry_out(
     remark: Callable[[str], object] = lambda text: None,
     show: Callable[[dict[str, Any]], object] = lambda record: None,
     command: str = "",
+    score: Callable[[Any], float] | None = None,
 ) -> UptrainResult:
     """Run a plan, after the trials of a sweep that are not done; returns what it ended with.
 
-    `command` is what a person types to go on, for the status file. Raises InputError for a run of many GPU hours that
-    nobody agreed to, and what `run_checked` and `sweep_learning_rates` raise.
+    `command` is what a person types to go on, for the status file; `score` is as for `uptrain`. Raises InputError for a
+    run of many GPU hours that nobody agreed to, and what `run_checked` and `sweep_learning_rates` raise.
     """
     job, monitoring = plan.job, plan.request.monitoring
     require_consent(plan.cost, plan.budget.explicit, plan.request.length.yes)
@@ -178,7 +181,7 @@ def carry_out(
         log_steps=monitoring.log_steps,
         eval_steps=monitoring.eval_steps,
         deadline=plan.deadline,
-        score=None if plan.held_out is None else _scorer(job, plan.held_out),
+        score=score or (None if plan.held_out is None else _scorer(job, plan.held_out)),
         show=show,
         remark=remark,
         flops_per_token={stage.name: stage_flops_per_token(job.shape, stage) for stage in job.settings.stages},
