@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..convert.conversion import Calibration
+from ..convert.errors import InputError
 from ..convert.methods.gqa import Gqa
 from .conversion import ConversionRequest, refuse, run_conversion, text_options
 from .options import Given, Model, SettingsOptions, accepts
@@ -25,6 +26,7 @@ _GQA = SettingsOptions(
 )
 _MQA = replace(_GQA, omit=("refit_ridge", "num_key_value_heads", "grouping"))
 _TEXT = text_options()
+_SOURCES = ("weights_only", "statistics", "save_statistics")  # which of them go together, run_conversion says
 
 
 @accepts(_GQA, _TEXT, ConversionRequest)
@@ -52,5 +54,10 @@ def _check(gqa: Given[Gqa], text: Given[Calibration]) -> None:
     if gqa.values["merge"] != "svd":
         of_svd = [name for name in ("grouping", "refit") if name in gqa.values]
         refuse(sorted([*gqa.typed(of_svd), *text.typed()]), "--method svd")
+    for flag, name in (("--no-calibration", "weights_only"), ("--statistics", "statistics")):
+        if text.values[name]:
+            of_text = [field for field in text.values if field not in ("data", "device", name, *_SOURCES)]
+            for option in text.typed(of_text):
+                raise InputError(f"{option} is about a calibration text, and {flag} rules one out")
     if gqa.values["merge"] != "random":
         refuse(gqa.typed(["seed"]), "--method random")

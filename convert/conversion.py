@@ -162,6 +162,8 @@ def convert(
         # 2. the plan, where nothing has to be measured for it
         resolved: Method | None = None if method.needs_choice else method.resolve(source)
         plan = None if resolved is None else resolved.plan(source)
+        if plan is not None and not plan.changes_cache and calibration is not None and calibration.save_statistics:
+            raise InputError("nothing is measured where no head is merged, so there are no statistics to save")
         prepared, record = Prepared(), None
         if method.needs_measurements and (plan is None or plan.changes_cache):
             assert calibration is not None

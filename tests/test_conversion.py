@@ -174,6 +174,30 @@ def test_a_calibration_is_one_thing(given: dict[str, Any]) -> None:
         Calibration(**given)
 
 
+def test_layers_at_the_ends_keep_their_own(
+    make_checkpoint: CheckpointFactory, prose_file: Path, tmp_path: Path
+) -> None:
+    """In a plan that needs no text, and in one whose pairs are chosen on it."""
+    source = make_checkpoint(num_hidden_layers=4, with_tokenizer=True)
+    result = convert(source, Cla(share=2, keep_first=1, keep_last=1), tmp_path / "ends").plan.result
+    assert result.layer_grouping is not None
+    assert result.layer_grouping.sources == (0, 1, 1, 3)
+    text = Calibration(prose_file, num_tokens=256, sequence_length=64, device="cpu", precision="fp32")
+    chosen = Cla(share=2, keep_first=1, keep_last=1, pairs="auto")
+    result = convert(source, chosen, tmp_path / "auto", calibration=text).plan.result
+    assert result.layer_grouping is not None
+    assert result.layer_grouping.sources == (0, 1, 1, 3)
+
+
+def test_statistics_of_heads_that_are_not_merged_cannot_be_saved(
+    make_checkpoint: CheckpointFactory, prose_file: Path, tmp_path: Path
+) -> None:
+    text = Calibration(prose_file, save_statistics=tmp_path / "kept")
+    with pytest.raises(InputError, match="no statistics to save"):
+        convert(make_checkpoint(), Gqa(8, merge="svd", allow_same=True), tmp_path / "out", calibration=text)
+    assert not (tmp_path / "out").exists()
+
+
 def test_layers_that_share_are_said_once() -> None:
     with pytest.raises(InputError, match="say which layers share, by one of"):
         Cla()

@@ -142,6 +142,8 @@ class Cla(Method):
             layers=layers or self._layers(source),
             num_key_value_heads=self.num_key_value_heads or source.shape.num_key_value_heads,
             share=None,
+            keep_first=0,
+            keep_last=0,
             num_key_value_layers=None,
             pairs="uniform",
         )
