@@ -56,7 +56,7 @@ def _check(gqa: Given[Gqa], text: Given[Calibration]) -> None:
         refuse(sorted([*gqa.typed(of_svd), *text.typed()]), "--method svd")
     for flag, name in (("--no-calibration", "weights_only"), ("--statistics", "statistics")):
         if text.values[name]:
-            of_text = [field for field in text.values if field not in ("data", "device", name, *_SOURCES)]
+            of_text = [field for field in text.values if field not in ("data", *_SOURCES)]
             for option in text.typed(of_text):
                 raise InputError(f"{option} is about a calibration text, and {flag} rules one out")
     if gqa.values["merge"] != "random":

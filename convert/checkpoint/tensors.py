@@ -81,8 +81,8 @@ class Checkpoint:
     """An opened, read-only checkpoint: its config and headers are in memory, and tensors are read one at a time.
 
     `path` is None where only the headers of a hub repository were fetched, so that no tensor can be read. `pickled`
-    holds the tensors of pytorch_model.bin files, mapped from the disk. `accepted` says that its class was opened with
-    it and took it, which need not be tried again.
+    holds the tensors of pytorch_model.bin files, mapped from the disk. `accepted` says that it was opened in its
+    class before, if that class may run, and need not be again.
     """
 
     name: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,15 +25,13 @@ from ..architectures.table import LATENT_ARCHITECTURES
 from ..calibration.streams import CPU, Hardware, Stream
 from ..calibration.text import CalibrationText
 from ..checkpoint.overlay import Overlay
-from .deepseek import latent_tensors, result_config
+from .deepseek import LatentLayout, latent_tensors, result_config
 from .prepared import LayerReport, Measurements, Prepared
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .mla import Mla
-
-__all__ = ["choose_rope_pairs", "compress_layers"]
+__all__ = ["Compression", "choose_rope_pairs", "compress_layers"]
 
 _OBJECTIVES = tuple(LatentObjective(still, keys) for still in (True, False) for keys in (1.0, 0.1))
 _CHOICE_BATCHES = 1  # of the text that these are compared on
@@ -44,9 +42,22 @@ Sample = tuple["Tensor", "Tensor"]
 falls back on (arXiv 2309.17453), count as much as all others."""
 
 
+@dataclass(frozen=True)
+class Compression:
+    """The latent that is made of a layer, the pairs of its rotary key, and whether o_proj is fitted to a text after it.
+
+    `refit_ridge` is a fraction of the mean diagonal of the normal equations.
+    """
+
+    layout: LatentLayout
+    rope_pairs: tuple[RopePair, ...]
+    refit: bool = True
+    refit_ridge: float = 0.2
+
+
 def compress_layers(
     source: Source,
-    mla: Mla,
+    compression: Compression,
     measurements: Measurements,
     scratch: Path,
     *,
@@ -55,17 +66,16 @@ def compress_layers(
 ) -> Prepared:
     """The attention of every layer over a latent, in the tensors of DeepSeek's class, kept in files in `scratch`.
 
-    `source` is one that `as_latent_source` gives, `mla` is resolved. With text the original runs layer by layer, and
+    `source` is one that `as_latent_source` gives. With text the original runs layer by layer, and
     beside it the result, to refit outputs. Without it, inputs count as white but for the gain of the norm before the
     attention.
     """
-    assert mla.rope_pairs is not None
-    layout = mla.layout(source)
+    layout = compression.layout
     text = measurements if isinstance(measurements, CalibrationText) else None
     original = None if text is None else Stream.of(source, text, hardware)
     student = None
-    if text is not None and mla.refit:
-        config = result_config(source, layout, mla.rope_pairs)
+    if text is not None and compression.refit:
+        config = result_config(source, layout, compression.rope_pairs)
         architecture = replace(LATENT_ARCHITECTURES["deepseek_v3"], attention=source.architecture.attention)
         student = Stream.of(Source(replace(source.checkpoint, config=config), architecture), text, hardware)
     scaling = _attention_scaling(source)
@@ -73,8 +83,7 @@ def compress_layers(
     for index in range(source.shape.num_hidden_layers):
         # 1. what the layer's attention reads, and the latents that might do
         gram, sample = _moments(source, original, index, hardware)
-        projections = read_projections(source, index)
-        candidates = _candidates(projections, source, gram, mla)
+        candidates = _candidates(read_projections(source, index), source, gram, compression)
         made = partial(latent_tensors, layout=layout, source=source, index=index, scaling=scaling)
         head_outputs: list[Tensor] = []
         if original is not None:
@@ -84,14 +93,14 @@ def compress_layers(
         if student is None:
             layer = next(candidates)
         else:
-            error = partial(_error, student, index, made, o_proj, head_outputs, mla.refit_ridge)
+            error = partial(_error, student, index, made, o_proj, head_outputs, compression.refit_ridge)
             layer = min(candidates, key=error)
-        if sample is not None and not mla.constant:
+        if sample is not None and not layout.constant:
             layer = normalised(layer, *sample)
         # 3. the refit, and the way to the next layer
         tensors = made(layer)
         if student is not None:
-            student.refit(index, tensors, o_proj, layer.o, head_outputs, ridge=mla.refit_ridge)
+            student.refit(index, tensors, o_proj, layer.o, head_outputs, ridge=compression.refit_ridge)
         overlay.store(tensors, f"layer-{index:05d}.safetensors")
         reports.append(_report(index, source, layer))
         del candidates, head_outputs, layer, tensors  # gigabytes of a large model, beside the next layer's
@@ -99,15 +108,19 @@ def compress_layers(
     return Prepared(overlay, tuple(reports))
 
 
-def choose_rope_pairs(source: Source, mla: Mla, measurements: Measurements, hardware: Hardware) -> tuple[RopePair, ...]:
-    """The frequencies of the rotary key, one or more times each, the fastest first: the same in all layers.
+def choose_rope_pairs(
+    source: Source,
+    num_rope_pairs: int,
+    measurements: Measurements,
+    hardware: Hardware,
+    progress: Callable[[int], object] = lambda num_layers: None,
+) -> tuple[RopePair, ...]:
+    """The pairs of the rotary key that gain most, summed over all layers, the fastest first.
 
-    Where those that gain most are asked for, the model runs once over the text.
+    A frequency may be there several times, for different keys. With text the model runs over it once.
     """
     import torch
 
-    if mla.rope_selection == "high":
-        return tuple((frequency, 0) for frequency in range(mla.num_rope_pairs))
     rotary, shape = source.rotary[0], source.shape
     text = measurements if isinstance(measurements, CalibrationText) else None
     original = None if text is None else Stream.of(source, text, hardware)
@@ -117,7 +130,8 @@ def choose_rope_pairs(source: Source, mla: Mla, measurements: Measurements, hard
         gains += rope_pair_gains(read_projections(source, index), shape, rotary, gram)
         if original is not None:
             original.advance(index)
-    chosen = gains.flatten().argsort(descending=True, stable=True)[: mla.num_rope_pairs].tolist()
+        progress(1)
+    chosen = gains.flatten().argsort(descending=True, stable=True)[:num_rope_pairs].tolist()
     return tuple(sorted(divmod(pair, gains.shape[1]) for pair in chosen))
 
 
@@ -126,9 +140,12 @@ def _report(index: int, source: Source, layer: LatentAttention) -> LayerReport:
     return LayerReport((index,), (heads,), (layer.keys_retained,), (layer.values_retained,))
 
 
-def _candidates(projections: Projections, source: Source, gram: Tensor, mla: Mla) -> Iterator[LatentAttention]:
+def _candidates(
+    projections: Projections, source: Source, gram: Tensor, compression: Compression
+) -> Iterator[LatentAttention]:
     """The layer with each objective, made when it is asked for: of a large model it takes gigabytes."""
-    if not mla.constant:
+    layout = compression.layout
+    if not layout.constant:
         projections = without_constant(projections, gram)
     for objective in _OBJECTIVES:
         yield latent_attention(
@@ -136,9 +153,9 @@ def _candidates(projections: Projections, source: Source, gram: Tensor, mla: Mla
             source.shape,
             source.rotary[0],  # the same in all layers of the classes that a latent holds
             gram,
-            rope_pairs=mla.rope_pairs or (),
-            kv_lora_rank=mla.kv_lora_rank,
-            constant=mla.constant,
+            rope_pairs=compression.rope_pairs,
+            kv_lora_rank=layout.sizes.kv_lora_rank,
+            constant=layout.constant,
             objective=objective,
         )
 

@@ -88,24 +88,25 @@ def merge_heads(
         result = merge_layers(heads, _choose_grouping(source, merge, heads))
         # 3. the refit, and the way to the next layers
         for layer, before, after in zip(layers, inputs, result.projections, strict=True):
-            tensors = projection_tensors(after, source, layer)
+            fitted: dict[str, Tensor] = {}
             head_outputs: list[Tensor] | None = None if converted is None else []
             if original is not None:
                 original.advance(layer, head_outputs)
             if converted is not None and head_outputs is not None:
                 o_proj = source.architecture.tensor_name(layer, "o_proj")
                 runnable = repeat_key_value_heads(after, shape.num_key_value_heads, shape.head_dim)
-                fitted = projection_tensors(runnable, source, layer)
+                tensors = projection_tensors(runnable, source, layer)
                 converted.refit(
                     layer,
-                    fitted,
+                    tensors,
                     o_proj,
                     before.projections.o,
                     head_outputs,
                     ridge=merge.refit_ridge,
                     kv_source_layers=None if merge.layers is None else merge.layers.sources,
                 )
-                tensors[o_proj] = fitted[o_proj]
+                fitted[o_proj] = tensors[o_proj]
+            tensors = projection_tensors(after, source, layer) | fitted
             if layer != layers[0]:  # whose keys and values it reads
                 parts = projection_names(source, layer)
                 tensors = {name: tensors[name] for part, name in parts.items() if part[0] not in "kv"}

@@ -108,9 +108,14 @@ class Mla(Method):
         progress: Callable[[int], object] = lambda num_layers: None,
     ) -> Mla:
         """The same with the pairs of the rotary key, chosen on the text, or the weights, where that was asked for."""
+        if not self.needs_choice:
+            highest = tuple((frequency, 0) for frequency in range(self.num_rope_pairs))
+            return replace(self, rope_pairs=self.rope_pairs or highest)
         from .compression import choose_rope_pairs
 
-        return replace(self, rope_pairs=self.rope_pairs or choose_rope_pairs(source, self, measurements, hardware))
+        return replace(
+            self, rope_pairs=choose_rope_pairs(source, self.num_rope_pairs, measurements, hardware, progress)
+        )
 
     def prepare(
         self,
@@ -123,9 +128,12 @@ class Mla(Method):
         progress: Callable[[int], object] = lambda num_layers: None,
     ) -> Prepared:
         """Compress keys and values, layer by layer, into files in `scratch`."""
-        from .compression import compress_layers
+        from .compression import Compression, compress_layers
 
-        return compress_layers(source, self, measurements, scratch, hardware=hardware, progress=progress)
+        if self.rope_pairs is None:
+            raise ValueError("the pairs of the rotary key are chosen first")
+        compression = Compression(self.layout(source), self.rope_pairs, self.refit, self.refit_ridge)
+        return compress_layers(source, compression, measurements, scratch, hardware=hardware, progress=progress)
 
     def record(self, measurements: Measurements, hardware: Hardware) -> dict[str, Any]:
         """How the latent was made, for the manifest."""
