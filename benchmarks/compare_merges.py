@@ -29,7 +29,7 @@ from kvconvert.convert.calibration.text import CalibrationText, read_calibration
 from kvconvert.convert.checkpoint.loading import load_model
 from kvconvert.convert.device import default_precision
 from kvconvert.convert.methods.merging import HeadMerge, merge_heads
-from kvconvert.convert.methods.prepared import Prepared
+from kvconvert.convert.methods.prepared import Preparation, Prepared
 from kvconvert.measure.held_out import load_windows
 from kvconvert.measure.perplexity import evaluate
 from torch import Tensor
@@ -194,7 +194,7 @@ def main() -> None:
             merge = HeadMerge(groups, **{"refit": measured_on is not None} | options)
             with tempfile.TemporaryDirectory() as scratch:
                 hardware = Hardware(precision=arguments.precision)
-                prepared = merge_heads(whole, merge, measured_on, Path(scratch), hardware=hardware, keep_gram=True)
+                prepared = merge_heads(whole, merge, Preparation(Path(scratch), measured_on, hardware, keep_gram=True))
                 seconds = time.monotonic() - begin
                 report(name, groups, expanded(whole, prepared), seconds)
                 if name != "svd" or prepared.gram is None:

@@ -17,6 +17,7 @@ from kvconvert.convert.calibration.text import read_calibration_text
 from kvconvert.convert.checkpoint.loading import load_model
 from kvconvert.convert.device import default_precision
 from kvconvert.convert.methods.merging import HeadMerge, merge_heads
+from kvconvert.convert.methods.prepared import Preparation
 from kvconvert.measure.held_out import load_windows
 from kvconvert.measure.perplexity import evaluate
 
@@ -49,7 +50,7 @@ def main() -> None:
     for pull in arguments.pull:
         merge = HeadMerge(source.shape.num_key_value_heads, layers, prediction_pull=pull)
         with tempfile.TemporaryDirectory() as folder:
-            prepared = merge_heads(source, merge, text, Path(folder), hardware=hardware)
+            prepared = merge_heads(source, merge, Preparation(Path(folder), text, hardware))
             execute(plan, source.checkpoint, Path(folder) / "out", prepared.overlay)
             model = load_model(Path(folder) / "out", dtype=torch.float32, device="cpu")
         print(f"| {pull:g} | {evaluate(model, windows).nats_per_token - original:.4f} |", flush=True)

@@ -11,6 +11,7 @@ from .algebra.heads import HeadGrouping
 from .algebra.layer_grouping import LayerGrouping
 from .architectures.source import Source
 from .architectures.table import ARCHITECTURES
+from .calibration.text import CalibrationText, read_calibration_text
 from .checkpoint.opening import open_checkpoint
 from .checkpoint.overlay import Overlay
 from .checkpoint.tensors import Checkpoint
@@ -21,6 +22,7 @@ from .execute import execute
 from .methods.cla import Cla
 from .methods.gqa import Gqa
 from .methods.mla import Mla
+from .methods.prepared import Preparation, Prepared
 from .plan import ConversionPlan
 from .runtime import register
 from .text.sources import TextSource
@@ -30,6 +32,7 @@ __all__ = [
     "ARCHITECTURES",
     "ROUTES",
     "Calibration",
+    "CalibrationText",
     "Checkpoint",
     "Cla",
     "Conversion",
@@ -41,6 +44,8 @@ __all__ = [
     "LayerGrouping",
     "Mla",
     "Overlay",
+    "Preparation",
+    "Prepared",
     "Source",
     "TextSource",
     "as_cross_layer",
@@ -50,6 +55,7 @@ __all__ = [
     "execute",
     "inspect",
     "open_checkpoint",
+    "read_calibration_text",
 ]
 
 register()

@@ -34,7 +34,7 @@ from .methods.cla import Cla
 from .methods.gqa import Gqa
 from .methods.method import Method
 from .methods.mla import Mla
-from .methods.prepared import Hardware, LayerReport, Measurements, Prepared
+from .methods.prepared import Hardware, LayerReport, Measurements, Preparation, Prepared
 from .plan import ConversionPlan
 from .text.sources import TextSource
 
@@ -333,13 +333,9 @@ class _Measuring:
         """The method's tensors, in files in `scratch`."""
         what = "compressing" if isinstance(method, Mla) else "merging"
         with self.progress(what, self.source.shape.num_hidden_layers) as advance, _memory_errors(hardware):
+            keep_gram = self.calibration.save_statistics is not None
             return method.prepare(
-                self.source,
-                measurements,
-                Path(scratch),
-                hardware=hardware,
-                keep_gram=self.calibration.save_statistics is not None,
-                progress=advance,
+                self.source, Preparation(Path(scratch), measurements, hardware, keep_gram, progress=advance)
             )
 
     def save_statistics(self, prepared: Prepared, record: dict[str, Any]) -> None:

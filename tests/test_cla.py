@@ -33,6 +33,7 @@ from kvconvert.convert.calibration.text import CalibrationText
 from kvconvert.convert.checkpoint.loading import class_config
 from kvconvert.convert.errors import UnsupportedError
 from kvconvert.convert.methods.layer_choice import best_layers, measure_damages, permitted_pairs
+from kvconvert.convert.methods.prepared import Preparation
 from kvconvert.convert.plan import AverageLayers, ConversionPlan, Step
 from kvconvert.convert.runtime.transformers_interface import CACHE_NAME, cache_of
 from kvconvert.convert.translations.routes import CROSS_LAYER
@@ -78,7 +79,7 @@ def convert(source: Path, output: Path, settings: Cla, **options: Any) -> Path:
         scratch = output.with_name(f"{output.name}-scratch")
         scratch.mkdir()
         cla = replace(settings, **options)
-        prepared = cla.prepare(view, TEXT, scratch)
+        prepared = cla.prepare(view, Preparation(scratch, TEXT))
         execute(cla.plan(view), view.checkpoint, output, prepared.overlay)
     return output
 

@@ -16,7 +16,7 @@ from kvconvert.convert import Calibration, Cla, Gqa, KvConvertError, Mla, conver
 from kvconvert.convert.checkpoint.loading import check_opens
 from kvconvert.convert.conversion import Method
 from kvconvert.convert.errors import InputError, OutputError, UnsupportedError
-from kvconvert.convert.methods.prepared import Prepared
+from kvconvert.convert.methods.prepared import Preparation, Prepared
 from test_translations import GPT2, GPTJ
 
 METHODS: dict[str, tuple[str, dict[str, Any], Method]] = {
@@ -54,7 +54,7 @@ def test_a_plan_written_as_json_gives_the_same_bytes_in_another_process(
     scratch.mkdir()
     with method.source(open_checkpoint(source)) as view:
         text = None if calibration is None else read_text(view.checkpoint, prose_file)
-        prepared = method.resolve(view).prepare(view, text, scratch)
+        prepared = method.resolve(view).prepare(view, Preparation(scratch, text))
     assert isinstance(prepared, Prepared)
     (tmp_path / "plan.json").write_text(json.dumps(here.plan.to_json()))
     (tmp_path / "record.json").write_text(json.dumps(here.calibration))

@@ -35,7 +35,7 @@ from kvconvert.convert.describe.inspection import inspect_checkpoint
 from kvconvert.convert.errors import UnsupportedError
 from kvconvert.convert.methods.compression import _OBJECTIVES, _error
 from kvconvert.convert.methods.mla import Mla
-from kvconvert.convert.methods.prepared import Prepared
+from kvconvert.convert.methods.prepared import Preparation, Prepared
 from kvconvert.convert.plan import ConversionPlan
 from kvconvert.convert.runtime.transformers_interface import CACHE_NAME
 from kvconvert.convert.translations.routes import as_latent_source
@@ -87,7 +87,7 @@ def convert_and_report(
         view_mla = replace(mla, **settings)
         view_mla.check(view)
         resolved = view_mla.resolve(view, text)
-        prepared = resolved.prepare(view, text, scratch)
+        prepared = resolved.prepare(view, Preparation(scratch, text))
         plan = resolved.plan(view)
         execute(plan, view.checkpoint, output, prepared.overlay)
     return plan, prepared

@@ -130,3 +130,47 @@ def test_runtime_files_stand_alone(path: Path) -> None:
     """They are copied beside the weights, where kvconvert may not be installed."""
     ours = [name for name in imported(path) if name[0] in (*TOP, "configs", "kvconvert")]
     assert all(name[:2] == ("convert", "runtime") for name in ours), ours
+
+
+def modules_of(top: str) -> dict[str, set[str]]:
+    """For every module of a folder, the modules of it that the file names in an import, in a function or not."""
+    paths = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / top).rglob("*.py")}
+    names = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    found: dict[str, set[str]] = {}
+    for name, path in names.items():
+        targets = {".".join(parts) for parts in imported(path)}
+        # the front door is read by who is outside: its own files never ask it for anything
+        found[name] = {target for target in targets if target in names and target not in (name, top)}
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """A path of imports that ends where it begins, or nothing if there is none."""
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        for target in sorted(graph.get(name, ())):
+            if found := visit(target, [*path, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(graph) if (found := visit(name, []))), [])
+
+
+@pytest.mark.parametrize("top", TOP)
+def test_no_module_imports_itself_by_way_of_others(top: str) -> None:
+    """Also within a room, and also where the import is for type checking or inside a function."""
+    assert circle(modules_of(top)) == []
+
+
+def test_a_circle_of_imports_is_found() -> None:
+    """The control, on a made-up graph and on the real one with an import added."""
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    graph = modules_of("convert")
+    graph["convert.algebra.linear"] = {"convert.algebra.merge"}
+    assert circle(graph) == ["convert.algebra.linear", "convert.algebra.merge", "convert.algebra.linear"]

@@ -36,6 +36,7 @@ from kvconvert.convert.checkpoint.loading import load_model
 from kvconvert.convert.checkpoint.tokenizer import load_tokenizer
 from kvconvert.convert.errors import CheckpointError, DataError, UnsupportedError
 from kvconvert.convert.methods.merging import HeadMerge, merge_heads
+from kvconvert.convert.methods.prepared import Preparation
 from kvconvert.convert.text.sources import TextSource
 from tokenizers.processors import TemplateProcessing
 
@@ -128,7 +129,7 @@ def convert(source: Path, num_groups: int, output: Path, **options: Any) -> Path
         scratch = output.with_name(f"{output.name}-scratch")
         scratch.mkdir()
         gqa = Gqa(num_groups, merge="svd", **options)
-        prepared = gqa.prepare(view, TEXT, scratch)
+        prepared = gqa.prepare(view, Preparation(scratch, TEXT))
         execute(gqa.plan(view), view.checkpoint, output, prepared.overlay)
     return output
 
@@ -203,7 +204,7 @@ def test_as_many_groups_as_heads_change_nothing(
     source = make_checkpoint(model_type, **overrides)
     model = load_model(source, dtype=torch.float32, device="cpu")
     with open_checkpoint(source) as checkpoint:
-        prepared = merge_heads(Source.of(checkpoint), HeadMerge(8, refit=False), TEXT, tmp_path)
+        prepared = merge_heads(Source.of(checkpoint), HeadMerge(8, refit=False), Preparation(tmp_path, TEXT))
     assert prepared.overlay is not None
     for name in prepared.overlay.files:
         model.get_parameter(name).data = prepared.overlay.read(name)
@@ -512,7 +513,7 @@ def test_heads_keep_their_places_where_they_matter(
 ) -> None:
     """BitNet has gains for each head after the values, DiffLlama subtracts halves, ALiBi has slopes for each head."""
     with as_target(open_checkpoint(make_checkpoint(model_type)), 2) as view:
-        prepared = Gqa(2, merge="svd").prepare(view, None, tmp_path)
+        prepared = Gqa(2, merge="svd").prepare(view, Preparation(tmp_path))
     assert {report.groups for report in prepared.reports} == {((0, 1, 2, 3), (4, 5, 6, 7))}
 
 
@@ -533,7 +534,7 @@ def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
 
     with as_target(open_checkpoint(make(tmp_path / "model", "t5", T5)), 2) as view:
         with pytest.raises(UnsupportedError, match="svd merges the heads of decoders only"):
-            Gqa(2, merge="svd").prepare(view, None, tmp_path)
+            Gqa(2, merge="svd").prepare(view, Preparation(tmp_path))
 
 
 @pytest.fixture

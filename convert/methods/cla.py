@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from typing_extensions import Doc
@@ -20,7 +19,7 @@ from ..plan import AverageLayers, ConversionPlan, MoveGain, PoolHeads, Step
 from ..translations.routes import as_cross_layer
 from .choices import Grouping, require_choice
 from .method import Method
-from .prepared import CPU, Hardware, Measurements, Prepared
+from .prepared import CPU, Hardware, Measurements, Preparation, Prepared
 
 if TYPE_CHECKING:
     from .merging import HeadMerge
@@ -148,30 +147,13 @@ class Cla(Method):
             pairs="uniform",
         )
 
-    def prepare(
-        self,
-        source: Source,
-        measurements: Measurements,
-        scratch: Path,
-        *,
-        hardware: Hardware = CPU,
-        keep_gram: bool = False,
-        progress: Callable[[int], object] = lambda num_layers: None,
-    ) -> Prepared:
-        """Merge layers and heads, where the method does that, into files in `scratch`."""
+    def prepare(self, source: Source, preparation: Preparation) -> Prepared:
+        """Merge layers and heads, where the method does that, into files in the preparation's `scratch`."""
         if self.merge != "svd":
             return Prepared()
         from .merging import merge_heads
 
-        return merge_heads(
-            source,
-            self._head_merge(source),
-            measurements,
-            scratch,
-            hardware=hardware,
-            keep_gram=keep_gram,
-            progress=progress,
-        )
+        return merge_heads(source, self._head_merge(source), preparation)
 
     def record(self, measurements: Measurements, hardware: Hardware) -> dict[str, Any]:
         """How the merge was made, for the manifest: nothing, where a text only chose the layers."""

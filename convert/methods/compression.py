@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..algebra.latent import (
@@ -22,11 +21,11 @@ from ..algebra.refit import refitted
 from ..architectures.projections import read_projections
 from ..architectures.source import Source
 from ..architectures.table import LATENT_ARCHITECTURES
-from ..calibration.streams import CPU, Hardware, Stream
+from ..calibration.streams import Stream
 from ..calibration.text import CalibrationText
 from ..checkpoint.overlay import Overlay
 from .deepseek import LatentLayout, latent_tensors, result_config
-from .prepared import LayerReport, Measurements, Prepared
+from .prepared import Hardware, LayerReport, Measurements, Preparation, Prepared
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,20 +57,16 @@ class Compression:
 def compress_layers(
     source: Source,
     compression: Compression,
-    measurements: Measurements,
-    scratch: Path,
-    *,
-    hardware: Hardware = CPU,
-    progress: Callable[[int], object] = lambda num_layers: None,
+    preparation: Preparation,
 ) -> Prepared:
-    """The attention of every layer over a latent, in the tensors of DeepSeek's class, kept in files in `scratch`.
+    """The attention of every layer over a latent, in the tensors of DeepSeek's class, kept in the preparation's files.
 
     `source` is one that `as_latent_source` gives. With text the original runs layer by layer, and
     beside it the result, to refit outputs. Without it, inputs count as white but for the gain of the norm before the
     attention.
     """
-    layout = compression.layout
-    text = measurements if isinstance(measurements, CalibrationText) else None
+    layout, hardware = compression.layout, preparation.hardware
+    text = preparation.measurements if isinstance(preparation.measurements, CalibrationText) else None
     original = None if text is None else Stream.of(source, text, hardware)
     student = None
     if text is not None and compression.refit:
@@ -79,7 +74,7 @@ def compress_layers(
         architecture = replace(LATENT_ARCHITECTURES["deepseek_v3"], attention=source.architecture.attention)
         student = Stream.of(Source(replace(source.checkpoint, config=config), architecture), text, hardware)
     scaling = _attention_scaling(source)
-    overlay, reports = Overlay(scratch), []
+    overlay, reports = Overlay(preparation.scratch), []
     for index in range(source.shape.num_hidden_layers):
         # 1. what the layer's attention reads, and the latents that might do
         gram, sample = _moments(source, original, index, hardware)
@@ -104,7 +99,7 @@ def compress_layers(
         overlay.store(tensors, f"layer-{index:05d}.safetensors")
         reports.append(_report(index, source, layer))
         del candidates, head_outputs, layer, tensors  # gigabytes of a large model, beside the next layer's
-        progress(1)
+        preparation.progress(1)
     return Prepared(overlay, tuple(reports))
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from typing_extensions import Doc
@@ -22,7 +20,7 @@ from ..runtime import RUNTIME_CLASSES
 from ..translations.routes import as_target
 from .choices import Grouping, require_choice
 from .method import Method
-from .prepared import CPU, Hardware, Measurements, Prepared
+from .prepared import Hardware, Measurements, Preparation, Prepared
 
 if TYPE_CHECKING:
     from .merging import HeadMerge
@@ -95,30 +93,13 @@ class Gqa(Method):
 
             check_mergeable(source)
 
-    def prepare(
-        self,
-        source: Source,
-        measurements: Measurements,
-        scratch: Path,
-        *,
-        hardware: Hardware = CPU,
-        keep_gram: bool = False,
-        progress: Callable[[int], object] = lambda num_layers: None,
-    ) -> Prepared:
-        """Merge heads, where the method does that, into files in `scratch`."""
+    def prepare(self, source: Source, preparation: Preparation) -> Prepared:
+        """Merge heads, where the method does that, into files in the preparation's `scratch`."""
         if not self._merges(source):
             return Prepared()
         from .merging import merge_heads
 
-        return merge_heads(
-            source,
-            self._head_merge(measurements),
-            measurements,
-            scratch,
-            hardware=hardware,
-            keep_gram=keep_gram,
-            progress=progress,
-        )
+        return merge_heads(source, self._head_merge(preparation.measurements), preparation)
 
     def record(self, measurements: Measurements, hardware: Hardware) -> dict[str, Any]:
         """How the merge was made, for the manifest."""

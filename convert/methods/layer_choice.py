@@ -106,8 +106,9 @@ def _trial(original: Stream, layers: range, merged: Mapping[int, dict[str, Tenso
 def best_layers(num_layers: int, num_key_value_layers: int, damages: Damages) -> LayerGrouping:
     """Groups of neighbours, as many as layers shall keep keys and values, with the least sum of damages.
 
-    What a group loses is taken for the sum of what its layers do that read the first's. Raises UnsupportedError where
-    no groups of these pairs are so few.
+    In a group the first layer computes keys and values and the others read them. The damage of a group is the sum of
+    the damages of the pairs (first, reader), as if each shared alone. Raises UnsupportedError where no grouping of
+    these pairs has so few groups.
     """
     infinite = float("inf")
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..algebra.head_merge import PREDICTION_PULL, FreeTransformations, Heads, LayerInput, merge_layers
@@ -15,11 +14,11 @@ from ..algebra.projections import repeat_key_value_heads
 from ..architectures.projections import projection_names, projection_tensors, read_projections
 from ..architectures.source import Source
 from ..calibration.statistics import LayerStatistics
-from ..calibration.streams import CPU, Hardware, Stream
+from ..calibration.streams import Stream
 from ..calibration.text import CalibrationText
 from ..checkpoint.overlay import Overlay
 from ..errors import UnsupportedError
-from .prepared import LayerReport, Measurements, Prepared
+from .prepared import Hardware, LayerReport, Measurements, Preparation, Prepared
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,30 +48,24 @@ class HeadMerge:
 def merge_heads(
     source: Source,
     merge: HeadMerge,
-    measurements: Measurements,
-    scratch: Path,
-    *,
-    hardware: Hardware = CPU,
-    keep_gram: bool = False,
-    progress: Callable[[int], object] = lambda num_layers: None,
+    preparation: Preparation,
 ) -> Prepared:
     """Merge the heads of every layer, from calibration text, from statistics of one, or by the weights alone.
 
-    With text the model runs layer by layer: the original, and beside it, to refit the outputs, the merged one. New
-    tensors, and with `keep_gram` Gram matrices, are kept in files in `scratch`. Layers that are to share keys and
-    values need text: what one layer reads has to be predicted from another's. Raises UnsupportedError for architectures
-    that have no such merge.
+    With text the model runs layer by layer: the original, and beside it, to refit the outputs, the merged one. Layers
+    that are to share keys and values need text: what one layer reads has to be predicted from another's. Raises
+    UnsupportedError for architectures that have no such merge.
     """
     check_mergeable(source)
-    shape = source.shape
+    shape, measurements, keep_gram = source.shape, preparation.measurements, preparation.keep_gram
     sharing = merge.layers or LayerGrouping(tuple(range(shape.num_hidden_layers)))
     original = converted = None
     if isinstance(measurements, CalibrationText):
-        original = Stream.of(source, measurements, hardware)
+        original = Stream.of(source, measurements, preparation.hardware)
         converted = original.fork() if merge.refit else None
     elif merge.layers is not None:
         raise ValueError("layers that share keys and values are merged on text")
-    overlay, grams = Overlay(scratch), Overlay(scratch)
+    overlay, grams = Overlay(preparation.scratch), Overlay(preparation.scratch)
     reports = []
     for layers in sharing.groups:
         # 1. what the layers' attention reads
@@ -113,7 +106,7 @@ def merge_heads(
             overlay.store(tensors, f"layer-{layer:05d}.safetensors")
             if keep_gram:
                 grams.store({_gram_name(layer): before.gram}, f"gram-{layer:05d}.safetensors")
-            progress(1)
+            preparation.progress(1)
         reports.append(LayerReport(layers, result.grouping.groups, result.keys_retained, result.values_retained))
     return Prepared(overlay, tuple(reports), (lambda layer: grams.read(_gram_name(layer))) if keep_gram else None)
 

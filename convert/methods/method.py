@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Self
 
 from ..architectures.source import Source
 from ..checkpoint.tensors import Checkpoint
 from ..plan import ConversionPlan
-from .prepared import CPU, Hardware, Measurements, Prepared
+from .prepared import CPU, Hardware, Measurements, Preparation, Prepared
 
 __all__ = ["Method"]
 
@@ -70,20 +69,8 @@ class Method(ABC):
         """The plan for this source. Raises as `check` does, and ValueError before what is open is resolved."""
 
     @abstractmethod
-    def prepare(
-        self,
-        source: Source,
-        measurements: Measurements,
-        scratch: Path,
-        *,
-        hardware: Hardware = CPU,
-        keep_gram: bool = False,
-        progress: Callable[[int], object] = lambda num_layers: None,
-    ) -> Prepared:
-        """Make the tensors that the plan reads beside the source's, if any, in files in `scratch`, layer by layer.
-
-        With `keep_gram` the Gram matrices of what each layer's attention reads are kept too, where they are measured.
-        """
+    def prepare(self, source: Source, preparation: Preparation) -> Prepared:
+        """Make the tensors that the plan reads beside the source's, if any, layer by layer."""
 
     @abstractmethod
     def record(self, measurements: Measurements, hardware: Hardware) -> dict[str, Any]:

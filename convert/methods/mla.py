@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from typing_extensions import Doc
@@ -19,7 +18,7 @@ from ..translations.routes import as_latent_source
 from .choices import require_choice
 from .deepseek import LatentLayout, attention_shapes, class_refusal, result_config
 from .method import Method
-from .prepared import CPU, Hardware, Measurements, Prepared
+from .prepared import CPU, Hardware, Measurements, Preparation, Prepared
 
 __all__ = ["Mla"]
 
@@ -117,23 +116,14 @@ class Mla(Method):
             self, rope_pairs=choose_rope_pairs(source, self.num_rope_pairs, measurements, hardware, progress)
         )
 
-    def prepare(
-        self,
-        source: Source,
-        measurements: Measurements,
-        scratch: Path,
-        *,
-        hardware: Hardware = CPU,
-        keep_gram: bool = False,
-        progress: Callable[[int], object] = lambda num_layers: None,
-    ) -> Prepared:
-        """Compress keys and values, layer by layer, into files in `scratch`."""
+    def prepare(self, source: Source, preparation: Preparation) -> Prepared:
+        """Compress keys and values, layer by layer, into files in the preparation's `scratch`."""
         from .compression import Compression, compress_layers
 
         if self.rope_pairs is None:
             raise ValueError("the pairs of the rotary key are chosen first")
         compression = Compression(self.layout(source), self.rope_pairs, self.refit, self.refit_ridge)
-        return compress_layers(source, compression, measurements, scratch, hardware=hardware, progress=progress)
+        return compress_layers(source, compression, preparation)
 
     def record(self, measurements: Measurements, hardware: Hardware) -> dict[str, Any]:
         """How the latent was made, for the manifest."""

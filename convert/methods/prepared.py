@@ -1,9 +1,10 @@
-"""What a method makes before its plan can be carried out."""
+"""What a method is given, and what it makes, before its plan can be carried out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..calibration.statistics import LayerStatistics
@@ -14,11 +15,26 @@ from ..checkpoint.overlay import Overlay
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["CPU", "Hardware", "LayerReport", "Measurements", "Prepared"]
+__all__ = ["CPU", "Hardware", "LayerReport", "Measurements", "Preparation", "Prepared"]
 
 Measurements = CalibrationText | LayerStatistics | None
 """What a merge knows of the inputs: text, statistics that were measured on one, or nothing, so that they are taken for
 white."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a method prepares tensors from, where, and on what hardware.
+
+    The tensors lie in files in `scratch`, a directory that exists. With `keep_gram` the Gram matrices of what each
+    layer's attention reads are kept there too, where they are measured. `progress` is called with 1 after each layer.
+    """
+
+    scratch: Path
+    measurements: Measurements = None
+    hardware: Hardware = CPU
+    keep_gram: bool = False
+    progress: Callable[[int], object] = lambda num_layers: None
 
 
 @dataclass(frozen=True)
