@@ -142,10 +142,10 @@ class Command:
             process.communicate(timeout=_PATIENCE_SECONDS)
         else:
             seconds = time.monotonic() - began
-        return Interruption(sent, seconds, process.returncode, _status(output, process.pid), output.exists())
+        return Interruption(sent, seconds, process.returncode, status_of(output, process.pid), output.exists())
 
 
-def _status(output: Path, process_id: int) -> dict[str, Any] | None:
+def status_of(output: Path, process_id: int) -> dict[str, Any] | None:
     """What this very process said last."""
     for folder in (output, output.with_name(f"{output.name}.uptraining")):
         if (folder / _STATUS).exists():

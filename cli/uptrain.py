@@ -41,7 +41,7 @@ from .values import parse_count, parse_duration, parse_percentage
 if TYPE_CHECKING:
     from ..uptrain import UptrainPlan, UptrainResult
 
-__all__ = ["uptrain"]
+__all__ = ["resume_command", "take_over_fsdp", "uptrain"]
 
 _TYPED = str | None
 _LENGTH = SettingsOptions(
@@ -145,7 +145,7 @@ def uptrain(
         machine=machine.build(
             micro_batch=_read(machine, "micro_batch", _parse_micro_batch),
             report_to=tuple(machine.values["report_to"] or ()),
-            fsdp=_take_over_fsdp() or machine.values["fsdp"],
+            fsdp=take_over_fsdp() or machine.values["fsdp"],
         ),
         monitoring=monitoring.build(max_time=_read(monitoring, "max_time", parse_duration)),
         force=request.force,
@@ -165,7 +165,7 @@ def uptrain(
             progress=terminal.progress,
             remark=terminal.remark,
             show=lambda record: terminal.remark(_metrics_line(record)),
-            command=_resume_command(),
+            command=resume_command(),
         )
     outcome = {"passes": result.passes, "seconds": round(result.seconds, 1), "dry_run": False}
     terminal.result(_summary(plan, result) | outcome, lambda console: _show(result, console))
@@ -185,12 +185,12 @@ def _parse_micro_batch(text: str) -> int | Literal["auto"]:
     return int(text)
 
 
-def _take_over_fsdp() -> bool:
+def take_over_fsdp() -> bool:
     """Whether accelerate's configuration asks for FSDP, which kvconvert does by itself, while it loads models."""
     return os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-def _resume_command() -> str:
+def resume_command() -> str:
     """What a person types to go on, with the launcher that started this process, if one did."""
     from ..uptrain.launcher import count_processes
 

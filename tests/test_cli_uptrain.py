@@ -156,7 +156,7 @@ def test_the_memory_of_zero_is_that_of_its_stage(uptrain: Invoke, monkeypatch: p
 
 @pytest.mark.parametrize(("num_processes", "expected"), [(1, "kvconvert"), (2, "LAUNCHER --nproc 2 program")])
 def test_the_command_to_go_on_has_its_launcher(num_processes: int, expected: str) -> None:
-    worker = "from kvconvert.cli.uptrain import _resume_command; print(_resume_command())"
+    worker = "from kvconvert.cli.uptrain import resume_command; print(resume_command())"
     launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}, *sys.argv[4:]], check=True)"
     told = subprocess.run(
         [sys.executable, "-c", launcher, "--nproc", "2", "program", "uptrain", "a model", "--force", "--steps", "1"],

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import LATENT, CheckpointFactory
-from kvconvert.cli.uptrain import _take_over_fsdp as take_over_fsdp
+from kvconvert.cli.uptrain import take_over_fsdp
 from kvconvert.configs import ACCELERATE
 from kvconvert.uptrain.settings import Execution
 from kvconvert.uptrain.training import stage

@@ -18,11 +18,11 @@ from kvconvert.convert.algebra.attention_shape import AttentionShape
 from kvconvert.convert.algebra.latent import (
     LatentAttention,
     LatentObjective,
-    _constant_norm,
-    _top_rows,
+    constant_norm,
     latent_attention,
     normalised,
     rope_pair_gains,
+    top_rows,
     without_constant,
 )
 from kvconvert.convert.algebra.merge import ExpectedRotations, Merged, merge_at_distances
@@ -33,7 +33,7 @@ from kvconvert.convert.calibration.text import CalibrationText
 from kvconvert.convert.describe.engines import latent_kernels, serving
 from kvconvert.convert.describe.inspection import inspect_checkpoint
 from kvconvert.convert.errors import UnsupportedError
-from kvconvert.convert.methods.compression import _OBJECTIVES, _error
+from kvconvert.convert.methods.compression import OBJECTIVES, candidate_error
 from kvconvert.convert.methods.mla import Mla
 from kvconvert.convert.methods.prepared import Preparation, Prepared
 from kvconvert.convert.plan import ConversionPlan
@@ -298,8 +298,8 @@ def test_the_weighting_whose_attention_is_nearest_to_the_original_is_taken(
     mla = Mla(*sizes, "exact")
     convert(source, tmp_path / "chosen", mla)
     errors = []
-    for index, objective in enumerate(_OBJECTIVES):
-        monkeypatch.setattr("kvconvert.convert.methods.compression._OBJECTIVES", (objective,))
+    for index, objective in enumerate(OBJECTIVES):
+        monkeypatch.setattr("kvconvert.convert.methods.compression.OBJECTIVES", (objective,))
         convert(source, tmp_path / str(index), mla)
         errors.append(attention_error(source, tmp_path / str(index)))
     assert errors.index(min(errors)) == best
@@ -391,7 +391,7 @@ def test_candidates_are_compared_without_the_norm_of_their_latents(
     """Channels of other sizes, which the norm would mix otherwise, are the same layer."""
     source, mla = make_checkpoint(num_hidden_layers=1), Mla(24, 8)
     errors: dict[str, list[float]] = {"as-it-is": [], "resized": []}
-    error = _error
+    error = candidate_error
 
     def resized(*arguments: Any, **named: Any) -> LatentAttention:
         layer, sizes = latent_attention(*arguments, **named), torch.logspace(0, 1, 24, dtype=torch.float64)
@@ -405,7 +405,7 @@ def test_candidates_are_compared_without_the_norm_of_their_latents(
             found.append(error(*arguments))
             return found[-1]
 
-        monkeypatch.setattr("kvconvert.convert.methods.compression._error", recorded)
+        monkeypatch.setattr("kvconvert.convert.methods.compression.candidate_error", recorded)
         convert(source, tmp_path / name, mla)
         monkeypatch.setattr("kvconvert.convert.methods.compression.latent_attention", resized)
     assert len(set(errors["as-it-is"])) == 4
@@ -755,8 +755,8 @@ def test_a_latent_does_not_depend_on_the_side_that_it_is_computed_from() -> None
     weights = torch.eye(6, dtype=torch.float64).expand(4, -1, -1)
     gram = torch.diag(torch.rand(12, generator=generator, dtype=torch.float64) + 0.1)
     wide = torch.cat([parts, torch.zeros(4, 6, 28, dtype=torch.float64)], dim=2)
-    found = _top_rows(parts, weights, gram, 5)
-    expected = _top_rows(wide, weights, torch.block_diag(gram, torch.eye(28, dtype=torch.float64)), 5)
+    found = top_rows(parts, weights, gram, 5)
+    expected = top_rows(wide, weights, torch.block_diag(gram, torch.eye(28, dtype=torch.float64)), 5)
     signs = (found * expected[:, :12]).sum(1).sign()
     torch.testing.assert_close(signs[:, None] * found, expected[:, :12])
     torch.testing.assert_close(found @ gram @ found.T, torch.eye(5, dtype=torch.float64))
@@ -852,7 +852,7 @@ def test_a_fit_to_the_norm_ends_where_tokens_that_are_left_out_do_not_gain() -> 
     def spread(fitted: torch.Tensor) -> float:
         return float((tokens[::8] @ fitted).square().mean(1).log().square().mean())
 
-    found = _constant_norm(tokens, torch.full((64,), 1 / 64, dtype=torch.float64), start)
+    found = constant_norm(tokens, torch.full((64,), 1 / 64, dtype=torch.float64), start)
     assert spread(found) <= spread(start)
 
 

@@ -101,8 +101,8 @@ def test_only_this_process_s_own_status_counts(interruption: ModuleType, tmp_pat
     work = tmp_path / "out.uptraining"
     work.mkdir()
     (work / "run_status.json").write_text(json.dumps({"state": "running", "process_id": 7}))
-    assert interruption._status(tmp_path / "out", 7) == {"state": "running", "process_id": 7}
-    assert interruption._status(tmp_path / "out", 8) is None
+    assert interruption.status_of(tmp_path / "out", 7) == {"state": "running", "process_id": 7}
+    assert interruption.status_of(tmp_path / "out", 8) is None
 
 
 def test_signals_take_turns_at_drawn_moments(interruption: ModuleType) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .attention_shape import AttentionShape
-from .linear import align_phase, floored_roots, pseudo_inverse, root_and_inverse, scale_between, solve_ridge
+from .linear import TOLERANCE, align_phase, floored_roots, pseudo_inverse, root_and_inverse, scale_between, solve_ridge
 from .merge import ExpectedRotations, Merged, merge_at_distances
 from .projections import Projections
 from .rotations import Rotary, expected_rotation, expected_rotation_between, mean_phases, mean_rotation
@@ -24,9 +24,11 @@ __all__ = [
     "LatentAttention",
     "LatentObjective",
     "RopePair",
+    "constant_norm",
     "latent_attention",
     "normalised",
     "rope_pair_gains",
+    "top_rows",
     "without_constant",
 ]
 
@@ -36,7 +38,6 @@ RopePair = tuple[int, int]
 Pairs of one frequency are numbered from 0, the one that keeps most of the heads' keys, in descending order.
 """
 
-_TOLERANCE = 1e-13  # of the largest eigenvalue: a smaller one counts as zero
 _NOT_KEPT = 0.01  # of the energy that is left to the latent counts as an error, since it is not kept exactly there
 _NORM_STEPS, _NORM_ROUNDS = 5, 20  # of L-BFGS
 _NORM_RIDGE = 1e-9
@@ -158,7 +159,7 @@ def latent_attention(
     parts = torch.cat([keys, heads.values])
     counted = torch.cat([objective.key_weight * heads.key_weights, heads.value_weights])
     value_gram = centred if constant else gram
-    latent = _top_rows(parts, counted, value_gram, kv_lora_rank - constant)
+    latent = top_rows(parts, counted, value_gram, kv_lora_rank - constant)
     latent[:, -1] = 0
     key_up, value_up = _best_ups(keys, latent, centred), _best_ups(heads.values, latent, value_gram)
     if constant:
@@ -199,7 +200,7 @@ def without_constant(projections: Projections, gram: Tensor) -> Projections:
     """
     import torch
 
-    predicted = pseudo_inverse(gram[:-1, :-1], tolerance=_TOLERANCE) @ gram[:-1, -1]  # (D,)
+    predicted = pseudo_inverse(gram[:-1, :-1]) @ gram[:-1, -1]  # (D,)
 
     def without(rows: Tensor) -> Tensor:
         return torch.cat([rows[:, :-1] + rows[:, -1:] * predicted, torch.zeros_like(rows[:, -1:])], dim=1)
@@ -212,7 +213,7 @@ def normalised(layer: LatentAttention, inputs: Tensor, weights: Tensor) -> Laten
 
     inputs: some attention inputs x with a 1 appended, (tokens, D + 1). weights: how much each counts, (tokens,), with
     the sum 1. The latent may be multiplied by any invertible matrix if what reads it is multiplied by the inverse: the
-    matrix is chosen so that the rms is nearly 1 for every token (`_constant_norm`), which is possible to a good part
+    matrix is chosen so that the rms is nearly 1 for every token (`constant_norm`), which is possible to a good part
     because x comes from a norm itself. `key_up` and `value_up` are then fitted to the normalised latent.
     """
     import torch
@@ -220,7 +221,7 @@ def normalised(layer: LatentAttention, inputs: Tensor, weights: Tensor) -> Laten
     tokens = inputs @ layer.latent.T.to(inputs)  # (tokens, R), on the device of `inputs`
     weights = weights.to(tokens)
     root = root_and_inverse((tokens.T @ (weights[:, None] * tokens)).double().cpu())[1].to(tokens)
-    chosen = _constant_norm(tokens, weights, root / (tokens @ root).square().mean(1).sqrt().mean()).double().cpu()
+    chosen = constant_norm(tokens, weights, root / (tokens @ root).square().mean(1).sqrt().mean()).double().cpu()
     values, vectors = torch.linalg.eigh(chosen @ chosen.T)  # the same norm, in channels that do not mix large and small
     chosen, tokens = vectors * values.clamp(min=0).sqrt(), tokens.double().cpu()
     shaped = tokens @ chosen
@@ -233,8 +234,8 @@ def normalised(layer: LatentAttention, inputs: Tensor, weights: Tensor) -> Laten
     return replace(layer, latent=latent, key_up=layer.key_up @ back, value_up=layer.value_up @ back)
 
 
-def _constant_norm(tokens: Tensor, weights: Tensor, start: Tensor) -> Tensor:
-    """The matrix, (R, R), after which the latents of all tokens, (n, R), have nearly the same rms, 1.
+def constant_norm(tokens: Tensor, weights: Tensor, start: Tensor) -> Tensor:
+    """Return the matrix, (R, R), after which the latents of all tokens, (n, R), have nearly the same rms, 1.
 
     L-BFGS minimises the weighted mean of log² (mean square) from `start` on. Every eighth token is held out, and the
     fit ends when the unweighted mean over those stops falling.
@@ -300,7 +301,7 @@ def _shared_keys(heads: _Heads, gram: Tensor) -> _Shared:
 
     num_pairs = len(heads.powers)
     keys = torch.complex(heads.keys[:, :num_pairs], heads.keys[:, num_pairs : 2 * num_pairs]).transpose(0, 1)
-    keys = floored_roots(heads.powers, tolerance=_TOLERANCE)[..., None] * keys
+    keys = floored_roots(heads.powers)[..., None] * keys
     energies, directions = torch.linalg.eigh(keys @ gram.to(keys.dtype) @ keys.mH)
     return _Shared(keys, directions.flip(2), energies.flip(1).clamp(min=0))
 
@@ -349,7 +350,7 @@ def _start(heads: _Heads, gram: Tensor, rope_pairs: Sequence[RopePair]) -> Merge
     """The best shared key for rotations by any angle, (2 S, D + 1), with the rms of the heads' keys."""
     import torch
 
-    shared, roots = _shared_keys(heads, gram), floored_roots(heads.powers, tolerance=_TOLERANCE)
+    shared, roots = _shared_keys(heads, gram), floored_roots(heads.powers)
     frequencies, ranks = [frequency for frequency, _ in rope_pairs], [rank for _, rank in rope_pairs]
     directions = align_phase(shared.directions[frequencies, :, ranks])  # (S, G)
     weighted = shared.keys[frequencies]  # (S, G, D + 1)
@@ -364,12 +365,12 @@ def _start(heads: _Heads, gram: Tensor, rope_pairs: Sequence[RopePair]) -> Merge
 
 def _best_ups(parts: Tensor, latent: Tensor, gram: Tensor) -> Tensor:
     """For each part, (d, D + 1), the least-squares map of the latent to it, (d, R), under the moments `gram`."""
-    ups: Tensor = parts @ gram @ latent.T @ pseudo_inverse(latent @ gram @ latent.T, tolerance=_TOLERANCE)
+    ups: Tensor = parts @ gram @ latent.T @ pseudo_inverse(latent @ gram @ latent.T)
     return ups
 
 
-def _top_rows(parts: Tensor, weights: Tensor, gram: Tensor, rank: int) -> Tensor:
-    """The `rank` combinations of the rows of `parts`, (n, d, D + 1), that keep most of their energy: (rank, D + 1).
+def top_rows(parts: Tensor, weights: Tensor, gram: Tensor, rank: int) -> Tensor:
+    """Return the `rank` combinations of the rows of `parts`, (n, d, D + 1), that keep most of their energy: (rank, D + 1).
 
     `weights`, (n, d, d), say how much an error of each row counts. Each combination has an rms of 1, or is 0 where
     there are fewer independent directions.
@@ -386,7 +387,7 @@ def _top_rows(parts: Tensor, weights: Tensor, gram: Tensor, rank: int) -> Tensor
         values, vectors = torch.linalg.eigh(rows @ gram @ rows.T)
         combined, powers = vectors.T @ rows, -0.5
     values, combined = values.flip(0)[:rank], combined.flip(0)[:rank]
-    present = values > _TOLERANCE * values[:1].clamp(min=1e-300)
+    present = values > TOLERANCE * values[:1].clamp(min=1e-300)
     scales = torch.where(present, values.clamp(min=1e-300) ** powers, torch.zeros_like(values))
     top = scales[:, None] * combined
     return torch.cat([top, top.new_zeros(rank - len(top), top.shape[1])])

@@ -29,7 +29,6 @@ __all__ = [
 ]
 
 _ROUNDS = 20  # the error falls by less than 1 % from the fifth on
-_TOLERANCE = 1e-12  # of the largest eigenvalue: a smaller one counts as zero
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def merge_rotary(heads: Sequence[Tensor], powers: Sequence[Tensor], gram: Tensor
 
     num_pairs = heads[0].shape[0] // 2
     keys = torch.stack([torch.complex(head[:num_pairs], head[num_pairs:]) for head in heads], dim=1)  # (F, m, D + 1)
-    roots = floored_roots(torch.stack(list(powers), dim=1), tolerance=_TOLERANCE)  # (F, m)
+    roots = floored_roots(torch.stack(list(powers), dim=1))  # (F, m)
     weighted = roots[..., None] * keys
     values, vectors = torch.linalg.eigh(weighted @ gram.to(weighted.dtype) @ weighted.mH)  # of (F, m, m)
     top = align_phase(vectors[..., -1])  # (F, m)
@@ -137,7 +136,7 @@ def merge_at_distances(
         readers = _best_readers(power, cross, rotations)
         weighted = [(reader.T @ weight, reader) for reader, weight in zip(readers, weights, strict=True)]
         read = torch.stack([left @ reader for left, reader in weighted]).sum(0)
-        inverse = pseudo_inverse(rotations.shared.mean_back(read), tolerance=_TOLERANCE)
+        inverse = pseudo_inverse(rotations.shared.mean_back(read))
         mixes = [inverse @ rotations.cross.mean_back(left) for left, _ in weighted]
         cross = list(torch.einsum("gij,ghjk->hik", torch.stack(mixes), joint))
         power = torch.stack([part @ mix.T for part, mix in zip(cross, mixes, strict=True)]).sum(0)
@@ -153,7 +152,7 @@ def merge_at_distances(
 
 def _best_readers(power: Tensor, cross: Sequence[Tensor], rotations: ExpectedRotations) -> list[Tensor]:
     """For each head the B that minimises E‖R head − B S shared‖², from E[shared sharedᵀ] and E[shared headᵀ]."""
-    inverse = pseudo_inverse(rotations.shared.mean(power), tolerance=_TOLERANCE)
+    inverse = pseudo_inverse(rotations.shared.mean(power))
     return [rotations.cross.mean(part).T @ inverse for part in cross]
 
 

@@ -22,5 +22,4 @@ def refitted(original: Tensor, closed_form: Tensor, cross: Tensor, normal: Tenso
     """
     strength = ridge * normal.diagonal().mean()
     right = original @ cross + strength * closed_form.double()
-    # the diagonal gets λ rounded to float32: all measured results were computed so
-    return solve_ridge(right, normal, strength.float()).to(closed_form.dtype).contiguous()
+    return solve_ridge(right, normal, strength).to(closed_form.dtype).contiguous()

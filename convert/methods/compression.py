@@ -30,9 +30,10 @@ from .prepared import Hardware, LayerReport, Measurements, Preparation, Prepared
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Compression", "choose_rope_pairs", "compress_layers"]
+__all__ = ["OBJECTIVES", "Compression", "candidate_error", "choose_rope_pairs", "compress_layers"]
 
-_OBJECTIVES = tuple(LatentObjective(still, keys) for still in (True, False) for keys in (1.0, 0.1))
+OBJECTIVES = tuple(LatentObjective(still, keys) for still in (True, False) for keys in (1.0, 0.1))
+"""The latents that are tried on the text for every layer; the first is taken where there is no text to try them on."""
 _CHOICE_BATCHES = 1  # of the text that these are compared on
 _NORM_TOKENS = 16384  # that the latent is fitted to its norm on
 
@@ -88,7 +89,7 @@ def compress_layers(
         if student is None:
             layer = next(candidates)
         else:
-            error = partial(_error, student, index, made, o_proj, head_outputs, compression.refit_ridge)
+            error = partial(candidate_error, student, index, made, o_proj, head_outputs, compression.refit_ridge)
             layer = min(candidates, key=error)
         if sample is not None and not layout.constant:
             layer = normalised(layer, *sample)
@@ -142,7 +143,7 @@ def _candidates(
     layout = compression.layout
     if not layout.constant:
         projections = without_constant(projections, gram)
-    for objective in _OBJECTIVES:
+    for objective in OBJECTIVES:
         yield latent_attention(
             projections,
             source.shape,
@@ -193,7 +194,7 @@ def _gram_without_text(source: Source, layer: int) -> Tensor:
     return gram
 
 
-def _error(
+def candidate_error(
     student: Stream,
     layer: int,
     made: Callable[[LatentAttention], dict[str, Tensor]],
@@ -202,7 +203,7 @@ def _error(
     ridge: float,
     candidate: LatentAttention,
 ) -> float:
-    """E‖W_o z − W z'‖² on some of the text, with the fitted W, but for what it shares with every candidate.
+    """Return E‖W_o z − W z'‖² on some of the text, with the fitted W, but for what it shares with every candidate.
 
     `made` gives a candidate's tensors, and `wanted` is what the original's output projection read. The norm of the
     latent, which is met later, is left out.
