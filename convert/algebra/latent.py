@@ -370,7 +370,7 @@ def _best_ups(parts: Tensor, latent: Tensor, gram: Tensor) -> Tensor:
 
 
 def top_rows(parts: Tensor, weights: Tensor, gram: Tensor, rank: int) -> Tensor:
-    """Return the `rank` combinations of the rows of `parts`, (n, d, D + 1), that keep most of their energy: (rank, D + 1).
+    """Return the combinations of the rows of `parts`, (n, d, D + 1), that keep most of their energy: (rank, D + 1).
 
     `weights`, (n, d, d), say how much an error of each row counts. Each combination has an rms of 1, or is 0 where
     there are fewer independent directions.
