@@ -592,6 +592,8 @@ def test_statistics_are_kept_and_used_again(
         (("--method", "svd", "--no-calibration", "--save-statistics", "f"), "--save-statistics needs text"),
         (("--method", "svd", "--no-calibration", "--split", "test"), "--split is about a calibration text"),
         (("--method", "svd", "--statistics", "f", "--calibration-tokens", "9"), "and --statistics rules one out"),
+        (("--method", "svd", "--statistics", "f", "--device", "cpu"), "--device is about a calibration text"),
+        (("--method", "svd", "--no-calibration", "--device", "cpu"), "--device is about a calibration text"),
         (("--method", "svd", "--calibration", "missing.txt"), "missing.txt"),
         (("--method", "svd", "--statistics", "missing"), "no such file"),
         (("--method", "svd", "--save-statistics", "missing/f"), "missing is not a writable directory"),
