@@ -30,7 +30,7 @@ def load_windows(
     bos: Literal["auto", "always", "never"] = "auto",
     max_windows: int | None = None,
 ) -> Windows:
-    """The source's documents, tokenised for `model`, joined by EOS and cut into windows.
+    """The source's documents, tokenised for `model`, joined by EOS where it has one, and cut into windows.
 
     bos "auto" puts BOS before each window if the tokenizer puts one before a text. Raises DataError for empty or
     short text, a missing tokenizer, or BOS asked of a tokenizer that has none.
@@ -48,6 +48,7 @@ def load_windows(
         stride=stride,
         bos_token_id=tokenizer.bos_token_id if with_bos else None,
         max_windows=max_windows,
+        joined_by_eos=tokenizer.eos_token_id is not None,
     )
 
 

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import VOCAB_SIZE, build_model
+from conftest import VOCAB_SIZE, CheckpointFactory, build_model
 from hypothesis import given
 from hypothesis import strategies as st
 from kvconvert.convert.errors import DataError
+from kvconvert.convert.text.sources import TextSource
+from kvconvert.measure.held_out import load_windows
 from kvconvert.measure.perplexity import cut_windows, evaluate
 
 
@@ -106,6 +110,24 @@ def test_the_method_is_stated() -> None:
     )
     overlapping = cut_windows(tokens(20), window=10, stride=4, bos_token_id=1).method
     assert "overlapping (stride 4) windows of 10 tokens, BOS before each window" in overlapping
+
+
+def test_what_stands_between_documents_is_stated_as_it_is(
+    make_checkpoint: CheckpointFactory, prose_file: Path, tmp_path: Path
+) -> None:
+    """A tokenizer.json alone: EOS is the model's, and the method says so where the model names none either."""
+    whole, bare, without = (make_checkpoint(name=name, with_tokenizer=True) for name in ("whole", "bare", "without"))
+    for model in (bare, without):
+        (model / "tokenizer_config.json").unlink()
+    config = json.loads((without / "config.json").read_text()) | {"eos_token_id": None}
+    (without / "config.json").write_text(json.dumps(config))
+    (without / "generation_config.json").unlink()
+    found = [load_windows(model, TextSource(str(prose_file)), window=32) for model in (whole, bare, without)]
+    assert torch.equal(found[0].input_ids, found[1].input_ids)
+    assert found[0].method == found[1].method
+    assert found[1].method.startswith("documents joined by EOS, non-overlapping")
+    assert found[2].method.startswith("documents joined without EOS, as the tokenizer has none, non-overlapping")
+    assert [int((windows.input_ids == 2).sum()) for windows in found] == [39, 39, 0]  # the 40th is cut off
 
 
 def test_text_shorter_than_a_window() -> None:

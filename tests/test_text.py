@@ -237,3 +237,42 @@ def test_tokens_are_estimated_from_the_beginning_of_a_book(tmp_path: Path) -> No
     tokenizer: Any = BytesTokenizer()
     assert estimate_tokens(TextSource(str(book)), tokenizer) == book.stat().st_size
     assert tokenizer.lengths == [2**14]
+
+
+@pytest.mark.parametrize(
+    ("config", "generation_config", "eos"),
+    [
+        ({}, {}, None),
+        ({"eos_token_id": 2}, {}, "</s>"),
+        ({"eos_token_id": [0, 2]}, {}, "<pad>"),
+        ({"eos_token_id": [9999, 2]}, {}, "</s>"),
+        ({"eos_token_id": -1}, {"eos_token_id": [2, 0]}, "</s>"),
+        ({"text_config": {"eos_token_id": 2}}, {}, "</s>"),
+        ({"eos_token_id": None}, {"eos_token_id": 2}, "</s>"),
+    ],
+)
+def test_a_bare_tokenizer_has_the_eos_that_the_model_names(
+    config: dict[str, Any], generation_config: dict[str, Any], eos: str | None, tmp_path: Path
+) -> None:
+    """A tokenizer.json without tokenizer_config.json."""
+    build_tokenizer().backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation_config))
+    assert load_tokenizer(tmp_path).special_tokens_map.get("eos_token") == eos
+
+
+def test_a_tokenizers_own_eos_comes_before_the_models(tmp_path: Path) -> None:
+    build_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 0}))
+    assert load_tokenizer(tmp_path).eos_token == "</s>"
+
+
+@pytest.mark.parametrize("template", ["<s> $A", "$A"])
+def test_a_bare_tokenizer_that_puts_bos_is_known_to(template: str, tmp_path: Path) -> None:
+    tokenizer = build_tokenizer().backend_tokenizer
+    tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=[("<s>", 1)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "bos_token_id": 1}))
+    loaded = load_tokenizer(tmp_path)
+    assert adds_bos(loaded) == (template == "<s> $A")
+    assert list(encode_documents(["a"], loaded, bos=adds_bos(loaded))) == [loaded("a")["input_ids"]]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, in_one_line, is_out_of_memory
 from .remote_code import remote_code_allowed
@@ -11,7 +12,7 @@ from .remote_code import remote_code_allowed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["has_tokenizer", "load_tokenizer"]
+__all__ = ["has_tokenizer", "load_tokenizer", "open_tokenizer"]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -19,6 +20,9 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
     "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "tiktoken.model",
     "tokenizer.tiktoken",
     "qwen.tiktoken",
 )
@@ -30,7 +34,25 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer beside a checkpoint, a directory or a hub id.
+    """Return the tokenizer beside a checkpoint, a directory or a hub id, with the EOS and BOS that the model has.
+
+    A tokenizer.json alone does not say which of its tokens are EOS and BOS. Where the tokenizer has no EOS, it is given
+    the first token that config.json, else generation_config.json, names by its id. BOS is named in the same way, but
+    only if the tokenizer puts this very token before a text. Raises DataError as `open_tokenizer` does.
+    """
+    tokenizer = open_tokenizer(model)
+    if tokenizer.special_tokens_map.get("eos_token") is None:
+        tokens = tokenizer.convert_ids_to_tokens(_configured_ids(model, "eos_token_id"))
+        tokenizer.eos_token = next((token for token in tokens if token is not None), None)
+    if tokenizer.special_tokens_map.get("bos_token") is None:
+        begins = tokenizer("a")["input_ids"][:1]
+        if begins and begins[0] in _configured_ids(model, "bos_token_id"):
+            tokenizer.bos_token = tokenizer.convert_ids_to_tokens(begins[0])
+    return tokenizer
+
+
+def open_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer beside a checkpoint as transformers opens it.
 
     Raises DataError where there is none or it cannot be loaded.
     """
@@ -49,3 +71,27 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
         if is_out_of_memory(error):
             raise
         raise DataError(f"{model}: the tokenizer cannot be loaded ({in_one_line(error)})") from error
+
+
+def _configured_ids(model: str | Path, key: str) -> list[int]:
+    """The token ids that config.json and generation_config.json name under a key, those of config.json first."""
+    found: list[int] = []
+    for name in ("config.json", "generation_config.json"):
+        config = _read_config(model, name)
+        section = config.get("text_config")
+        value = config.get(key, section.get(key) if isinstance(section, dict) else None)
+        ids = value if isinstance(value, list) else [value]
+        found += [number for number in ids if isinstance(number, int) and number >= 0]
+    return found
+
+
+def _read_config(model: str | Path, name: str) -> dict[str, Any]:
+    """A JSON file beside a checkpoint, a directory or a hub id; {} where there is none that can be read."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        path = cached_file(str(model), name, _raise_exceptions_for_missing_entries=False)
+        content = json.loads(Path(path).read_text(encoding="utf-8")) if path is not None else {}
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
