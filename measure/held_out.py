@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,7 @@ import torch
 
 from ..convert.cache_check import check_runtime
 from ..convert.checkpoint.loading import load_model
-from ..convert.checkpoint.tokenizer import load_tokenizer
+from ..convert.checkpoint.tokenizer import TokenIdCheck, load_tokenizer
 from ..convert.device import default_device
 from ..convert.errors import DataError
 from ..convert.text.sources import TextSource, read_documents
@@ -33,14 +33,24 @@ def load_windows(
     """The source's documents, tokenised for `model`, joined by EOS where it has one, and cut into windows.
 
     bos "auto" puts BOS before each window if the tokenizer puts one before a text. Raises DataError for empty or
-    short text, a missing tokenizer, or BOS asked of a tokenizer that has none.
+    short text, a missing tokenizer, BOS asked of a tokenizer that has none, or a token that the model's embedding has
+    no row for.
     """
     tokenizer = load_tokenizer(model)
     if bos == "always" and tokenizer.bos_token_id is None:
         raise DataError(f"{model}: its tokenizer has no BOS token", hint="use --bos never")
     with_bos = bos == "always" or (bos == "auto" and adds_bos(tokenizer))
     num_needed = None if max_windows is None else window + (max_windows - 1) * (stride or window)
-    ids = chain.from_iterable(encode_documents(read_documents(source), tokenizer))
+    check_ids = TokenIdCheck.of(model, tokenizer)
+    if with_bos:
+        check_ids([tokenizer.bos_token_id], source.location)
+
+    def checked(documents: Iterable[list[int]]) -> Iterator[list[int]]:
+        for ids in documents:
+            check_ids(ids, source.location)
+            yield ids
+
+    ids = chain.from_iterable(checked(encode_documents(read_documents(source), tokenizer)))
     token_ids = torch.tensor(list(islice(ids, num_needed)))
     return cut_windows(
         token_ids,

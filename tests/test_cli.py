@@ -142,6 +142,9 @@ def test_a_full_disk(arguments: str, make_checkpoint: CheckpointFactory, prose_f
     assert kept == set(before)  # an unfinished run stays: it can be resumed
 
 
+BEYOND = r"short\.txt: needs the token 'It', whose id \d+ is beyond the vocab_size 300 of \S+; .* has ids up to \d+\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -160,6 +163,9 @@ def test_a_full_disk(arguments: str, make_checkpoint: CheckpointFactory, prose_f
         (["uptrain", "MODEL", "--steps", "1", "--tokens", "1M", "--data", "SHORT"], "--steps and --tokens both say"),
         (["uptrain", "MODEL", "--data", "SHORT"], "on how many tokens the model was pretrained is not known"),
         (["uptrain", "MODEL", "--steps", "1", "--data", "SHORT", "--recipe", "light"], "needs the original model"),
+        (["evaluate", "NARROW", "--data", "SHORT", "--window", "4"], BEYOND),
+        (["uptrain", "NARROW", "--steps", "1", "--data", "SHORT", "--sequence-length", "4", "--quiet"], BEYOND),
+        (["mha2gqa", "NARROW", "--groups", "2", "--method", "svd", "--calibration", "SHORT"], BEYOND),
     ],
 )
 def test_bad_requests_give_one_line_and_leave_nothing(
@@ -170,6 +176,7 @@ def test_bad_requests_give_one_line_and_leave_nothing(
     places = {
         "MODEL": make_checkpoint(with_tokenizer=True),
         "BARE": make_checkpoint(name="bare"),
+        "NARROW": make_checkpoint(name="narrow", with_tokenizer=True, vocab_size=300),
         "EMPTY": tmp_path / "empty.txt",
         "SHORT": tmp_path / "short.txt",
     }

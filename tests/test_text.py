@@ -10,8 +10,8 @@ import datasets
 import huggingface_hub
 import pyarrow as pa
 import pytest
-from conftest import build_tokenizer
-from kvconvert.convert.checkpoint.tokenizer import load_tokenizer
+from conftest import build_number_tokenizer, build_tokenizer
+from kvconvert.convert.checkpoint.tokenizer import TokenIdCheck, load_tokenizer
 from kvconvert.convert.errors import DataError
 from kvconvert.convert.text.sources import (
     TextSource,
@@ -276,3 +276,26 @@ def test_a_bare_tokenizer_that_puts_bos_is_known_to(template: str, tmp_path: Pat
     loaded = load_tokenizer(tmp_path)
     assert adds_bos(loaded) == (template == "<s> $A")
     assert list(encode_documents(["a"], loaded, bos=adds_bos(loaded))) == [loaded("a")["input_ids"]]
+
+
+@pytest.mark.parametrize("config", [{"vocab_size": 2}, {"text_config": {"vocab_size": 2}}])
+def test_ids_beyond_the_embedding_are_named(config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    check = TokenIdCheck.of(tmp_path, build_number_tokenizer())
+    check([0, 1], "a.txt")
+    with pytest.raises(DataError) as raised:
+        check([0, 3, 5], "a.txt")
+    assert str(raised.value) == (
+        f"a.txt: needs the token '3', whose id 3 is beyond the vocab_size 2 of {tmp_path}; "
+        "its tokenizer has ids up to 2000"
+    )
+    assert check.remark is not None
+    assert "vocab_size 2, 2 (2), 3 (3), 4 (4) and 1996 more:" in check.remark
+
+
+@pytest.mark.parametrize("config", [{"vocab_size": 2001}, {"model_type": "llama"}, {"model_type": "unknown"}])
+def test_an_embedding_that_holds_every_id_is_not_looked_at_again(config: dict[str, Any], tmp_path: Path) -> None:
+    """The default of Llama's class is 32000; of a class that nobody knows nothing is said."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    check = TokenIdCheck.of(tmp_path, build_number_tokenizer())
+    assert (dict(check.beyond), check.remark) == ({}, None)

@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 import kvconvert.uptrain
 import pytest
-from conftest import CheckpointFactory, weights
+from conftest import CheckpointFactory, same_weights, weights
 from kvconvert import configs
 from kvconvert.cli.main import app
 from kvconvert.convert.checkpoint.opening import open_checkpoint
@@ -378,6 +378,25 @@ def test_a_plan_reads_its_tokenizer_once(
     teacher = make_checkpoint(name="teacher", seed=1, with_tokenizer=True)
     uptrain(model, data=prose_file, teacher=teacher, steps=1, settings=UptrainSettings(**SMALL))
     assert loads == [model]
+
+
+def test_a_token_that_no_text_needs_is_a_remark(
+    model: Path, make_checkpoint: CheckpointFactory, prose_file: Path, tmp_path: Path
+) -> None:
+    """Tokens that were added without resizing the embedding: text without them trains as it did before."""
+    added = make_checkpoint(name="added", num_key_value_heads=2)
+    tokenizer = load_tokenizer(model)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.save_pretrained(added)
+    remarks: list[str] = []
+    for name, place in (("plain", model), ("rich", added)):
+        settings = UptrainSettings(**SMALL)
+        uptrain(place, data=prose_file, output=tmp_path / name, steps=2, settings=settings, remark=remarks.append)
+    assert [text for text in remarks if "vocab_size" in text] == [
+        f"the tokenizer of {added} has tokens beyond the model's vocab_size 384, <|im_start|> (384), <|im_end|> (385): "
+        "text that needs one of them is refused"
+    ]
+    assert same_weights(tmp_path / "plain", tmp_path / "rich")
 
 
 def test_the_default_rate_of_the_demo_is_half_the_peak_of_its_pretraining() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..convert.checkpoint.opening import open_checkpoint
 from ..convert.checkpoint.tensors import Checkpoint
-from ..convert.checkpoint.tokenizer import load_tokenizer
+from ..convert.checkpoint.tokenizer import TokenIdCheck, load_tokenizer
 from ..convert.text.sources import TextSource, estimate_tokens
 from ..convert.text.tokens import tokenizer_hash
 from .estimate.size import ModelSize, measure_size
@@ -46,6 +46,11 @@ class Inputs:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The student's tokenizer, which is the teacher's too."""
         return load_tokenizer(self.checkpoint.directory)
+
+    @cached_property
+    def check_ids(self) -> TokenIdCheck:
+        """The check that the student's embedding has a row for every token id of a text."""
+        return TokenIdCheck.of(self.checkpoint.directory, self.tokenizer)
 
     @cached_property
     def tokenizer_hash(self) -> str:

@@ -149,6 +149,8 @@ def plan_uptraining(request: UptrainRequest, *, remark: Callable[[str], object] 
     # 3. whatever can be refused
     held_out = _held_out(request)
     check_job(job, held_out=held_out, force=force)
+    if job.inputs.check_ids.remark is not None:
+        remark(job.inputs.check_ids.remark)
     if sweeps:
         check_sweep(job, scored=held_out is not None, force=force)
 

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from ..checkpoint.tensors import Checkpoint
-from ..checkpoint.tokenizer import load_tokenizer
+from ..checkpoint.tokenizer import TokenIdCheck, load_tokenizer
 from ..errors import DataError
 from ..text.sources import TextSource, read_files
 from ..text.tokens import adds_bos, encode_documents
@@ -50,17 +50,20 @@ def read_calibration_text(
     with EOS where there is one; passages follow each other without padding, so that sequences need not begin with one.
     If all passages together are too short, what was cut off them is taken too. Fewer tokens than asked for are returned
     where the text has no more.
-    Raises DataError for text that is missing, unreadable or shorter than one sequence.
+    Raises DataError for text that is missing, unreadable, shorter than one sequence, or needs a token that the model's
+    embedding has no row for.
     """
     import torch
 
     tokenizer = load_tokenizer(checkpoint.directory)
+    check_ids = TokenIdCheck.of(checkpoint.directory, tokenizer)
     bos = adds_bos(tokenizer)
     generator = random.Random(0)
     passages = [_passages(documents, sequence_length * _CHARACTERS, generator) for documents in read_files(source)]
     ids: list[int] = []
     cut_off: list[int] = []
     for tokens in encode_documents(_in_turn(passages), tokenizer, bos=bos):
+        check_ids(tokens, source.location)
         ids += tokens[:sequence_length]
         cut_off += tokens[sequence_length:]
         if len(ids) >= num_tokens:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from .remote_code import remote_code_allowed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["has_tokenizer", "load_tokenizer", "open_tokenizer"]
+__all__ = ["TokenIdCheck", "has_tokenizer", "load_tokenizer", "open_tokenizer"]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -26,6 +28,53 @@ _TOKENIZER_FILES = (
     "tokenizer.tiktoken",
     "qwen.tiktoken",
 )
+
+
+@dataclass(frozen=True)
+class TokenIdCheck:
+    """Whether a model's embedding has a row for every token id of a text.
+
+    A tokenizer may have tokens that were added without resizing the embedding, or be another model's. `beyond` maps
+    the ids without a row to their tokens. It is empty for nearly every model, and then a check costs nothing.
+    """
+
+    model: str
+    vocab_size: int
+    beyond: Mapping[int, str]
+
+    @classmethod
+    def of(cls, model: str | Path, tokenizer: PreTrainedTokenizerBase) -> TokenIdCheck:
+        """Return the check for a checkpoint, a directory or a hub id, and its tokenizer."""
+        vocab_size = _vocab_size(model)
+        if vocab_size is None:  # of a class whose code may not run; then the model does not run either
+            return cls(str(model), 0, {})
+        beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= vocab_size}
+        return cls(str(model), vocab_size, dict(sorted(beyond.items())))
+
+    def __call__(self, ids: Sequence[int], text: str) -> None:
+        """Raise DataError for the first of `ids`, which `text` became, that the embedding has no row for."""
+        if not self.beyond:
+            return
+        wrong = next((number for number in ids if number >= self.vocab_size), None)
+        if wrong is not None:
+            raise DataError(
+                f"{text}: needs the token {self.beyond.get(wrong, '')!r}, whose id {wrong} is beyond the vocab_size "
+                f"{self.vocab_size} of {self.model}; its tokenizer has ids up to {max(self.beyond)}",
+                hint="use the tokenizer that the model was trained with, or enlarge the model's embedding "
+                "(resize_token_embeddings in transformers)",
+            )
+
+    @property
+    def remark(self) -> str | None:
+        """A sentence about the tokens without a row, None where there are none."""
+        if not self.beyond:
+            return None
+        tokens = [f"{token} ({number})" for number, token in self.beyond.items()]
+        more = f" and {len(tokens) - 3} more" if len(tokens) > 3 else ""
+        return (
+            f"the tokenizer of {self.model} has tokens beyond the model's vocab_size {self.vocab_size}, "
+            f"{', '.join(tokens[:3])}{more}: text that needs one of them is refused"
+        )
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -83,6 +132,21 @@ def _configured_ids(model: str | Path, key: str) -> list[int]:
         ids = value if isinstance(value, list) else [value]
         found += [number for number in ids if isinstance(number, int) and number >= 0]
     return found
+
+
+def _vocab_size(model: str | Path) -> int | None:
+    """The rows of a model's embedding by its config, or by the default of its class; None where nobody knows."""
+    from transformers import AutoConfig
+
+    config = _read_config(model, "config.json")
+    for section in (config, config.get("text_config")):
+        if isinstance(section, dict) and isinstance(section.get("vocab_size"), int):
+            return int(section["vocab_size"])
+    try:
+        loaded = AutoConfig.from_pretrained(model, trust_remote_code=remote_code_allowed())
+        return int(loaded.get_text_config().vocab_size)
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def _read_config(model: str | Path, name: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +34,7 @@ def build(
     tokenizer: PreTrainedTokenizerBase,
     *,
     num_tokens: Callable[[TextSource], int | None] | None = None,
+    check_ids: Callable[[Sequence[int], str], object] = lambda ids, text: None,
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int], object] = lambda num_blocks: None,
     remark: Callable[[str], object] = lambda text: None,
@@ -41,6 +42,7 @@ def build(
     """Pack the validation slice and the training blocks into `folder`, or go on where an earlier call stopped.
 
     `num_tokens` says about how many tokens a text holds, None if that is not known; without it the text is sampled.
+    `check_ids` is called with the token ids of each document and the place of its text, before any of them is packed.
     No source is packed beyond its share of `num_blocks` nor beyond one pass over its text. `progress` receives the
     number of training blocks packed since it was last called, `remark` a sentence for a dataset that the hub does not
     tell the commit of. Raises PreemptedError once `should_stop()` and the state is on disk, InputError when `folder`
@@ -51,7 +53,7 @@ def build(
     training = [
         SourcePacker(
             source_folder(folder, number),
-            _stream(index, number, tokenizer, validation=False),
+            _stream(index, number, tokenizer, check_ids, validation=False),
             layout,
             should_stop=should_stop,
             progress=progress,
@@ -61,7 +63,7 @@ def build(
     validation = [
         SourcePacker(
             source_folder(folder / "validation", number),
-            _stream(index, number, tokenizer, validation=True),
+            _stream(index, number, tokenizer, check_ids, validation=True),
             index.layout(num_blocks),
             should_stop=should_stop,
         )
@@ -102,7 +104,14 @@ def _open_index(
     return index
 
 
-def _stream(index: CorpusIndex, number: int, tokenizer: PreTrainedTokenizerBase, *, validation: bool) -> DocumentStream:
+def _stream(
+    index: CorpusIndex,
+    number: int,
+    tokenizer: PreTrainedTokenizerBase,
+    check_ids: Callable[[Sequence[int], str], object],
+    *,
+    validation: bool,
+) -> DocumentStream:
     """The documents of a source that are trained on, or those that never are."""
     corpus, source, origin = index.corpus, index.corpus.sources[number].text, index.origins[number]
     bos = adds_bos(tokenizer)
@@ -117,10 +126,16 @@ def _stream(index: CorpusIndex, number: int, tokenizer: PreTrainedTokenizerBase,
         pinned = replace(source, revision=origin.revision)
         return read_interleaved(pinned, seed=drawn_seed(corpus.seed, "files", number, 0))
 
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        encoded = encode_batch(texts, tokenizer, bos=bos)
+        for ids in encoded:
+            check_ids(ids, source.location)
+        return encoded
+
     return DocumentStream(
         name=source.location,
         open_text=open_text,
-        encode=lambda texts: encode_batch(texts, tokenizer, bos=bos),
+        encode=encode,
         keeps=lambda text: corpus.is_validation(text) == validation,
         dtype=np.dtype(corpus.dtype),
     )

@@ -57,6 +57,7 @@ def prepare(
             data_folder(job),
             job.inputs.tokenizer,
             num_tokens=job.inputs.num_tokens,
+            check_ids=job.inputs.check_ids,
             should_stop=should_stop,
             remark=remark,
         )
