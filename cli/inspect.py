@@ -88,5 +88,5 @@ def show_inspection(inspection: Inspection, console: Console) -> None:
         rows["note"] = f"pooling is only approximate: {inspection.approximation}"
     console.print(inspection.model)
     width = max(13, *map(len, rows))
-    for label, text in rows.items():
+    for label, text in (*rows.items(), *(("note", note) for note in inspection.notes)):
         console.print(f"  {label:<{width}} {text}")

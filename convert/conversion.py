@@ -23,13 +23,14 @@ from .calibration.statistics import (
 )
 from .calibration.statistics import save_statistics as write_statistics
 from .calibration.text import CalibrationText, read_calibration_text
+from .checkpoint.loading import check_source
 from .checkpoint.opening import open_checkpoint
 from .checkpoint.output import check_file, check_free_space, check_output, existing_parent
 from .checkpoint.tensors import Checkpoint
 from .describe.engines import latent_kernels
 from .device import default_device, default_precision
 from .errors import InputError
-from .execute import DEFAULT_MAX_SHARD_BYTES, check_source, execute
+from .execute import DEFAULT_MAX_SHARD_BYTES, execute
 from .methods.cla import Cla
 from .methods.gqa import Gqa
 from .methods.method import Method
@@ -152,6 +153,8 @@ def convert(
     with ExitStack() as stack:
         # 1. what is refused before any work
         checkpoint = open_checkpoint(model, revision=revision, headers_only=headers_only)
+        for note in checkpoint.notes:
+            remark(note)
         source = stack.enter_context(method.source(checkpoint))
         method.check(source)
         target = Path(output) if output is not None else default_output(source.checkpoint, method.suffix(source))

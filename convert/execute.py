@@ -10,20 +10,19 @@ from pathlib import Path
 
 from .cache_check import check_cache
 from .checkpoint.companions import copy_companions, name_tokenizer
-from .checkpoint.loading import check_opens, knows_class
+from .checkpoint.loading import check_opens, check_source
 from .checkpoint.output import PROVENANCE_NAME, check_free_space, check_output, staged_directory, write_text
 from .checkpoint.overlay import Overlay
-from .checkpoint.remote_code import remote_code_allowed
 from .checkpoint.runtime_code import copy_runtime_code
-from .checkpoint.tensors import CONFIG_NAME, Checkpoint, tensor_bytes
-from .checkpoint.writer import CheckpointWriter
+from .checkpoint.tensors import Checkpoint, tensor_bytes
+from .checkpoint.writer import CheckpointWriter, write_config
 from .describe.card import write_card
 from .errors import CheckpointError
 from .plan import ConversionPlan
 from .runtime import RUNTIME_CLASSES
 from .translations.routes import translated
 
-__all__ = ["DEFAULT_MAX_SHARD_BYTES", "ExecutionResult", "check_source", "execute"]
+__all__ = ["DEFAULT_MAX_SHARD_BYTES", "ExecutionResult", "execute"]
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 
@@ -58,8 +57,7 @@ def execute(
     check_output(output, force=force, inputs=[checkpoint.directory])
     check_free_space(output, plan.bytes_out)
     check_source(checkpoint)
-    source_config = (checkpoint.directory / CONFIG_NAME).read_bytes()
-    source_type = json.loads(source_config).get("model_type")
+    source_type = checkpoint.original.config.get("model_type")
     steps = {step.writes.name: step for step in plan.steps}
     with staged_directory(output, force=force) as staging:
         writer = CheckpointWriter(staging, [step.writes for step in plan.steps], max_shard_bytes=max_shard_bytes)
@@ -76,10 +74,7 @@ def execute(
         if plan.model_type != source_type:
             name_tokenizer(checkpoint.directory, staging)
         copy_runtime_code(plan.model_type, staging)
-        if plan.config == json.loads(source_config):
-            (staging / CONFIG_NAME).write_bytes(source_config)
-        else:
-            writer.write_config(dict(plan.config))
+        write_config(plan.config, staging, source=checkpoint.directory)
         provenance = _provenance(plan, checkpoint)
         if calibration is not None:
             provenance["calibration"] = calibration
@@ -89,19 +84,6 @@ def execute(
         if plan.model_type != source_type or plan.model_type in RUNTIME_CLASSES:
             check_cache(staging, name=str(output))
     return ExecutionResult(output, opened_as)
-
-
-def check_source(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError if the source's class does not accept it; a class that may not run is not asked.
-
-    A checkpoint that was accepted before is not opened again.
-    """
-    if checkpoint.accepted:
-        return
-    source_type = json.loads((checkpoint.directory / CONFIG_NAME).read_bytes()).get("model_type")
-    if knows_class(source_type) or remote_code_allowed():
-        check_opens(checkpoint.directory)
-    checkpoint.accepted = True
 
 
 def _check_reads(plan: ConversionPlan, checkpoint: Checkpoint, overlay: Overlay | None) -> None:

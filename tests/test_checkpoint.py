@@ -20,7 +20,7 @@ from kvconvert.convert import open_checkpoint
 from kvconvert.convert.algebra.kv_cache import kv_cache_bytes, kv_cache_bytes_per_token
 from kvconvert.convert.architectures.attention import read_attention
 from kvconvert.convert.architectures.table import find_architecture
-from kvconvert.convert.checkpoint.loading import load_model
+from kvconvert.convert.checkpoint.loading import check_source, load_model
 from kvconvert.convert.describe.inspection import inspect_checkpoint
 from kvconvert.convert.errors import CheckpointError, UnsupportedError
 from safetensors.torch import load_file, save_file
@@ -61,8 +61,11 @@ def test_a_shard_without_its_tensor(make_checkpoint: CheckpointFactory) -> None:
     weights = load_file(shard)
     dropped = sorted(weights)[0]
     save_file({name: tensor for name, tensor in weights.items() if name != dropped}, shard)
-    with pytest.raises(CheckpointError, match=f"{dropped} is in {shard.name}, but it is not there"):
-        open_checkpoint(source)
+    with (
+        open_checkpoint(source) as checkpoint,
+        pytest.raises(CheckpointError, match=f"{dropped} is in {shard.name}, but it is not there"),
+    ):
+        check_source(checkpoint)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])

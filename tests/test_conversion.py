@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pytest
 from conftest import LATENT, CheckpointFactory
 from kvconvert.convert import Calibration, Cla, Gqa, KvConvertError, Mla, convert, execute, inspect, open_checkpoint
-from kvconvert.convert.checkpoint.loading import check_opens
+from kvconvert.convert.checkpoint.loading import check_accepts, check_opens
 from kvconvert.convert.conversion import Method
 from kvconvert.convert.errors import InputError, OutputError, UnsupportedError
 from kvconvert.convert.methods.prepared import Preparation, Prepared
@@ -96,7 +96,12 @@ def test_source_and_result_are_opened_in_their_class_once_each(
         opened.append(directory.name)
         return check_opens(directory)
 
+    def note_headers(config: Any, tensors: Any, name: str) -> str:
+        opened.append(Path(name).name)
+        return check_accepts(config, tensors, name)
+
     monkeypatch.setattr(sys.modules[execute.__module__], "check_opens", note)
+    monkeypatch.setattr(sys.modules[check_accepts.__module__], "check_accepts", note_headers)
     calibration = Calibration(weights_only=True) if merge == "svd" else None
     convert(make_checkpoint(), Gqa(2, merge=merge), tmp_path / "out", calibration=calibration)
     assert len(opened) == 2

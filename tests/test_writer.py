@@ -17,7 +17,7 @@ from kvconvert.convert.checkpoint.output import (
     staged_directory,
     write_text,
 )
-from kvconvert.convert.checkpoint.writer import CheckpointWriter, TensorSpec
+from kvconvert.convert.checkpoint.writer import CheckpointWriter, TensorSpec, write_config
 from kvconvert.convert.errors import InputError, OutputError
 from safetensors.torch import load_file, save_file
 
@@ -198,8 +198,20 @@ def test_a_source_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
 
 
 def test_written_shards_open_as_a_checkpoint(tmp_path: Path) -> None:
-    write(tmp_path, max_shard_bytes=26).write_config({"model_type": "llama"})
+    write(tmp_path, max_shard_bytes=26)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with open_checkpoint(tmp_path) as checkpoint:
         assert {name: checkpoint.read(name).tolist() for name in checkpoint.tensors} == {
             name: tensor.tolist() for name, tensor in TENSORS.items()
         }
+
+
+def test_a_config_that_says_the_same_stays_byte_for_byte(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    (source / "config.json").write_text('{"b":1,  "a":2}')
+    write_config({"a": 2, "b": 1}, target, source=source)
+    assert (target / "config.json").read_text() == '{"b":1,  "a":2}'
+    write_config({"a": 3, "b": 1}, target, source=source)
+    assert (target / "config.json").read_text() == '{\n  "a": 3,\n  "b": 1\n}\n'

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import CheckpointError, UnsupportedError, in_one_line, is_out_of_memory
 from ..runtime import RUNTIME_CLASSES
 from .remote_code import remote_code_allowed
+from .tensors import Checkpoint
 
 # what older versions saved among the weights and newer ones compute
 OLD_BUFFERS = re.compile(
@@ -19,8 +20,11 @@ OLD_BUFFERS = re.compile(
 
 __all__ = [
     "OLD_BUFFERS",
+    "Header",
     "auto_class",
+    "check_accepts",
     "check_opens",
+    "check_source",
     "class_config",
     "empty_model",
     "knows_class",
@@ -28,19 +32,90 @@ __all__ = [
     "quiet_transformers",
 ]
 
+_REPORTING = {
+    "output_loading_info": True,
+    "ignore_mismatched_sizes": True,  # listed; transformers would raise without naming one
+}
+_PROBLEMS = {
+    "missing_keys": "the checkpoint is incomplete, or config.json asks for more than was trained",
+    "unexpected_keys": "config.json leaves out a part of the model, or the weights are another model's",
+    "mismatched_keys": "config.json and the weights belong to different models, or one of them was edited",
+}
+
+
+class Header(Protocol):
+    """What is known of a tensor before it is read or written."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the state dict."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its size in every dimension."""
+
 
 def check_opens(directory: Path) -> str:
     """Open a checkpoint in its class on the meta device, without loading a weight, and return the name of the class.
 
-    Raises CheckpointError where the class cannot be built, or a tensor is missing, unexpected or of the wrong shape.
+    transformers reads the directory itself, as whoever opens the model later will. Raises CheckpointError where the
+    class cannot be built, or a tensor is missing, unexpected or of the wrong shape.
     """
-    model, problem = _open(directory, device_map="meta", dtype="auto")
-    if problem:
-        raise CheckpointError(
-            f"{directory}: {type(model).__name__} does not accept its weights: {problem}",
-            hint="config.json and the weights belong to different models, or one of them was edited",
-        )
+    model, info = _opened(directory, device_map="meta", dtype="auto")
+    _require_accepted(str(directory), model, info)
     return type(model).__name__
+
+
+def check_accepts(config: Mapping[str, Any], tensors: Iterable[Header], name: str) -> str:
+    """Build the class of a config on the meta device, and return its name if it takes tensors with these headers.
+
+    No file is read, so that what is checked is what was read, or what will be written. The `model_type` must be one
+    that `knows_class`. Raises CheckpointError as `check_opens` does, with `name` in place of the directory.
+    """
+    import torch
+
+    headers = {tensor.name: torch.empty(tensor.shape, device="meta") for tensor in tensors}
+    with _refusals(name), quiet_transformers():
+        read = class_config(config)
+        model, info = _model_class(read).from_pretrained(
+            None, config=read, state_dict=headers, device_map="meta", **_REPORTING
+        )
+    _require_accepted(name, model, info)
+    return type(model).__name__
+
+
+def check_source(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if the class of a checkpoint does not accept it; a class that may not run is not asked.
+
+    Of a translated checkpoint it is the original that is asked about, by the headers that were read where its class is
+    one of transformers or ours. A checkpoint that was accepted before is not asked about again.
+    """
+    checkpoint = checkpoint.original
+    if checkpoint.accepted:
+        return
+    model_type = checkpoint.config.get("model_type")
+    has_code = "auto_map" in checkpoint.config and model_type not in RUNTIME_CLASSES
+    try:
+        if has_code and remote_code_allowed():
+            if checkpoint.path is not None:
+                check_opens(checkpoint.path)
+        elif knows_class(model_type):
+            check_accepts(checkpoint.config, checkpoint.tensors.values(), checkpoint.name)
+        elif checkpoint.unsaved:
+            raise _unsaved(checkpoint)
+    except CheckpointError as error:
+        if checkpoint.unsaved:
+            raise _unsaved(checkpoint) from error
+        raise
+    checkpoint.accepted = True
+
+
+def _unsaved(checkpoint: Checkpoint) -> CheckpointError:
+    tensor, file = next(iter(checkpoint.unsaved.items()))
+    return CheckpointError(
+        f"{checkpoint.name}: its index says that {tensor} is in {file}, but it is not there",
+        hint="download the checkpoint again",
+    )
 
 
 def load_model(model: str | Path, *, dtype: Any, device: Any, distributed_config: Any = None) -> Any:
@@ -52,9 +127,8 @@ def load_model(model: str | Path, *, dtype: Any, device: Any, distributed_config
     for an encoder-decoder. An error of memory that ran out is raised as it is, with a note that names the model.
     """
     sharding = {} if distributed_config is None else {"distributed_config": distributed_config}
-    loaded, problem = _open(model, dtype=dtype, **sharding)
-    if problem:
-        raise CheckpointError(f"{model}: {type(loaded).__name__} does not accept its weights: {problem}")
+    loaded, info = _opened(model, dtype=dtype, **sharding)
+    _require_accepted(str(model), loaded, info)
     if loaded.config.is_encoder_decoder:
         raise UnsupportedError(
             f"{model}: {type(loaded).__name__} is an encoder-decoder, and only decoders are trained and evaluated here",
@@ -117,12 +191,18 @@ def auto_class(model: str | Path) -> Any:
     Raises ImportError for one of kvconvert's classes where this version of transformers does not do.
     """
     import transformers
+
+    return _auto_class(transformers.AutoConfig.from_pretrained(model, trust_remote_code=remote_code_allowed()))
+
+
+def _auto_class(config: Any) -> Any:
+    """The auto class that opens a checkpoint with this config object with the head that it was saved with."""
+    import transformers
     from transformers.models.auto import modeling_auto
 
     from ..runtime.transformers_interface import require
 
     require("opening")
-    config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=remote_code_allowed())
     if config.model_type in RUNTIME_CLASSES:
         RUNTIME_CLASSES[config.model_type].model_classes()  # raises ImportError, with the versions
     saved_as = (config.architectures or [""])[0]
@@ -136,31 +216,44 @@ def auto_class(model: str | Path) -> Any:
     return transformers.AutoModelForSeq2SeqLM
 
 
-def _open(model: str | Path, **options: Any) -> tuple[Any, str | None]:
-    """The opened model, and a clause that names tensors that are missing, unexpected or of a wrong shape, or None."""
+def _model_class(config: Any) -> Any:
+    """The class itself. Raises KeyError where the auto class has none for this config."""
+    found = _auto_class(config)._model_mapping[type(config)]
+    return found[0] if isinstance(found, tuple | list) else found
+
+
+def _opened(model: str | Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The model that transformers opens, and what it says of its tensors."""
+    with _refusals(str(model)), quiet_transformers():
+        opened = auto_class(model).from_pretrained(
+            model, trust_remote_code=remote_code_allowed(), **_REPORTING, **options
+        )
+    loaded, info = opened
+    return loaded, info
+
+
+@contextmanager
+def _refusals(name: str) -> Iterator[None]:
+    """Raise CheckpointError for whatever transformers raises; memory that ran out is raised as it is, with a note."""
     try:
-        with quiet_transformers():
-            opened = auto_class(model).from_pretrained(
-                model,
-                trust_remote_code=remote_code_allowed(),
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # listed in `info`; transformers would raise without naming one
-                **options,
-            )
+        yield
     except Exception as error:  # a config can be wrong in more ways than transformers has words for
         if is_out_of_memory(error):
-            error.add_note(f"while {model} was loaded")
+            error.add_note(f"while {name} was loaded")
             raise
-        reason = f"{model}: transformers cannot open it ({in_one_line(error)})"
+        reason = f"{name}: transformers cannot open it ({in_one_line(error)})"
         if "trust_remote_code" in str(error):
             hint = "allow the code beside it to run, if you trust it"
             raise CheckpointError(reason, hint=hint, settings=("trust_remote_code",)) from error
         raise CheckpointError(reason) from error
-    loaded, info = opened
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+
+
+def _require_accepted(name: str, model: Any, info: Mapping[str, Any]) -> None:
+    """Raise CheckpointError, which names a tensor, where the class and the tensors do not belong together."""
+    for problem, hint in _PROBLEMS.items():
         keys = sorted(str(key) for key in info[problem])
         if problem == "unexpected_keys":
             keys = [key for key in keys if not OLD_BUFFERS.search(key)]
         if keys:
-            return loaded, f"{len(keys)} {problem.replace('_', ' ')}, first {keys[0]}"
-    return loaded, None
+            found = f"{len(keys)} {problem.replace('_', ' ')}, first {keys[0]}"
+            raise CheckpointError(f"{name}: {type(model).__name__} does not accept its weights: {found}", hint=hint)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import json
-import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,21 +14,15 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError, KvConvertError, UnsupportedError, first_line, is_out_of_memory
 from .hub import hub_refusal
-from .tensors import (
-    CONFIG_NAME,
-    INDEX_NAME,
-    PICKLE_INDEX_NAME,
-    PICKLE_NAME,
-    TORCH_DTYPES,
-    WEIGHTS_NAME,
-    Checkpoint,
-    TensorInfo,
-)
+from .layout import Listing, WeightFiles, choose_weights, goes_with_weights, read_config
+from .tensors import CONFIG_NAME, INDEX_NAME, PICKLE_NAME, TORCH_DTYPES, WEIGHTS_NAME, Checkpoint, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["open_checkpoint", "weight_files"]
+__all__ = ["open_checkpoint"]
+
+_NUM_CONNECTIONS = 8
 
 _OTHER_DTYPES = {"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
 _MISSING_DIRECTORY_HINT = (
@@ -41,8 +36,9 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, headers_o
 
     A hub id is downloaded to the hub cache (HF_HOME, HF_HUB_OFFLINE and HF_TOKEN are honoured); with `headers_only`
     only config.json and the headers of its safetensors files are fetched. `revision` is its branch, tag or commit.
-    Raises CheckpointError where a file is missing, truncated or corrupt, where an index names what is not there, and
-    where the hub does not give the model: not found, no permission, no network.
+    Which files are the weights is decided as in transformers (`choose_weights`). Raises CheckpointError where a file is
+    missing, truncated or corrupt, where two files hold one tensor, and where the hub does not give the model: not
+    found, no permission, no network.
     """
     name = str(model)
     path = Path(model).expanduser()
@@ -55,63 +51,80 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, headers_o
     return _open_hub(name, revision, headers_only)
 
 
-def weight_files(directory: Path) -> tuple[list[str], Path | None]:
-    """Return the sorted names of the weight files of a directory, and the path of the index that lists them, or None.
-
-    safetensors files are preferred to pytorch_model.bin. Raises CheckpointError where there is neither.
-    """
-    for name, index_name in ((WEIGHTS_NAME, INDEX_NAME), (PICKLE_NAME, PICKLE_INDEX_NAME)):
-        index_path = directory / index_name
-        if index_path.exists():
-            weight_map = _read_json(index_path).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError(f"{index_path}: weight_map is missing or empty")
-            return sorted(set(weight_map.values())), index_path
-        if (directory / name).exists():
-            return [name], None
-    found = sorted(path.name for path in directory.glob("*.safetensors"))
-    described = f"has {', '.join(found[:3])} but no {INDEX_NAME}" if found else "holds no weights"
-    raise CheckpointError(
-        f"{directory}: {described}", hint=f"expected {WEIGHTS_NAME}, shards with {INDEX_NAME}, or {PICKLE_NAME}"
-    )
-
-
 def _open_directory(path: Path, name: str) -> Checkpoint:
-    config_path = path / CONFIG_NAME
-    if not config_path.exists():
-        raise CheckpointError(f"{path}: no {CONFIG_NAME}", hint=_MISSING_DIRECTORY_HINT)
-    files, index_path = weight_files(path)
-    checkpoint = Checkpoint(name=name, path=path, config=_read_json(config_path), tensors={}, size_on_disk_bytes=0)
-    for file in files:
-        if not (path / file).exists():
-            index_name = index_path.name if index_path else CONFIG_NAME
-            raise CheckpointError(
-                f"{path}: shard {file} is missing ({index_name} names it)", hint="download the checkpoint again"
-            )
+    listing = _local_listing(path)
+    config = _config(listing)
+    weights = _weights(listing, config)
+    checkpoint = _checkpoint(name, path, config, weights)
+    for file in weights.files:
         checkpoint.size_on_disk_bytes += (path / file).stat().st_size
         if file.endswith(".safetensors"):
-            infos = list(_read_header(path / file))
+            infos = list(_read_header(path / file, file))
         else:
             checkpoint.pickled[file] = _load_pickle(path / file)
             infos = [_info(tensor_name, tensor, file) for tensor_name, tensor in checkpoint.pickled[file].items()]
         for info in infos:
-            if info.name in checkpoint.tensors:
-                raise CheckpointError(
-                    f"{path}: {info.name} is in both {checkpoint.tensors[info.name].file} and {info.file}"
-                )
-            checkpoint.tensors[info.name] = info
-    if index_path is not None:
-        _check_index(index_path, checkpoint.tensors)
+            _add(checkpoint, info)
+    _compare(checkpoint, weights)
     return checkpoint
 
 
-def _check_index(index_path: Path, tensors: dict[str, TensorInfo]) -> None:
-    for tensor, file in _read_json(index_path)["weight_map"].items():
-        if tensor not in tensors or tensors[tensor].file != file:
-            raise CheckpointError(
-                f"{index_path}: says that {tensor} is in {file}, but it is not there",
-                hint="download the checkpoint again",
-            )
+def _config(listing: Listing) -> dict[str, Any]:
+    if not listing.has(CONFIG_NAME):
+        raise CheckpointError(f"{listing.place}: no {CONFIG_NAME}", hint=_MISSING_DIRECTORY_HINT)
+    return read_config(listing)
+
+
+def _weights(listing: Listing, config: Mapping[str, Any]) -> WeightFiles:
+    weights = choose_weights(listing, config)
+    if weights is not None:
+        return weights
+    found = sorted(name for name in listing.names if name.endswith(".safetensors"))
+    described = f"has {', '.join(found[:3])} but no {INDEX_NAME}" if found else "holds no weights"
+    raise CheckpointError(
+        f"{listing.place}: {described}", hint=f"expected {WEIGHTS_NAME}, shards with {INDEX_NAME}, or {PICKLE_NAME}"
+    )
+
+
+def _checkpoint(name: str, path: Path | None, config: dict[str, Any], weights: WeightFiles) -> Checkpoint:
+    """The checkpoint, still without tensors, with a note on weights that are not read."""
+    chosen = weights.index or weights.files[0]
+    notes = []
+    if weights.unread and path is not None:
+        others = " and ".join(weights.unread)
+        notes.append(f"{others} in {path}: not read, since transformers opens {chosen}")
+    # true of the files' names, which a result has of its own
+    kept = {key: value for key, value in config.items() if key != "transformers_weights"}
+    return Checkpoint(name, path, kept, {}, 0, notes=tuple(notes))
+
+
+def _add(checkpoint: Checkpoint, info: TensorInfo) -> None:
+    known = checkpoint.tensors.setdefault(info.name, info)
+    if known is not info:
+        raise CheckpointError(
+            f"{checkpoint.name}: {info.name} is in both {known.file} and {info.file}",
+            hint="remove the file that does not belong to it, or download the checkpoint again",
+        )
+
+
+def _compare(checkpoint: Checkpoint, weights: WeightFiles) -> None:
+    """Note what an index lists otherwise than the files hold it: transformers reads the files, whatever it says."""
+    wrong = [
+        name
+        for name, file in weights.weight_map.items()
+        if name in checkpoint.tensors and checkpoint.tensors[name].file != file
+    ]
+    if wrong:
+        info = checkpoint.tensors[wrong[0]]
+        checkpoint.notes += (
+            f"{weights.index} says that {info.name} is in {weights.weight_map[info.name]}; it is read from {info.file}",
+        )
+    checkpoint.unsaved = {name: file for name, file in weights.weight_map.items() if name not in checkpoint.tensors}
+
+
+def _local_listing(path: Path) -> Listing:
+    names = frozenset(entry.name for entry in path.iterdir() if entry.is_file())
+    return Listing(str(path), names, lambda name: (path / name).is_file(), lambda name: _read_json(path / name))
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
@@ -141,7 +154,7 @@ def _info(name: str, tensor: Tensor, file: str) -> TensorInfo:
     return TensorInfo(name, dtype, tuple(tensor.shape), file, 0, tensor.nbytes)
 
 
-def _read_header(path: Path) -> Iterator[TensorInfo]:
+def _read_header(path: Path, name: str) -> Iterator[TensorInfo]:
     """Tensor infos of one safetensors file, in file order; safetensors itself validates header and length."""
     try:
         with safe_open(path, framework="numpy"):
@@ -157,29 +170,32 @@ def _read_header(path: Path) -> Iterator[TensorInfo]:
             hint="download the file again",
         ) from error
     header.pop("__metadata__", None)
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+    for tensor, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
         start = 8 + header_bytes
-        yield TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path.name, start + begin, start + end)
+        yield TensorInfo(tensor, entry["dtype"], tuple(entry["shape"]), name, start + begin, start + end)
 
 
 def _open_hub(repo_id: str, revision: str | None, headers_only: bool) -> Checkpoint:
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import NotASafetensorsRepoError
+    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
-    skipped = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "original/*", "onnx/*"]
+    def read_json(name: str) -> dict[str, Any]:
+        return _read_json(Path(hf_hub_download(repo_id, name, revision=revision)))
+
     try:
-        if not headers_only or os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}:
-            snapshot = Path(snapshot_download(repo_id, revision=revision, ignore_patterns=skipped))
-            if not any(snapshot.glob("*.safetensors")):
-                snapshot_download(repo_id, revision=revision, allow_patterns=["pytorch_model*"])
-            return _open_directory(snapshot, repo_id)
-        config_path = hf_hub_download(repo_id, CONFIG_NAME, revision=revision)
-        metadata = HfApi().get_safetensors_metadata(repo_id, revision=revision)
+        if constants.HF_HUB_OFFLINE:
+            return _open_directory(Path(snapshot_download(repo_id, revision=revision)), repo_id)
+        info = HfApi().model_info(repo_id, revision=revision)
+        names = frozenset(file.rfilename for file in info.siblings or [])
+        listing = Listing(repo_id, names, names.__contains__, read_json)
+        config = _config(listing)
+        weights = _weights(listing, config)
+        if headers_only and weights.files[0].endswith(".safetensors"):  # pickles have none that could be read alone
+            return _read_remote_headers(_checkpoint(repo_id, None, config, weights), weights, revision)
+        wanted = [glob.escape(name) for name in names if name in weights.files or goes_with_weights(name)]
+        return _open_directory(Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted)), repo_id)
     except KvConvertError:
         raise
-    except NotASafetensorsRepoError:
-        return _open_hub(repo_id, revision, headers_only=False)  # pickles have no headers that could be read alone
     except Exception as error:  # the HTTP library behind the hub has errors of its own
         if is_out_of_memory(error):
             raise
@@ -187,13 +203,22 @@ def _open_hub(repo_id: str, revision: str | None, headers_only: bool) -> Checkpo
         raise CheckpointError(
             f"{repo_id}: {reason}; there is no directory of this name either", hint=hint or _MISSING_DIRECTORY_HINT
         ) from error
-    tensors = {
-        name: TensorInfo(name, info.dtype, tuple(info.shape), file, *info.data_offsets)
-        for file, file_metadata in metadata.files_metadata.items()
-        for name, info in file_metadata.tensors.items()
-    }
-    size = sum(info.num_bytes for info in tensors.values())
-    return Checkpoint(repo_id, None, _read_json(Path(config_path)), tensors, size)
+
+
+def _read_remote_headers(checkpoint: Checkpoint, weights: WeightFiles, revision: str | None) -> Checkpoint:
+    """The checkpoint with the headers of its safetensors files, of which nothing else is fetched."""
+    from huggingface_hub import HfApi
+
+    def header(file: str) -> Any:
+        return HfApi().parse_safetensors_file_metadata(checkpoint.name, file, revision=revision)
+
+    with ThreadPoolExecutor(max_workers=_NUM_CONNECTIONS) as pool:
+        for file, metadata in zip(weights.files, pool.map(header, weights.files), strict=True):
+            for name, info in metadata.tensors.items():
+                _add(checkpoint, TensorInfo(name, info.dtype, tuple(info.shape), file, *info.data_offsets))
+    checkpoint.size_on_disk_bytes = sum(info.num_bytes for info in checkpoint.tensors.values())
+    _compare(checkpoint, weights)
+    return checkpoint
 
 
 def _looks_like_hub_id(name: str) -> bool:

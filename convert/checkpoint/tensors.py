@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -81,8 +81,10 @@ class Checkpoint:
     """An opened, read-only checkpoint: its config and headers are in memory, and tensors are read one at a time.
 
     `path` is None where only the headers of a hub repository were fetched, so that no tensor can be read. `pickled`
-    holds the tensors of pytorch_model.bin files, mapped from the disk. `accepted` says that it was opened in its
-    class before, if that class may run, and need not be again.
+    holds the tensors of pytorch_model.bin files, mapped from the disk. `config` is what holds of these tensors: an
+    entry of the file that does not is left out of it. `notes` are sentences about the files that a person should know.
+    `unsaved` maps tensors that an index lists and no file holds to the file that it names. `accepted` says that it was
+    opened in its class before, if that class may run, and need not be again.
     """
 
     name: str
@@ -91,6 +93,8 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     size_on_disk_bytes: int
     pickled: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = ()
+    unsaved: Mapping[str, str] = field(default_factory=dict)
     accepted: bool = False
     _maps: dict[str, mmap.mmap] = field(default_factory=dict, repr=False)
 
@@ -110,6 +114,11 @@ class Checkpoint:
     def route(self) -> tuple[str, ...]:
         """Each `model_type` that it was translated to, in order; () for a checkpoint as its files hold it."""
         return ()
+
+    @property
+    def original(self) -> Checkpoint:
+        """The checkpoint as its files hold it: this one, unless it was translated."""
+        return self
 
     @property
     def directory(self) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import IO, Any
 from .output import write_text
 from .tensors import CONFIG_NAME, DTYPE_BYTES, INDEX_NAME, WEIGHTS_NAME
 
-__all__ = ["CheckpointWriter", "TensorSpec", "write_safetensors"]
+__all__ = ["CheckpointWriter", "TensorSpec", "write_config", "write_safetensors"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class TensorSpec:
 
 
 class CheckpointWriter:
-    """Writes the weights, their index and config.json of a checkpoint into a directory, one tensor after the other.
+    """Writes the weights and their index of a checkpoint into a directory, one tensor after the other.
 
     Shards are filled in the order of `specs` up to `max_shard_bytes`; a larger tensor gets a shard of its own. Within a
     shard wider dtypes come first, as the safetensors library writes them, so that every tensor is aligned.
@@ -62,9 +63,14 @@ class CheckpointWriter:
             index_json = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
             write_text(self.directory / INDEX_NAME, json.dumps(index_json, indent=2) + "\n")
 
-    def write_config(self, config: dict[str, Any]) -> None:
-        """Write config.json."""
-        write_text(self.directory / CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+def write_config(config: Mapping[str, Any], directory: Path, *, source: Path) -> None:
+    """Write config.json into a directory, byte for byte that of the directory `source` where it says the same."""
+    original = source / CONFIG_NAME
+    if json.loads(original.read_bytes()) == config:
+        shutil.copyfile(original, directory / CONFIG_NAME)
+    else:
+        write_text(directory / CONFIG_NAME, json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n")
 
 
 def write_safetensors(

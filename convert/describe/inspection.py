@@ -49,7 +49,7 @@ class Inspection:
     Cache figures are bytes for keys and values in 16 bits; a layer with a sliding window keeps no more tokens than
     that. With `cross_attention` the cache takes as much again for each token of the encoder. `serving` says which
     engines serve each `model_type` that a conversion leads to. `approximation` says why the mean of heads' weights is
-    not the mean of what they compute, or is None.
+    not the mean of what they compute, or is None. `notes` are what a person should know of the files.
     """
 
     model: str
@@ -72,6 +72,7 @@ class Inspection:
     latent: LatentSizes | None
     approximation: str | None
     serving: dict[str, tuple[Serving, ...]]
+    notes: tuple[str, ...] = ()
 
 
 def inspect(model: str | Path, *, context_length: int | None = None, revision: str | None = None) -> Inspection:
@@ -133,6 +134,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = N
         latent=shape.latent,
         approximation=architecture.approximation(checkpoint),
         serving={model_type: serving(model_type, configs[model_type]) for model_type in classes},
+        notes=source.notes,
     )
 
 

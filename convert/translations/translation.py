@@ -88,6 +88,11 @@ class TranslatedCheckpoint(Checkpoint):
         """Each `model_type` that the source and this checkpoint were translated to, in order."""
         return (*self.source.route, str(self.config["model_type"]))
 
+    @property
+    def original(self) -> Checkpoint:
+        """The checkpoint that the first translation started from."""
+        return self.source.original
+
     def close(self) -> None:
         """Close the source."""
         self.source.close()

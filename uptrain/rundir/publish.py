@@ -14,7 +14,8 @@ from ...convert.checkpoint.companions import copy_companions
 from ...convert.checkpoint.loading import check_opens, quiet_transformers
 from ...convert.checkpoint.output import PROVENANCE_NAME, read_provenance, staged_directory, write_text
 from ...convert.checkpoint.runtime_code import copy_runtime_code
-from ...convert.checkpoint.tensors import CONFIG_NAME, torch_dtype
+from ...convert.checkpoint.tensors import torch_dtype
+from ...convert.checkpoint.writer import write_config
 from ...convert.describe.card import write_card
 from ...convert.execute import DEFAULT_MAX_SHARD_BYTES
 from ..job import UptrainJob
@@ -64,7 +65,7 @@ def publish(
         write_weights(model, weights, staging, dtypes)
         copy_companions(source.directory, staging)
         copy_runtime_code(str(source.config.get("model_type")), staging)
-        shutil.copyfile(source.directory / CONFIG_NAME, staging / CONFIG_NAME)
+        write_config(source.config, staging, source=source.directory)
         shutil.copyfile(job.work / METRICS_NAME, staging / METRICS_NAME)
         if (job.work / TRACKS_NAME).exists():
             shutil.copytree(job.work / TRACKS_NAME, staging / TRACKS_NAME)
