@@ -149,7 +149,7 @@ def train(layout: Layout, arithmetic: Arithmetic, objective: str, *, model: Path
         learning_rate=arithmetic.learning_rate,
         recipe=recipe,
         weights=weights,
-        warmup_fraction=0.0,  # with a warm-up the first step would be none
+        warmup_fraction=0.0,  # with a warm-up the first step would be a small one
         max_grad_norm=arithmetic.max_grad_norm,
         precision=arithmetic.precision,
         optimizer=arithmetic.optimizer,

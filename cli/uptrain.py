@@ -274,6 +274,7 @@ def _passes(passes: float | None) -> str:
 
 
 def _show(result: UptrainResult, console: Console) -> None:
-    console.print(f"uptrained for {result.steps} steps, {human_count(result.tokens)} tokens, {result.objective}")
+    steps = "1 step" if result.steps == 1 else f"{result.steps} steps"
+    console.print(f"uptrained for {steps}, {human_count(result.tokens)} tokens, {result.objective}")
     console.print(f"  {result.seconds:.0f} s, {result.tokens_per_second:.0f} tokens/s, {_passes(result.passes)}")
     console.print(f"  wrote {result.output}")

@@ -80,6 +80,12 @@ def test_the_default_learning_rate(
     assert plan["settings"]["learning_rate"] == rate
 
 
+def test_fewer_tokens_than_a_step_are_one_step(uptrain: Invoke) -> None:
+    outcome = uptrain("--tokens", 10, "--global-batch-tokens", 512, "--dry-run")
+    assert "10 tokens are less than one step of 512: the run takes one step" in outcome.stderr
+    assert "less than one step" not in uptrain("--tokens", 512, "--global-batch-tokens", 512, "--dry-run").stderr
+
+
 def test_pretraining_tokens_beside_the_model_give_the_default(uptrain: Invoke, tmp_path: Path) -> None:
     (tmp_path / "model" / "pretraining.json").write_text('{"pretraining_tokens": 102400}')
     budget = dry_run(uptrain, "--global-batch-tokens", 512)["budget"]

@@ -133,6 +133,8 @@ def plan_uptraining(request: UptrainRequest, *, remark: Callable[[str], object] 
         lookup=known,
         tokens_per_step=batch.tokens_per_step,
     )
+    if length.tokens is not None and length.tokens < batch.tokens_per_step:
+        remark(f"{length.tokens} tokens are less than one step of {batch.tokens_per_step}: the run takes one step")
 
     # 2. the job, at the rate that trials have chosen if they are done
     job = _job(request, checkpoint, teacher, _settings(request, checkpoint, batch, budget), batch)

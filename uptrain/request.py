@@ -12,6 +12,7 @@ from typing_extensions import Doc
 from ..convert.errors import InputError, UnsupportedError
 from .data.sources import WeightedSource
 from .recipe import Recipe, Trained
+from .schedule import Schedule
 
 __all__ = [
     "Length",
@@ -23,14 +24,6 @@ __all__ = [
     "UptrainRequest",
     "UptrainSettings",
 ]
-
-
-class Schedule(StrEnum):
-    """How the learning rate goes down after its warm-up, by the names that transformers has."""
-
-    cosine = "cosine"
-    linear = "linear"
-    constant = "constant_with_warmup"
 
 
 class Tracker(StrEnum):

@@ -10,6 +10,7 @@ from ..convert.checkpoint.output import read_provenance
 from ..convert.checkpoint.tensors import Checkpoint
 from ..convert.errors import UnsupportedError
 from .recipe import LossWeights, Objective, Recipe, Stage, Trained, stages
+from .schedule import Schedule
 
 __all__ = [
     "Execution",
@@ -62,6 +63,7 @@ class RunSettings:
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
             ("max_grad_norm", 0 <= self.max_grad_norm < math.inf, "0 or more"),
             ("warmup_fraction", 0 <= self.warmup_fraction <= 1, "a number from 0 to 1"),
+            ("lr_scheduler", self.lr_scheduler in set(Schedule), f"one of {', '.join(Schedule)}"),
             ("precision", self.precision in ("bf16", "fp32", "fp64"), "'bf16', 'fp32' or 'fp64'"),
             ("seed", 0 <= self.seed < 2**32, "a number from 0 to 2**32 - 1"),
         )

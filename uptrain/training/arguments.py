@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from ..job import UptrainJob
 from ..observation import Observation
 from ..recipe import Objective, Stage
 from ..rundir.workdir import checkpoints_folder
+from ..schedule import count_warmup_steps
 
 __all__ = ["checkpoints_activations", "training_arguments"]
 
@@ -35,7 +35,7 @@ def training_arguments(
         gradient_accumulation_steps=job.batch(micro_batch).gradient_accumulation_steps,
         learning_rate=stage.learning_rate,
         lr_scheduler_type=settings.lr_scheduler,
-        warmup_steps=math.ceil(settings.warmup_fraction * stage.steps),
+        warmup_steps=count_warmup_steps(settings.warmup_fraction, stage.steps),
         optim=settings.optimizer,
         weight_decay=settings.weight_decay,
         adam_beta2=_ADAM_BETA2,

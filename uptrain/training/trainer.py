@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import SchedulerType
 
 from ...convert.errors import DivergedError
 from ...convert.runtime.transformers_interface import require
 from ..losses.prediction import IGNORED_LABEL, Loss
 from ..rundir.checkpoints import finish_checkpoint
+from ..schedule import Schedule, rate_factor
 from .sharded import load_sharded, save_sharded
 
 __all__ = ["UptrainTrainer"]
@@ -103,6 +107,20 @@ class UptrainTrainer(Trainer):
             **options,
         )
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make the schedule of `rate_factor`, in place of transformers' own, whose first step has the rate 0."""
+        if self.lr_scheduler is None:
+            factor = partial(
+                rate_factor,
+                Schedule(SchedulerType(self.args.lr_scheduler_type).value),
+                warmup_steps=self.args.get_warmup_steps(num_training_steps),
+                steps=num_training_steps,
+            )
+            scheduled: Any = optimizer or self.optimizer
+            self.lr_scheduler = LambdaLR(scheduled, lambda done: factor(done + 1))
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Hand records to callbacks; no history is kept, which every checkpoint would write again."""
