@@ -14,34 +14,37 @@ import argparse
 import json
 import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from kvconvert.convert import open_checkpoint
+from kvconvert.convert import TextSource
 from kvconvert.convert.checkpoint.loading import load_model
-from kvconvert.convert.text.sources import TextSource
-from kvconvert.measure.held_out import evaluate_checkpoint, load_windows
+from kvconvert.measure import EvaluationSettings
+from kvconvert.measure import evaluate as evaluate_checkpoint
+from kvconvert.measure.held_out import load_windows
 from kvconvert.measure.perplexity import evaluate
-from kvconvert.uptrain import run
-from kvconvert.uptrain.data.sources import WeightedSource
-from kvconvert.uptrain.estimate.flops import flops_per_token
-from kvconvert.uptrain.estimate.size import measure_size
-from kvconvert.uptrain.job import UptrainJob
-from kvconvert.uptrain.observation import Observation
-from kvconvert.uptrain.recipe import LossWeights, Recipe
-from kvconvert.uptrain.settings import RunSettings
+from kvconvert.uptrain import (
+    Length,
+    Monitoring,
+    Recipe,
+    TextSettings,
+    UptrainRequest,
+    UptrainSettings,
+    carry_out,
+    plan_uptraining,
+)
 
-_CROSS_ENTROPY = LossWeights(kl=0.0, cross_entropy=1.0)
 _RECIPES: dict[str, dict[str, Any]] = {
-    "pretraining": {"recipe": Recipe.pretraining, "weights": _CROSS_ENTROPY},
-    "distill": {"recipe": Recipe.distill, "weights": LossWeights()},
-    "distill, layer-wise 10 %": {"recipe": Recipe.distill, "weights": LossWeights(), "layerwise_fraction": 0.1},
-    "distill, layer-wise 25 %": {"recipe": Recipe.distill, "weights": LossWeights(), "layerwise_fraction": 0.25},
-    "distill, body at 0.2": {"recipe": Recipe.distill, "weights": LossWeights(), "body_lr_multiplier": 0.2},
-    "light": {"recipe": Recipe.light, "weights": LossWeights()},
-    "light, layer-wise 25 %": {"recipe": Recipe.light, "weights": LossWeights(), "layerwise_fraction": 0.25},
-    "layerwise": {"recipe": Recipe.layerwise, "weights": LossWeights()},
+    "pretraining": {"recipe": Recipe.pretraining},
+    "distill": {"recipe": Recipe.distill},
+    "distill, layer-wise 10 %": {"recipe": Recipe.distill, "layerwise_fraction": 0.1},
+    "distill, layer-wise 25 %": {"recipe": Recipe.distill, "layerwise_fraction": 0.25},
+    "distill, body at 0.2": {"recipe": Recipe.distill, "body_lr_multiplier": 0.2},
+    "light": {"recipe": Recipe.light},
+    "light, layer-wise 25 %": {"recipe": Recipe.light, "layerwise_fraction": 0.25},
+    "layerwise": {"recipe": Recipe.layerwise},
 }
 
 
@@ -68,37 +71,23 @@ def _uptrained(
     steps = arguments.steps
     if name == "pretraining, equal compute":
         steps, name = math.ceil(steps * 4 / 3), "pretraining"
-    settings = RunSettings(
-        steps=steps,
-        sequence_length=arguments.sequence_length,
-        sequences_per_step=arguments.sequences_per_step,
-        learning_rate=rate,
-        precision=arguments.precision,
-        **_RECIPES[name],
-    )
     curve: list[tuple[int, float]] = []
 
     def show(record: dict[str, Any]) -> None:
         if "eval_nats_per_token" in record:
             curve.append((record["tokens"], round(record["eval_nats_per_token"] - base, 5)))
 
-    watch = Observation(
-        eval_steps=arguments.eval_steps,
-        score=lambda trained: evaluate(trained, windows).nats_per_token,
-        show=show,
-        save_steps=10**9,
-    )
-    with tempfile.TemporaryDirectory() as folder, open_checkpoint(model) as checkpoint:
-        teacher = arguments.original if settings.recipe.needs_teacher else None
+    with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"
-        job = UptrainJob(checkpoint, settings, (WeightedSource(TextSource(arguments.data)),), output, teacher)
-        result = run.uptrain(job, watch)
-        whole = load_windows(output, TextSource(arguments.held_out), window=arguments.sequence_length)
-        against = evaluate_checkpoint(output, whole, against=arguments.original).against
+        request = _request(arguments, model, name, rate, output, steps)
+        plan = plan_uptraining(request)
+        result = carry_out(plan, show=show, score=lambda trained: evaluate(trained, windows).nats_per_token)
+        measured = EvaluationSettings(window=arguments.sequence_length, dtype="float32")
+        against = evaluate_checkpoint(output, arguments.held_out, against=arguments.original, settings=measured).against
     assert against is not None
     return {
         "tokens": result.tokens,
-        "compute": round(_flops(arguments, model, settings) / _cross_entropy_flops(arguments, model), 3),
+        "compute": round(plan.cost.flops / _cross_entropy_flops(arguments, request), 3),
         "seconds": round(result.seconds, 1),
         "excess": round(against.excess_nats_per_token, 4),
         "standard_error": round(against.excess_standard_error, 4),
@@ -107,26 +96,38 @@ def _uptrained(
     }
 
 
-def _flops(arguments: argparse.Namespace, model: str, settings: RunSettings) -> float:
-    with open_checkpoint(model) as checkpoint, open_checkpoint(arguments.original) as original:
-        student = measure_size(checkpoint)
-        teacher = measure_size(original) if settings.recipe.needs_teacher else None
-        return sum(
-            stage.steps
-            * settings.tokens_per_step
-            * flops_per_token(student, teacher, stage.objective, stage.trained, settings.sequence_length)
-            for stage in settings.stages
-        )
-
-
-def _cross_entropy_flops(arguments: argparse.Namespace, model: str) -> float:
-    settings = RunSettings(
-        steps=arguments.steps,
+def _request(
+    arguments: argparse.Namespace, model: str, name: str, rate: float, output: Path, steps: int
+) -> UptrainRequest:
+    settings = UptrainSettings(
+        lr=rate,
         sequence_length=arguments.sequence_length,
-        sequences_per_step=arguments.sequences_per_step,
-        learning_rate=1.0,
+        global_batch_tokens=arguments.sequences_per_step * arguments.sequence_length,
+        precision=arguments.precision,
+        **_RECIPES[name],
     )
-    return _flops(arguments, model, settings)
+    return UptrainRequest(
+        model=model,
+        data=(arguments.data,),
+        output=output,
+        teacher=None if settings.recipe is Recipe.pretraining else arguments.original,
+        length=Length(steps=steps),
+        text=TextSettings(validation_fraction=0.0),
+        settings=settings,
+        monitoring=Monitoring(eval_steps=arguments.eval_steps, save_steps=10**9),
+    )
+
+
+def _cross_entropy_flops(arguments: argparse.Namespace, request: UptrainRequest) -> float:
+    """FLOPs of plain cross-entropy for --steps."""
+    plain = replace(
+        request,
+        output=Path(arguments.original).with_name("not-written"),
+        teacher=None,
+        length=Length(steps=arguments.steps),
+        settings=replace(request.settings, recipe=Recipe.pretraining, layerwise_fraction=0.0, body_lr_multiplier=1.0),
+    )
+    return plan_uptraining(plain).cost.flops
 
 
 def _parse() -> argparse.Namespace:

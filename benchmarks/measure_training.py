@@ -28,7 +28,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -190,33 +191,39 @@ def _settings(arguments: argparse.Namespace, name: str, precision: str) -> Any:
 
 def _uptrain(arguments: argparse.Namespace, settings: Any, clock: Clock, *, compiled: bool) -> list[float]:
     """The losses that were logged."""
-    from kvconvert.convert import open_checkpoint
-    from kvconvert.convert.text.sources import TextSource
-    from kvconvert.uptrain import run
-    from kvconvert.uptrain.data.sources import WeightedSource
-    from kvconvert.uptrain.job import UptrainJob
-    from kvconvert.uptrain.observation import Observation
-    from kvconvert.uptrain.settings import Execution
+    from kvconvert.uptrain import Machine, Monitoring, TextSettings, UptrainSettings, uptrain
 
     losses: list[float] = []
 
-    def progress(num_steps: int) -> None:
+    def step_ended(num_steps: int) -> None:
         if num_steps:
             clock.step_ended()
         else:
             clock.begin()
 
-    watch = Observation(
-        save_steps=10**9,
-        log_steps=min(_LOG_STEPS, settings.steps),
+    @contextmanager
+    def progress(what: str, total: int) -> Iterator[Callable[[int], object]]:
+        yield step_ended
+
+    uptrain(
+        arguments.model,
+        data=arguments.data,
+        output=arguments.folder / "out",
+        teacher=(arguments.teacher or arguments.model) if settings.recipe.needs_teacher else None,
+        steps=settings.steps,
+        settings=UptrainSettings(
+            recipe=settings.recipe,
+            lr=settings.learning_rate,
+            sequence_length=settings.sequence_length,
+            global_batch_tokens=settings.tokens_per_step,
+            precision=settings.precision,
+        ),
+        text=TextSettings(validation_fraction=0.0),
+        machine=Machine(micro_batch=arguments.micro_batch, compile=compiled),
+        monitoring=Monitoring(save_steps=10**9, log_steps=min(_LOG_STEPS, settings.steps)),
         progress=progress,
         show=lambda record: losses.append(record["loss"]),
     )
-    teacher = (arguments.teacher or arguments.model) if settings.recipe.needs_teacher else None
-    execution = Execution(arguments.micro_batch, compile=compiled)
-    with open_checkpoint(arguments.model) as checkpoint:
-        source = WeightedSource(TextSource(arguments.data))
-        run.uptrain(UptrainJob(checkpoint, settings, (source,), arguments.folder / "out", teacher, execution), watch)
     return losses
 
 
