@@ -184,6 +184,7 @@ def _settings(arguments: argparse.Namespace, name: str, precision: str) -> Any:
         sequence_length=arguments.sequence_length,
         sequences_per_step=arguments.sequences_per_step,
         learning_rate=_LEARNING_RATE,
+        warmup_fraction=0.0,  # transformers' own begins at the rate 0, uptrain's does not
         precision=precision,
         **with_teacher,
     )
@@ -216,6 +217,7 @@ def _uptrain(arguments: argparse.Namespace, settings: Any, clock: Clock, *, comp
             lr=settings.learning_rate,
             sequence_length=settings.sequence_length,
             global_batch_tokens=settings.tokens_per_step,
+            warmup_fraction=settings.warmup_fraction,
             precision=settings.precision,
         ),
         text=TextSettings(validation_fraction=0.0),
