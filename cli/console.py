@@ -7,16 +7,17 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["Terminal", "human_bytes", "human_count"]
+__all__ = ["Terminal", "human_bytes", "human_count", "show_left_behind"]
 
 _SECONDS_BETWEEN_LINES = 10.0
+_NAMES_OF_A_LINE = 6
 
 
 class Terminal:
@@ -101,6 +102,14 @@ def human_count(count: int) -> str:
             return f"{value:.3g}{unit}"
         value /= 1000
     return f"{value:.3g} T"
+
+
+def show_left_behind(left_behind: Mapping[str, str], console: Console) -> None:
+    """Print the names of what did not go with the weights, a line for each reason."""
+    for reason in sorted(set(left_behind.values())):
+        names = [name for name, why in left_behind.items() if why == reason]
+        more = f" and {len(names) - _NAMES_OF_A_LINE} more" if len(names) > _NAMES_OF_A_LINE else ""
+        console.print(f"  left behind {', '.join(names[:_NAMES_OF_A_LINE])}{more}: {reason}")
 
 
 def _json_ready(value: Any) -> Any:

@@ -13,7 +13,7 @@ from rich.console import Console
 from .. import configs
 from ..convert.conversion import Calibration, Conversion, Method, convert
 from ..convert.errors import InputError
-from .console import Terminal, human_bytes
+from .console import Terminal, human_bytes, show_left_behind
 from .options import DryRun, Force, Given, Json, Output, Quiet, Revision, SettingsOptions, TrustRemoteCode
 from .values import parse_size
 
@@ -135,5 +135,6 @@ def _show(result: Conversion, console: Console) -> None:
         console.print(f"  layer {name:<{width}} keeps {keys:.1%} of the keys' energy, {values:.1%} of the values'")
     console.print(f"  K/V cache   {before} → {after} bytes per token (16-bit), 1/{before / after:.4g}")
     console.print(f"  weights     {human_bytes(plan.bytes_in)} → {human_bytes(plan.bytes_out)}")
+    show_left_behind(result.left_behind or {}, console)
     opened = result.opened_as
     console.print(f"  wrote {result.output} (opens as {opened})" if opened else f"  would write {result.output}")

@@ -22,7 +22,7 @@ from ..uptrain.request import (
     UptrainRequest,
     UptrainSettings,
 )
-from .console import Terminal, human_bytes, human_count
+from .console import Terminal, human_bytes, human_count, show_left_behind
 from .options import (
     DryRun,
     Force,
@@ -167,7 +167,12 @@ def uptrain(
             show=lambda record: terminal.remark(_metrics_line(record)),
             command=resume_command(),
         )
-    outcome = {"passes": result.passes, "seconds": round(result.seconds, 1), "dry_run": False}
+    outcome = {
+        "passes": result.passes,
+        "seconds": round(result.seconds, 1),
+        "left_behind": dict(result.left_behind),
+        "dry_run": False,
+    }
     terminal.result(_summary(plan, result) | outcome, lambda console: _show(result, console))
 
 
@@ -277,4 +282,5 @@ def _show(result: UptrainResult, console: Console) -> None:
     steps = "1 step" if result.steps == 1 else f"{result.steps} steps"
     console.print(f"uptrained for {steps}, {human_count(result.tokens)} tokens, {result.objective}")
     console.print(f"  {result.seconds:.0f} s, {result.tokens_per_second:.0f} tokens/s, {_passes(result.passes)}")
+    show_left_behind(result.left_behind, console)
     console.print(f"  wrote {result.output}")

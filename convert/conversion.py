@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from .calibration.statistics import (
 )
 from .calibration.statistics import save_statistics as write_statistics
 from .calibration.text import CalibrationText, read_calibration_text
+from .checkpoint.companions import find_companions
 from .checkpoint.loading import check_source
 from .checkpoint.opening import open_checkpoint
 from .checkpoint.output import check_file, check_free_space, check_output, existing_parent
@@ -95,7 +96,8 @@ class Conversion:
     """A conversion that was carried out, or with a dry run planned.
 
     `reports` says what merged heads kept, `calibration` what they were measured on and how they were made, and
-    `opened_as` names the class that opened the result, None after a dry run.
+    `opened_as` names the class that opened the result, None after a dry run. `left_behind` maps what lies beside the
+    source's weights, and does not go with them, to the reason, in words; None where only headers were fetched.
     """
 
     output: Path
@@ -103,6 +105,7 @@ class Conversion:
     reports: tuple[LayerReport, ...] = ()
     calibration: dict[str, Any] | None = None
     opened_as: str | None = None
+    left_behind: Mapping[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The conversion as an object for JSON."""
@@ -124,6 +127,7 @@ class Conversion:
             "cache_bytes_per_token": {"source": before, "result": after},
             "weight_bytes": {"source": plan.bytes_in, "result": plan.bytes_out},
             "layers": [asdict(report) for report in self.reports],
+            "left_behind": None if self.left_behind is None else dict(self.left_behind),
             **({"plan": plan.to_json()} if self.opened_as is None else {"opened_as": self.opened_as}),
         }
 
@@ -188,7 +192,9 @@ def convert(
         # 5. the result
         assert plan is not None
         if dry_run:
-            return Conversion(target, plan, prepared.reports, record)
+            original = source.checkpoint.original
+            left_behind = None if original.path is None else find_companions(original).left_behind
+            return Conversion(target, plan, prepared.reports, record, left_behind=left_behind)
         with progress("converting", plan.bytes_out) as advance:
             result = execute(
                 plan,
@@ -200,7 +206,7 @@ def convert(
                 calibration=record,
                 progress=advance,
             )
-    return Conversion(target, plan, prepared.reports, record, result.opened_as)
+    return Conversion(target, plan, prepared.reports, record, result.opened_as, result.left_behind)
 
 
 def default_output(checkpoint: Checkpoint, suffix: str) -> Path:

@@ -9,12 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .cache_check import check_cache
-from .checkpoint.companions import copy_companions, name_tokenizer
+from .checkpoint.companions import copy_companions, find_companions
 from .checkpoint.loading import check_opens, check_source
 from .checkpoint.output import PROVENANCE_NAME, check_free_space, check_output, staged_directory, write_text
 from .checkpoint.overlay import Overlay
 from .checkpoint.runtime_code import copy_runtime_code
 from .checkpoint.tensors import Checkpoint, tensor_bytes
+from .checkpoint.tokenizer_transfer import name_tokenizer
 from .checkpoint.writer import CheckpointWriter, write_config
 from .describe.card import write_card
 from .errors import CheckpointError
@@ -29,8 +30,15 @@ DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class ExecutionResult:
+    """A checkpoint that was written to `output`, and opened in its class, whose name is `opened_as`.
+
+    `left_behind` maps what lies beside the source's weights, and is not true of the result or not known to belong to
+    it, to the reason, in words.
+    """
+
     output: Path
     opened_as: str
+    left_behind: Mapping[str, str]
 
 
 def execute(
@@ -55,7 +63,8 @@ def execute(
     checkpoint = source if source.route == plan.route else translated(source, plan.route)
     _check_reads(plan, checkpoint, overlay)
     check_output(output, force=force, inputs=[checkpoint.directory])
-    check_free_space(output, plan.bytes_out)
+    companions = find_companions(checkpoint.original)
+    check_free_space(output, plan.bytes_out + companions.num_bytes)
     check_source(checkpoint)
     source_type = checkpoint.original.config.get("model_type")
     steps = {step.writes.name: step for step in plan.steps}
@@ -70,7 +79,7 @@ def execute(
             else:
                 file.write(tensor_bytes(step.op(*map(checkpoint.read, step.reads))))
             progress(spec.num_bytes)
-        copy_companions(checkpoint.directory, staging)
+        copy_companions(companions, staging)
         if plan.model_type != source_type:
             name_tokenizer(checkpoint.directory, staging)
         copy_runtime_code(plan.model_type, staging)
@@ -83,7 +92,8 @@ def execute(
         opened_as = check_opens(staging)
         if plan.model_type != source_type or plan.model_type in RUNTIME_CLASSES:
             check_cache(staging, name=str(output))
-    return ExecutionResult(output, opened_as)
+        left_behind = companions.missing_from(staging)
+    return ExecutionResult(output, opened_as, left_behind)
 
 
 def _check_reads(plan: ConversionPlan, checkpoint: Checkpoint, overlay: Overlay | None) -> None:

@@ -237,6 +237,7 @@ def test_one_call_does_what_the_command_does_and_prints_nothing(
     model: Path, make_checkpoint: CheckpointFactory, prose_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     teacher = make_checkpoint(name="teacher", seed=1, with_tokenizer=True)
+    (model / "optimizer.pt").touch()
     arguments = ["--steps", "3", "--teacher", str(teacher), "--global-batch-tokens", "128", "--sequence-length", "32"]
     typed = ["uptrain", str(model), "--data", str(prose_file), "--output", str(tmp_path / "typed"), *arguments]
     outcome = CliRunner().invoke(app, [*typed, "--json", "--quiet"])
@@ -276,6 +277,7 @@ def test_one_call_does_what_the_command_does_and_prints_nothing(
     found, expected = weights(tmp_path / "called"), weights(tmp_path / "typed")
     assert found.keys() == expected.keys()
     assert all(found[name].equal(tensor) for name, tensor in expected.items())
+    assert result.left_behind == json.loads(outcome.stdout)["left_behind"] == {"optimizer.pt": "of a training run"}
     settings = json.loads(outcome.stdout)["settings"]
     assert {"recipe": settings["recipe"], "steps": settings["steps"]} == {"recipe": "distill", "steps": 3}
 

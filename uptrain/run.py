@@ -5,14 +5,16 @@ from __future__ import annotations
 import gc
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..convert.architectures.table import find_architecture
+from ..convert.checkpoint.companions import find_companions
 from ..convert.checkpoint.output import disk_errors, read_provenance, staged_directory
 from ..convert.checkpoint.tensors import CONFIG_NAME
 from .checks import check_job
@@ -44,7 +46,8 @@ class UptrainResult:
 
     `passes` is how often the text was seen, of several sources the one that was seen most often; None stands for at
     most once, of text whose size is not known. `held_out` is the last score in nats per token, if any was taken. Time
-    and rate are those since the start or the last resume.
+    and rate are those since the start or the last resume. `left_behind` maps what lies beside the weights that were
+    trained, and did not go to the output, to the reason, in words.
     """
 
     output: Path
@@ -56,6 +59,7 @@ class UptrainResult:
     seconds: float = 0.0
     tokens_per_second: float = 0.0
     held_out: float | None = None
+    left_behind: Mapping[str, str] = field(default_factory=dict)
 
 
 def uptrain(job: UptrainJob, watch: Observation, *, force: bool = False) -> UptrainResult:
@@ -177,6 +181,7 @@ def result_of(
         seconds=seconds,
         tokens_per_second=steps_done * settings.tokens_per_step / max(seconds, 1e-9),
         held_out=held_out,
+        left_behind=find_companions(job.checkpoint, same_attention=True).missing_from(job.output),
     )
 
 

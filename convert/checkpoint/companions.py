@@ -1,65 +1,216 @@
-"""The files of a checkpoint that go with its weights: tokenizer, generation config, chat template, licence."""
+"""What lies beside a checkpoint's weights: what goes with them to a result, and what stays behind, and why."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from ..errors import DataError
-from .output import CARD_NAME, PROVENANCE_NAME, write_text
-from .tensors import CONFIG_NAME, INDEX_NAME
-from .tokenizer import has_tokenizer, load_tokenizer
+from .output import CARD_NAME, PROVENANCE_NAME
+from .tensors import CONFIG_NAME, Checkpoint
 
-__all__ = ["copy_companions", "name_tokenizer"]
+__all__ = ["Companions", "copy_companions", "find_companions"]
 
-_WEIGHT_SUFFIXES = frozenset(
-    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz"}
+_ADAPTER = "an adapter, which is not merged into the weights"
+_ATTENTION = "says how many heads the source has"
+_CODE = "code of the source's class"
+_HIDDEN = "hidden, of the repository"
+_MISSING = "named by modules.json, and not there"
+_TRAINING = "of a training run"
+_UNKNOWN = "not known to belong to the model"
+_UNREADABLE = "neither a file nor a directory that can be read"
+_WEIGHTS = "other weights than the model's"
+
+# a result has its own
+_REPLACED = frozenset({CONFIG_NAME, CARD_NAME, PROVENANCE_NAME})
+_ADAPTER_NAMES = ("adapter_config.json", "adapter_model*")
+_TRAINING_NAMES = (
+    *("trainer_state.json", "training_args.*", "optimizer*", "scheduler.*", "scaler.pt", "rng_state*"),
+    *("random_states_*", "global_step*", "latest", "zero_to_fp32.py", "pytorch_model_fsdp*", "checkpoint-*"),
+    *("*_results.json", "trainer_log.jsonl", "training_loss.*", "training_eval_loss.*", "events.out.tfevents.*"),
+    *("runs", "wandb", "mlruns"),
+    *("metrics.jsonl", "run_status.json", "lr_sweep.json"),  # of kvconvert uptrain
 )
-# true of the source only: its card, its training
-_NOT_COPIED = frozenset(
-    {CONFIG_NAME, INDEX_NAME, CARD_NAME, "pytorch_model.bin.index.json", "metrics.jsonl", PROVENANCE_NAME}
+_WEIGHT_NAMES = tuple(
+    f"*.{ending}"
+    for ending in (
+        *("safetensors", "bin", "pt", "pth", "ckpt", "ckpt.*", "h5", "msgpack", "ot", "npz", "pkl", "distcp"),
+        *("gguf", "ggml", "onnx", "onnx_data", "tflite", "nemo", "engine", "mlmodel", "mlpackage"),
+        *("safetensors.index*.json", "bin.index*.json"),
+    )
 )
-_NOT_COPIED_PREFIXES = (".", "configuration_", "modeling_", "transformers_interface")
-_COPIED_DIRECTORIES = ("additional_chat_templates",)
+_CODE_NAMES = ("configuration_*.py", "modeling_*.py")
+_ATTENTION_KEYS = frozenset(
+    {"num_attention_heads", "num_key_value_heads", "num_kv_heads", "multi_query", "num_query_groups", "n_query_groups"}
+    | {"n_head", "n_heads", "n_head_kv", "n_kv_heads", "num_heads"}
+)
+_LARGEST_CONFIG_BYTES = 2**20
+_LARGEST_CONFIG_KEYS = 500  # an object with more is a vocabulary
+_DIRECTORIES = ("additional_chat_templates", "custom_generate")
 
 
-def name_tokenizer(source: Path, target: Path) -> None:
-    """Write into `target` what the tokenizer's files in `source` leave to the `model_type`, which `target` changes.
+@dataclass(frozen=True)
+class Companions:
+    """The entries of a checkpoint's directory that go with its weights, and those that do not.
 
-    That is the tokenizer's class and special tokens, and tokenizer.json where there are only a vocabulary and merges.
-    The files of a tokenizer that cannot be loaded stay as they were copied.
+    `copied` are files, and directories with all that is in them. `left_behind` maps the name of each other entry to the
+    reason, in words; the name of a directory ends in "/".
     """
-    path = target / "tokenizer_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if "tokenizer_class" in config or not has_tokenizer(source):
-            return
-        tokenizer = load_tokenizer(source)
-    except (DataError, ValueError):
-        return
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None and not (target / "tokenizer.json").exists():
-        backend.save(str(target / "tokenizer.json"))
-    tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    config = tokens | config | {"tokenizer_class": type(tokenizer).__name__}
-    write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+    source: Path
+    copied: tuple[str, ...]
+    left_behind: Mapping[str, str]
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of what is copied."""
+        entries = [self.source / name for name in self.copied]
+        files = [file for entry in entries for file in ([entry] if entry.is_file() else entry.rglob("*"))]
+        return sum(file.stat().st_size for file in files if file.is_file())
+
+    def missing_from(self, result: Path) -> dict[str, str]:
+        """Return of `left_behind` what `result`, which may have files of its own by these names, lacks."""
+        return {name: reason for name, reason in self.left_behind.items() if not (result / name).exists()}
 
 
-def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy the files of `source` that go with its weights to `target`, byte for byte; returns their names.
+def find_companions(checkpoint: Checkpoint, *, same_attention: bool = False) -> Companions:
+    """Sort what lies in a checkpoint's directory; its weights, config.json, card and kvconvert.json are neither.
 
-    Not copied are weights, config.json, README.md and the code of the source's class, which cannot group heads.
+    Left behind is what is untrue of a result: other weights, adapters, the state of a training run, the code of the
+    source's class, and, unless the result has the `same_attention`, JSON that says how many heads the source has. So is
+    what kvconvert does not know to belong to the model. Raises CheckpointError where only headers were fetched.
     """
-    copied = []
+    source = checkpoint.directory
+    weights = {info.file for info in checkpoint.tensors.values()}
+    modules = _module_directories(source)
+    code = _code_of_the_class(source)
+    copied: list[str] = []
+    left: dict[str, str] = {f"{name}/": _MISSING for name in modules if not (source / name).exists()}
     for path in sorted(source.iterdir()):
-        skipped = (
-            path.suffix in _WEIGHT_SUFFIXES or path.name in _NOT_COPIED or path.name.startswith(_NOT_COPIED_PREFIXES)
-        )
-        if path.is_file() and not skipped:
-            shutil.copyfile(path, target / path.name)
+        if path.name in weights | _REPLACED or _is_index_of(path, weights):
+            continue
+        is_module = any(PurePosixPath(name).parts[0] == path.name for name in modules)
+        reason = None if is_module else _reason(path, code, same_attention=same_attention)
+        if reason is None:
             copied.append(path.name)
-        elif path.is_dir() and path.name in _COPIED_DIRECTORIES:
-            shutil.copytree(path, target / path.name)
-            copied.append(path.name)
-    return copied
+        else:
+            left[f"{path.name}/" if path.is_dir() else path.name] = reason
+    return Companions(source, tuple(copied), left)
+
+
+def copy_companions(companions: Companions, target: Path) -> None:
+    """Copy what goes with the weights to the directory `target`, byte for byte."""
+    for name in companions.copied:
+        path = companions.source / name
+        if path.is_dir():
+            shutil.copytree(path, target / name)
+        else:
+            shutil.copyfile(path, target / name)
+
+
+def _reason(path: Path, code: set[str], *, same_attention: bool) -> str | None:
+    """Why a file or directory does not go with the weights, None if it does."""
+    name = path.name
+    if name.startswith("."):
+        return _HIDDEN
+    if _matches(name, _ADAPTER_NAMES):
+        return _ADAPTER
+    if _matches(name, _TRAINING_NAMES):
+        return _TRAINING
+    if _matches(name, _WEIGHT_NAMES):
+        return _WEIGHTS
+    if path.is_dir():
+        if name in _DIRECTORIES:
+            return None
+        return _WEIGHTS if any(_matches(file.name, _WEIGHT_NAMES) for file in path.rglob("*")) else _UNKNOWN
+    if not path.is_file():
+        return _UNREADABLE
+    if name in code:
+        return _CODE
+    return _ATTENTION if not same_attention and _describes_attention(path) else None
+
+
+def _is_index_of(path: Path, files: set[str]) -> bool:
+    """Whether a file is an index that lists no other files than these."""
+    index = _read_json(path) if path.name.endswith(".index.json") else None
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    return isinstance(weight_map, dict) and set(map(str, weight_map.values())) <= files
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _describes_attention(path: Path) -> bool:
+    """Whether a file says of the model what is untrue of a result, as the params.json of Meta and Mistral does."""
+    if path.name == "params.json":  # also without a number of K/V heads, which are then as many as heads
+        return True
+    if path.suffix != ".json" or path.stat().st_size > _LARGEST_CONFIG_BYTES:
+        return False
+    return not _ATTENTION_KEYS.isdisjoint(_keys(_read_json(path)))
+
+
+def _keys(value: Any) -> Iterator[str]:
+    """The keys of a JSON object and of those in it, but for vocabularies."""
+    if isinstance(value, dict) and len(value) <= _LARGEST_CONFIG_KEYS:
+        yield from value
+        for item in value.values():
+            yield from _keys(item)
+
+
+def _module_directories(source: Path) -> list[str]:
+    """The directories that modules.json of sentence-transformers names beside the transformer: pooling and the like."""
+    modules = _read_json(source / "modules.json")
+    found = []
+    for module in modules if isinstance(modules, list) else []:
+        place, kind = (str(module.get(key, "")) for key in ("path", "type")) if isinstance(module, dict) else ("", "")
+        inside = place and not PurePosixPath(place).is_absolute() and ".." not in PurePosixPath(place).parts
+        # a Normalize module has no files, so that git keeps no directory for it
+        empty = kind.endswith(".Normalize") and not (source / place).exists()
+        if inside and not empty and not kind.endswith(".Transformer"):
+            found.append(str(PurePosixPath(place)))
+    return found
+
+
+def _code_of_the_class(source: Path) -> set[str]:
+    """The Python files of the source's class and what these import, but for those that a tokenizer needs too."""
+    files = [path for path in source.glob("*.py") if path.is_file()]
+    of_class = {path.name for path in files if _matches(path.name, _CODE_NAMES)} | _auto_map_files(source, CONFIG_NAME)
+    others = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+    needed = {name for config in others for name in _auto_map_files(source, config)}
+    return _with_imports(source, of_class | {"transformers_interface.py"}) - _with_imports(source, needed)
+
+
+def _auto_map_files(source: Path, config_name: str) -> set[str]:
+    """The Python files that a config names as the code of its classes."""
+    config = _read_json(source / config_name)
+    auto_map = config.get("auto_map") if isinstance(config, dict) else None
+    named = list(auto_map.values()) if isinstance(auto_map, dict) else [auto_map]
+    classes = [name for value in named for name in (value if isinstance(value, list) else [value])]
+    return {f"{name.rpartition('--')[2].partition('.')[0]}.py" for name in classes if isinstance(name, str)}
+
+
+def _with_imports(source: Path, names: Iterable[str]) -> set[str]:
+    """Files and all that they import from beside them, directly or not."""
+    from transformers.dynamic_module_utils import get_relative_imports
+
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name not in found and (source / name).is_file():
+            found.add(name)
+            waiting += [f"{module}.py" for module in get_relative_imports(source / name)]
+    return found
+
+
+def _read_json(path: Path) -> Any:
+    """The content of a JSON file, None where there is none that can be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

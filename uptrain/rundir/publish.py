@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from ...convert.checkpoint.companions import copy_companions
+from ...convert.checkpoint.companions import copy_companions, find_companions
 from ...convert.checkpoint.loading import check_opens, quiet_transformers
 from ...convert.checkpoint.output import PROVENANCE_NAME, read_provenance, staged_directory, write_text
 from ...convert.checkpoint.runtime_code import copy_runtime_code
@@ -63,7 +63,7 @@ def publish(
     dtypes = {name: torch_dtype(source.tensors[name].dtype) if name in source.tensors else default for name in weights}
     with staged_directory(job.output, force=force) as staging:
         write_weights(model, weights, staging, dtypes)
-        copy_companions(source.directory, staging)
+        copy_companions(find_companions(source, same_attention=True), staging)
         copy_runtime_code(str(source.config.get("model_type")), staging)
         write_config(source.config, staging, source=source.directory)
         shutil.copyfile(job.work / METRICS_NAME, staging / METRICS_NAME)
