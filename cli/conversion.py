@@ -136,5 +136,7 @@ def _show(result: Conversion, console: Console) -> None:
     console.print(f"  K/V cache   {before} → {after} bytes per token (16-bit), 1/{before / after:.4g}")
     console.print(f"  weights     {human_bytes(plan.bytes_in)} → {human_bytes(plan.bytes_out)}")
     show_left_behind(result.left_behind or {}, console)
+    if result.unchecked_tokenizer is not None:
+        console.print(f"  tokenizer   copied, not compared with the source's: {result.unchecked_tokenizer}")
     opened = result.opened_as
     console.print(f"  wrote {result.output} (opens as {opened})" if opened else f"  would write {result.output}")

@@ -98,6 +98,8 @@ class Conversion:
     `reports` says what merged heads kept, `calibration` what they were measured on and how they were made, and
     `opened_as` names the class that opened the result, None after a dry run. `left_behind` maps what lies beside the
     source's weights, and does not go with them, to the reason, in words; None where only headers were fetched.
+    `unchecked_tokenizer` says why the tokenizer of a result in another class could not be compared with the source's,
+    if it could not.
     """
 
     output: Path
@@ -106,6 +108,7 @@ class Conversion:
     calibration: dict[str, Any] | None = None
     opened_as: str | None = None
     left_behind: Mapping[str, str] | None = None
+    unchecked_tokenizer: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The conversion as an object for JSON."""
@@ -128,6 +131,7 @@ class Conversion:
             "weight_bytes": {"source": plan.bytes_in, "result": plan.bytes_out},
             "layers": [asdict(report) for report in self.reports],
             "left_behind": None if self.left_behind is None else dict(self.left_behind),
+            "unchecked_tokenizer": self.unchecked_tokenizer,
             **({"plan": plan.to_json()} if self.opened_as is None else {"opened_as": self.opened_as}),
         }
 
@@ -206,7 +210,9 @@ def convert(
                 calibration=record,
                 progress=advance,
             )
-    return Conversion(target, plan, prepared.reports, record, result.opened_as, result.left_behind)
+    return Conversion(
+        target, plan, prepared.reports, record, result.opened_as, result.left_behind, result.unchecked_tokenizer
+    )
 
 
 def default_output(checkpoint: Checkpoint, suffix: str) -> Path:

@@ -15,7 +15,7 @@ from .checkpoint.output import PROVENANCE_NAME, check_free_space, check_output, 
 from .checkpoint.overlay import Overlay
 from .checkpoint.runtime_code import copy_runtime_code
 from .checkpoint.tensors import Checkpoint, tensor_bytes
-from .checkpoint.tokenizer_transfer import name_tokenizer
+from .checkpoint.tokenizer_transfer import transfer_tokenizer
 from .checkpoint.writer import CheckpointWriter, write_config
 from .describe.card import write_card
 from .errors import CheckpointError
@@ -33,12 +33,14 @@ class ExecutionResult:
     """A checkpoint that was written to `output`, and opened in its class, whose name is `opened_as`.
 
     `left_behind` maps what lies beside the source's weights, and is not true of the result or not known to belong to
-    it, to the reason, in words.
+    it, to the reason, in words. `unchecked_tokenizer` says why the tokenizer of a result in another class could not be
+    compared with the source's, if it could not.
     """
 
     output: Path
     opened_as: str
     left_behind: Mapping[str, str]
+    unchecked_tokenizer: str | None = None
 
 
 def execute(
@@ -70,6 +72,14 @@ def execute(
     steps = {step.writes.name: step for step in plan.steps}
     with staged_directory(output, force=force) as staging:
         writer = CheckpointWriter(staging, [step.writes for step in plan.steps], max_shard_bytes=max_shard_bytes)
+        # 1. what may be refused, before the weights, which take long
+        copy_companions(companions, staging)
+        copy_runtime_code(plan.model_type, staging)
+        write_config(plan.config, staging, source=checkpoint.directory)
+        unchecked = None
+        if plan.model_type != source_type:
+            unchecked = transfer_tokenizer(checkpoint.directory, staging, name=str(output))
+        # 2. the weights
         for spec, file in writer.write_tensors():
             step = steps[spec.name]
             if step.overlay and overlay is not None:
@@ -79,11 +89,7 @@ def execute(
             else:
                 file.write(tensor_bytes(step.op(*map(checkpoint.read, step.reads))))
             progress(spec.num_bytes)
-        copy_companions(companions, staging)
-        if plan.model_type != source_type:
-            name_tokenizer(checkpoint.directory, staging)
-        copy_runtime_code(plan.model_type, staging)
-        write_config(plan.config, staging, source=checkpoint.directory)
+        # 3. what made it, and whether it opens
         provenance = _provenance(plan, checkpoint)
         if calibration is not None:
             provenance["calibration"] = calibration
@@ -93,7 +99,7 @@ def execute(
         if plan.model_type != source_type or plan.model_type in RUNTIME_CLASSES:
             check_cache(staging, name=str(output))
         left_behind = companions.missing_from(staging)
-    return ExecutionResult(output, opened_as, left_behind)
+    return ExecutionResult(output, opened_as, left_behind, unchecked)
 
 
 def _check_reads(plan: ConversionPlan, checkpoint: Checkpoint, overlay: Overlay | None) -> None:
