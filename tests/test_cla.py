@@ -98,8 +98,9 @@ def make_shareable(directory: Path, relate: Callable[[int, bool], torch.Tensor])
     model = load(directory)
     first, second = model.model.layers[0], model.model.layers[1]
     with torch.no_grad():
-        for module in (first.self_attn.o_proj, first.mlp.down_proj):  # layer 0 adds nothing to the residual stream
-            module.weight.zero_()
+        # layer 0 adds hardly anything to the residual stream: nothing at all, and its keys would not count in a merge
+        for module, factor in ((first.self_attn.o_proj, 1e-9), (first.mlp.down_proj, 0)):
+            module.weight.mul_(factor)
             if module.bias is not None:
                 module.bias.zero_()
         ratio = first.input_layernorm.weight / second.input_layernorm.weight

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -107,6 +107,10 @@ class Heads:
     first are linear predictions from the attention input of the first (`predicted_input`, with `prediction_pull`). The
     covariances of all keys and of all values, which every candidate group needs, are computed once. Without
     `at_distances`, keys that rotate are merged as if all angles between query and key were equally likely.
+
+    A query head whose output is zero, because its values or its columns of o_proj are, counts for nothing: it takes no
+    part of a shared key or value from the heads that are live. In a group of such heads alone all count alike, so that
+    training can still wake them.
     """
 
     def __init__(
@@ -129,6 +133,7 @@ class Heads:
         self._at_distances = at_distances
         self._rotation_of_keys = expected_rotation(rotary, shape.head_dim) if rotary.dims and free.keys else None
         self._key_weights: list[Tensor] = []
+        self._key_weights_of_all: list[Tensor] = []  # silent query heads counted too
         keys, values = [], []
         self._key_moments: list[_HeadMoments] = []
         self._value_moments: list[_HeadMoments] = []
@@ -138,13 +143,15 @@ class Heads:
             outputs = source.o.unflatten(1, (shape.num_key_value_heads, size, shape.head_dim))
             self.queries += [list(group) for group in queries]
             self.outputs += [list(group) for group in outputs.permute(1, 2, 0, 3)]
-            self._key_weights += [
-                _sum(rotary.half_split(query) @ layer.gram @ rotary.half_split(query).T for query in group)
-                for group in queries
-            ]
+            values.append(source.v.unflatten(0, (-1, shape.head_dim)))
+            for group, value, read in zip(queries, values[-1], self.outputs[-len(queries) :], strict=True):
+                weights = [rotary.half_split(query) @ layer.gram @ rotary.half_split(query).T for query in group]
+                spread = value @ layer.gram @ value.T
+                heard = [weight for weight, output in zip(weights, read, strict=True) if (output @ spread).any()]
+                self._key_weights_of_all.append(_sum(weights))
+                self._key_weights.append(_sum(heard or [torch.zeros_like(spread)]))
             heads = source.k.unflatten(0, (-1, shape.head_dim)).transpose(0, 1)
             keys.append(rotary.half_split(heads).transpose(0, 1))  # (heads, head_dim, hidden_size + 1)
-            values.append(source.v.unflatten(0, (-1, shape.head_dim)))
             if len(layers) > 1:
                 self._key_moments += _moments(keys[-1], layer, gram)
                 self._value_moments += _moments(values[-1], layer, gram)
@@ -174,10 +181,13 @@ class Heads:
 
     def merged_values(self, group: tuple[int, ...]) -> Merged:
         """Merge the values of a group's heads: in closed form (`merge_linear`), or by their mean."""
+        import torch
+
         weights = [self._value_weights[head] for head in group]
         covariance, rows = _within(self._value_covariances, group)
         if self.free.values:
-            merged = merge_linear(rows, weights, covariance, len(rows[0]))
+            alike = [torch.eye(len(weight), dtype=weight.dtype) for weight in weights]
+            merged = _counted(weights, alike, lambda chosen: merge_linear(rows, chosen, covariance, len(rows[0])))
         else:
             merged = merge_mean(rows, weights, covariance)
         merged = _of_rows(merged, self._values[list(group)])
@@ -194,15 +204,11 @@ class Heads:
         rotary = self.free.rotary
         weights = [self._key_weights[head] for head in group]
         covariance, rows = _within(self._key_covariances, group)
-        if not self.free.keys:
-            merged = merge_mean(rows, weights, covariance)
-        elif self._rotation_of_keys is None:
-            merged = merge_linear(rows, weights, covariance, len(rows[0]))
+        if self.free.keys:
+            of_all = [self._key_weights_of_all[head] for head in group]
+            merged = _counted(weights, of_all, lambda chosen: self._merged_free_keys(rows, chosen, covariance))
         else:
-            merged = _at_any_angle(rows, weights, covariance, rotary.dims)
-            if self._at_distances:
-                rotations = ExpectedRotations.same(self._rotation_of_keys)
-                merged = merge_at_distances(merged, rows, weights, covariance, rotations)
+            merged = merge_mean(rows, weights, covariance)
         merged = _of_rows(merged, self._keys[list(group)])
         if self.num_layers > 1:
             merged = _measured(
@@ -211,10 +217,31 @@ class Heads:
         readers = [rotary.original(rotary.original(reader).T).T for reader in merged.readers]
         return Merged(rotary.original(merged.shared), readers, merged.kept, merged.total)
 
+    def _merged_free_keys(self, rows: Sequence[Tensor], weights: Sequence[Tensor], covariance: Tensor) -> Merged:
+        if self._rotation_of_keys is None:
+            return merge_linear(rows, weights, covariance, len(rows[0]))
+        merged = _at_any_angle(rows, weights, covariance, self.free.rotary.dims)
+        if self._at_distances:
+            rotations = ExpectedRotations.same(self._rotation_of_keys)
+            merged = merge_at_distances(merged, rows, weights, covariance, rotations)
+        return merged
+
     def pair_losses(self) -> Tensor:
         """Return what merging two heads loses, (heads, heads): the fraction of keys' energy plus that of values'."""
         keys = pair_losses(self._key_covariances, self._key_weights, self._rotation_of_keys)
         return keys + pair_losses(self._value_covariances, self._value_weights)
+
+
+def _counted(
+    weights: Sequence[Tensor], otherwise: Sequence[Tensor], merge: Callable[[Sequence[Tensor]], Merged]
+) -> Merged:
+    """What `merge` makes of heads that count as `weights` say, or, where all of these are zero, as `otherwise` says.
+
+    In the second case nothing of the heads is heard, so that nothing can be lost.
+    """
+    if any(weight.any() for weight in weights):
+        return merge(weights)
+    return replace(merge(otherwise), kept=0.0, total=0.0)
 
 
 def predicted_input(cross: Tensor, gram: Tensor, pull: float) -> Tensor:

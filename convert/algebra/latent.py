@@ -3,6 +3,9 @@
 docs/merging.md derives the formulas. Everything here is float64. Shapes: D hidden_size, d head_dim, H query heads, G
 K/V heads, F rotary pairs of a head, S = qk_rope_head_dim / 2 pairs of the shared rotary key, R kv_lora_rank. `gram` is
 E[x xᵀ] of the attention's input x with a 1 appended, (D + 1, D + 1); weights have their bias as last column.
+
+A query head whose output is zero, because its values or its columns of o_proj are, counts for nothing. Where all heads
+of a layer are so, they count alike, so that training can still wake them.
 """
 
 from __future__ import annotations
@@ -69,6 +72,7 @@ class _Heads:
 
     key_weights: Σ over the query heads of a K/V head of E[q qᵀ] times the power of that query head's output over d, so
     that keys count in the same unit as values. value_weights: Σ W_oᵀ W_o. powers: the mean key weight of each pair.
+    heard: whether the output of any head is other than zero.
     """
 
     queries: Tensor  # (H, d, D + 1)
@@ -77,6 +81,7 @@ class _Heads:
     key_weights: Tensor  # (G, d, d)
     value_weights: Tensor  # (G, d, d)
     powers: Tensor  # (F, G)
+    heard: bool
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,11 @@ def rope_pair_gains(projections: Projections, shape: AttentionShape, rotary: Rot
     """
     import torch
 
+    heads = _heads(projections, shape, rotary, gram)
+    if not heads.powers.any():
+        return torch.zeros_like(heads.powers)
     centred = gram - torch.outer(gram[:, -1], gram[:, -1])
-    energies = _shared_keys(_heads(projections, shape, rotary, gram), centred).energies
+    energies = _shared_keys(heads, centred).energies
     lost = 1 - mean_phases(rotary).abs().square()
     gains: Tensor = energies * lost[:, None] / energies.sum().clamp(min=1e-300)
     return gains
@@ -146,10 +154,11 @@ def latent_attention(
     import torch
 
     heads = _heads(projections, shape, rotary, gram)
+    counted = heads if heads.heard else _heads(projections, shape, rotary, gram, alike=True)
     per_head = shape.num_attention_heads // shape.num_key_value_heads
     shared = Rotary(tuple(rotary.frequencies[frequency] for frequency, _ in rope_pairs), longest=rotary.longest)
     rope_key, readers, keys = _rope_key(
-        heads, rotary, shared, gram, rope_pairs, mean_in_latent=objective.mean_in_latent
+        counted, rotary, shared, gram, rope_pairs, mean_in_latent=objective.mean_in_latent
     )
     means = gram[:, -1]
     centred = gram - torch.outer(means, means)
@@ -157,9 +166,9 @@ def latent_attention(
     keys[..., -1] -= keys @ means
 
     parts = torch.cat([keys, heads.values])
-    counted = torch.cat([objective.key_weight * heads.key_weights, heads.value_weights])
+    weights = torch.cat([objective.key_weight * counted.key_weights, counted.value_weights])
     value_gram = centred if constant else gram
-    latent = top_rows(parts, counted, value_gram, kv_lora_rank - constant)
+    latent = top_rows(parts, weights, value_gram, kv_lora_rank - constant)
     latent[:, -1] = 0
     key_up, value_up = _best_ups(keys, latent, centred), _best_ups(heads.values, latent, value_gram)
     if constant:
@@ -214,18 +223,21 @@ def normalised(layer: LatentAttention, inputs: Tensor, weights: Tensor) -> Laten
     inputs: some attention inputs x with a 1 appended, (tokens, D + 1). weights: how much each counts, (tokens,), with
     the sum 1. The latent may be multiplied by any invertible matrix if what reads it is multiplied by the inverse: the
     matrix is chosen so that the rms is nearly 1 for every token (`constant_norm`), which is possible to a good part
-    because x comes from a norm itself. `key_up` and `value_up` are then fitted to the normalised latent.
+    because x comes from a norm itself. `key_up` and `value_up` are then fitted to the normalised latent. A token whose
+    latent is zero keeps that; where all are, the layer is returned as it is.
     """
     import torch
 
     tokens = inputs @ layer.latent.T.to(inputs)  # (tokens, R), on the device of `inputs`
+    if not tokens.any():
+        return layer
     weights = weights.to(tokens)
     root = root_and_inverse((tokens.T @ (weights[:, None] * tokens)).double().cpu())[1].to(tokens)
     chosen = constant_norm(tokens, weights, root / (tokens @ root).square().mean(1).sqrt().mean()).double().cpu()
     values, vectors = torch.linalg.eigh(chosen @ chosen.T)  # the same norm, in channels that do not mix large and small
     chosen, tokens = vectors * values.clamp(min=0).sqrt(), tokens.double().cpu()
     shaped = tokens @ chosen
-    shaped = shaped / shaped.square().mean(1, keepdim=True).sqrt()
+    shaped = shaped / shaped.square().mean(1, keepdim=True).sqrt().clamp(min=1e-300)
     weighted = weights.double().cpu()[:, None] * shaped
     moment = shaped.T @ weighted
     ridge = _NORM_RIDGE * moment.diagonal().mean()
@@ -269,8 +281,10 @@ def constant_norm(tokens: Tensor, weights: Tensor, start: Tensor) -> Tensor:
     return best
 
 
-def _heads(projections: Projections, shape: AttentionShape, rotary: Rotary, gram: Tensor) -> _Heads:
-    """The heads of a layer with their weights."""
+def _heads(
+    projections: Projections, shape: AttentionShape, rotary: Rotary, gram: Tensor, *, alike: bool = False
+) -> _Heads:
+    """The heads of a layer with their weights: those of what is heard of them, or the same for all if `alike`."""
     import torch
 
     size, num_heads, num_shared = shape.head_dim, shape.num_attention_heads, shape.num_key_value_heads
@@ -282,6 +296,8 @@ def _heads(projections: Projections, shape: AttentionShape, rotary: Rotary, gram
     spread = values @ gram @ values.mT
     per_head = num_heads // num_shared
     power = (output_weights * spread.repeat_interleave(per_head, dim=0)).sum((1, 2)) / size  # (H,)
+    if alike:
+        power, output_weights = torch.ones_like(power), torch.eye(size, dtype=power.dtype).expand_as(output_weights)
     query_weights = power[:, None, None] * (queries @ gram @ queries.mT)
     key_weights = query_weights.unflatten(0, (num_shared, per_head)).sum(1)
     diagonal = key_weights.diagonal(dim1=1, dim2=2)[:, : rotary.dims]
@@ -292,6 +308,7 @@ def _heads(projections: Projections, shape: AttentionShape, rotary: Rotary, gram
         key_weights,
         output_weights.unflatten(0, (num_shared, per_head)).sum(1),
         diagonal.unflatten(1, (2, -1)).mean(1).T,
+        bool(power.any()),
     )
 
 
@@ -315,6 +332,8 @@ def _rope_key(
     dims = rotary.dims  # the others do not rotate, and need no position
     rotations = _expected_rotations(shared, rotary, dims, centred=1 - _NOT_KEPT if mean_in_latent else 0.0)
     keys, weights = heads.keys[:, :dims], heads.key_weights[:, :dims, :dims]
+    if not weights.any():  # no query asks for the keys, which training may change
+        weights = torch.eye(dims, dtype=weights.dtype).expand_as(weights)
     merged = merge_at_distances(_start(heads, gram, rope_pairs), list(keys), list(weights), gram, rotations)
     readers = torch.stack(merged.readers)
     left = mean_rotation(rotary, dims) @ keys - readers @ (mean_rotation(shared, shared.dims) @ merged.shared)
@@ -347,9 +366,10 @@ def _expected_rotations(shared: Rotary, rotary: Rotary, dims: int, centred: floa
 
 
 def _start(heads: _Heads, gram: Tensor, rope_pairs: Sequence[RopePair]) -> Merged:
-    """The best shared key for rotations by any angle, (2 S, D + 1), with the rms of the heads' keys."""
+    """The best shared key for rotations by any angle, (2 S, D + 1), with their rms; no head reads it yet."""
     import torch
 
+    num_pairs = len(heads.powers)
     shared, roots = _shared_keys(heads, gram), floored_roots(heads.powers)
     frequencies, ranks = [frequency for frequency, _ in rope_pairs], [rank for _, rank in rope_pairs]
     directions = align_phase(shared.directions[frequencies, :, ranks])  # (S, G)
@@ -360,7 +380,8 @@ def _start(heads: _Heads, gram: Tensor, rope_pairs: Sequence[RopePair]) -> Merge
     power = ((keys @ complex_gram) * keys.conj()).sum(1).real
     wanted = ((unweighted @ complex_gram) * unweighted.conj()).sum(2).real.mean(1)
     keys = scale_between(wanted, power)[:, None] * keys
-    return Merged(torch.cat([keys.real, keys.imag]), [], 0.0, 0.0)
+    unread = [keys.real.new_zeros(2 * num_pairs, 2 * len(keys)) for _ in range(shared.keys.shape[1])]
+    return Merged(torch.cat([keys.real, keys.imag]), unread, 0.0, 0.0)
 
 
 def _best_ups(parts: Tensor, latent: Tensor, gram: Tensor) -> Tensor:

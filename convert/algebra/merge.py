@@ -3,7 +3,8 @@
 docs/merging.md derives the formulas. Everything here is float64. Shapes: D hidden_size, d head_dim, m heads of a group.
 `gram` is E[x xᵀ] of the attention's input x with a 1 appended, (D + 1, D + 1), so that a weight W with its bias as last
 column has the covariance W · gram · Wᵀ. The energy of a head is tr(weight · covariance), where the weight, (d, d), says
-how much an error of each of its dims counts.
+how much an error of each of its dims counts. Where all heads of a group have an energy of zero, so that no key or value
+is better than another, they become their mean.
 """
 
 from __future__ import annotations
@@ -55,18 +56,25 @@ def merge_linear(heads: Sequence[Tensor], weights: Sequence[Tensor], gram: Tenso
 
     heads: m tensors (d, D + 1). weights: m tensors (d, d), the metric in which head h's error counts: Σ W_oᵀ W_o over
     the query heads of h for values, Σ E[q qᵀ] for keys. The top `rank` eigenvectors of the heads' joint weighted
-    covariance minimise Σ_h ‖weights_h^½ (head_h − reader_h · shared) gram^½‖². Returns `rank` shared rows.
+    covariance minimise Σ_h ‖weights_h^½ (head_h − reader_h · shared) gram^½‖². A head without energy, one that is zero
+    or that nothing reads, has the reader 0. Returns `rank` shared rows.
     """
     import torch
 
     roots, inverses = zip(*(root_and_inverse(weight) for weight in weights), strict=True)
     stacked = torch.cat([root @ head for root, head in zip(roots, heads, strict=True)])  # (m · d, D + 1)
+    energies = [torch.einsum("ij,jk,ik->", block, gram, block) for block in stacked.chunk(len(heads))]
+    if not any(energies):
+        return _mean_of_rows(heads, rank)
     values, vectors = torch.linalg.eigh(stacked @ gram @ stacked.T)
     values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
     shared = vectors.T @ stacked
-    readers = [inverse @ part for inverse, part in zip(inverses, vectors.chunk(len(heads)), strict=True)]
-    total = sum(torch.einsum("ij,jk,ik->", block, gram, block) for block in stacked.chunk(len(heads)))
-    return _with_scale_of(heads, gram, Merged(shared, readers, float(values.clamp(min=0).sum()), float(total)))
+    readers = [
+        inverse @ part if energy else torch.zeros_like(part)  # exactly: an eigenvector of the rest is free there
+        for inverse, part, energy in zip(inverses, vectors.chunk(len(heads)), energies, strict=True)
+    ]
+    kept, total = float(values.clamp(min=0).sum()), float(sum(energies))
+    return _with_scale_of(heads, gram, Merged(shared, readers, kept, total))
 
 
 def merge_rotary(heads: Sequence[Tensor], powers: Sequence[Tensor], gram: Tensor) -> Merged:
@@ -81,6 +89,12 @@ def merge_rotary(heads: Sequence[Tensor], powers: Sequence[Tensor], gram: Tensor
     import torch
 
     num_pairs = heads[0].shape[0] // 2
+    energies = [
+        power.repeat(2) @ torch.einsum("ij,jk,ik->i", head, gram, head)
+        for power, head in zip(powers, heads, strict=True)
+    ]
+    if not any(energies):
+        return _mean_of_rows(heads, 2 * num_pairs)
     keys = torch.stack([torch.complex(head[:num_pairs], head[num_pairs:]) for head in heads], dim=1)  # (F, m, D + 1)
     roots = floored_roots(torch.stack(list(powers), dim=1))  # (F, m)
     weighted = roots[..., None] * keys
@@ -122,13 +136,17 @@ def merge_at_distances(
     rotation of the heads by a random distance and S that of the shared key, minimises
     Σ_h E tr(weights_h e_h gram e_hᵀ), where e_h = R head_h − reader_h S shared, by alternating two exact steps: the
     best readers for the shared key, then the best shared key for the readers. Readers need not commute with the
-    rotations: pairs that rotate little within these distances can be mixed almost as if they did not rotate.
+    rotations: pairs that rotate little within these distances can be mixed almost as if they did not rotate. Heads
+    without energy leave `start` as it is.
     """
     import torch
 
     size = len(heads[0])
     stacked = torch.cat(list(heads))
     joint = (stacked @ gram @ stacked.T).unflatten(0, (-1, size)).unflatten(2, (-1, size)).transpose(1, 2)
+    total = [(weight * rotations.heads.mean(joint[head, head])).sum() for head, weight in enumerate(weights)]
+    if not any(total):
+        return start
     power = start.shared @ gram @ start.shared.T  # E[shared sharedᵀ]
     cross = [start.shared @ gram @ head.T for head in heads]
     mixes: list[Tensor] = []
@@ -146,7 +164,6 @@ def merge_at_distances(
         (weight * (rotations.cross.mean(part).T @ reader.T)).sum()
         for weight, part, reader in zip(weights, cross, readers, strict=True)
     ]
-    total = [(weight * rotations.heads.mean(joint[head, head])).sum() for head, weight in enumerate(weights)]
     return _with_scale_of(heads, gram, Merged(shared, readers, float(sum(kept)), float(sum(total))))
 
 
@@ -200,6 +217,15 @@ def merge_mean(heads: Sequence[Tensor], weights: Sequence[Tensor], gram: Tensor)
     total = sum(energy(head, weight) for head, weight in zip(heads, weights, strict=True))
     error = sum(energy(head - shared, weight) for head, weight in zip(heads, weights, strict=True))
     return Merged(shared, [identity] * len(heads), max(total - error, 0.0), total)
+
+
+def _mean_of_rows(heads: Sequence[Tensor], rank: int) -> Merged:
+    """Heads without energy, (d, D + 1) each, as their mean, of which the first `rank` rows are shared."""
+    import torch
+
+    shared = torch.stack(list(heads)).mean(0)
+    reader = torch.eye(len(shared), rank, dtype=shared.dtype)
+    return Merged(reader.T @ shared, [reader] * len(heads), 0.0, 0.0)
 
 
 def _rotation(scalars: Tensor) -> Tensor:

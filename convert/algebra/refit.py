@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .linear import solve_ridge
+from .linear import pseudo_inverse, solve_ridge
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,22 @@ def refitted(original: Tensor, closed_form: Tensor, cross: Tensor, normal: Tenso
     num_attention_heads · head_dim). z are the outputs of all heads of the source on a text, z' those of the result.
     cross: E[z z'ᵀ] and normal: E[z' z'ᵀ], float64, (num_attention_heads · head_dim) squared. λ is `ridge` times the
     mean diagonal of `normal`. Returns the shape and dtype of `closed_form`.
+
+    Columns of W' that are zero belong to heads that nothing reads, and to dims that pad a head: they stay zero, and
+    outputs z' that are always zero leave W' as it is. Neither takes part in the mean diagonal. With λ = 0, W' is kept
+    wherever `normal` does not decide.
     """
+    decided = (closed_form.count_nonzero(0) > 0) & (normal.diagonal() > 0)
+    if not decided.all():
+        fitted = closed_form.clone()
+        if decided.any():
+            parts = closed_form[:, decided], cross[:, decided], normal[decided][:, decided]
+            fitted[:, decided] = refitted(original, *parts, ridge)
+        return fitted
     strength = ridge * normal.diagonal().mean()
-    right = original @ cross + strength * closed_form.double()
-    return solve_ridge(right, normal, strength).to(closed_form.dtype).contiguous()
+    right, wanted = original @ cross, closed_form.double()
+    if strength > 0:
+        solution = solve_ridge(right + strength * wanted, normal, strength)
+    else:
+        solution = wanted + (right - wanted @ normal) @ pseudo_inverse(normal)
+    return solution.to(closed_form.dtype).contiguous()

@@ -115,9 +115,8 @@ class Stream:
 
         The fit is that of `refitted`, with z' of this stream. `tensors` are the layer's new weights, among which the
         fitted one is put. `original` is the original's o_proj, (hidden_size, H) in float64, and `wanted` what it read,
-        (tokens, H) for each batch; the list is cleared. `ridge` is a fraction of the mean diagonal of E[z' z'ᵀ], the
-        zeros of padded heads left out. `kv_source_layers` names for each layer the layer whose keys and values it
-        reads, in a class with cross-layer attention.
+        (tokens, H) for each batch; the list is cleared. `ridge` is that of `refitted`. `kv_source_layers` names for
+        each layer the layer whose keys and values it reads, in a class with cross-layer attention.
         """
         import torch
 
@@ -130,8 +129,7 @@ class Stream:
         with torch.inference_mode(), self.model.layer(layer, tensors, kv_source_layer) as module:
             cross, normal = self.output_moments(module, layer, wanted)
             wanted.clear()  # gigabytes of a large model, and of no use any more
-            padded = len(normal) / original.shape[1]
-            tensors[o_proj] = refitted(original, tensors[o_proj], cross, normal, ridge * padded)
+            tensors[o_proj] = refitted(original, tensors[o_proj], cross, normal, ridge)
             module.get_parameter(self.model.local_name(o_proj, layer)).copy_(tensors[o_proj])
             self._states = [
                 self.model.run(module, layer, states, shared=shared)

@@ -218,6 +218,5 @@ def candidate_error(
         hook = norm.register_forward_hook(lambda norm, inputs, _: norm.weight / norm.weight[0] * inputs[0])
         cross, normal = student.output_moments(module, layer, wanted, _CHOICE_BATCHES)
         hook.remove()
-    padded = len(normal) / original.shape[1]
-    fitted = refitted(original, tensors[o_proj], cross, normal, ridge * padded).double()
+    fitted = refitted(original, tensors[o_proj], cross, normal, ridge).double()
     return float(((fitted @ normal - 2 * original.double() @ cross) * fitted).sum())

@@ -96,11 +96,15 @@ def _trial(original: Stream, layers: range, merged: Mapping[int, dict[str, Tenso
                 found = [
                     model.run(module, layer, batch, shared=kept) for batch, kept in zip(found, shared, strict=True)
                 ]
-    errors = [
-        ((one - other).square().sum(-1) / other.square().sum(-1)).mean().item()
-        for one, other in zip(found, wanted, strict=True)
-    ]
+    errors = [_relative_error(one, other) for one, other in zip(found, wanted, strict=True)]
     return sum(errors) / len(errors)
+
+
+def _relative_error(found: Tensor, wanted: Tensor) -> float:
+    """The mean over tokens of ‖found − wanted‖² / ‖wanted‖²; a token for which both are zero has no error."""
+    power = wanted.square().sum(-1)
+    errors: Tensor = (found - wanted).square().sum(-1) / power.clamp(min=1e-30)
+    return errors.mean().item()
 
 
 def best_layers(num_layers: int, num_key_value_layers: int, damages: Damages) -> LayerGrouping:
