@@ -17,7 +17,7 @@ from .checkpoint.writer import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["OPERATIONS", "AverageLayers", "ConversionPlan", "MoveGain", "Operation", "PoolHeads", "Step"]
+__all__ = ["OPERATIONS", "AverageLayers", "ConversionPlan", "KeepSilent", "MoveGain", "Operation", "PoolHeads", "Step"]
 
 
 @dataclass(frozen=True)
@@ -106,14 +106,34 @@ class MoveGain:
         return moved.to(query.dtype)
 
 
+@dataclass(frozen=True)
+class KeepSilent:
+    """o_proj, (hidden_size, num_attention_heads · head_dim), without the heads whose values are zero.
+
+    Called with o_proj, the gain of the norm before the attention, (hidden_size,), v_proj, and its bias if it has one.
+    Query heads that would come to read other values, which are not zero, add nothing to the output as before.
+    """
+
+    num_key_value_heads: int
+
+    def __call__(self, output: Tensor, gain: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        import torch
+
+        rows = torch.cat([weight * gain, *(column[:, None] for column in bias)], dim=1)
+        heard = rows.unflatten(0, (self.num_key_value_heads, -1)).flatten(1).any(1)
+        heads = output.unflatten(1, (self.num_key_value_heads, -1))
+        kept: Tensor = torch.where(heard[:, None], heads, torch.zeros_like(heads)).flatten(1)
+        return kept
+
+
 def _split(tensors: Sequence[Tensor], index: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     return tensors[:index], tensors[index:]
 
 
-Operation = PoolHeads | AverageLayers | MoveGain
+Operation = PoolHeads | AverageLayers | MoveGain | KeepSilent
 
 OPERATIONS: Mapping[str, type[Operation]] = MappingProxyType(
-    {"pool_heads": PoolHeads, "average_layers": AverageLayers, "move_gain": MoveGain}
+    {"pool_heads": PoolHeads, "average_layers": AverageLayers, "move_gain": MoveGain, "keep_silent": KeepSilent}
 )
 """The operations of steps, by the name that a plan's JSON gives them."""
 

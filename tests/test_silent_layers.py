@@ -43,6 +43,8 @@ METHODS: dict[str, tuple[Method, CalibrationText | None]] = {
     "gqa-without-ridge": (Gqa(2, merge="svd", refit_ridge=0.0), TEXT),
     "gqa-weights-only": (Gqa(2, merge="svd"), None),
     "mqa": (Gqa(1, merge="svd"), TEXT),
+    "cla-mean": (Cla(SHARED, num_key_value_heads=2), None),
+    "cla-first": (Cla(SHARED, merge="first"), None),
     "cla": (Cla(SHARED, merge="svd", num_key_value_heads=2), TEXT),
     "cla-auto": (Cla(share=2, pairs="auto", merge="svd", refit=False), TEXT),
     "mla": (Mla(16, 4), TEXT),

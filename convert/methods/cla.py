@@ -15,7 +15,7 @@ from ..architectures.source import Source
 from ..checkpoint.tensors import Checkpoint
 from ..checkpoint.writer import TensorSpec
 from ..errors import InputError, UnsupportedError
-from ..plan import AverageLayers, ConversionPlan, MoveGain, PoolHeads, Step
+from ..plan import AverageLayers, ConversionPlan, KeepSilent, MoveGain, PoolHeads, Step
 from ..translations.routes import as_cross_layer
 from .choices import Grouping, require_choice
 from .method import Method
@@ -251,6 +251,21 @@ class Cla(Method):
                 for name in projection_names(source, layer).values():
                     if name in steps:
                         steps[name] = replace(steps[name], op=None, overlay=True)
+        elif len(group) > 1:
+            for layer in group:
+                self._keep_silent(steps, source, layer)
+
+    def _keep_silent(self, steps: dict[str, Step], source: Source, layer: int) -> None:
+        """Let heads of the layer whose own values are zero add nothing, whatever values they come to read."""
+        architecture = source.architecture
+        output = architecture.tensor_name(layer, "o_proj")
+        values = [architecture.tensor_name(layer, "v_proj", kind) for kind in ("weight", "bias")]
+        reads = [
+            output,
+            architecture.input_norm_name(layer),
+            *(name for name in values if name in source.checkpoint.tensors),
+        ]
+        steps[output] = Step(tuple(reads), steps[output].writes, KeepSilent(source.shape.num_key_value_heads))
 
     def _move_gains(self, steps: dict[str, Step], source: Source, group: tuple[int, ...]) -> None:
         """Where keys are normalised, with the mean or the first one's gain: the rest goes to each layer's queries."""
