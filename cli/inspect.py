@@ -52,7 +52,8 @@ def _options(target: Target) -> str:
         for rank, rope_dim, v_head_dim in target.kernel_sizes
     ]
     kernels = f"fast kernels for {' or '.join(sizes)}" if sizes else "every size with fast kernels has a larger cache"
-    return f"--kv-lora-rank R --qk-rope-head-dim D, R + D below {target.latent_below}; {kernels}"
+    norm = f" --latent-norm {target.latent_norm}" if target.latent_norm else ""
+    return f"--kv-lora-rank R --qk-rope-head-dim D{norm}, R + D below {target.latent_below}; {kernels}"
 
 
 def show_inspection(inspection: Inspection, console: Console) -> None:

@@ -31,7 +31,7 @@ from .checkpoint.tensors import Checkpoint
 from .describe.engines import latent_kernels
 from .device import default_device, default_precision
 from .errors import InputError
-from .execute import DEFAULT_MAX_SHARD_BYTES, execute
+from .execute import DEFAULT_MAX_SHARD_BYTES, check_classes, check_execution, execute
 from .methods.cla import Cla
 from .methods.gqa import Gqa
 from .methods.method import Method
@@ -153,9 +153,9 @@ def convert(
 
     Without `output` it is beside a local checkpoint, or in the current directory, with a suffix that says what it is.
     `calibration` is for methods that measure (merge="svd", Mla): without it they raise InputError. With `force` a
-    result that kvconvert wrote is replaced; with `dry_run` nothing is written. `remark` is called with what a person
-    should know. Raises InputError (of it UnsupportedError, CheckpointError, DataError and OutputError) for what cannot
-    be done, before anything is written.
+    result that kvconvert wrote is replaced; with `dry_run` nothing is written, after the same checks. `remark` is
+    called with what a person should know. Raises InputError (of it UnsupportedError, CheckpointError, DataError and
+    OutputError) for what cannot be done, before anything is written.
     """
     headers_only = dry_run and not method.needs_measurements
     with ExitStack() as stack:
@@ -178,7 +178,7 @@ def convert(
         prepared, record = Prepared(), None
         if method.needs_measurements and (plan is None or plan.changes_cache):
             assert calibration is not None
-            job = _Measuring(source, target, calibration, write=not dry_run, progress=progress, remark=remark)
+            job = _Measuring(source, target, calibration, progress=progress, remark=remark)
             hardware = job.start(plan)
             measurements, record = job.measure(method)
             # 3. what is chosen by measurement, and the plan of that
@@ -196,6 +196,7 @@ def convert(
         # 5. the result
         assert plan is not None
         if dry_run:
+            check_execution(plan, source.checkpoint, target, prepared.overlay, force=force)
             original = source.checkpoint.original
             left_behind = None if original.path is None else find_companions(original).left_behind
             return Conversion(target, plan, prepared.reports, record, left_behind=left_behind)
@@ -272,7 +273,6 @@ class _Measuring:
     source: Source
     target: Path
     calibration: Calibration
-    write: bool
     progress: Progress
     remark: Callable[[str], object]
 
@@ -289,13 +289,14 @@ class _Measuring:
             ) from error
         check_source(self.source.checkpoint)
         if plan is not None:
+            check_classes(plan, self.source.checkpoint, self.target)
             self.check_space(plan)
         precision = default_precision() if self.calibration.precision == "auto" else self.calibration.precision
         return Hardware(device, precision if self.calibration.data is not None else "fp32")
 
     def check_space(self, plan: ConversionPlan) -> None:
         """Raise OutputError where the tensors beside the source's, statistics and the result do not fit."""
-        beside = plan.overlay_bytes + (plan.bytes_out if self.write else 0)
+        beside = plan.overlay_bytes + plan.bytes_out
         save = self.calibration.save_statistics
         if save is not None:
             check_file(save, outside=self.target)

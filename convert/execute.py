@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .cache_check import check_cache
 from .checkpoint.companions import copy_companions, find_companions
-from .checkpoint.loading import check_opens, check_source
+from .checkpoint.loading import check_accepts, check_opens, check_source, knows_class
 from .checkpoint.output import PROVENANCE_NAME, check_free_space, check_output, staged_directory, write_text
 from .checkpoint.overlay import Overlay
 from .checkpoint.runtime_code import copy_runtime_code
@@ -23,7 +23,7 @@ from .plan import ConversionPlan
 from .runtime import RUNTIME_CLASSES
 from .translations.routes import translated
 
-__all__ = ["DEFAULT_MAX_SHARD_BYTES", "ExecutionResult", "execute"]
+__all__ = ["DEFAULT_MAX_SHARD_BYTES", "ExecutionResult", "check_classes", "check_execution", "execute"]
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 
@@ -63,11 +63,8 @@ def execute(
     result, or if a tensor that the plan reads is not there.
     """
     checkpoint = source if source.route == plan.route else translated(source, plan.route)
-    _check_reads(plan, checkpoint, overlay)
-    check_output(output, force=force, inputs=[checkpoint.directory])
+    check_execution(plan, checkpoint, output, overlay, force=force)
     companions = find_companions(checkpoint.original)
-    check_free_space(output, plan.bytes_out + companions.num_bytes)
-    check_source(checkpoint)
     source_type = checkpoint.original.config.get("model_type")
     steps = {step.writes.name: step for step in plan.steps}
     with staged_directory(output, force=force) as staging:
@@ -100,6 +97,29 @@ def execute(
             check_cache(staging, name=str(output))
         left_behind = companions.missing_from(staging)
     return ExecutionResult(output, opened_as, left_behind, unchecked)
+
+
+def check_execution(
+    plan: ConversionPlan, source: Checkpoint, output: Path, overlay: Overlay | None = None, *, force: bool = False
+) -> None:
+    """Raise what `execute` would raise for a source that the plan reads, by headers alone; nothing is written.
+
+    `source` is translated already. What is checked is that everything is there that the plan reads, that the place can
+    take the result, and that the classes of source and result accept the headers that each has.
+    """
+    _check_reads(plan, source, overlay)
+    plan.check_readable(source)
+    check_output(output, force=force, inputs=[source.path] if source.path else [])
+    beside = 0 if source.original.path is None else find_companions(source.original).num_bytes
+    check_free_space(output, plan.bytes_out + beside)
+    check_classes(plan, source, output)
+
+
+def check_classes(plan: ConversionPlan, source: Checkpoint, output: Path) -> None:
+    """Raise CheckpointError unless the classes of source and result accept the headers that each has."""
+    check_source(source)
+    if knows_class(plan.model_type):
+        check_accepts(plan.config, [step.writes for step in plan.steps], str(output))
 
 
 def _check_reads(plan: ConversionPlan, checkpoint: Checkpoint, overlay: Overlay | None) -> None:

@@ -11,7 +11,7 @@ from .algebra.attention_shape import AttentionShape, LatentSizes
 from .algebra.heads import POOLING_METHODS, HeadGrouping, interleave_heads, stack_heads
 from .algebra.kv_cache import kv_cache_bytes_per_token
 from .algebra.layer_grouping import LayerGrouping
-from .checkpoint.tensors import TensorInfo
+from .checkpoint.tensors import Checkpoint, TensorInfo
 from .checkpoint.writer import TensorSpec
 
 if TYPE_CHECKING:
@@ -206,6 +206,12 @@ class ConversionPlan:
     def changes_cache(self) -> bool:
         """Whether the result caches anything else than the source."""
         return self.source != self.result
+
+    def check_readable(self, source: Checkpoint) -> None:
+        """Raise UnsupportedError for a tensor that an operation reads and whose dtype is none to compute with."""
+        for step in self.steps:
+            for name in step.reads if step.op is not None else ():
+                source.check_readable(name)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object from which `from_json` builds an equal plan; every operation has its name under "op"."""

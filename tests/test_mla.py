@@ -536,6 +536,7 @@ def test_inspect_gives_the_reason_of_the_command(
     with open_checkpoint(source, headers_only=True) as checkpoint:
         (target,) = (target for target in inspect_checkpoint(checkpoint).targets if target.command == "mha2mla")
     assert target.possible is possible
+    assert target.latent_norm == ("exact" if overrides.get("attention_bias") else None)
     if not possible:
         with pytest.raises(UnsupportedError, match=re.escape(f"model: {target.reason}")):
             convert(source, tmp_path / "mla", Mla(16, 8))

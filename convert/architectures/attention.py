@@ -167,8 +167,9 @@ def _tensor(
 
 def _named(checkpoint: Checkpoint, name: str, layer: int) -> TensorInfo:
     if name not in checkpoint.tensors:
+        file = checkpoint.original.unsaved.get(name)
         raise CheckpointError(
-            f"layer {layer}: {name} is missing from {checkpoint.name}",
+            f"layer {layer}: {name} is missing from {checkpoint.name}" + (f" (its index says: {file})" if file else ""),
             hint="the checkpoint is incomplete, or config.json's num_hidden_layers or model_type is wrong",
         )
     return checkpoint.tensors[name]

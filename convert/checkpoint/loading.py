@@ -251,9 +251,17 @@ def _refusals(name: str) -> Iterator[None]:
 def _require_accepted(name: str, model: Any, info: Mapping[str, Any]) -> None:
     """Raise CheckpointError, which names a tensor, where the class and the tensors do not belong together."""
     for problem, hint in _PROBLEMS.items():
-        keys = sorted(str(key) for key in info[problem])
+        keys = sorted(_described(key) for key in info[problem])
         if problem == "unexpected_keys":
             keys = [key for key in keys if not OLD_BUFFERS.search(key)]
         if keys:
             found = f"{len(keys)} {problem.replace('_', ' ')}, first {keys[0]}"
             raise CheckpointError(f"{name}: {type(model).__name__} does not accept its weights: {found}", hint=hint)
+
+
+def _described(key: Any) -> str:
+    """A tensor that transformers names: its name, and its two shapes where these are what is wrong."""
+    if isinstance(key, str):
+        return key
+    name, found, expected = key
+    return f"{name}, whose shape is {list(found)} and by config.json {list(expected)}"

@@ -168,17 +168,22 @@ class Checkpoint:
         """
         import torch
 
+        self.check_readable(name)
+        info = self.tensors[name]
+        if info.file in self.pickled:
+            return self.pickled[info.file][name].clone()
+        raw = bytearray(self._map(info.file)[info.begin : info.end])
+        self._forget(info)
+        return torch.frombuffer(raw, dtype=torch_dtype(info.dtype)).reshape(info.shape)
+
+    def check_readable(self, name: str) -> None:
+        """Raise UnsupportedError for a tensor of integers or of 8-bit floats, which `read` does not return."""
         info = self.tensors[name]
         if info.dtype not in TORCH_DTYPES:
             raise UnsupportedError(
                 f"{name} has dtype {info.dtype}, which cannot be averaged ({info.file})",
                 hint="convert a checkpoint whose attention weights are float32, float16 or bfloat16",
             )
-        if info.file in self.pickled:
-            return self.pickled[info.file][name].clone()
-        raw = bytearray(self._map(info.file)[info.begin : info.end])
-        self._forget(info)
-        return torch.frombuffer(raw, dtype=torch_dtype(info.dtype)).reshape(info.shape)
 
     def copy_bytes(self, name: str, target: IO[bytes]) -> None:
         """Append the bytes of one tensor, of any dtype, to `target`."""

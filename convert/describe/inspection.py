@@ -7,13 +7,17 @@ from pathlib import Path
 
 from ..algebra.attention_shape import AttentionShape, LatentSizes
 from ..algebra.kv_cache import kv_cache_bytes, kv_cache_bytes_per_token
+from ..architectures.architecture import quantised_refusal
 from ..architectures.source import Source
+from ..checkpoint.loading import check_accepts, check_source
 from ..checkpoint.opening import open_checkpoint
 from ..checkpoint.tensors import Checkpoint
-from ..errors import UnsupportedError
-from ..methods.deepseek import class_refusal
+from ..errors import InputError, UnsupportedError
+from ..methods.cla import Cla
+from ..methods.gqa import Gqa
+from ..methods.method import Method
 from ..methods.mla import Mla
-from ..translations.routes import as_cross_layer, as_latent_source, as_target, targets
+from ..translations.routes import as_cross_layer, targets
 from .engines import KERNEL_RANKS, Serving, latent_kernels, serving
 
 __all__ = ["Inspection", "Target", "inspect", "inspect_checkpoint"]
@@ -29,7 +33,7 @@ class Target:
     that the result can have, `share` the least and the largest number of layers that can share, and `latent_below` what
     kv_lora_rank + qk_rope_head_dim has to stay below for a smaller cache; `model_type` is that of the result.
     `kernel_sizes` are the kv_lora_rank, qk_rope_head_dim and, where values are padded for it, v_head_dim of latents
-    with fast kernels, smaller than the cache is.
+    with fast kernels, smaller than the cache is. `latent_norm` has to be asked for, where only one works.
     """
 
     command: str
@@ -40,6 +44,7 @@ class Target:
     share: tuple[int, int] | None = None
     latent_below: int | None = None
     kernel_sizes: tuple[tuple[int, int, int | None], ...] = ()
+    latent_norm: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,8 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = N
     """Inspect a checkpoint by its headers and config, without reading a weight.
 
     context_length: in tokens, for the cache figure; by default the longest context of the model. A checkpoint whose
-    class has no grouped attention is described as the class that it can become. Raises UnsupportedError for an
+    class has no grouped attention is described as the class that it can become. What a conversion would check by
+    headers is checked: its class accepts the source, and so does that of each result. Raises UnsupportedError for an
     unknown architecture, CheckpointError where config and tensors disagree.
     """
     views = list(targets(checkpoint))
@@ -97,6 +103,8 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = N
         raise next(view for view in reversed(views) if isinstance(view, UnsupportedError))
     source, chosen = checkpoint, usable[0]
     checkpoint, architecture, shape = chosen.checkpoint, chosen.architecture, chosen.shape
+    if not quantised_refusal(source.config):
+        check_source(source)
     cross_layer, shared = _cross_layer_target(source)
     conversions = (*_targets(source, shape), cross_layer, _latent_target(source))
     configs = {view.architecture.model_type: view.checkpoint.config for view in (*shared, *reversed(usable))}
@@ -146,17 +154,18 @@ def _targets(source: Checkpoint, shape: AttentionShape) -> tuple[Target, Target]
     gqa = Target("mha2gqa", False, f"{heads} K/V heads have no divisor between 1 and {heads}")
     taken: list[int] = []
     for number in (number for number in range(2, heads) if heads % number == 0):
-        target, reason = _target(source, number)
-        if target is not None and gqa.model_type in (None, target):
+        view, reason = _possible(source, Gqa(number), accepted=gqa.model_type)
+        target = view and view.architecture.model_type
+        if target and gqa.model_type in (None, target):
             taken.append(number)
             reason = f"{heads} K/V heads become {' or '.join(map(str, taken))}"
             gqa = Target("mha2gqa", True, reason, tuple(taken), target)
         elif not taken:
             gqa = Target("mha2gqa", False, reason)
-    target, reason = _target(source, 1)
-    if target is None:
+    view, reason = _possible(source, Gqa(1), accepted=gqa.model_type)
+    if view is None:
         return gqa, Target("mha2mqa", False, reason)
-    return gqa, Target("mha2mqa", True, f"{heads} K/V heads become 1", (1,), target)
+    return gqa, Target("mha2mqa", True, f"{heads} K/V heads become 1", (1,), view.architecture.model_type)
 
 
 def _cross_layer_target(source: Checkpoint) -> tuple[Target, tuple[Source, ...]]:
@@ -168,6 +177,9 @@ def _cross_layer_target(source: Checkpoint) -> tuple[Target, tuple[Source, ...]]
     num_layers = view.shape.num_hidden_layers
     if num_layers == 1:
         return Target("mha2cla", False, "the model has one layer"), (view,)
+    possible, reason = _possible(source, Cla(share=num_layers))
+    if possible is None:
+        return Target("mha2cla", False, reason), ()
     share = (2, num_layers)
     number = f"2 to {num_layers}" if num_layers > 2 else "2"
     reason = f"{number} layers share keys and values"
@@ -176,14 +188,14 @@ def _cross_layer_target(source: Checkpoint) -> tuple[Target, tuple[Source, ...]]
 
 def _latent_target(source: Checkpoint) -> Target:
     """Whether keys and values can become a latent; the sizes that have fast kernels and make the cache smaller."""
-    try:
-        view = as_latent_source(source)
-    except UnsupportedError as error:
-        return Target("mha2mla", False, str(error).removeprefix(f"{source.name}: "))
+    view, reason = _possible(source, Mla(1, 2))
+    latent_norm = None
+    if view is None:
+        view, _ = _possible(source, Mla(2, 2, latent_norm="exact"))
+        latent_norm = "exact"
+    if view is None:
+        return Target("mha2mla", False, reason)
     shape = view.shape
-    refusal = class_refusal(view)
-    if refusal:
-        return Target("mha2mla", False, refusal)
     sizes: list[tuple[int, int, int | None]] = []
     for rank in KERNEL_RANKS:
         for v_head_dim in (None, 128):
@@ -199,14 +211,22 @@ def _latent_target(source: Checkpoint) -> Target:
         model_type="deepseek_v3",
         latent_below=shape.cached_values,
         kernel_sizes=tuple(sizes),
+        latent_norm=latent_norm,
     )
 
 
-def _target(source: Checkpoint, number: int) -> tuple[str | None, str]:
-    """The class with so many K/V heads, or None and the reason why there is none."""
+def _possible(source: Checkpoint, method: Method, *, accepted: str | None = None) -> tuple[Source | None, str]:
+    """The checkpoint in the class that a method starts from, or None and the reason why the method would refuse it.
+
+    The headers of the result are shown to its class, unless that is the one that `accepted` them before.
+    """
     try:
-        view = as_target(source, number)
-    except UnsupportedError as error:
+        view = method.source(source)
+        method.check(view)
+        if view.architecture.model_type != accepted:
+            plan = method.resolve(view).plan(view)
+            plan.check_readable(view.checkpoint)
+            check_accepts(plan.config, [step.writes for step in plan.steps], source.name)
+    except InputError as error:
         return None, str(error).removeprefix(f"{source.name}: ")
-    refusal = view.architecture.refusal(view.checkpoint.config)
-    return (None, refusal) if refusal else (view.architecture.model_type, "")
+    return view, ""

@@ -110,6 +110,11 @@ class TranslatedCheckpoint(Checkpoint):
             return tensors[0]
         return derived.compute(*(tensor.double() for tensor in tensors)).to(tensors[0].dtype)
 
+    def check_readable(self, name: str) -> None:
+        """Raise UnsupportedError where one of the source's tensors that it is made of cannot be read."""
+        for source_name in self.derived[name].reads:
+            self.source.check_readable(source_name)
+
     def copy_bytes(self, name: str, target: IO[bytes]) -> None:
         """Append the tensor's bytes to `target`, those of the source where nothing is computed."""
         derived = self.derived[name]
@@ -146,13 +151,18 @@ def _completed(translation: Translation, source: Checkpoint, derived: Mapping[st
 
 
 def _info(source: Checkpoint, name: str, derived: Derived) -> TensorInfo:
-    """The header of a tensor of the target. Raises CheckpointError where the source lacks what it is made of."""
+    """The header of a tensor of the target.
+
+    Raises CheckpointError where the source lacks what it is made of, UnsupportedError where it cannot be computed with.
+    """
     for source_name in derived.reads:
         if source_name not in source.tensors:
             raise CheckpointError(
                 f"{source_name} is missing from {source.name}",
                 hint="the checkpoint is incomplete, or config.json's model_type is wrong",
             )
+        if derived.compute is not None:
+            source.check_readable(source_name)
     origin = source.tensors[derived.reads[0]]
     num_bytes = origin.num_bytes // max(origin.num_elements, 1)
     for size in derived.shape:
