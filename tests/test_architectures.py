@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,9 @@ def test_an_unknown_architecture_lists_the_known_ones(make_checkpoint: Checkpoin
 
 
 def test_quantised_checkpoints_are_refused(make_checkpoint: CheckpointFactory) -> None:
-    with open_checkpoint(make_checkpoint()) as checkpoint:
-        checkpoint.config["quantization_config"] = {"quant_method": "bitsandbytes"}
+    source = make_checkpoint()
+    config = json.loads((source / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    (source / "config.json").write_text(json.dumps(config))
+    with open_checkpoint(source) as checkpoint:
         with pytest.raises(UnsupportedError, match="the checkpoint is quantised"):
             Gqa(2).plan(Source.of(checkpoint))

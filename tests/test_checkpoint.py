@@ -180,7 +180,7 @@ def test_inspection_says_why_a_target_is_not_possible(
 
 def test_a_refused_checkpoint_is_inspected_all_the_same(make_checkpoint: CheckpointFactory) -> None:
     source = make_checkpoint()
-    edit_config(source, quantization_config={"quant_method": "bitsandbytes"})
+    edit_config(source, quantization_config={"quant_method": "gptq"})
     with open_checkpoint(source) as checkpoint:
         targets = inspect_checkpoint(checkpoint).targets
     assert not any(target.possible for target in targets)

@@ -10,7 +10,7 @@ from typing import Any
 from ..algebra.attention_shape import AttentionShape
 from ..checkpoint.tensors import Checkpoint
 
-__all__ = ["Architecture", "HeadTensor", "quantised_refusal"]
+__all__ = ["Architecture", "HeadTensor"]
 
 Config = Mapping[str, Any]
 
@@ -37,13 +37,6 @@ def unordered_heads(config: Config) -> bool:
 
 def any_number(config: Config, num_key_value_heads: int) -> str | None:
     """Return None: every number of K/V heads that divides the query heads is possible."""
-    return None
-
-
-def quantised_refusal(config: Config) -> str | None:
-    """Return why a quantised checkpoint cannot be converted, or None for one that is not quantised."""
-    if config.get("quantization_config"):
-        return "the checkpoint is quantised; convert the unquantised original, then quantise the result"
     return None
 
 
@@ -149,11 +142,11 @@ class Architecture:
         section[name] = num_key_value_heads
         return result
 
-    def refusal(self, config: Config) -> str | None:
-        """Return why a checkpoint with this config cannot be converted, or None if nothing in the config forbids it."""
+    def refusal(self, checkpoint: Checkpoint) -> str | None:
+        """Return why a checkpoint cannot be converted whatever is asked for, or None if nothing forbids it."""
         if self.latent:
             return "its cache holds a latent, not keys and values"
-        return quantised_refusal(config)
+        return checkpoint.original.quantised
 
     def approximation(self, checkpoint: Checkpoint) -> str | None:
         """Return why the mean of heads' weights does not give the mean of their keys or values, or None if it does."""

@@ -10,7 +10,7 @@ from ..algebra.attention_shape import AttentionShape
 from ..algebra.rotations import Rotary
 from ..checkpoint.loading import empty_model
 from ..checkpoint.tensors import Checkpoint
-from ..errors import UnsupportedError
+from ..errors import CheckpointError, UnsupportedError
 from .architecture import Architecture
 from .attention import read_attention
 from .rotary import read_rotary
@@ -47,8 +47,16 @@ class Source:
 
     @cached_property
     def shape(self) -> AttentionShape:
-        """The sizes of its attention, with every layer's tensors checked against config.json."""
-        return read_attention(self.checkpoint, self.architecture)
+        """The sizes of its attention, with every layer's tensors checked against config.json.
+
+        Raises UnsupportedError for quantised weights that do not show them.
+        """
+        try:
+            return read_attention(self.checkpoint, self.architecture)
+        except CheckpointError as error:
+            if self.checkpoint.original.quantised:
+                raise UnsupportedError(f"{self.name}: {self.checkpoint.original.quantised}") from error
+            raise
 
     @cached_property
     def rotary(self) -> tuple[Rotary, ...]:
@@ -68,6 +76,6 @@ class Source:
 
     def require_convertible(self) -> None:
         """Raise UnsupportedError for a quantised checkpoint, and for one whose cache holds a latent."""
-        refusal = self.architecture.refusal(self.checkpoint.config)
+        refusal = self.architecture.refusal(self.checkpoint)
         if refusal:
             raise UnsupportedError(f"{self.name}: {refusal}")

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 from ..errors import CheckpointError, UnsupportedError, in_one_line, is_out_of_memory
 from ..runtime import RUNTIME_CLASSES
+from .opening import open_checkpoint
 from .remote_code import remote_code_allowed
-from .tensors import Checkpoint
+from .tensors import CONFIG_NAME, Checkpoint
 
 # what older versions saved among the weights and newer ones compute
 OLD_BUFFERS = re.compile(
@@ -224,12 +225,25 @@ def _model_class(config: Any) -> Any:
 
 def _opened(model: str | Path, **options: Any) -> tuple[Any, dict[str, Any]]:
     """The model that transformers opens, and what it says of its tensors."""
+    config = _true_config(model)
     with _refusals(str(model)), quiet_transformers():
         opened = auto_class(model).from_pretrained(
-            model, trust_remote_code=remote_code_allowed(), **_REPORTING, **options
+            model, config=config, trust_remote_code=remote_code_allowed(), **_REPORTING, **options
         )
     loaded, info = opened
     return loaded, info
+
+
+def _true_config(model: str | Path) -> Any:
+    """The config object for weights that config.json calls quantised and that are not; None where the file is right."""
+    path = Path(model) / CONFIG_NAME
+    if not path.is_file() or b"quantization_config" not in path.read_bytes():
+        return None
+    with open_checkpoint(model) as checkpoint:
+        config = checkpoint.config
+        return (
+            class_config(config) if "quantization_config" not in config and knows_class(config["model_type"]) else None
+        )
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import CheckpointError, KvConvertError, UnsupportedError, first_line, is_out_of_memory
 from .hub import hub_refusal
 from .layout import Listing, WeightFiles, choose_weights, goes_with_weights, read_config
+from .quantisation import BITSANDBYTES, declared_method, quantised_refusal
 from .tensors import CONFIG_NAME, INDEX_NAME, PICKLE_NAME, TORCH_DTYPES, WEIGHTS_NAME, Checkpoint, TensorInfo
 
 if TYPE_CHECKING:
@@ -24,7 +25,18 @@ __all__ = ["open_checkpoint"]
 
 _NUM_CONNECTIONS = 8
 
-_OTHER_DTYPES = {"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
+_QUANTISATION_KEYS = ("quantization_config", "_pre_quantization_dtype")
+_OTHER_DTYPES = {
+    "bool": "BOOL",
+    "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float8_e8m0fnu": "F8_E8M0",
+    **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
+    **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
+}
 _MISSING_DIRECTORY_HINT = (
     "give a directory that holds config.json and safetensors files, or a hub id such as org/name "
     "(set HF_HUB_OFFLINE=1 to use only what is in the local cache)"
@@ -66,6 +78,7 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
         for info in infos:
             _add(checkpoint, info)
     _compare(checkpoint, weights)
+    _judge_dtype(checkpoint, listing)
     return checkpoint
 
 
@@ -120,6 +133,22 @@ def _compare(checkpoint: Checkpoint, weights: WeightFiles) -> None:
             f"{weights.index} says that {info.name} is in {weights.weight_map[info.name]}; it is read from {info.file}",
         )
     checkpoint.unsaved = {name: file for name, file in weights.weight_map.items() if name not in checkpoint.tensors}
+
+
+def _judge_dtype(checkpoint: Checkpoint, listing: Listing) -> None:
+    """Say whether the weights are quantised, and leave out of config what is not true of them.
+
+    bitsandbytes quantises a model when it is loaded, and its entry stays in config.json when the weights that were
+    merged or trained are saved as floats.
+    """
+    checkpoint.quantised = quantised_refusal(checkpoint.config, checkpoint.tensors, listing.names)
+    if checkpoint.quantised is None and declared_method(checkpoint.config) == BITSANDBYTES:
+        config = checkpoint.config
+        checkpoint.config = {key: value for key, value in config.items() if key not in _QUANTISATION_KEYS}
+        checkpoint.notes += (
+            f"{CONFIG_NAME} says that bitsandbytes quantises the weights, and they are {checkpoint.dtype}: "
+            "they are taken as they are, and quantization_config is left out",
+        )
 
 
 def _local_listing(path: Path) -> Listing:
@@ -191,7 +220,9 @@ def _open_hub(repo_id: str, revision: str | None, headers_only: bool) -> Checkpo
         config = _config(listing)
         weights = _weights(listing, config)
         if headers_only and weights.files[0].endswith(".safetensors"):  # pickles have none that could be read alone
-            return _read_remote_headers(_checkpoint(repo_id, None, config, weights), weights, revision)
+            checkpoint = _read_remote_headers(_checkpoint(repo_id, None, config, weights), weights, revision)
+            _judge_dtype(checkpoint, listing)
+            return checkpoint
         wanted = [glob.escape(name) for name in names if name in weights.files or goes_with_weights(name)]
         return _open_directory(Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted)), repo_id)
     except KvConvertError:

@@ -25,7 +25,8 @@ PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
 
 DTYPE_BYTES = MappingProxyType(
     {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-    | {"F8_E4M3": 1, "F8_E5M2": 1, "U64": 8, "U32": 4, "U16": 2}
+    | {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1}
+    | {"C64": 8, "U64": 8, "U32": 4, "U16": 2}
 )
 TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -83,6 +84,7 @@ class Checkpoint:
     `path` is None where only the headers of a hub repository were fetched, so that no tensor can be read. `pickled`
     holds the tensors of pytorch_model.bin files, mapped from the disk. `config` is what holds of these tensors: an
     entry of the file that does not is left out of it. `notes` are sentences about the files that a person should know.
+    `quantised` says why it cannot be converted where its weights are quantised, and is None where they are not.
     `unsaved` maps tensors that an index lists and no file holds to the file that it names. `accepted` says that it was
     opened in its class before, if that class may run, and need not be again.
     """
@@ -94,6 +96,7 @@ class Checkpoint:
     size_on_disk_bytes: int
     pickled: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
+    quantised: str | None = None
     unsaved: Mapping[str, str] = field(default_factory=dict)
     accepted: bool = False
     _maps: dict[str, mmap.mmap] = field(default_factory=dict, repr=False)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ..algebra.attention_shape import AttentionShape, LatentSizes
 from ..algebra.kv_cache import kv_cache_bytes, kv_cache_bytes_per_token
-from ..architectures.architecture import quantised_refusal
 from ..architectures.source import Source
 from ..checkpoint.loading import check_accepts, check_source
 from ..checkpoint.opening import open_checkpoint
@@ -103,7 +102,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = N
         raise next(view for view in reversed(views) if isinstance(view, UnsupportedError))
     source, chosen = checkpoint, usable[0]
     checkpoint, architecture, shape = chosen.checkpoint, chosen.architecture, chosen.shape
-    if not quantised_refusal(source.config):
+    if not source.quantised:
         check_source(source)
     cross_layer, shared = _cross_layer_target(source)
     conversions = (*_targets(source, shape), cross_layer, _latent_target(source))

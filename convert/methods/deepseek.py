@@ -72,7 +72,7 @@ def class_refusal(source: Source) -> str | None:
     The source is one that `as_latent_source` gives.
     """
     checkpoint, config = source.checkpoint, source.checkpoint.config
-    refusal = source.architecture.refusal(config)
+    refusal = source.architecture.refusal(checkpoint)
     if refusal:
         return refusal
     normalised = source.architecture.approximation(checkpoint)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import IO, TYPE_CHECKING, Any
 
-from ..architectures.architecture import quantised_refusal
 from ..checkpoint.loading import OLD_BUFFERS
 from ..checkpoint.tensors import Checkpoint, TensorInfo, tensor_bytes
 from ..errors import CheckpointError, UnsupportedError
@@ -67,7 +66,7 @@ class TranslatedCheckpoint(Checkpoint):
         Raises UnsupportedError where the translation would not be exact, and CheckpointError where a tensor is missing
         or would be left out.
         """
-        refusal = quantised_refusal(source.config) or translation.refusal(source)
+        refusal = source.original.quantised or translation.refusal(source)
         if refusal:
             raise UnsupportedError(f"{source.name}: {refusal}")
         derived = translation.make_tensors(source)
