@@ -30,6 +30,7 @@ CONVERT = (
 )
 UPTRAIN = (
     "recipe",
+    "schedule",
     "settings",
     "data",
     "estimate",
