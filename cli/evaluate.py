@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -91,7 +92,7 @@ def _gate(evaluation: Evaluation, threshold: float | None) -> dict[str, Any] | N
 def _show(model: str, against: str | None, evaluation: Evaluation, console: Console) -> None:
     console.print(model)
     console.print(f"  perplexity    {evaluation.perplexity:.4g}")
-    console.print(f"  nats/token    {evaluation.nats_per_token:.4f} ± {evaluation.standard_error:.4f}")
+    console.print(f"  nats/token    {_with_error(evaluation.nats_per_token, evaluation.standard_error)}")
     console.print(f"  scored        {evaluation.num_tokens} tokens in {evaluation.num_windows} windows")
     console.print(f"  method        {evaluation.method}")
     comparison = evaluation.against
@@ -100,10 +101,13 @@ def _show(model: str, against: str | None, evaluation: Evaluation, console: Cons
         console.print(
             f"  perplexity    {comparison.original_perplexity:.4g}, this is {comparison.perplexity_increase:+.1%}"
         )
-        console.print(
-            f"  excess loss   {comparison.excess_nats_per_token:.4f} ± {comparison.excess_standard_error:.4f}"
-        )
-        console.print(
-            f"  KL            {comparison.kl_nats_per_token:.4f} ± {comparison.kl_standard_error:.4f} nats/token"
-        )
+        excess = _with_error(comparison.excess_nats_per_token, comparison.excess_standard_error)
+        console.print(f"  excess loss   {excess}")
+        divergence = _with_error(comparison.kl_nats_per_token, comparison.kl_standard_error)
+        console.print(f"  KL            {divergence} nats/token")
         console.print(f"  top-1 agrees  {comparison.top1_agreement:.1%}")
+
+
+def _with_error(value: float, error: float) -> str:
+    """A number and its standard error, which a single window does not have."""
+    return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} ± {error:.4f}"

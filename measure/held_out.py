@@ -75,7 +75,7 @@ def evaluate_checkpoint(
     """Load `model`, and its original if given, and evaluate it on the windows.
 
     Raises DataError if the two do not share their vocabulary, CheckpointError if a class of ours, with this version of
-    transformers, computes something else with a cache than without.
+    transformers, computes something else with a cache than without, or if logits are not finite.
     """
     device = device or default_device()
     check_tokenizers(model, against)
@@ -84,4 +84,11 @@ def evaluate_checkpoint(
             check_runtime(checkpoint)
     original = load_model(against, dtype=dtype, device=device) if against is not None else None
     loaded = load_model(model, dtype=dtype, device=device)
-    return evaluate(loaded, windows, original=original, batch_size=batch_size, progress=progress)
+    return evaluate(
+        loaded,
+        windows,
+        original=original,
+        batch_size=batch_size,
+        names=(str(model), str(against)),
+        progress=progress,
+    )

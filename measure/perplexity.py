@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..convert.errors import DataError
+from ..convert.errors import CheckpointError, DataError
+from .finiteness import non_finite_logits
 
 __all__ = ["Comparison", "Evaluation", "Windows", "cut_windows", "evaluate"]
 
@@ -113,12 +114,15 @@ def evaluate(
     *,
     original: Any | None = None,
     batch_size: int = 8,
+    names: tuple[str, str] = ("the model", "the original"),
     progress: Callable[[int], object] = lambda num_windows: None,
 ) -> Evaluation:
     """Score the windows with `model` and, if given, compare with `original` (same vocabulary) token by token.
 
     The models are causal language models of transformers, in eval mode, each on its own device. KL is
-    KL(original ‖ model) in nats, from float32 log-probabilities.
+    KL(original ‖ model) in nats, from float32 log-probabilities. Raises CheckpointError, which has the model's name of
+    `names`, where logits are not finite, and where a token that the text has, or that the original expects, is ruled
+    out by a logit of -inf.
     """
     nats: list[Tensor] = []  # one tensor of token losses per window
     original_nats: list[Tensor] = []
@@ -133,10 +137,13 @@ def evaluate(
             targets = batch[row, first:]
             log_probs = logits[row, first - 1 : -1].float().log_softmax(-1).cpu()  # (T, vocab_size)
             nats.append(F.nll_loss(log_probs, targets, reduction="none"))
+            _require_finite(nats[-1], names[0], model, window=begin + row)
             if reference is not None:
                 expected = reference[row, first - 1 : -1].float().log_softmax(-1).cpu()
                 original_nats.append(F.nll_loss(expected, targets, reduction="none"))
-                divergence.append(F.kl_div(log_probs, expected, reduction="none", log_target=True).sum(-1))
+                _require_finite(original_nats[-1], names[1], original, window=begin + row)
+                divergence.append(_divergence(log_probs, expected))
+                _require_finite(divergence[-1], names[0], model, window=begin + row)
                 num_agreeing += int((log_probs.argmax(-1) == expected.argmax(-1)).sum())
         progress(len(batch))
     mean, error = _mean_and_error(nats)
@@ -162,6 +169,25 @@ def evaluate(
         num_windows=len(windows.input_ids),
         method=windows.method,
         against=comparison,
+    )
+
+
+def _divergence(log_probs: Tensor, expected: Tensor) -> Tensor:
+    """KL of each token, (T,), from log-probabilities, (T, vocab_size); a token that is not expected adds nothing."""
+    terms = expected.exp() * (expected - log_probs)
+    return terms.where(expected > -math.inf, 0.0).sum(-1)
+
+
+def _require_finite(nats: Tensor, name: str, model: Any, *, window: int) -> None:
+    """Raise CheckpointError where losses or divergences of a window's tokens, (T,), are not finite."""
+    if nats.isfinite().all():
+        return
+    where = f"in window {window + 1}"
+    if nats.isnan().any():  # of the logits of a token, one that is not finite and above -inf makes all of them nan
+        raise non_finite_logits(name, model, where)
+    raise CheckpointError(
+        f"{name}: rules out a token of the text, or one that the original expects, by a logit of -inf {where}",
+        hint="its loss is infinite, so that it has no perplexity to compare",
     )
 
 

@@ -97,7 +97,7 @@ def test_evaluation_takes_no_time(clock: Clock, arguments: TrainingArguments) ->
 
     reported: list[dict[str, float]] = []
     rate, model = throughput(), Model()
-    evaluation = PeriodicEvaluation(score, STAGE, every=4, throughput=rate)
+    evaluation = PeriodicEvaluation(score, STAGE, name="model", every=4, throughput=rate)
     evaluation.report = reported.append
     rate.start(0)
     for step in range(1, 11):
@@ -116,7 +116,7 @@ def test_evaluation_before_the_first_step_of_a_run_only(arguments: TrainingArgum
 
     for first_step, step in ((0, 0), (0, 4), (4, 0), (4, 4)):
         stage = Stage("main", Objective.prediction, Trained.all, 10, first_step, 1e-3)
-        evaluation = PeriodicEvaluation(lambda model: 0.0, stage, every=4, throughput=throughput())
+        evaluation = PeriodicEvaluation(lambda model: 0.0, stage, name="model", every=4, throughput=throughput())
         evaluation.report = note((first_step, step))
         model = SimpleNamespace(eval=lambda: None, train=lambda: None, modules=list)
         evaluation.on_train_begin(arguments, at(step), TrainerControl(), model=model)

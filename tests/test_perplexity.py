@@ -10,7 +10,7 @@ import torch
 from conftest import VOCAB_SIZE, CheckpointFactory, build_model
 from hypothesis import given
 from hypothesis import strategies as st
-from kvconvert.convert.errors import DataError
+from kvconvert.convert.errors import CheckpointError, DataError
 from kvconvert.convert.text.sources import TextSource
 from kvconvert.measure.held_out import load_windows
 from kvconvert.measure.perplexity import cut_windows, evaluate
@@ -133,3 +133,49 @@ def test_what_stands_between_documents_is_stated_as_it_is(
 def test_text_shorter_than_a_window() -> None:
     with pytest.raises(DataError, match="the text has 9 tokens, fewer than one window of 10"):
         cut_windows(tokens(9), window=10)
+
+
+def poisoned(value: float, *, seed: int = 0) -> Any:
+    """A model that adds `value` to the logit of the last token."""
+    model = build_model(seed=seed)
+    model.lm_head.register_forward_hook(
+        lambda module, args, output: torch.cat([output[..., :-1], output[..., -1:] + value], -1)
+    )
+    return model
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("culprit", ["the model", "the original"])
+def test_logits_that_are_not_finite_are_somebodys(culprit: str, value: float) -> None:
+    windows = cut_windows(tokens(40), window=16)
+    models = {"the model": build_model(), "the original": build_model(seed=1)} | {culprit: poisoned(value)}
+    reason = "its weights are finite, so that the computation left the range of float32 or divided by zero"
+    with pytest.raises(CheckpointError, match=f"^{culprit}: logits are not finite in window 1: {reason}$"):
+        evaluate(models["the model"], windows, original=models["the original"])
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    model = build_model()
+    with torch.no_grad():
+        model.model.norm.weight[3:5] = math.nan
+    expected = r"^M: logits are not finite in window 1: 2 values of its model\.norm\.weight are not finite$"
+    with pytest.raises(CheckpointError, match=expected):
+        evaluate(model, cut_windows(tokens(40), window=16), names=("M", "O"))
+
+
+def test_a_token_that_is_ruled_out_counts_where_it_occurs() -> None:
+    text = tokens(40)
+    absent, present = text.where(text != VOCAB_SIZE - 1, 3), text.clone()
+    present[20] = VOCAB_SIZE - 1
+    ruled_out = poisoned(-math.inf)
+    windows = cut_windows(absent, window=16)
+    assert math.isfinite(evaluate(ruled_out, windows).perplexity)
+    both = evaluate(ruled_out, windows, original=poisoned(-math.inf, seed=1)).against
+    assert both is not None
+    assert both.kl_nats_per_token > 0
+    for model, original, cut in (
+        (ruled_out, None, cut_windows(present, window=16)),
+        (ruled_out, build_model(seed=1), windows),
+    ):
+        with pytest.raises(CheckpointError, match=r"^the model: rules out a token of the text, or one that the orig"):
+            evaluate(model, cut, original=original)

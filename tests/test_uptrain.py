@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partialmethod
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -33,7 +36,15 @@ from kvconvert import configs
 from kvconvert.convert import ARCHITECTURES, Gqa, as_target, execute, open_checkpoint
 from kvconvert.convert.architectures.source import Source
 from kvconvert.convert.device import default_precision
-from kvconvert.convert.errors import DataError, DivergedError, InputError, OutputError, PreemptedError, UnsupportedError
+from kvconvert.convert.errors import (
+    CheckpointError,
+    DataError,
+    DivergedError,
+    InputError,
+    OutputError,
+    PreemptedError,
+    UnsupportedError,
+)
 from kvconvert.convert.runtime.transformers_interface import RELIED_ON
 from kvconvert.convert.text.sources import TextSource
 from kvconvert.measure.held_out import evaluate_checkpoint, load_windows
@@ -49,6 +60,7 @@ from kvconvert.uptrain.settings import Execution, RunSettings
 from kvconvert.uptrain.training import evaluation
 from kvconvert.uptrain.training.arguments import training_arguments
 from kvconvert.uptrain.training.trainer import UptrainTrainer
+from safetensors.torch import save_file
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
@@ -102,6 +114,61 @@ def test_alibi_does_not_mix_packed_documents(tmp_path: Path) -> None:
         with torch.inference_mode():
             packed, apart = (model(**inputs, use_cache=False).logits for inputs in (feed, alone))
         torch.testing.assert_close(packed[:, 10:], apart, rtol=0, atol=1e-5 * apart.abs().max().item())
+
+
+def broken_row(directory: Path, row: int) -> Path:
+    """Make the embedding of one token nan."""
+    tensors = weights(directory)
+    tensors["model.embed_tokens.weight"][row] = float("nan")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("culprit", "recipe", "row", "where"),
+    [
+        ("teacher", Recipe.distill, 5, "before the first step"),  # a token that the first look at a model has
+        ("teacher", Recipe.distill, 266, "(step 1: loss is nan; the weights were not updated)"),  # of the text only
+        ("teacher", Recipe.layerwise, 266, "from the attention of layer 0 on"),
+        ("model", Recipe.distill, 266, "(step 1: loss is nan; the weights were not updated)"),
+    ],
+)
+def test_whose_logits_are_not_finite(
+    culprit: str, recipe: Recipe, row: int, where: str, train: Train, make_checkpoint: CheckpointFactory
+) -> None:
+    models = {name: make_checkpoint(name=name, with_tokenizer=True) for name in ("teacher", "model")}
+    broken = broken_row(models[culprit], row)
+    said = f"{broken}: logits are not finite {where}: 64 values of its model.embed_tokens.weight are not finite"
+    with pytest.raises(CheckpointError, match=f"^{re.escape(said)}$") as raised:
+        train("out", settings=settings_with(steps=1, recipe=recipe, weights=LossWeights()), **models)
+    assert raised.value.exit_code == 2
+
+
+def test_a_source_whose_held_out_loss_is_not_finite(train: Train, make_checkpoint: CheckpointFactory) -> None:
+    broken = Observation(score=lambda model: math.inf, eval_steps=2)
+    sound = make_checkpoint(name="sound", with_tokenizer=True)
+    with pytest.raises(
+        CheckpointError, match=r"sound: logits are not finite before the first step \(held-out loss inf"
+    ):
+        train("out", model=sound, watch=broken)
+    late = iter([1.0, math.nan])
+    with pytest.raises(DivergedError, match="step 2: held-out loss is nan after it; no checkpoint was saved before it"):
+        train("late", model=sound, watch=replace(broken, score=lambda model: next(late)))
+
+
+def test_a_last_step_that_breaks_the_weights_is_not_published(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match=r"step 1: \d+ tensors are not finite after it, first .*weight"):
+        train("out", settings=settings_with(steps=1, learning_rate=1e39))
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_beyond_the_range_of_the_sources_dtype_are_not_published(
+    train: Train, make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    half = make_checkpoint(name="half", dtype=torch.float16, with_tokenizer=True)
+    with pytest.raises(DivergedError, match="weight: trained to values that are beyond the range of float16, the sou"):
+        train("out", model=half, settings=settings_with(steps=1, learning_rate=1e6))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("with_teacher", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..convert.architectures.table import find_architecture
 from ..convert.checkpoint.loading import load_model
 from ..convert.checkpoint.opening import open_checkpoint
 from ..convert.errors import UnsupportedError
+from ..measure.finiteness import non_finite_logits
 from .job import UptrainJob
 from .recipe import Stage, trained_names
 
@@ -117,7 +119,7 @@ def require_separation(model: Any, *, name: str, bf16: bool) -> None:
     """Raise UnsupportedError if documents that share a sequence see each other in `model`, as it is trained.
 
     Some tokens of the first of two documents are exchanged: the second one's logits must not move. All processes of a
-    sharded model have to call it.
+    sharded model have to call it. Raises CheckpointError if its logits are not finite.
     """
     config = model.config.get_text_config()
     device = next(model.parameters()).device
@@ -135,8 +137,9 @@ def require_separation(model: Any, *, name: str, bf16: bool) -> None:
         ]
     model.train(was_training)
     reshard(model)
+    if not all((found < math.inf).all() for found in logits):  # -inf rules a token out
+        raise non_finite_logits(name, model, "before the first step")
     moved = (logits[0] - logits[1]).abs()
-    # logits that are not finite are no sign of it: training says what is wrong with them
     if moved[_PROBE_TOKENS:].max() > 1e-3 * moved[:_PROBE_TOKENS].max():
         raise UnsupportedError(
             f"{name}: documents that share a sequence see each other in {type(model).__name__}, so that uptrain, which "

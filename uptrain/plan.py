@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from ..convert.checkpoint.opening import open_checkpoint
 from ..convert.checkpoint.tensors import Checkpoint
 from ..convert.conversion import Progress, default_output, no_progress
 from ..convert.device import default_precision
-from ..convert.errors import DataError, InputError
+from ..convert.errors import CheckpointError, DataError, InputError
 from ..convert.text.sources import TextSource
 from .checks import check_job
 from .data.sources import WeightedSource, parse_source
@@ -293,7 +294,10 @@ def _held_out(request: UptrainRequest) -> TextSource | None:
 
 
 def _scorer(job: UptrainJob, source: TextSource) -> Callable[[Any], float]:
-    """Nats per token on the first windows of held-out text. Raises DataError where it cannot be read."""
+    """Nats per token on the first windows of held-out text, nan of a model whose logits are not finite.
+
+    Raises DataError where the text cannot be read.
+    """
     from ..measure.held_out import load_windows
     from ..measure.perplexity import evaluate
 
@@ -306,4 +310,11 @@ def _scorer(job: UptrainJob, source: TextSource) -> Callable[[Any], float]:
             raise
         hint = f"its split is {source.split}; name another one with --eval-split"
         raise DataError(f"--eval-data: {error}", hint=hint) from error
-    return lambda model: evaluate(model, windows, batch_size=job.execution.micro_batch or 1).nats_per_token
+
+    def score(model: Any) -> float:
+        try:
+            return evaluate(model, windows, batch_size=job.execution.micro_batch or 1).nats_per_token
+        except CheckpointError:  # training knows which weights these are
+            return math.nan
+
+    return score

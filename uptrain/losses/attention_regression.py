@@ -85,9 +85,7 @@ class AttentionRegression:
 
     def __call__(self, model: Any, feed: dict[str, Tensor], labels: Tensor) -> Tensor:
         """Compute the loss, a float32 scalar, of `model`: the student or what wraps it. `labels` are not used."""
-        self._run_teacher(feed)
-        with self._attention_only():
-            model(**feed, use_cache=False, logits_to_keep=1)
+        self._run_both(model, feed)
         losses = [
             # an attention that adds nothing, as in layers that were stacked in between, has no scale
             _energy(self._outputs.pop(index) - self._targets.pop(index)) / (scale or 1.0)
@@ -95,6 +93,23 @@ class AttentionRegression:
         ]
         self._hidden_states.clear()
         return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def are_finite(self, model: Any, feed: dict[str, Tensor]) -> tuple[bool, bool]:
+        """Tell whether the attention outputs of student and teacher are finite on a micro-batch."""
+        self._run_both(model, feed)
+        student, teacher = (
+            all(bool(tensor.isfinite().all()) for tensor in place.values()) for place in (self._outputs, self._targets)
+        )
+        for place in (self._hidden_states, self._outputs, self._targets):
+            place.clear()
+        return student, teacher
+
+    def _run_both(self, model: Any, feed: dict[str, Tensor]) -> None:
+        """Fill the targets with the teacher's attention outputs, and the outputs with the student's."""
+        self._run_teacher(feed)
+        with self._attention_only():
+            model(**feed, use_cache=False, logits_to_keep=1)
 
     def _run_teacher(self, feed: dict[str, Tensor]) -> None:
         self._active = True

@@ -94,9 +94,15 @@ def _chunk_loss(
 
 
 class Loss(Protocol):
-    """What sums a loss over the tokens of a micro-batch: `feed` holds what the model takes, `labels` is (B, T)."""
+    """What sums a loss over the tokens of a micro-batch: `feed` holds what the model takes, `labels` is (B, T).
+
+    `are_finite` runs both models on a micro-batch again and tells whether what the loss compares is finite in the
+    student and in the teacher, which it is where there is none.
+    """
 
     def __call__(self, model: Any, feed: dict[str, Tensor], labels: Tensor) -> Tensor: ...
+
+    def are_finite(self, model: Any, feed: dict[str, Tensor]) -> tuple[bool, bool]: ...
 
 
 class PredictionLoss:
@@ -116,3 +122,12 @@ class PredictionLoss:
         with torch.no_grad():
             teacher_logits = self._teacher(**feed, use_cache=False).logits
         return prediction_loss_sum(logits, labels, self._weights, teacher_logits=teacher_logits)
+
+    @torch.no_grad()
+    def are_finite(self, model: Any, feed: dict[str, Tensor]) -> tuple[bool, bool]:
+        """Tell whether the logits of student and teacher are finite on a micro-batch."""
+        found = [
+            each is None or bool(each(**feed, use_cache=False).logits.isfinite().all())
+            for each in (model, self._teacher)
+        ]
+        return found[0], found[1]

@@ -17,6 +17,7 @@ from ...convert.checkpoint.runtime_code import copy_runtime_code
 from ...convert.checkpoint.tensors import torch_dtype
 from ...convert.checkpoint.writer import write_config
 from ...convert.describe.card import write_card
+from ...convert.errors import DivergedError
 from ...convert.execute import DEFAULT_MAX_SHARD_BYTES
 from ..job import UptrainJob
 from .status import RunStatus, write_status
@@ -32,12 +33,21 @@ TRACKS_NAME = "runs"  # where transformers' users look for tensorboard's files
 def write_weights(
     model: Any, weights: dict[str, torch.Tensor], folder: Path, dtypes: dict[str, torch.dtype] | None = None
 ) -> None:
-    """Save a model's config and weights, each in the dtype that `dtypes` has for its name, if any."""
+    """Save a model's config and weights, each in the dtype that `dtypes` has for its name, if any.
+
+    Raises DivergedError for weights that are finite and beyond the range of that dtype.
+    """
     for tied, original in model.all_tied_weights_keys.items():  # which are two tensors where they were gathered
         if original in weights:
             weights.pop(tied, None)
     for name in weights:
         weights[name] = weights[name].to((dtypes or {}).get(name, weights[name].dtype))
+        if not weights[name].isfinite().all():
+            kind = str(weights[name].dtype).removeprefix("torch.")
+            raise DivergedError(
+                f"{name}: trained to values that are beyond the range of {kind}, the source's dtype",
+                hint="use a smaller --lr, and --force to start over, or convert a copy of the source in float32",
+            )
     model.generation_config = GenerationConfig()  # the source's own may be invalid; it is copied where it is wanted
     model.config.distributed_config = None  # the weights are whole
     with quiet_transformers():

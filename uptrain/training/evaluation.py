@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ...convert.errors import DivergedError
+from ...measure.finiteness import non_finite_logits
 from ..data.blocks import validation_blocks
 from ..job import UptrainJob
 from ..losses.prediction import IGNORED_LABEL, prediction_loss_sum
@@ -24,13 +27,17 @@ class PeriodicEvaluation(TrainerCallback):
     """Scores held-out text every `every` steps of the run, before its first and after a stage's last.
 
     `report`, which receives the record, is the trainer's log. Every process scores the same text, since a sharded model
-    runs only in all of them at once.
+    runs only in all of them at once. Raises CheckpointError where the score is not finite before the first step, about
+    the source `name`, and DivergedError where it is not finite later.
     """
 
-    def __init__(self, score: Callable[[Any], float], stage: Stage, *, every: int, throughput: Throughput) -> None:
+    def __init__(
+        self, score: Callable[[Any], float], stage: Stage, *, name: str, every: int, throughput: Throughput
+    ) -> None:
         self.report: Callable[[dict[str, float]], object] = lambda record: None
         self._score = score
         self._stage = stage
+        self._name = name
         self._every = every
         self._throughput = throughput
 
@@ -38,20 +45,26 @@ class PeriodicEvaluation(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step == self._stage.first_step == 0:
-            self._run(kwargs["model"])
+            self._run(kwargs["model"], 0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         step = self._stage.first_step + state.global_step
         if step % self._every == 0 or state.global_step == state.max_steps:
-            self._run(kwargs["model"])
+            self._run(kwargs["model"], step)
 
-    def _run(self, model: Any) -> None:
+    def _run(self, model: Any, step: int) -> None:
         start = time.monotonic()
         model.eval()
         nats = self._score(model)
         reshard(model)
         model.train()
         self._throughput.leave_out(time.monotonic() - start)
+        if not math.isfinite(nats) and step == 0:
+            raise non_finite_logits(self._name, model, f"before the first step (held-out loss {nats})")
+        if not math.isfinite(nats):
+            raise DivergedError(
+                f"step {step}: held-out loss is {nats} after it", hint="use a smaller --lr, and --force to start over"
+            )
         self.report({"eval_nats_per_token": nats})
 
 

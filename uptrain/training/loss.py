@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import default_data_collator
 from ...convert.architectures.table import find_architecture
 from ...convert.checkpoint.opening import open_checkpoint
 from ...convert.checkpoint.output import write_text
+from ...measure.finiteness import non_finite_logits
 from ..data.blocks import PackedBlocks
 from ..losses.attention_regression import AttentionRegression
 from ..losses.prediction import Loss, PredictionLoss
@@ -27,7 +29,8 @@ _NUM_SCALE_SAMPLES = 8
 def stage_loss(context: RunContext, stage: Stage, student: Any, teacher: Any) -> Loss:
     """Make the loss of a stage between loaded models.
 
-    The scales of attention regression come from the run's first samples and are kept in its work directory.
+    The scales of attention regression come from the run's first samples and are kept in its work directory. Raises
+    CheckpointError for a teacher whose attention is not finite.
     """
     job, processes = context.job, context.processes
     if stage.objective is Objective.prediction:
@@ -46,6 +49,9 @@ def stage_loss(context: RunContext, stage: Stage, student: Any, teacher: Any) ->
             scales = loss.measure_scales(
                 {name: tensor.to(device) for name, tensor in feed.items() if name != "labels"} for feed in feeds
             )
+        broken = [index for index, scale in enumerate(scales) if not math.isfinite(scale)]
+        if broken:
+            raise non_finite_logits(str(job.teacher), teacher, f"from the attention of layer {broken[0]} on")
         if processes.is_first:
             write_text(path, json.dumps(scales) + "\n")
         processes.wait()

@@ -10,7 +10,8 @@ from transformers import PrinterCallback, TrainerCallback, default_data_collator
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from ...convert.checkpoint.loading import quiet_transformers
-from ...convert.errors import DivergedError, InputError, PreemptedError, UnsupportedError
+from ...convert.errors import DivergedError, InputError, KvConvertError, PreemptedError, UnsupportedError
+from ...measure.finiteness import non_finite_logits
 from ..launcher import uses_deepspeed
 from ..losses.prediction import Loss
 from ..models import compile_in_place, full_state, load_models, load_whole_models
@@ -26,7 +27,7 @@ from .metrics import MetricsLog, StepProgress, Throughput
 from .micro_batch import stage_micro_batch
 from .saving import Checkpoints
 from .sharded import SHARDS_NAME
-from .trainer import UptrainTrainer
+from .trainer import NonFiniteError, UptrainTrainer
 
 __all__ = ["train_stage"]
 
@@ -68,9 +69,7 @@ def train_stage(
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         except DivergedError as error:
-            _, good = last_saved(job)
-            note = f"; the last good checkpoint is {good}" if good else "; no checkpoint was saved before it"
-            raise DivergedError(f"{error}{note}", hint=error.hint) from error
+            raise _explained(error, context, student, teacher) from error
     done = trainer.state.global_step
     context.status.reach(stage.first_step + done, last_complete(folder))
     if done < stage.steps:
@@ -82,9 +81,37 @@ def train_stage(
 
     # 4. whole weights in the first process
     weights = full_state(student, trainer.accelerator, trainer.model_wrapped)
+    _require_finite(weights, stage)
     load_whole_models()
     trainer.accelerator.free_memory()
     return student, weights
+
+
+def _explained(error: DivergedError, context: RunContext, student: Any, teacher: Any | None) -> KvConvertError:
+    """Make the error that a run ends with: of the teacher or the source, if they are to blame, else of training.
+
+    What the source computed counts until the first step of the run.
+    """
+    job = context.job
+    if isinstance(error, NonFiniteError) and not error.teacher_is_finite:
+        return non_finite_logits(str(job.teacher), teacher, f"({error})")
+    _, good = last_saved(job)
+    if isinstance(error, NonFiniteError) and not error.student_is_finite:
+        if error.step == 1:
+            return non_finite_logits(job.checkpoint.name, student, f"({error})")
+        error = DivergedError(f"{error}; the student's logits are not finite", hint=error.hint)
+    note = f"; the last good checkpoint is {good}" if good else "; no checkpoint was saved before it"
+    return DivergedError(f"{error}{note}", hint=error.hint)
+
+
+def _require_finite(weights: dict[str, torch.Tensor], stage: Stage) -> None:
+    """Raise DivergedError for weights that a last step, whose loss nobody sees, has made infinite or no number."""
+    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if broken:
+        raise DivergedError(
+            f"step {stage.last_step}: {len(broken)} tensors are not finite after it, first {broken[0]}",
+            hint="use a smaller --lr, and --force to start over",
+        )
 
 
 def _last_checkpoint(context: RunContext, stage: Stage, folder: Path, *, is_first_here: bool) -> Path | None:
@@ -131,6 +158,7 @@ def _trainer(
         in_attention=names.__contains__,
         body_lr_multiplier=settings.body_lr_multiplier,
         measure=throughput.read,
+        first_step=stage.first_step,
         args=training_arguments(job, context.watch, stage, context.processes.device, micro_batch=micro_batch),
         train_dataset=context.samples(stage),
         data_collator=default_data_collator,
@@ -162,7 +190,10 @@ def _callbacks(context: RunContext, stage: Stage, throughput: Throughput) -> lis
     )
     callbacks: list[TrainerCallback] = [log, StepProgress(watch.progress)]
     if context.score is not None:
-        callbacks.append(PeriodicEvaluation(context.evaluate, stage, every=watch.eval_steps, throughput=throughput))
+        name = job.checkpoint.name
+        callbacks.append(
+            PeriodicEvaluation(context.evaluate, stage, name=name, every=watch.eval_steps, throughput=throughput)
+        )
     # a result that cannot be written, on a full disk say, must not cost the steps before it
     at_end = watch.keep and stage == job.settings.stages[-1]
     saving = Checkpoints(watch.save_steps, at_end=at_end, on_save=lambda step: context.saved(stage, folder, step))

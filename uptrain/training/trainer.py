@@ -22,10 +22,28 @@ from ..rundir.checkpoints import finish_checkpoint
 from ..schedule import Schedule, rate_factor
 from .sharded import load_sharded, save_sharded
 
-__all__ = ["UptrainTrainer"]
+__all__ = ["NonFiniteError", "UptrainTrainer"]
 
 
 require("training")
+
+
+class NonFiniteError(DivergedError):
+    """Step `step` of a run, which was not taken, because its loss or gradient was not finite.
+
+    `student_is_finite` and `teacher_is_finite` tell what is known of what the loss compares.
+    """
+
+    def __init__(
+        self, step: int, quantity: str, value: float, *, student_is_finite: bool = True, teacher_is_finite: bool = True
+    ) -> None:
+        super().__init__(
+            f"step {step}: {quantity} is {value}; the weights were not updated",
+            hint="use a smaller --lr, and --force to start over",
+        )
+        self.step = step
+        self.student_is_finite = student_is_finite
+        self.teacher_is_finite = teacher_is_finite
 
 
 class UptrainTrainer(Trainer):
@@ -35,8 +53,8 @@ class UptrainTrainer(Trainer):
     changes nothing; `loss_is_scaled_for_ga` tells the Trainer not to scale it again. With `bf16` models compute under
     autocast that is opened here, because accelerate's own would turn their logits into float32. Parameters that
     `in_attention` does not name learn at `body_lr_multiplier` times the rate of the others. `measure(step)` is added to
-    every record of a loss.
-    Raises DivergedError before the optimizer step when loss or gradient is not finite, in all processes alike.
+    every record of a loss. `first_step` steps of the run came before the Trainer's own.
+    Raises NonFiniteError before the optimizer step when loss or gradient is not finite, in all processes alike.
     """
 
     loss_is_scaled_for_ga = True
@@ -50,6 +68,7 @@ class UptrainTrainer(Trainer):
         in_attention: Callable[[str], bool] = lambda name: True,
         body_lr_multiplier: float = 1.0,
         measure: Callable[[int], dict[str, float | None]] = lambda step: {},
+        first_step: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -59,7 +78,8 @@ class UptrainTrainer(Trainer):
         self._in_attention = in_attention
         self._body_lr_multiplier = body_lr_multiplier
         self._measure = measure
-        self._step_loss: Tensor | float = 0.0
+        self._first_step = first_step
+        self._micro_batches: list[tuple[Tensor, dict[str, Any]]] = []  # of a step: each one's loss and what was fed
 
     def compute_loss(
         self,
@@ -77,9 +97,9 @@ class UptrainTrainer(Trainer):
         elif self.args.average_tokens_across_devices:
             total = total * self.accelerator.num_processes  # the Trainer's gradient is a mean over processes
         loss = total / num_items_in_batch
-        self._step_loss = self._step_loss + loss.detach()
+        self._micro_batches.append((loss.detach(), feed))
         if self.is_deepspeed_enabled:  # which steps as soon as the last gradient is there
-            self._require_finite(self._worst(loss.detach()), "loss")
+            self._require_finite_loss(loss.detach())
         return loss
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -137,22 +157,31 @@ class UptrainTrainer(Trainer):
             return None
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
         # a loss may be infinite while its gradient is not: where the teacher rules a token out, say
-        loss, self._step_loss = torch.as_tensor(self._step_loss, device=self.args.device), 0.0
-        self._require_finite(self._worst(loss), "loss")
-        self._require_finite(norm.item(), "gradient norm")
+        self._require_finite_loss(torch.stack([loss for loss, _ in self._micro_batches]).sum())
+        if not math.isfinite(norm.item()):
+            raise NonFiniteError(self._step, "gradient norm", norm.item())
+        self._micro_batches.clear()
         return norm
 
-    def _require_finite(self, value: float, quantity: str) -> None:
-        if not math.isfinite(value):
-            raise DivergedError(
-                f"step {self.state.global_step + 1}: {quantity} is {value}; the weights were not updated",
-                hint="use a smaller --lr, and --force to start over",
-            )
+    def _require_finite_loss(self, loss: Tensor) -> None:
+        """Raise NonFiniteError, which says whose outputs are not finite, in all processes if one's loss is not."""
+        values = self.accelerator.gather(loss.to(self.args.device).reshape(1)).tolist()
+        value = next((value for value in values if not math.isfinite(value)), None)
+        if value is None:
+            return
+        # the weights are still those that the loss was computed with: what was not finite is not finite again
+        feed = next((feed for loss, feed in self._micro_batches if not loss.isfinite()), self._micro_batches[-1][1])
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self._bf16):
+            found = self._loss.are_finite(self.model, feed)
+        everywhere = self.accelerator.gather(torch.tensor([found], device=self.args.device)).all(0).tolist()
+        raise NonFiniteError(
+            self._step, "loss", value, student_is_finite=everywhere[0], teacher_is_finite=everywhere[1]
+        )
 
-    def _worst(self, loss: Tensor) -> float:
-        """The loss, or one that is not finite if any process has such a one."""
-        values = self.accelerator.gather(loss.reshape(1))
-        return next((value for value in values.tolist() if not math.isfinite(value)), loss.item())
+    @property
+    def _step(self) -> int:
+        """The step of the run that is under way, counted from 1."""
+        return self._first_step + self.state.global_step + 1
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
