@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from typing_extensions import Doc
 
 from .algebra.attention_shape import LatentSizes
+from .architectures.context import check_context
 from .architectures.source import Source
 from .calibration.statistics import (
     LayerStatistics,
@@ -167,7 +168,7 @@ def convert(
         method.check(source)
         target = Path(output) if output is not None else default_output(source.checkpoint, method.suffix(source))
         check_output(target, force=force, inputs=[source.checkpoint.path] if source.checkpoint.path else [])
-        _check_calibration(method, calibration)
+        _check_calibration(method, calibration, source)
         if isinstance(method, Mla):
             _remark_on_sizes(method.latent_sizes(source.shape), source, remark)
         # 2. the plan, where nothing has to be measured for it
@@ -225,8 +226,8 @@ def default_output(checkpoint: Checkpoint, suffix: str) -> Path:
     return Path(f"{checkpoint.name.rpartition('/')[2]}-{suffix}")
 
 
-def _check_calibration(method: Method, calibration: Calibration | None) -> None:
-    """Raise InputError unless what is measured on is what the method can use."""
+def _check_calibration(method: Method, calibration: Calibration | None, source: Source) -> None:
+    """Raise InputError unless what is measured on is what the method can use, and the model takes."""
     if not method.needs_measurements:
         if calibration is not None:
             raise InputError("nothing is measured for this conversion", hint="leave the calibration out")
@@ -239,6 +240,9 @@ def _check_calibration(method: Method, calibration: Calibration | None) -> None:
         raise InputError("statistics of this conversion cannot be used again", hint="do not save them")
     if calibration.weights_only and method.needs_text:
         raise InputError("layers that share keys and values are merged on a text", hint="give a text")
+    length = calibration.sequence_length
+    if length is not None:
+        check_context(source.checkpoint.directory, length, name=source.name, what="sequence length")
 
 
 def _remark_on_sizes(latent: LatentSizes, source: Source, remark: Callable[[str], object]) -> None:

@@ -24,7 +24,9 @@ __all__ = ["EvaluationSettings", "evaluate"]
 class EvaluationSettings:
     """How held-out text is read, cut into windows and scored. Raises InputError for sizes that cannot be."""
 
-    window: Annotated[int, Doc("Tokens per window.")] = 512
+    window: Annotated[
+        int | None, Doc("Tokens per window. Default: 512, or as many as the model takes if that is less.")
+    ] = None
     stride: Annotated[int | None, Doc("Tokens between the beginnings of windows. Default: no overlap.")] = None
     bos: Annotated[Literal["auto", "always", "never"], Doc("BOS before each window; auto: as the tokenizer does.")] = (
         "auto"
@@ -65,11 +67,12 @@ def evaluate(
     """Perplexity of a checkpoint, a directory or a hub id, on held-out text, alone or against its original.
 
     `data` is a text, JSONL or parquet file, a directory of them, or the name of a dataset. Raises InputError (of it
-    CheckpointError and DataError) for what cannot be read, or whose vocabularies differ.
+    CheckpointError and DataError) for what cannot be read, whose vocabularies differ, or whose context is shorter than
+    a window.
     """
     import torch
 
-    from .held_out import evaluate_checkpoint, load_windows
+    from .held_out import check_window, default_window, evaluate_checkpoint, load_windows
 
     with open_checkpoint(model, revision=revision) as checkpoint:
         directory = checkpoint.directory
@@ -77,10 +80,12 @@ def evaluate(
     if against is not None:
         with open_checkpoint(against) as opened:
             original = opened.directory
+    window = settings.window or default_window(directory, original)
+    check_window(window, directory, original)
     windows = load_windows(
         directory,
         TextSource(str(data), text_field=settings.text_field, split=settings.split, config=settings.config),
-        window=settings.window,
+        window=window,
         stride=settings.stride,
         bos=settings.bos,
         max_windows=settings.max_windows,

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..convert.architectures.context import check_context, longest_context
 from ..convert.cache_check import check_runtime
 from ..convert.checkpoint.loading import load_model
 from ..convert.checkpoint.tokenizer import TokenIdCheck, load_tokenizer
@@ -18,7 +19,25 @@ from ..convert.text.sources import TextSource, read_documents
 from ..convert.text.tokens import adds_bos, check_tokenizers, encode_documents
 from .perplexity import Evaluation, Windows, cut_windows, evaluate
 
-__all__ = ["evaluate_checkpoint", "load_windows"]
+__all__ = ["check_window", "default_window", "evaluate_checkpoint", "load_windows"]
+
+_MAX_DEFAULT_WINDOW = 512
+
+
+def default_window(model: str | Path, original: str | Path | None) -> int:
+    """Choose as many tokens per window as both models take, but at most 512."""
+    longest = [longest_context(each) for each in (model, original) if each is not None]
+    return min([_MAX_DEFAULT_WINDOW, *(length for length in longest if length is not None)])
+
+
+def check_window(window: int, model: str | Path, original: str | Path | None) -> None:
+    """Raise UnsupportedError if a window is longer than one of the models takes.
+
+    A model with rotary positions would compute something without an error, which is far from what it can predict.
+    """
+    for each in (model, original):
+        if each is not None:
+            check_context(each, window, name=str(each), what="window")
 
 
 def load_windows(
@@ -74,10 +93,12 @@ def evaluate_checkpoint(
 ) -> Evaluation:
     """Load `model`, and its original if given, and evaluate it on the windows.
 
-    Raises DataError if the two do not share their vocabulary, CheckpointError if a class of ours, with this version of
+    Raises DataError if the two do not share their vocabulary, UnsupportedError if a window is longer than one of them
+    takes, CheckpointError if a class of ours, with this version of
     transformers, computes something else with a cache than without, or if logits are not finite.
     """
     device = device or default_device()
+    check_window(windows.input_ids.shape[1], model, against)
     check_tokenizers(model, against)
     for checkpoint in (model, against):
         if checkpoint is not None:

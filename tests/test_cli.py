@@ -154,7 +154,7 @@ BEYOND = r"short\.txt: needs the token 'It', whose id \d+ is beyond the vocab_si
         (["uptrain", "MODEL", "--steps", "1", "--data", "SHORT", "--lr", "0"], "learning rate is 0"),
         (["evaluate", "MODEL", "--data", "none.jsonl"], r"none\.jsonl: no such file"),
         (["evaluate", "MODEL", "--data", "EMPTY"], r"empty\.txt: no text in it"),
-        (["evaluate", "MODEL", "--data", "SHORT"], r"the text has \d+ tokens, fewer than one window of 512"),
+        (["evaluate", "MODEL", "--data", "SHORT"], r"the text has \d+ tokens, fewer than one window of 128"),
         (["evaluate", "MODEL", "--data", "SHORT", "--max-ppl-increase", "5%"], "--max-ppl-increase needs --against"),
         (["evaluate", "BARE", "--data", "SHORT"], r"bare: no tokenizer"),
         (["uptrain", "MODEL", "--steps", "1", "--data", "EMPTY"], r"empty\.txt: no text in it"),

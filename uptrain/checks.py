@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..convert.architectures.context import check_context
 from ..convert.architectures.table import find_architecture
 from ..convert.cache_check import check_runtime
 from ..convert.checkpoint.loading import class_config
@@ -17,7 +18,6 @@ from .job import UptrainJob, sweep_directory
 from .launcher import uses_deepspeed
 from .losses.attention_regression import require_same_size
 from .rundir.record import SETTINGS_NAME, check_same_run, finished_before, replaces_output
-from .settings import longest_sequence
 from .teacher import as_teacher
 
 __all__ = ["check_job"]
@@ -67,12 +67,9 @@ def _check_model(job: UptrainJob) -> None:
             f"{job.checkpoint.name}: in transformers' {architecture.model_type} documents that share a sequence see "
             "each other, so that uptrain, which packs them, would teach it nonsense"
         )
-    longest, length = longest_sequence(job.checkpoint), job.settings.sequence_length
-    if length > longest:
-        raise UnsupportedError(
-            f"sequence length {length} does not fit {job.checkpoint.name} (it takes {longest} tokens)",
-            hint=f"use --sequence-length {longest} or less",
-        )
+    check_context(
+        job.checkpoint.directory, job.settings.sequence_length, name=job.checkpoint.name, what="sequence length"
+    )
 
 
 def _check_teacher(job: UptrainJob) -> None:
@@ -82,6 +79,7 @@ def _check_teacher(job: UptrainJob) -> None:
     if teacher is None:
         return
     check_runtime(teacher.directory)
+    check_context(teacher.directory, job.settings.sequence_length, name=teacher.name, what="sequence length")
     config = as_teacher(teacher).config
     if job.settings.regresses:
         require_same_size(class_config(job.checkpoint.config), class_config(config))

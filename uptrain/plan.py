@@ -121,7 +121,7 @@ def plan_uptraining(request: UptrainRequest, *, remark: Callable[[str], object] 
     # 1. the models, and how long the run is
     checkpoint = open_checkpoint(request.model, revision=request.revision)
     teacher = None if request.teacher is None else open_checkpoint(request.teacher)
-    batch = _batch(request, checkpoint)
+    batch = _batch(request, checkpoint, teacher)
     known = lookup_pretraining_tokens(checkpoint, teacher)
     for text in known.remarks:
         remark(text)
@@ -209,12 +209,12 @@ def _tell(trials: Sequence[Trial], chosen: float, remark: Callable[[str], object
     remark(f"learning rate {chosen:.2e}")
 
 
-def _batch(request: UptrainRequest, checkpoint: Checkpoint) -> Batch:
+def _batch(request: UptrainRequest, checkpoint: Checkpoint, teacher: Checkpoint | None) -> Batch:
     settings, micro_batch = request.settings, request.machine.micro_batch
     tokens, length = settings.global_batch_tokens, settings.sequence_length
     return derive_batch(
         global_batch_tokens=default_global_batch_tokens(checkpoint.num_parameters) if tokens is None else tokens,
-        sequence_length=default_sequence_length(checkpoint) if length is None else length,
+        sequence_length=default_sequence_length(checkpoint, teacher) if length is None else length,
         num_processes=count_processes(),
         micro_batch=micro_batch if isinstance(micro_batch, int) else None,
     )

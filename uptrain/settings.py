@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from ..convert.architectures.table import find_architecture
+from ..convert.architectures.context import longest_context
 from ..convert.checkpoint.output import read_provenance
 from ..convert.checkpoint.tensors import Checkpoint
 from ..convert.errors import UnsupportedError
@@ -17,7 +17,6 @@ __all__ = [
     "RunSettings",
     "default_learning_rate",
     "default_sequence_length",
-    "longest_sequence",
 ]
 
 
@@ -116,9 +115,10 @@ class Execution:
     report_to: tuple[str, ...] = ()
 
 
-def default_sequence_length(checkpoint: Checkpoint) -> int:
-    """Choose the longest sequence that the model takes, in tokens, but at most 2048."""
-    return min(longest_sequence(checkpoint), _MAX_DEFAULT_SEQUENCE_LENGTH)
+def default_sequence_length(checkpoint: Checkpoint, teacher: Checkpoint | None = None) -> int:
+    """Choose the longest sequence that the model and its teacher take, in tokens, but at most 2048."""
+    longest = [longest_context(each.directory) for each in (checkpoint, teacher) if each is not None]
+    return min([_MAX_DEFAULT_SEQUENCE_LENGTH, *(length for length in longest if length is not None)])
 
 
 def default_learning_rate(checkpoint: Checkpoint, recipe: Recipe) -> float:
@@ -132,9 +132,3 @@ def default_learning_rate(checkpoint: Checkpoint, recipe: Recipe) -> float:
     peak = 1e-3 if size < 1e8 else 3e-4 if size < 3e9 else 1e-4
     merged = read_provenance(checkpoint.directory).get("method") == "svd"
     return peak / 4 if merged and recipe is Recipe.pretraining else peak
-
-
-def longest_sequence(checkpoint: Checkpoint) -> int:
-    """Read from the config how many tokens a sequence may have; 2048 where it does not say."""
-    name = find_architecture(checkpoint).config_name("max_position_embeddings")
-    return checkpoint.config_int(name, default=_MAX_DEFAULT_SEQUENCE_LENGTH)
