@@ -11,6 +11,8 @@ KvConvertError            1
 └── PreemptedError        75  training was told to stop, saved, and can be resumed
 """
 
+import re
+
 __all__ = [
     "CheckpointError",
     "DataError",
@@ -89,8 +91,12 @@ def first_line(error: BaseException) -> str:
 
 
 def in_one_line(error: BaseException, *, max_characters: int = 200) -> str:
-    """Return the class and the whole message of an exception as one line, cut to `max_characters`."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:max_characters]
+    """Return the class and the whole message of an exception as one line, cut to `max_characters`.
+
+    Shapes in it are written as lists, `[64, 32]`, however the library spells them.
+    """
+    text = re.sub(r"torch\.Size\((\[[\d, ]*\])\)", r"\1", f"{type(error).__name__}: {error}")
+    return " ".join(text.split())[:max_characters]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -76,6 +76,8 @@ def test_exceptions_of_libraries_in_one_line() -> None:
     assert first_line(ValueError()) == "ValueError"
     assert in_one_line(error) == "ValueError: one two three"
     assert in_one_line(error, max_characters=15) == "ValueError: one"
+    shapes = ValueError(f"copying {torch.Size([64, 32])} into {torch.Size([])}")
+    assert in_one_line(shapes) == "ValueError: copying [64, 32] into []"
 
 
 def settings_in_convert() -> Iterator[tuple[Path, str]]:

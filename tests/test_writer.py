@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import errno
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from kvconvert.convert.checkpoint.output import (
     write_text,
 )
 from kvconvert.convert.checkpoint.writer import CheckpointWriter, TensorSpec, write_config
-from kvconvert.convert.errors import InputError, OutputError
+from kvconvert.convert.errors import CheckpointError, InputError, KvConvertError, OutputError
 from safetensors.torch import load_file, save_file
 
 TENSORS = {
@@ -155,6 +157,29 @@ with staged_directory(Path({str(tmp_path / "out")!r})) as staging, (staging / "b
     assert "OutputError" in outcome.stderr
     assert "the disk is full" in outcome.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda place: OSError(errno.ENOSPC, "No space left on device", f"{place}/a"),
+            "{}: the disk is full (No space ",
+        ),
+        (lambda place: RuntimeError(f"{place}/a: PytorchStreamWriter failed"), "{0}: the disk is full ({0}/a: Pytorch"),
+        (lambda place: PermissionError(13, "Permission denied", f"{place}/a"), "{}: cannot be written (Permission den"),
+        (lambda place: CheckpointError(f"{place}: LlamaModel does not accept"), "{}: LlamaModel does not accept"),
+    ],
+)
+def test_errors_name_the_output_and_not_where_it_is_made(
+    make: Callable[[Path], Exception], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for output in (Path("out"), tmp_path / "out"):
+        with pytest.raises(KvConvertError) as raised, staged_directory(output) as staging:
+            raise make(staging)
+        assert str(raised.value).startswith(said.format(output))
+        assert "partial" not in str(raised.value)
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), NotADirectoryError(20, "Not a directory")])

@@ -120,7 +120,7 @@ def disk_errors(output: Path) -> Iterator[None]:
         full = isinstance(error, OSError) and error.errno in _DISK_FULL_ERRNOS
         if full or any(text in str(error) for text in _DISK_FULL_TEXTS):
             raise OutputError(
-                f"{output}: the disk is full ({error})",
+                f"{output}: the disk is full ({_reason(error)})",
                 hint="free some space, or choose another disk",
                 settings=("output",),
             ) from error
@@ -129,8 +129,14 @@ def disk_errors(output: Path) -> Iterator[None]:
                 raise InputError(
                     f"{error.filename}: cannot be opened ({error.strerror})", hint="check the file and its permissions"
                 ) from error
-            raise OutputError(f"{output}: cannot be written ({error})", settings=("output",)) from error
+            raise OutputError(f"{output}: cannot be written ({_reason(error)})", settings=("output",)) from error
         raise
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, without the path of a file that has another name while it is written."""
+    strerror = error.strerror if isinstance(error, OSError) else None
+    return strerror or " ".join(str(error).split())
 
 
 def _belongs_to(path: Path, output: Path) -> bool:
@@ -149,21 +155,25 @@ def staged_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a new directory beside `output`, which is renamed to it at the end, and removed where the block raises.
 
     With `force`, an existing `output` is replaced only at the very end. Errors of files are those of `disk_errors`;
-    OutputError is raised too where `output` has come into being meanwhile.
+    OutputError is raised too where `output` has come into being meanwhile. A KvConvertError of the block that names the
+    new directory comes to name `output`, which is the place that people know.
     """
+    named = output
     output = Path(os.path.abspath(output))
     staging = output.with_name(f".{output.name}.partial-{os.getpid()}")
     first_existing = existing_parent(output)
     try:
-        with disk_errors(output):
+        with disk_errors(named):
             output.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir()
             yield staging
             _publish(staging, output, force=force)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         _remove_empty_parents(output.parent, first_existing)
+        if isinstance(error, KvConvertError):
+            error.args = (str(error).replace(str(staging), str(named)),)
         raise
 
 

@@ -130,7 +130,7 @@ def _check_complete(source: Checkpoint, derived: Mapping[str, Derived]) -> None:
     if dropped:
         raise CheckpointError(
             f"{source.name}: config.json implies no tensor {dropped[0]} ({len(dropped)} in all)",
-            hint="config.json and the weights belong to different models, or one of them was edited",
+            hint="remove what the class does not have from a copy of the checkpoint, or correct config.json",
         )
 
 
