@@ -39,7 +39,7 @@ STATUS = RunStatus(
         (KeyboardInterrupt(), "interrupted", 130, "KeyboardInterrupt"),
         (SystemExit(1), "interrupted", 143, "SystemExit: 1"),
         (RuntimeError("CUDA out of memory"), "failed", 1, "RuntimeError: CUDA out of memory"),
-        (MemoryError(), "failed", 1, "MemoryError"),
+        (MemoryError(), "failed", 2, "MemoryError"),
     ],
 )
 def test_the_status_of_an_error(error: BaseException, state: str, exit_code: int, reason: str) -> None:
@@ -157,15 +157,29 @@ def test_a_diverged_run_names_the_last_good_checkpoint(
     assert (found.state, found.exit_code, found.step, found.last_checkpoint) == ("diverged", 4, 3, str(checkpoint))
 
 
-def test_a_full_disk_does_not_hide_the_error(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_noted_over_the_status_that_is_there(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(folder: Path, status: RunStatus) -> None:
         if status.state != "running":
             raise OSError(28, "No space left on device")
         write_status(folder, status)
 
     monkeypatch.setattr(status_room, "write_status", fail)
-    with pytest.raises(KilledError):
-        train("out", watch=watch(progress=stop_after(1, KilledError())))
+    full = OSError(28, "No space left on device", str(tmp_path / "out.uptraining" / ".a.partial-7"))
+    with pytest.raises(OutputError) as raised:
+        train("out", watch=watch(progress=stop_after(1, full)))
+    found = status(tmp_path / "out.uptraining")
+    assert (found.state, found.exit_code) == ("failed", 2)
+    assert (
+        found.reason
+        == str(raised.value)
+        == f"{tmp_path / 'out'}.uptraining: the disk is full (No space left on device)"
+    )
+    monkeypatch.setattr(status_room, "_overwrite_status", fail)
+    with pytest.raises(KilledError):  # the control: what cannot be written at all hides no error
+        train("other", watch=watch(progress=stop_after(1, KilledError())))
+    assert status(tmp_path / "other.uptraining").state == "running"
 
 
 def test_text_that_cannot_be_packed_leaves_no_status(train: Train, tmp_path: Path) -> None:

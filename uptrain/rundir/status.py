@@ -12,8 +12,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ...convert.checkpoint.output import write_text
-from ...convert.errors import DivergedError, KvConvertError, PreemptedError
+from ...convert.checkpoint.output import disk_errors, write_text
+from ...convert.errors import DivergedError, InputError, KvConvertError, PreemptedError, is_out_of_memory
 
 __all__ = ["STATUS_NAME", "RunStatus", "StatusFile", "read_status", "status_of_error", "write_status"]
 
@@ -86,10 +86,15 @@ class StatusFile:
             self._note(self.now)
 
     def fail(self, error: BaseException) -> None:
-        """Write how the run ended, if its folder is there."""
-        if self._writes and self._folder.exists():
-            with suppress(OSError):  # a full disk must not hide the error
-                write_status(self._folder, status_of_error(self.now, error))
+        """Write how the run ended, if its folder is there; on a disk that is full, over the status that is there."""
+        if not self._writes or not self._folder.exists():
+            return
+        status = status_of_error(self.now, _as_told(error, self._folder))
+        try:
+            write_status(self._folder, status)
+        except OSError:
+            with suppress(OSError):  # which must not hide the error
+                _overwrite_status(self._folder, status)
 
     def _at(self, step: int) -> RunStatus:
         return replace(self.now, step=step, tokens=step * self._tokens_per_step)
@@ -98,6 +103,25 @@ class StatusFile:
 def write_status(folder: Path, status: RunStatus) -> None:
     """Write a status into a folder."""
     write_text(folder / STATUS_NAME, json.dumps(asdict(status), indent=2) + "\n")
+
+
+def _overwrite_status(folder: Path, status: RunStatus) -> None:
+    """Write a status into the file that is there, whose block on the disk holds any status: none is asked for."""
+    text = json.dumps(asdict(status), indent=2) + "\n"
+    with (folder / STATUS_NAME).open("r+b") as file:
+        file.write(text.encode())
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _as_told(error: BaseException, folder: Path) -> BaseException:
+    """The error that people are told of, which for one of the operating system is another."""
+    try:
+        with disk_errors(folder):
+            raise error
+    except BaseException as told:
+        return told
 
 
 def read_status(folder: Path) -> RunStatus | None:
@@ -117,7 +141,8 @@ def status_of_error(status: RunStatus, error: BaseException) -> RunStatus:
     elif isinstance(error, SystemExit):
         state, exit_code = "interrupted", _TERMINATED
     else:
-        state, exit_code = "failed", error.exit_code if isinstance(error, KvConvertError) else 1
+        unusable = isinstance(error, KvConvertError) or is_out_of_memory(error)
+        state, exit_code = "failed", getattr(error, "exit_code", InputError.exit_code) if unusable else 1
     text = " ".join(str(error).split())
     reason = text if isinstance(error, KvConvertError) else f"{type(error).__name__}: {text}".removesuffix(": ")
     return replace(status, state=state, exit_code=exit_code, reason=reason)
