@@ -80,6 +80,34 @@ def test_the_default_learning_rate(
     assert plan["settings"]["learning_rate"] == rate
 
 
+@pytest.mark.parametrize(
+    ("fraction", "message"),
+    [
+        ("1e-9", "error: a validation fraction of 1e-09 holds out no document of this text\n"),
+        ("0.02", "holds out 10 tokens of this text, fewer than one block of 32\n"),
+        ("0.999999", "a validation fraction of 0.999999 holds out every document, so that nothing is left to train on"),
+    ],
+)
+def test_a_held_out_fraction_that_takes_nothing_or_everything(
+    fraction: str, message: str, uptrain: Invoke, tmp_path: Path
+) -> None:
+    text = tmp_path / "short.jsonl"
+    text.write_text("".join(json.dumps({"text": f"Chapter {number}."}) + "\n" for number in range(40)))
+    length = ["--steps", 1, "--global-batch-tokens", 32, "--sequence-length", 32]
+    outcome = uptrain(*length, "--validation-fraction", fraction, data=text)
+    assert outcome.exit_code == 2
+    assert message in outcome.stderr
+    assert not list(tmp_path.glob("model-uptrained*"))
+
+
+def test_a_default_that_holds_out_nothing_is_said(uptrain: Invoke, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("It was the best of times. " * 20)
+    outcome = uptrain("--steps", 1, "--global-batch-tokens", 32, "--sequence-length", 32, data=text)
+    assert outcome.exit_code == 0
+    assert "no held-out score: a validation fraction of 0.01 holds out no document of this text" in outcome.stderr
+
+
 def test_fewer_tokens_than_a_step_are_one_step(uptrain: Invoke) -> None:
     outcome = uptrain("--tokens", 10, "--global-batch-tokens", 512, "--dry-run")
     assert "10 tokens are less than one step of 512: the run takes one step" in outcome.stderr

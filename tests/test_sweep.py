@@ -281,9 +281,12 @@ def test_the_trials_of_another_run_stay_out_of_the_result(
 def test_trials_that_could_not_begin_leave_nothing(make_job: MakeJob, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     steps = Steps()
-    for fraction in (0.0, 1e-9):  # nobody asks for held-out text, and no document falls to it
+    for fraction, why in (
+        (0.0, "there is no held-out text"),
+        (1e-9, "a validation fraction of 1e-09 holds out no document of this text"),
+    ):
         job = make_job(settings=SHORT, validation_fraction=fraction)
-        with pytest.raises(InputError, match="--lr-sweep compares held-out loss, and there is no held-out text"):
+        with pytest.raises(InputError, match=f"--lr-sweep compares held-out loss, and {why}"):
             sweep_learning_rates(job, Observation(progress=steps), num_rates=2)
     assert sorted(tmp_path.rglob("*")) == before
     assert steps.told == []

@@ -24,6 +24,7 @@ class Observation:
     one device are there where they are known. `command` is what a person types to go on. `trained` receives the whole
     weights of the last stage, in the dtype that they were trained in, in the first process. Without `keep` no result is
     written: the run is there for its last score, and raises InputError before training where there is no held-out text.
+    So does one with `wants_score`, whose user asked for a score.
     """
 
     save_steps: int = 500
@@ -40,3 +41,4 @@ class Observation:
     command: str = ""
     trained: Callable[[dict[str, Tensor]], object] = lambda weights: None
     keep: bool = True
+    wants_score: bool = False

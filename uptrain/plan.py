@@ -192,6 +192,7 @@ def carry_out(
         flops_per_token={stage.name: stage_flops_per_token(job.shape, stage) for stage in job.settings.stages},
         peak_flops=None if detected is None else peak_flops(detected),
         command=command,
+        wants_score=bool(plan.request.text.validation_fraction),
     )
     if plan.sweeps:
         num_rates = plan.request.settings.lr_sweep

@@ -119,7 +119,8 @@ def _run(context: RunContext, held: ExitStack, *, force: bool) -> UptrainResult:
                 should_stop=lambda: context.stop.requested,
                 remark=watch.remark,
                 force=force,
-                needs_validation=not watch.keep and watch.score is None,
+                compares=not watch.keep and watch.score is None,
+                wants_score=watch.wants_score and watch.score is None,
             )
         processes.wait_long()
         context.score = under_autocast(watch.score or validation_score(job), job.settings.precision)

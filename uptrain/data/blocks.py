@@ -16,7 +16,7 @@ from .corpus import CorpusIndex, source_folder
 from .mixture import shuffled
 from .shards import INDEX_NAME, Layout, SourceIndex, check_size, starts_path, tokens_path
 
-__all__ = ["PackedBlocks", "holds_shards", "validation_blocks"]
+__all__ = ["PackedBlocks", "holds_shards", "validation_blocks", "validation_sources"]
 
 
 _IGNORED_LABEL = -100
@@ -118,6 +118,12 @@ def validation_blocks(folder: Path) -> dict[str, Tensor] | None:
     if not samples:
         return None
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+def validation_sources(folder: Path) -> list[SourceIndex]:
+    """Read the indices of what is held out of each source. Raises DataError for a damaged one."""
+    count = len(CorpusIndex.read(folder).corpus.sources)
+    return [SourceIndex.read(source_folder(folder / "validation", number)) for number in range(count)]
 
 
 def _map_shard(folder: Path, shard: int, source: SourceIndex, layout: Layout) -> tuple[NDArray[Any], NDArray[np.int64]]:

@@ -36,6 +36,7 @@ def build(
     num_tokens: Callable[[TextSource], int | None] | None = None,
     check_ids: Callable[[Sequence[int], str], object] = lambda ids, text: None,
     should_stop: Callable[[], bool] = lambda: False,
+    on_held_out: Callable[[], object] = lambda: None,
     progress: Callable[[int], object] = lambda num_blocks: None,
     remark: Callable[[str], object] = lambda text: None,
 ) -> None:
@@ -43,6 +44,7 @@ def build(
 
     `num_tokens` says about how many tokens a text holds, None if that is not known; without it the text is sampled.
     `check_ids` is called with the token ids of each document and the place of its text, before any of them is packed.
+    `on_held_out` is called once the validation slice is packed, before any training block is.
     No source is packed beyond its share of `num_blocks` nor beyond one pass over its text. `progress` receives the
     number of training blocks packed since it was last called, `remark` a sentence for a dataset that the hub does not
     tell the commit of. Raises PreemptedError once `should_stop()` and the state is on disk, InputError when `folder`
@@ -73,9 +75,16 @@ def build(
         packer.verify()
     for packer in validation:
         packer.pack()
+    on_held_out()
     for packer, source in zip(training, corpus.sources, strict=True):
         packer.pack()
         if packer.layout.num_blocks and not packer.index.num_blocks:
+            if corpus.validation_fraction and not packer.index.leftover_tokens:
+                raise DataError(
+                    f"{source.text.location}: a validation fraction of {corpus.validation_fraction:g} holds out every "
+                    "document, so that nothing is left to train on",
+                    hint="use a smaller --validation-fraction, or more documents",
+                )
             raise DataError(
                 f"{source.text.location}: {packer.index.leftover_tokens} tokens, fewer than one block of "
                 f"{corpus.sequence_length}",

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 from ...convert.checkpoint.output import check_free_space, staged_directory, write_text
 from ...convert.errors import InputError, PreemptedError
-from ..data.blocks import holds_shards, validation_blocks
+from ..data.blocks import holds_shards, validation_blocks, validation_sources
 from ..data.packing import build
 from ..estimate.disk import disk_bytes, packed_tokens
 from ..job import UptrainJob
@@ -17,15 +17,28 @@ from .directories import discard, sole_run_in
 from .record import REPLACES_NAME, SETTINGS_NAME
 from .workdir import data_folder, translated_teacher
 
-__all__ = ["no_held_out_text", "prepare"]
+__all__ = ["no_held_out_text", "prepare", "why_nothing_is_held_out"]
 
 
-def no_held_out_text() -> InputError:
-    """Make the error that trials end with which cannot be compared."""
-    return InputError(
-        "--lr-sweep compares held-out loss, and there is no held-out text",
-        hint="pass --eval-data, or a --validation-fraction that holds out at least one block",
-    )
+_HOLD_OUT = "pass --eval-data, more text, or a larger --validation-fraction"
+
+
+def no_held_out_text(why: str = "there is no held-out text") -> InputError:
+    """Make the error that trials end with which cannot be compared, and say why."""
+    return InputError(f"--lr-sweep compares held-out loss, and {why}", hint=_HOLD_OUT)
+
+
+def why_nothing_is_held_out(job: UptrainJob) -> str | None:
+    """Say why a validation fraction gives no block to score, of a text that is packed; None where it gives one."""
+    if job.validation_fraction == 0:
+        return "there is no held-out text"
+    if validation_blocks(data_folder(job)) is not None:
+        return None
+    taken = f"a validation fraction of {job.validation_fraction:g}"
+    left = sum(source.leftover_tokens or 0 for source in validation_sources(data_folder(job)))
+    if left == 0:
+        return f"{taken} holds out no document of this text"
+    return f"{taken} holds out {left} tokens of this text, fewer than one block of {job.settings.sequence_length}"
 
 
 def prepare(
@@ -36,12 +49,14 @@ def prepare(
     should_stop: Callable[[], bool],
     remark: Callable[[str], object],
     force: bool,
-    needs_validation: bool,
+    compares: bool,
+    wants_score: bool,
 ) -> None:
     """Pack the training text into the work directory, or go on with it; an error before the first shard leaves nothing.
 
     `begin` is called once that directory is there and held, which it is until `held` is closed; `force` puts a new one
-    in its place; `remark` is that of `build`. Raises InputError where a validation slice is needed and is empty.
+    in its place; `remark` is that of `build`. Where a validation fraction gives nothing to score, InputError is raised
+    for a trial, which `compares` by it, and for a user who asked for it (`wants_score`); else `remark` says so.
     """
     held.enter_context(sole_run_in(job.work))
     if force:
@@ -59,17 +74,26 @@ def prepare(
             num_tokens=job.inputs.num_tokens,
             check_ids=job.inputs.check_ids,
             should_stop=should_stop,
+            on_held_out=lambda: _check_held_out(job, remark=remark, compares=compares, wants_score=wants_score),
             remark=remark,
         )
-        if needs_validation and validation_blocks(data_folder(job)) is None:
-            discard(job.work)  # nobody goes on with it
-            raise no_held_out_text()
     except PreemptedError:
         raise
     except BaseException:
         if created and not holds_shards(data_folder(job)):
             discard(job.work)
         raise
+
+
+def _check_held_out(job: UptrainJob, *, remark: Callable[[str], object], compares: bool, wants_score: bool) -> None:
+    """Say that nothing is held out, as an error where something has to be."""
+    why = why_nothing_is_held_out(job)
+    if why is not None and compares:
+        raise no_held_out_text(why)
+    if why is not None and wants_score:
+        raise InputError(why, hint=f"{_HOLD_OUT}; 0 holds out nothing")
+    if why is not None and job.validation_fraction:
+        remark(f"no held-out score: {why}")
 
 
 def _create(job: UptrainJob, *, force: bool) -> None:
