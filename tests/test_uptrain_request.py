@@ -181,6 +181,25 @@ def test_a_source_says_for_itself_what_counts_more_than_the_defaults() -> None:
     assert own == TextSource("org/name", text_field="content", split="train", config="de", revision="v1")
 
 
+def test_the_name_of_a_directory_is_a_place_whatever_it_ends_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    expected = {
+        "dump:2024": ("dump:2024", 1.0),
+        "dump:2024:0.5": ("dump:2024", 0.5),
+        "dump:2024[field=content]:0.5": ("dump:2024", 0.5),
+        "crawl[year=2024]": ("crawl[year=2024]", 1.0),
+        "crawl[year=2024]:2": ("crawl[year=2024]", 2.0),
+    }
+    assert parse_source("dump:2024", DEFAULTS) == WeightedSource(TextSource("dump"), 2024)  # the control
+    for name in ("dump:2024", "crawl[year=2024]"):
+        (tmp_path / name).mkdir()
+    found = {typed: parse_source(typed, DEFAULTS) for typed in expected}
+    assert {typed: (source.text.location, source.weight) for typed, source in found.items()} == expected
+    assert found["dump:2024[field=content]:0.5"].text.text_field == "content"
+
+
 @pytest.mark.parametrize(
     ("typed", "message"),
     [

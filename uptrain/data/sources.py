@@ -38,13 +38,14 @@ class SourceSize:
 def parse_source(typed: str, defaults: TextSource) -> WeightedSource:
     """Read a source as it is typed: `place`, `place:weight`, `place[split=train,field=text,config=en]:weight`.
 
-    Between brackets stand split, field, config and revision, each of which counts more than that of `defaults`.
+    Between brackets stand split, field, config and revision, each of which counts more than that of `defaults`. What
+    is the name of a file or a directory as a whole is a place, whatever it ends in: `dump:2024` may be one.
     Raises InputError for anything else between them, for no place, and for a weight that is not positive.
     """
-    match = _WEIGHT.fullmatch(typed.strip())
+    match = None if replace(defaults, location=typed.strip()).path.exists() else _WEIGHT.fullmatch(typed.strip())
     place, weight = (match[1], float(match[2])) if match else (typed.strip(), 1.0)
     own: dict[str, str] = {}
-    suffix = _SUFFIX.fullmatch(place)
+    suffix = None if replace(defaults, location=place).path.exists() else _SUFFIX.fullmatch(place)
     if suffix:
         place = suffix[1]
         for part in suffix[2].split(","):
