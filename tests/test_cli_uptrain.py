@@ -19,6 +19,7 @@ from kvconvert.cli.main import app
 from kvconvert.convert.errors import OutputError, PreemptedError
 from kvconvert.uptrain import sweep
 from kvconvert.uptrain.run import run_checked as uptrain_job
+from torch._inductor import config as inductor
 from typer.testing import CliRunner
 
 Invoke = Callable[..., Any]
@@ -178,9 +179,35 @@ def test_options_that_cannot_be_read(arguments: list[str], message: str, uptrain
     assert message in " ".join(outcome.stderr.replace("│", " ").split())
 
 
+@pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=["run", "dry-run"])
+def test_a_compiler_that_is_missing_is_found_before_packing(
+    more: tuple[str, ...], uptrain: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "/no/such/g++")
+    with inductor.patch({"cpp.cxx": (None, "/no/such/g++")}):  # which read the variable when it was imported
+        outcome = uptrain("--steps", 1, "--global-batch-tokens", 512, "--compile", *more)
+    assert (outcome.exit_code, outcome.stdout) == (2, "")
+    assert outcome.stderr == (
+        "error: --compile cannot be used: no C++ compiler works here (CXX is /no/such/g++)\n"
+        "hint: install one, such as g++, or leave --compile out\n"
+    )
+    assert not list(tmp_path.glob("model-uptrained*"))
+
+
+def test_the_folder_that_a_tracker_leaves_is_no_tracker(
+    uptrain: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "trackio").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    outcome = uptrain("--steps", 1, "--global-batch-tokens", 512, "--report-to", "trackio", "--dry-run")
+    assert outcome.exit_code == 2
+    assert "error: --report-to trackio: trackio is not installed\nhint: pip install trackio\n" in outcome.stderr
+
+
 def test_the_memory_of_zero_is_that_of_its_stage(uptrain: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr("kvconvert.uptrain.checks._is_installed", lambda package: True)
     found = []
     for stage in ("0", "2", "3"):
         monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from ..convert.architectures.table import find_architecture
 from ..convert.cache_check import check_runtime
 from ..convert.checkpoint.loading import class_config
 from ..convert.checkpoint.output import check_apart, check_output
+from ..convert.device import default_device
 from ..convert.errors import InputError, OutputError, UnsupportedError
 from ..convert.runtime.transformers_interface import require
 from ..convert.text.sources import TextSource, text_bytes
@@ -86,7 +89,7 @@ def _check_teacher(job: UptrainJob) -> None:
 
 
 def _check_needs(job: UptrainJob) -> None:
-    """Raise InputError where the recipe's teacher or a tracker is missing."""
+    """Raise InputError where the recipe's teacher, a compiler or a tracker is missing."""
     settings = job.settings
     if settings.uses_teacher and job.teacher is None:
         raise InputError(
@@ -97,11 +100,23 @@ def _check_needs(job: UptrainJob) -> None:
         raise UnsupportedError(
             "what fits is measured before DeepSpeed shards anything", hint="say how many with --micro-batch"
         )
+    if uses_deepspeed() and not _is_installed("deepspeed"):
+        raise InputError(
+            "accelerate's configuration asks for DeepSpeed, which is not installed", hint="pip install deepspeed"
+        )
     if job.is_sharded:
         _require_sharding()
+    if job.execution.compile:
+        _require_compiler()
     for tracker in job.execution.report_to:
-        if find_spec(tracker) is None:
+        if not _is_installed(tracker):
             raise InputError(f"--report-to {tracker}: {tracker} is not installed", hint=f"pip install {tracker}")
+
+
+def _is_installed(package: str) -> bool:
+    """Tell whether a package can be imported; a folder of its name, as wandb leaves behind, is none."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def _require_sharding() -> None:
@@ -111,3 +126,31 @@ def _require_sharding() -> None:
     except ImportError as error:
         hint = "install transformers 5.23 or newer, or train without --fsdp"
         raise UnsupportedError(f"--fsdp cannot be used here: {error}", hint=hint) from error
+
+
+def _require_compiler() -> None:
+    """Raise UnsupportedError where torch.compile would not find what makes its kernels, which is no part of torch."""
+    if default_device().type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            asked = os.environ.get("CXX")
+            missing = "no C++ compiler works here" + (f" (CXX is {asked})" if asked else "")
+            raise UnsupportedError(
+                f"--compile cannot be used: {missing}", hint="install one, such as g++, or leave --compile out"
+            ) from error
+        return
+    from torch.utils._triton import has_triton
+
+    if not has_triton():
+        raise UnsupportedError(
+            "--compile cannot be used: Triton is not installed, or does not know this device",
+            hint="pip install triton, or leave --compile out",
+        )
+    if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang")))):
+        raise UnsupportedError(
+            "--compile cannot be used: Triton finds no C compiler", hint="install gcc, or leave --compile out"
+        )
