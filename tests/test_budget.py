@@ -15,7 +15,14 @@ from kvconvert.configs import DEMO
 from kvconvert.convert.checkpoint.opening import open_checkpoint
 from kvconvert.convert.checkpoint.tensors import Checkpoint
 from kvconvert.convert.errors import CheckpointError, InputError, UnsupportedError
-from kvconvert.uptrain.estimate.budget import Batch, Budget, default_global_batch_tokens, derive_batch, plan_budget
+from kvconvert.uptrain.estimate.budget import (
+    Batch,
+    Budget,
+    check_asked_batch,
+    default_global_batch_tokens,
+    derive_batch,
+    plan_budget,
+)
 from kvconvert.uptrain.estimate.pretraining import PretrainingTokens, known_models, lookup_pretraining_tokens
 
 KNOWN = PretrainingTokens(20_971_520, "pretraining.json beside model")
@@ -318,3 +325,25 @@ def test_models_of_one_shape(in_directory: MakeSource) -> None:
     found = lookup_pretraining_tokens(headers("org/copy", olmo))
     assert found.tokens is None
     assert re.search("its shape is that of allenai/OLMo-7B, .*, which were pretrained on different numb", found.source)
+
+
+@pytest.mark.parametrize(
+    ("asked", "length", "said"),
+    [
+        (131072, 2048, None),
+        (128_000, 2048, "a step takes 126976 tokens, 62 sequences, which is nearest to 128000"),
+        (1050, 512, "a step takes 1024 tokens, 2 sequences, which is nearest to 1050"),
+    ],
+)
+def test_a_batch_is_met_or_nearly(asked: int, length: int, said: str | None) -> None:
+    batch = derive_batch(global_batch_tokens=asked, sequence_length=length, num_processes=1)
+    assert check_asked_batch(asked, batch) == said
+
+
+@pytest.mark.parametrize(("asked", "sizes"), [(100, "512"), (800, "512 or 1024"), (1100, "1024 or 1536")])
+def test_a_batch_that_cannot_be_met_is_refused(asked: int, sizes: str) -> None:
+    batch = derive_batch(global_batch_tokens=asked, sequence_length=512, num_processes=1)
+    expected = f"--global-batch-tokens {asked} cannot be met: a step takes whole sequences of 512 tokens"
+    with pytest.raises(UnsupportedError, match=f"^{expected}$") as raised:
+        check_asked_batch(asked, batch)
+    assert raised.value.hint == f"pass --global-batch-tokens {sizes}, or a smaller --sequence-length"

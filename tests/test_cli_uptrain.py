@@ -109,6 +109,15 @@ def test_a_default_that_holds_out_nothing_is_said(uptrain: Invoke, tmp_path: Pat
     assert "no held-out score: a validation fraction of 0.01 holds out no document of this text" in outcome.stderr
 
 
+def test_a_default_batch_takes_what_is_nearest(uptrain: Invoke) -> None:
+    length = ["--steps", 1, "--sequence-length", 100, "--dry-run"]
+    assert dry_run(uptrain, *length)["tokens"] == 16_400
+    outcome = uptrain(*length, "--global-batch-tokens", 90)
+    assert (outcome.exit_code, outcome.stdout) == (2, "")
+    assert "error: --global-batch-tokens 90 cannot be met" in outcome.stderr
+    assert "a step takes 500 tokens, 5 sequences" in uptrain(*length, "--global-batch-tokens", 505).stderr
+
+
 def test_fewer_tokens_than_a_step_are_one_step(uptrain: Invoke) -> None:
     outcome = uptrain("--tokens", 10, "--global-batch-tokens", 512, "--dry-run")
     assert "10 tokens are less than one step of 512: the run takes one step" in outcome.stderr

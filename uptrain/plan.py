@@ -17,7 +17,7 @@ from ..convert.errors import CheckpointError, DataError, InputError
 from ..convert.text.sources import TextSource
 from .checks import check_job
 from .data.sources import WeightedSource, parse_source
-from .estimate.budget import Batch, Budget, default_global_batch_tokens, derive_batch, plan_budget
+from .estimate.budget import Batch, Budget, check_asked_batch, default_global_batch_tokens, derive_batch, plan_budget
 from .estimate.cost import RunCost, require_consent, run_cost
 from .estimate.flops import stage_flops_per_token
 from .estimate.gpu import detect_gpu, peak_flops, require_known_gpu
@@ -122,6 +122,10 @@ def plan_uptraining(request: UptrainRequest, *, remark: Callable[[str], object] 
     checkpoint = open_checkpoint(request.model, revision=request.revision)
     teacher = None if request.teacher is None else open_checkpoint(request.teacher)
     batch = _batch(request, checkpoint, teacher)
+    asked = request.settings.global_batch_tokens
+    nearly = None if asked is None else check_asked_batch(asked, batch)
+    if nearly is not None:
+        remark(nearly)
     known = lookup_pretraining_tokens(checkpoint, teacher)
     for text in known.remarks:
         remark(text)

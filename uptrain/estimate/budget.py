@@ -13,6 +13,7 @@ __all__ = [
     "DEFAULT_FRACTION",
     "Batch",
     "Budget",
+    "check_asked_batch",
     "default_global_batch_tokens",
     "default_micro_batch",
     "derive_batch",
@@ -24,6 +25,7 @@ DEFAULT_FRACTION = 0.05
 """α of the GQA paper: mean-pooled MQA needs it, and 10 % gain little more (Ainslie et al. 2023)."""
 
 _MAX_DEFAULT_MICRO_BATCH = 8
+_NEAR = Fraction(1, 20)  # of the tokens that were asked for: 128k is 62.5 sequences of 2048, and 62 of them will do
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,24 @@ def derive_batch(
     sequences = max(1, round(Fraction(global_batch_tokens, sequence_length)))
     micro_batch = micro_batch or default_micro_batch(sequences, sequence_length, num_processes)
     return Batch(sequences, sequence_length, num_processes, micro_batch)
+
+
+def check_asked_batch(asked: int, batch: Batch) -> str | None:
+    """Say what a step takes where it is not quite the `asked` number of tokens; None where it is just that.
+
+    Raises UnsupportedError where no whole number of sequences comes within 5 % of it.
+    """
+    taken, length = batch.tokens_per_step, batch.sequence_length
+    if taken == asked:
+        return None
+    if abs(taken - asked) > _NEAR * asked:
+        below = asked // length * length
+        sizes = f"{below} or {below + length}" if below else str(length)
+        raise UnsupportedError(
+            f"--global-batch-tokens {asked} cannot be met: a step takes whole sequences of {length} tokens",
+            hint=f"pass --global-batch-tokens {sizes}, or a smaller --sequence-length",
+        )
+    return f"a step takes {taken} tokens, {batch.sequences_per_step} sequences, which is nearest to {asked}"
 
 
 def default_micro_batch(sequences: int, sequence_length: int, num_processes: int) -> int:
