@@ -21,7 +21,7 @@ from kvconvert.convert.text.sources import (
     read_interleaved,
     text_bytes,
 )
-from kvconvert.convert.text.tokens import adds_bos, encode_documents, tokenizer_hash
+from kvconvert.convert.text.tokens import adds_bos, check_tokenizers, encode_documents, tokenizer_hash
 from pyarrow import parquet
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
@@ -299,3 +299,22 @@ def test_an_embedding_that_holds_every_id_is_not_looked_at_again(config: dict[st
     (tmp_path / "config.json").write_text(json.dumps(config))
     check = TokenIdCheck.of(tmp_path, build_number_tokenizer())
     assert (dict(check.beyond), check.remark) == ({}, None)
+
+
+def test_tokenizers_may_differ_where_no_model_has_a_logit(tmp_path: Path) -> None:
+    """A [PAD] that was added without resizing the embedding; within it, the same token is another meaning."""
+    plain, padded = tmp_path / "plain", tmp_path / "padded"
+    tokenizer = build_tokenizer()
+    size = len(tokenizer)
+    tokenizer.save_pretrained(plain)
+    tokenizer.add_tokens(["[PAD]"])
+    tokenizer.save_pretrained(padded)
+    for vocab_size in (size, size + 1):
+        for place in (plain, padded):
+            (place / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": vocab_size}))
+        for model, original in ((plain, padded), (padded, plain)):
+            if vocab_size == size:
+                check_tokenizers(model, original)
+            else:
+                with pytest.raises(DataError, match="its tokenizer differs from that of"):
+                    check_tokenizers(model, original)

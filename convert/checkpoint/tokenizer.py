@@ -14,7 +14,7 @@ from .remote_code import remote_code_allowed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TokenIdCheck", "has_tokenizer", "load_tokenizer", "open_tokenizer"]
+__all__ = ["TokenIdCheck", "has_tokenizer", "load_tokenizer", "open_tokenizer", "vocabulary_size"]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -45,7 +45,7 @@ class TokenIdCheck:
     @classmethod
     def of(cls, model: str | Path, tokenizer: PreTrainedTokenizerBase) -> TokenIdCheck:
         """Return the check for a checkpoint, a directory or a hub id, and its tokenizer."""
-        vocab_size = _vocab_size(model)
+        vocab_size = vocabulary_size(model)
         if vocab_size is None:  # of a class whose code may not run; then the model does not run either
             return cls(str(model), 0, {})
         beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= vocab_size}
@@ -134,8 +134,8 @@ def _configured_ids(model: str | Path, key: str) -> list[int]:
     return found
 
 
-def _vocab_size(model: str | Path) -> int | None:
-    """The rows of a model's embedding by its config, or by the default of its class; None where nobody knows."""
+def vocabulary_size(model: str | Path) -> int | None:
+    """Return how many token ids a model takes, by its config or the default of its class; None where nobody knows."""
     from transformers import AutoConfig
 
     config = _read_config(model, "config.json")

@@ -9,8 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.remote_code import remote_code_allowed
-from ..checkpoint.tokenizer import load_tokenizer
+from ..checkpoint.tokenizer import load_tokenizer, vocabulary_size
 from ..errors import DataError
 
 if TYPE_CHECKING:
@@ -61,20 +60,23 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def check_tokenizers(model: str | Path, original: str | Path | None) -> None:
-    """Raise DataError if `model` has no tokenizer, or its logits and those of `original` have other meanings."""
+    """Raise DataError if `model` has no tokenizer, or its logits and those of `original` have other meanings.
+
+    Tokens beyond the models' embeddings have no logit, so that one tokenizer may have more of them than the other.
+    """
     tokenizer = load_tokenizer(model)
     if original is None:
         return
-    if load_tokenizer(original).get_vocab() != tokenizer.get_vocab():
+    sizes = vocabulary_size(original), vocabulary_size(model)
+    if _meanings(load_tokenizer(original), sizes[0]) != _meanings(tokenizer, sizes[1]):
         difference = "its tokenizer differs from that of"
-    elif _vocab_size(original) != _vocab_size(model):
-        difference = f"its logits have {_vocab_size(original)} entries, not {_vocab_size(model)} as those of"
+    elif sizes[0] != sizes[1]:
+        difference = f"its logits have {sizes[0]} entries, not {sizes[1]} as those of"
     else:
         return
     raise DataError(f"{original}: {difference} {model}", hint="use the original that was converted")
 
 
-def _vocab_size(model: str | Path) -> int:
-    from transformers import AutoConfig
-
-    return int(AutoConfig.from_pretrained(model, trust_remote_code=remote_code_allowed()).get_text_config().vocab_size)
+def _meanings(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> dict[str, int]:
+    """The tokens that a model of this vocabulary size has logits for, with their ids."""
+    return {token: index for token, index in tokenizer.get_vocab().items() if vocab_size is None or index < vocab_size}
