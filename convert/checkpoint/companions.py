@@ -7,9 +7,11 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..runtime import RUNTIME_CLASSES
 from .output import CARD_NAME, PROVENANCE_NAME
 from .tensors import CONFIG_NAME, Checkpoint
 
@@ -25,8 +27,11 @@ _UNKNOWN = "not known to belong to the model"
 _UNREADABLE = "neither a file nor a directory that can be read"
 _WEIGHTS = "other weights than the model's"
 
-# a result has its own
-_REPLACED = frozenset({CONFIG_NAME, CARD_NAME, PROVENANCE_NAME})
+# a result has its own, and the code of kvconvert's classes where it is in one
+_REPLACED = frozenset(
+    {CONFIG_NAME, CARD_NAME, PROVENANCE_NAME}
+    | {file.name for entry in RUNTIME_CLASSES.values() for file in entry.files}
+)
 _ADAPTER_NAMES = ("adapter_config.json", "adapter_model*")
 _TRAINING_NAMES = (
     *("trainer_state.json", "training_args.*", "optimizer*", "scheduler.*", "scaler.pt", "rng_state*"),
@@ -50,6 +55,7 @@ _ATTENTION_KEYS = frozenset(
 )
 _LARGEST_CONFIG_BYTES = 2**20
 _LARGEST_CONFIG_KEYS = 500  # an object with more is a vocabulary
+_LOOKED_AT = 1000  # files of a directory, which may hold a data set
 _DIRECTORIES = ("additional_chat_templates", "custom_generate")
 
 
@@ -126,7 +132,8 @@ def _reason(path: Path, code: set[str], *, same_attention: bool) -> str | None:
     if path.is_dir():
         if name in _DIRECTORIES:
             return None
-        return _WEIGHTS if any(_matches(file.name, _WEIGHT_NAMES) for file in path.rglob("*")) else _UNKNOWN
+        first = islice(path.rglob("*"), _LOOKED_AT)
+        return _WEIGHTS if any(_matches(file.name, _WEIGHT_NAMES) for file in first) else _UNKNOWN
     if not path.is_file():
         return _UNREADABLE
     if name in code:
@@ -182,7 +189,7 @@ def _code_of_the_class(source: Path) -> set[str]:
     of_class = {path.name for path in files if _matches(path.name, _CODE_NAMES)} | _auto_map_files(source, CONFIG_NAME)
     others = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
     needed = {name for config in others for name in _auto_map_files(source, config)}
-    return _with_imports(source, of_class | {"transformers_interface.py"}) - _with_imports(source, needed)
+    return _with_imports(source, of_class) - _with_imports(source, needed)
 
 
 def _auto_map_files(source: Path, config_name: str) -> set[str]:
