@@ -60,7 +60,8 @@ def show_inspection(inspection: Inspection, console: Console) -> None:
     context = f"{human_bytes(inspection.cache_bytes_for_context)} for {inspection.context_length} tokens"
     size = f"{human_count(inspection.num_parameters)}, {inspection.dtype}"
     rows = {
-        "architecture": f"{inspection.model_type} ({inspection.attention})",
+        "architecture": f"{inspection.model_type} ({inspection.attention})"
+        + (f", saved with {inspection.head}" if inspection.head else ""),
         "layers": str(inspection.num_hidden_layers)
         + (
             f", of which {inspection.num_key_value_layers} have keys and values"

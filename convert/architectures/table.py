@@ -275,13 +275,17 @@ def find_architecture(checkpoint: Checkpoint) -> Architecture:
 
 
 def _located(architecture: Architecture, checkpoint: Checkpoint) -> Architecture:
-    """The entry with the checkpoint's tensor names: a base class saves without the first part (`model.`)."""
+    """The entry with the checkpoint's tensor names.
+
+    A base class saves without the first part (`model.`), and some classes for question answering have another.
+    """
     cross = architecture.cross_attention
-    bare = replace(
-        architecture,
-        attention=architecture.attention.partition(".")[2],
-        cross_attention=cross.partition(".")[2] if cross else None,
-    )
-    if bare.tensor_name(0, "o_proj") in checkpoint.tensors:
-        return bare
+    for first in ("", "transformer."):
+        renamed = replace(
+            architecture,
+            attention=first + architecture.attention.partition(".")[2],
+            cross_attention=first + cross.partition(".")[2] if cross else None,
+        )
+        if renamed.tensor_name(0, "o_proj") in checkpoint.tensors:
+            return renamed
     return architecture

@@ -47,7 +47,9 @@ class LayerwiseModel:
         in_class = known_architecture(architecture.model_type) or architecture
         self._path = in_class.attention.partition(".{layer}")[0]
         located = architecture.attention.partition(".{layer}")[0]
-        self._absent_prefix = self._path.removesuffix(located)  # of a checkpoint that a base class saved
+        # the first part of the decoder's names is another, or absent, where another class saved the checkpoint
+        first, _, rest = self._path.partition(".")
+        self._first, self._saved_first = f"{first}.", located.removesuffix(rest)
         self._attention = architecture.attention.partition("{layer}.")[2]
         self._inputs = f"{self._attention}.{architecture.qkv_proj or architecture.q_proj}"
         self._outputs = f"{self._attention}.{architecture.o_proj}"
@@ -208,7 +210,9 @@ class LayerwiseModel:
             set_module_tensor_to_device(module, name, "meta")
 
     def _tensor(self, name: str, replaced: Mapping[str, Tensor]) -> Tensor:
-        saved = name if name in self._checkpoint.tensors else name.removeprefix(self._absent_prefix)
+        saved = name
+        if name not in self._checkpoint.tensors and name.startswith(self._first):
+            saved = self._saved_first + name.removeprefix(self._first)
         if saved in replaced:
             return replaced[saved]
         if saved in self._checkpoint.tensors:

@@ -18,6 +18,15 @@ from .tensors import CONFIG_NAME, Checkpoint
 OLD_BUFFERS = re.compile(
     r"(?<!c_)(attn|attention)\.(bias|masked_bias|causal_mask)$|rotary_emb\.inv_freq$|(^|\.)(decoder|embed_positions)\.(version|_float_tensor)$"
 )
+# the value head of TRL, which its own class adds to a language model; transformers leaves it aside
+_VALUE_HEAD = re.compile(r"^v_head\.")
+_OTHER_HEAD = re.compile(r"For(?!CausalLM|ConditionalGeneration)[A-Z]|Reward|DoubleHeads")
+_HEADS = {
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+}
 
 __all__ = [
     "OLD_BUFFERS",
@@ -30,6 +39,7 @@ __all__ = [
     "empty_model",
     "knows_class",
     "load_model",
+    "other_head",
     "quiet_transformers",
 ]
 
@@ -63,7 +73,7 @@ def check_opens(directory: Path) -> str:
     class cannot be built, or a tensor is missing, unexpected or of the wrong shape.
     """
     model, info = _opened(directory, device_map="meta", dtype="auto")
-    _require_accepted(str(directory), model, info)
+    _require_accepted(str(directory), model, info, with_value_head=True)
     return type(model).__name__
 
 
@@ -81,7 +91,7 @@ def check_accepts(config: Mapping[str, Any], tensors: Iterable[Header], name: st
         model, info = _model_class(read).from_pretrained(
             None, config=read, state_dict=headers, device_map="meta", **_REPORTING
         )
-    _require_accepted(name, model, info)
+    _require_accepted(name, model, info, with_value_head=True)
     return type(model).__name__
 
 
@@ -179,6 +189,18 @@ def empty_model(config: Mapping[str, Any]) -> Any:
         return AutoModelForCausalLM.from_config(class_config(config), dtype=torch.float32).eval()
 
 
+def other_head(config: Mapping[str, Any], tensors: Iterable[str]) -> str | None:
+    """Return what a model was saved with in place of, or beside, a head that predicts tokens; None if nothing.
+
+    That is a class, by the name in config.json, or a tensor of a value head.
+    """
+    value_head = next((name for name in tensors if _VALUE_HEAD.search(name)), None)
+    if value_head is not None:
+        return f"a value head, {value_head}"
+    saved_as = str((config.get("architectures") or [""])[0])
+    return saved_as if _OTHER_HEAD.search(saved_as) else None
+
+
 def knows_class(model_type: object) -> bool:
     """Return whether transformers has a class for this `model_type`."""
     from transformers import CONFIG_MAPPING
@@ -207,8 +229,12 @@ def _auto_class(config: Any) -> Any:
     if config.model_type in RUNTIME_CLASSES:
         RUNTIME_CLASSES[config.model_type].model_classes()  # raises ImportError, with the versions
     saved_as = (config.architectures or [""])[0]
+    for auto, names in _HEADS.items():
+        if getattr(modeling_auto, names).get(config.model_type) == saved_as:
+            return getattr(transformers, auto)
     stock_names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    if saved_as.endswith("Model") and saved_as not in stock_names and not saved_as.endswith("LMHeadModel"):
+    has_head = saved_as in stock_names or saved_as.endswith("LMHeadModel") or "For" in saved_as
+    if saved_as.endswith("Model") and not has_head:
         return transformers.AutoModel
     if not config.is_encoder_decoder:
         return transformers.AutoModelForCausalLM
@@ -262,15 +288,30 @@ def _refusals(name: str) -> Iterator[None]:
         raise CheckpointError(reason) from error
 
 
-def _require_accepted(name: str, model: Any, info: Mapping[str, Any]) -> None:
-    """Raise CheckpointError, which names a tensor, where the class and the tensors do not belong together."""
+def _require_accepted(name: str, model: Any, info: Mapping[str, Any], *, with_value_head: bool = False) -> None:
+    """Raise CheckpointError, which names a tensor, where the class and the tensors do not belong together.
+
+    A value head beside the tensors of the class is none of them, and may be there only `with_value_head`.
+    """
+    saved_as = (model.config.architectures or [type(model).__name__])[0]
+    absent = f"saved as {saved_as}, which transformers does not have; " if not _has_class(saved_as) else ""
     for problem, hint in _PROBLEMS.items():
         keys = sorted(_described(key) for key in info[problem])
         if problem == "unexpected_keys":
             keys = [key for key in keys if not OLD_BUFFERS.search(key)]
+            keys = [key for key in keys if not (with_value_head and _VALUE_HEAD.search(key))]
         if keys:
             found = f"{len(keys)} {problem.replace('_', ' ')}, first {keys[0]}"
-            raise CheckpointError(f"{name}: {type(model).__name__} does not accept its weights: {found}", hint=hint)
+            reason = f"{absent}{type(model).__name__} does not accept its weights: {found}"
+            raise CheckpointError(f"{name}: {reason}", hint=hint)
+
+
+def _has_class(name: str) -> bool:
+    """Whether transformers has a class of this name, or we have."""
+    import transformers
+
+    ours = {own for entry in RUNTIME_CLASSES.values() for own in entry.auto_models.values()}
+    return name in ours or hasattr(transformers, name)
 
 
 def _described(key: Any) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..algebra.attention_shape import AttentionShape, LatentSizes
 from ..algebra.kv_cache import kv_cache_bytes, kv_cache_bytes_per_token
 from ..architectures.source import Source
-from ..checkpoint.loading import check_accepts, check_source
+from ..checkpoint.loading import check_accepts, check_source, other_head
 from ..checkpoint.opening import open_checkpoint
 from ..checkpoint.tensors import Checkpoint
 from ..errors import InputError, UnsupportedError
@@ -53,7 +53,8 @@ class Inspection:
     Cache figures are bytes for keys and values in 16 bits; a layer with a sliding window keeps no more tokens than
     that. With `cross_attention` the cache takes as much again for each token of the encoder. `serving` says which
     engines serve each `model_type` that a conversion leads to. `approximation` says why the mean of heads' weights is
-    not the mean of what they compute, or is None. `notes` are what a person should know of the files.
+    not the mean of what they compute, or is None. `notes` are what a person should know of the files, and `head`
+    is what the model was saved with in place of, or beside, a head that predicts tokens (`other_head`).
     """
 
     model: str
@@ -77,6 +78,7 @@ class Inspection:
     approximation: str | None
     serving: dict[str, tuple[Serving, ...]]
     notes: tuple[str, ...] = ()
+    head: str | None = None
 
 
 def inspect(model: str | Path, *, context_length: int | None = None, revision: str | None = None) -> Inspection:
@@ -142,6 +144,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = N
         approximation=architecture.approximation(checkpoint),
         serving={model_type: serving(model_type, configs[model_type]) for model_type in classes},
         notes=source.notes,
+        head=other_head(source.config, source.tensors),
     )
 
 

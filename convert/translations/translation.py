@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import IO, TYPE_CHECKING, Any
 
-from ..checkpoint.loading import OLD_BUFFERS
+from ..checkpoint.loading import OLD_BUFFERS, other_head
 from ..checkpoint.tensors import Checkpoint, TensorInfo, tensor_bytes
 from ..errors import CheckpointError, UnsupportedError
 
@@ -63,12 +63,19 @@ class TranslatedCheckpoint(Checkpoint):
     def of(cls, source: Checkpoint, translation: Translation) -> TranslatedCheckpoint:
         """Translate a checkpoint; only headers are read.
 
-        Raises UnsupportedError where the translation would not be exact, and CheckpointError where a tensor is missing
-        or would be left out.
+        Raises UnsupportedError where the translation would not be exact, or for a head that the target lacks, and
+        CheckpointError where a tensor is missing or would be left out.
         """
         refusal = source.original.quantised or translation.refusal(source)
         if refusal:
             raise UnsupportedError(f"{source.name}: {refusal}")
+        head = other_head(source.config, source.tensors)
+        if head is not None:
+            raise UnsupportedError(
+                f"{source.name}: it has another head than a language model's ({head}), and {translation.target}, the "
+                "class that it would become, has no such head",
+                hint="convert the language model that it was trained from, and train the head on the result",
+            )
         derived = translation.make_tensors(source)
         _check_complete(source, derived)
         tensors = {name: _info(source, name, tensor) for name, tensor in derived.items()}
