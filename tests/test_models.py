@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from conftest import OVERRIDES, build_model
+from conftest import OVERRIDES, CheckpointFactory, build_model, settings_with
 from kvconvert.convert import ARCHITECTURES
 from kvconvert.convert.architectures.table import LATENT_ARCHITECTURES
 from kvconvert.convert.errors import UnsupportedError
-from kvconvert.uptrain.models import freeze_except, require_separation, share_equal_parameters
+from kvconvert.uptrain.job import UptrainJob
+from kvconvert.uptrain.models import freeze_except, load_models, require_separation, share_equal_parameters
 
 TRAINED = {
     name: entry
@@ -118,3 +120,31 @@ def test_only_named_parameters_have_gradients() -> None:
     assert found == {
         f"model.layers.{layer}.self_attn.{kind}_proj.weight" for layer in range(2) for kind in ("q", "k", "v", "o")
     }
+
+
+@pytest.mark.parametrize(
+    ("stored", "precision", "expected"),
+    [
+        (torch.bfloat16, "fp32", torch.float32),
+        (torch.float16, "fp32", torch.float32),
+        (torch.float16, "fp64", torch.float64),
+        (torch.float16, "bf16", torch.bfloat16),
+        (torch.bfloat16, "bf16", torch.bfloat16),
+        (torch.float32, "bf16", torch.float32),  # which autocast computes in bf16, as it does the student's weights
+    ],
+)
+def test_the_teacher_has_the_precision_of_the_run(
+    stored: torch.dtype,
+    precision: str,
+    expected: torch.dtype,
+    make_job: Callable[..., UptrainJob],
+    make_checkpoint: CheckpointFactory,
+) -> None:
+    teacher = make_checkpoint(name="teacher", dtype=stored, with_tokenizer=True)
+    job = make_job(teacher=teacher, settings=settings_with(precision=precision))
+    (stage,) = job.settings.stages
+    student, loaded = load_models(job, stage, job.checkpoint.directory, teacher, torch.device("cpu"))
+    trained = torch.float64 if precision == "fp64" else torch.float32
+    assert {parameter.dtype for parameter in student.parameters()} == {trained}
+    assert loaded is not None
+    assert {parameter.dtype for parameter in loaded.parameters()} == {expected}

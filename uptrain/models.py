@@ -13,6 +13,7 @@ from ..convert.architectures.architecture import Architecture
 from ..convert.architectures.table import find_architecture
 from ..convert.checkpoint.loading import load_model
 from ..convert.checkpoint.opening import open_checkpoint
+from ..convert.checkpoint.tensors import torch_dtype
 from ..convert.errors import UnsupportedError
 from ..measure.finiteness import non_finite_logits
 from .job import UptrainJob
@@ -55,16 +56,16 @@ def load_models(
 ) -> tuple[Any, Any | None]:
     """Load the student from `source` and the teacher of a stage, checked and partly frozen.
 
-    What is trained is in float32, or in float64 where the job's precision is that. Without a teacher None stands for
-    it. Raises UnsupportedError for a class that does not tell packed documents apart.
+    What is trained is in float32, or in float64 where the job's precision is that, and so is the teacher. Under bf16,
+    which is autocast, the teacher is as it is stored, but for float16: its activations would not be bfloat16's. Without
+    a teacher None stands for it. Raises UnsupportedError for a class that does not tell packed documents apart.
     """
     bf16, fp64 = job.settings.precision == "bf16", job.settings.precision == "fp64"
     trained_dtype = torch.float64 if fp64 else torch.float32
     num_shards = job.execution.num_processes if job.execution.fsdp else 1
     architecture = find_architecture(job.checkpoint)
     shared_dtype = "auto" if bf16 else trained_dtype
-    own_dtype = trained_dtype if fp64 else "auto"
-    student_dtype, teacher_dtype = (shared_dtype, shared_dtype) if job.shares_frozen else (trained_dtype, own_dtype)
+    student_dtype = shared_dtype if job.shares_frozen else trained_dtype
     student = load_for_training(source, architecture, dtype=student_dtype, device=device, num_shards=num_shards)
     freeze_except(student, trained_names([name for name, _ in student.named_parameters()], architecture, stage.trained))
     train_in(student, trained_dtype)
@@ -72,7 +73,8 @@ def load_models(
     if teacher is None:
         return student, None
     with open_checkpoint(teacher) as opened:
-        architecture = find_architecture(opened)
+        architecture, is_half = find_architecture(opened), torch_dtype(opened.dtype) == torch.float16
+    teacher_dtype = torch.bfloat16 if bf16 and is_half and not job.shares_frozen else shared_dtype
     original = load_for_training(teacher, architecture, dtype=teacher_dtype, device=device, num_shards=num_shards)
     original.requires_grad_(False)
     require_separation(original, name=str(job.teacher), bf16=bf16)

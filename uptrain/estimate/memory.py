@@ -14,7 +14,7 @@ _CHUNK_TOKENS = 1024  # of which losses hold float32 probabilities at a time
 
 
 def weight_bytes(models: Models, trained: Trained) -> int:
-    """Compute the bytes of both models' weights: the student's in float32, the teacher's in their stored dtype.
+    """Compute the bytes of both models' weights: float32, and under bf16 the teacher's as they are stored.
 
     What is frozen is as `Models` says.
     """
@@ -27,7 +27,7 @@ def weight_bytes(models: Models, trained: Trained) -> int:
         return 4 * num_trained + frozen
     if models.shares and models.have_equal_size:
         frozen = 0
-    whole_teacher = 4 * teacher.num_parameters if models.shares and not models.bf16 else teacher.num_bytes
+    whole_teacher = teacher.num_bytes if models.bf16 else 4 * teacher.num_parameters
     return 4 * num_trained + frozen + whole_teacher
 
 
