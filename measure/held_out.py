@@ -93,13 +93,15 @@ def evaluate_checkpoint(
 ) -> Evaluation:
     """Load `model`, and its original if given, and evaluate it on the windows.
 
-    Raises DataError if the two do not share their vocabulary, UnsupportedError if a window is longer than one of them
-    takes, CheckpointError if a class of ours, with this version of
-    transformers, computes something else with a cache than without, or if logits are not finite.
+    Raises DataError if the two do not share their vocabulary, or the original has no row for a token of the windows,
+    UnsupportedError if a window is longer than one of them takes, CheckpointError if a class of ours, with this version
+    of transformers, computes something else with a cache than without, or if logits are not finite.
     """
     device = device or default_device()
     check_window(windows.input_ids.shape[1], model, against)
     check_tokenizers(model, against)
+    if against is not None:
+        TokenIdCheck.of(against, load_tokenizer(model))(windows.input_ids.flatten().tolist(), "the text")
     for checkpoint in (model, against):
         if checkpoint is not None:
             check_runtime(checkpoint)

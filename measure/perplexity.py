@@ -117,12 +117,12 @@ def evaluate(
     names: tuple[str, str] = ("the model", "the original"),
     progress: Callable[[int], object] = lambda num_windows: None,
 ) -> Evaluation:
-    """Score the windows with `model` and, if given, compare with `original` (same vocabulary) token by token.
+    """Score the windows with `model` and, if given, compare with `original` token by token.
 
-    The models are causal language models of transformers, in eval mode, each on its own device. KL is
-    KL(original ‖ model) in nats, from float32 log-probabilities. Raises CheckpointError, which has the model's name of
-    `names`, where logits are not finite, and where a token that the text has, or that the original expects, is ruled
-    out by a logit of -inf.
+    The two have the same vocabulary, but for rows of padding. They are causal language models of transformers, in eval
+    mode, each on its own device. KL is KL(original ‖ model) in nats, from float32 log-probabilities. Raises
+    CheckpointError, which has the model's name of `names`, where logits are not finite, and where a token that the text
+    has, or that the original expects, is ruled out by a logit of -inf.
     """
     nats: list[Tensor] = []  # one tensor of token losses per window
     original_nats: list[Tensor] = []
@@ -173,8 +173,15 @@ def evaluate(
 
 
 def _divergence(log_probs: Tensor, expected: Tensor) -> Tensor:
-    """KL of each token, (T,), from log-probabilities, (T, vocab_size); a token that is not expected adds nothing."""
-    terms = expected.exp() * (expected - log_probs)
+    """KL of each token, (T,), from log-probabilities, (T, vocab_size); a token that is not expected adds nothing.
+
+    Where one vocabulary has more rows of padding, the original's are left out and its other tokens sum to 1 again; the
+    model's are tokens that the original does not expect.
+    """
+    shared = slice(min(log_probs.shape[-1], expected.shape[-1]))
+    if expected.shape[-1] > log_probs.shape[-1]:
+        expected = expected[:, shared].log_softmax(-1)
+    terms = expected.exp() * (expected - log_probs[:, shared])
     return terms.where(expected > -math.inf, 0.0).sum(-1)
 
 

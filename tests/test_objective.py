@@ -60,6 +60,25 @@ def test_loss_and_gradient_equal_a_float64_loop(
     torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("student_padding", "teacher_padding"), [(0, 4), (4, 0)])
+def test_rows_of_padding_are_nothing_that_a_teacher_expects(student_padding: int, teacher_padding: int) -> None:
+    student, teacher, labels = batch()
+    student = F.pad(student, (0, student_padding), value=1.5)
+    exact = student.double().requires_grad_()
+    expected = reference(exact, F.pad(teacher, (0, student_padding), value=-1e9), labels, MIXED)
+    expected.backward()
+    leaf = student.clone().requires_grad_()
+    padded = F.pad(teacher, (0, teacher_padding), value=1.5)
+    total = prediction_loss_sum(leaf * 1, labels, MIXED, teacher_logits=padded)
+    total.backward()
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert leaf.grad is not None
+    assert exact.grad is not None
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
+    without = reference(student[..., :VOCAB].double(), teacher, labels, MIXED).item()
+    assert (total.item() == pytest.approx(without, rel=1e-6)) == (student_padding == 0)
+
+
 def test_the_divergence_is_forward() -> None:
     student, teacher, labels = batch()
     swapped = prediction_loss_sum(teacher.clone(), labels, LossWeights(), teacher_logits=student).item()

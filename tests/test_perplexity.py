@@ -179,3 +179,20 @@ def test_a_token_that_is_ruled_out_counts_where_it_occurs() -> None:
     ):
         with pytest.raises(CheckpointError, match=r"^the model: rules out a token of the text, or one that the orig"):
             evaluate(model, cut, original=original)
+
+
+@pytest.mark.parametrize("rows", [{"the model": 8}, {"the original": 8}])
+def test_vocabularies_that_differ_in_padding_are_compared(rows: dict[str, int]) -> None:
+    windows = cut_windows(tokens(40), window=16)
+    plain = {"the model": build_model(), "the original": build_model(seed=1)}
+    expected = evaluate(plain["the model"], windows, original=plain["the original"]).against
+    for name, count in rows.items():
+        plain[name].resize_token_embeddings(VOCAB_SIZE + count, mean_resizing=False)
+        with torch.no_grad():
+            plain[name].lm_head.weight[VOCAB_SIZE:] = 0.01
+    found = evaluate(plain["the model"], windows, original=plain["the original"]).against
+    assert found is not None
+    assert expected is not None
+    # of the original the padding is left out; of the model it takes a part of the probability, which is its own loss
+    assert (found.kl_nats_per_token == pytest.approx(expected.kl_nats_per_token, rel=1e-5)) == ("the original" in rows)
+    assert found.kl_nats_per_token >= expected.kl_nats_per_token * (1 - 1e-5)

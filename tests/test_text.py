@@ -290,7 +290,7 @@ def test_ids_beyond_the_embedding_are_named(config: dict[str, Any], tmp_path: Pa
         "its tokenizer has ids up to 2000"
     )
     assert check.remark is not None
-    assert "vocab_size 2, 2 (2), 3 (3), 4 (4) and 1996 more:" in check.remark
+    assert f"vocab_size 2 of {tmp_path}, 2 (2), 3 (3), 4 (4) and 1996 more:" in check.remark
 
 
 @pytest.mark.parametrize("config", [{"vocab_size": 2001}, {"model_type": "llama"}, {"model_type": "unknown"}])

@@ -414,7 +414,7 @@ def test_a_token_that_no_text_needs_is_a_remark(
         settings = UptrainSettings(**SMALL)
         uptrain(place, data=prose_file, output=tmp_path / name, steps=2, settings=settings, remark=remarks.append)
     assert [text for text in remarks if "vocab_size" in text] == [
-        f"the tokenizer of {added} has tokens beyond the model's vocab_size 384, <|im_start|> (384), <|im_end|> (385): "
+        f"the tokenizer has tokens beyond the vocab_size 384 of {added}, <|im_start|> (384), <|im_end|> (385): "
         "text that needs one of them is refused"
     ]
     assert same_weights(tmp_path / "plain", tmp_path / "rich")

@@ -49,8 +49,10 @@ class Inputs:
 
     @cached_property
     def check_ids(self) -> TokenIdCheck:
-        """The check that the student's embedding has a row for every token id of a text."""
-        return TokenIdCheck.of(self.checkpoint.directory, self.tokenizer)
+        """The check that the embeddings of student and teacher have a row for every token id of a text."""
+        models = [each.directory for each in (self.checkpoint, self.teacher) if each is not None]
+        checks = [TokenIdCheck.of(model, self.tokenizer) for model in models]
+        return max(checks, key=lambda check: len(check.beyond))
 
     @cached_property
     def tokenizer_hash(self) -> str:

@@ -72,7 +72,7 @@ class TokenIdCheck:
         tokens = [f"{token} ({number})" for number, token in self.beyond.items()]
         more = f" and {len(tokens) - 3} more" if len(tokens) > 3 else ""
         return (
-            f"the tokenizer of {self.model} has tokens beyond the model's vocab_size {self.vocab_size}, "
+            f"the tokenizer has tokens beyond the vocab_size {self.vocab_size} of {self.model}, "
             f"{', '.join(tokens[:3])}{more}: text that needs one of them is refused"
         )
 

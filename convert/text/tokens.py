@@ -62,21 +62,20 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 def check_tokenizers(model: str | Path, original: str | Path | None) -> None:
     """Raise DataError if `model` has no tokenizer, or its logits and those of `original` have other meanings.
 
-    Tokens beyond the models' embeddings have no logit, so that one tokenizer may have more of them than the other.
+    Only ids that both models have a logit for are compared: beyond the smaller vocabulary lie rows of padding, and
+    tokens that were added later, which no text may need that both models read (`TokenIdCheck`).
     """
     tokenizer = load_tokenizer(model)
     if original is None:
         return
-    sizes = vocabulary_size(original), vocabulary_size(model)
-    if _meanings(load_tokenizer(original), sizes[0]) != _meanings(tokenizer, sizes[1]):
-        difference = "its tokenizer differs from that of"
-    elif sizes[0] != sizes[1]:
-        difference = f"its logits have {sizes[0]} entries, not {sizes[1]} as those of"
-    else:
-        return
-    raise DataError(f"{original}: {difference} {model}", hint="use the original that was converted")
+    sizes = [size for size in (vocabulary_size(original), vocabulary_size(model)) if size is not None]
+    shared = min(sizes, default=None)
+    if _meanings(load_tokenizer(original), shared) != _meanings(tokenizer, shared):
+        raise DataError(
+            f"{original}: its tokenizer differs from that of {model}", hint="use the original that was converted"
+        )
 
 
 def _meanings(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None) -> dict[str, int]:
-    """The tokens that a model of this vocabulary size has logits for, with their ids."""
+    """The tokens whose ids are below a vocabulary size, with these ids."""
     return {token: index for token, index in tokenizer.get_vocab().items() if vocab_size is None or index < vocab_size}

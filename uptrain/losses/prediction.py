@@ -21,7 +21,9 @@ def prediction_loss_sum(
 ) -> Tensor:
     """Compute the weighted sum over predicted tokens of KL(teacher ‖ student) and −log p(label), in nats, float32.
 
-    student_logits, teacher_logits: (B, T, vocab_size), any float dtype, the teacher's needed where weights.kl > 0;
+    student_logits, teacher_logits: (B, T, vocab_size), any float dtype, the teacher's needed where weights.kl > 0. Rows
+    of padding at the end of a vocabulary may differ: the teacher's are left out before its softmax, and the student's
+    count as tokens that the teacher never expects.
     labels: (B, T) int64, not shifted, IGNORED_LABEL where not predicted. KL is taken at the weights' temperature T and
     multiplied by T². No gradient flows into the teacher, and backward works once. Beside the two tensors of logits only
     float32 copies of one chunk of 1024 tokens are held: the gradient is written over the student's logits, which the
@@ -77,10 +79,13 @@ def _chunk_loss(
     gradient = torch.zeros_like(logits) if weights.kl and weights.cross_entropy else None
     if weights.kl and teacher is not None:
         log_p = (logits / weights.temperature).log_softmax(-1)
-        log_q = (teacher.float() / weights.temperature).log_softmax(-1)
+        shared = slice(min(student.shape[-1], teacher.shape[-1]))
+        log_q = (teacher[:, shared].float() / weights.temperature).log_softmax(-1)
         q = log_q.exp()
-        loss += weights.kl * weights.temperature**2 * (q * (log_q - log_p)).sum(-1)
-        from_kl = log_p.exp_().sub_(q).mul_(weights.kl * weights.temperature)
+        loss += weights.kl * weights.temperature**2 * (q * (log_q - log_p[:, shared])).sum(-1)
+        from_kl = log_p.exp_()
+        from_kl[:, shared].sub_(q)
+        from_kl.mul_(weights.kl * weights.temperature)
         gradient = from_kl if gradient is None else gradient.add_(from_kl)
     if weights.cross_entropy:
         log_p = logits.log_softmax(-1)
