@@ -169,6 +169,7 @@ def uptrain(
         )
     outcome = {
         "passes": result.passes,
+        "held_out_nats_per_token": {"before": result.held_out_before, "after": result.held_out},
         "seconds": round(result.seconds, 1),
         "left_behind": dict(result.left_behind),
         "dry_run": False,
@@ -283,4 +284,7 @@ def _show(result: UptrainResult, console: Console) -> None:
     console.print(f"uptrained for {steps}, {human_count(result.tokens)} tokens, {result.objective}")
     console.print(f"  {result.seconds:.0f} s, {result.tokens_per_second:.0f} tokens/s, {_passes(result.passes)}")
     show_left_behind(result.left_behind, console)
+    if result.held_out is not None:
+        before = "" if result.held_out_before is None else f"{result.held_out_before:.4f} before, "
+        console.print(f"  held-out {before}{result.held_out:.4f} nats/token after")
     console.print(f"  wrote {result.output}")

@@ -365,6 +365,18 @@ def test_passes_are_those_over_the_text(uptrain: Invoke, tmp_path: Path, prose_f
     assert json.loads(again.stdout)["passes"] is None
 
 
+def test_the_summary_has_the_held_out_score_before_and_after(uptrain: Invoke, tmp_path: Path) -> None:
+    length = ["--steps", 2, "--global-batch-tokens", 32, "--sequence-length", 32, "--validation-fraction", 0.3]
+    shown = uptrain(*length, "--output", tmp_path / "out")
+    assert shown.exit_code == 0, shown.output
+    rows = map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
+    scores = {row["step"]: row["eval_nats_per_token"] for row in rows if "eval_nats_per_token" in row}
+    assert list(scores) == [0, 2]
+    assert f"  held-out {scores[0]:.4f} before, {scores[2]:.4f} nats/token after\n" in shown.stdout
+    again = json.loads(uptrain(*length, "--output", tmp_path / "out", "--json").stdout)  # which is finished
+    assert again["held_out_nats_per_token"] == {"before": scores[0], "after": scores[2]}
+
+
 def test_a_long_run_is_not_started_without_yes(uptrain: Invoke, tmp_path: Path) -> None:
     outcome = uptrain("--tokens", "500000T")
     assert outcome.exit_code == 2

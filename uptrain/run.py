@@ -25,7 +25,7 @@ from .job import UptrainJob
 from .observation import Observation
 from .rundir.prepare import prepare
 from .rundir.publish import publish, write_weights
-from .rundir.record import finished_before, replaces_output
+from .rundir.record import finished_before, held_out_scores, replaces_output
 from .rundir.status import StatusFile
 from .rundir.workdir import checkpoints_folder, data_folder, last_saved, remove_work, stage_folder
 from .settings import RunSettings
@@ -45,9 +45,10 @@ class UptrainResult:
     """What a run ended with.
 
     `passes` is how often the text was seen, of several sources the one that was seen most often; None stands for at
-    most once, of text whose size is not known. `held_out` is the last score in nats per token, if any was taken. Time
-    and rate are those since the start or the last resume. `left_behind` maps what lies beside the weights that were
-    trained, and did not go to the output, to the reason, in words.
+    most once, of text whose size is not known. `held_out` is the last score in nats per token, if any was taken, and
+    `held_out_before` that before the first step. Time and rate are those since the start or the last resume.
+    `left_behind` maps what lies beside the weights that were trained, and did not go to the output, to the reason, in
+    words.
     """
 
     output: Path
@@ -59,6 +60,7 @@ class UptrainResult:
     seconds: float = 0.0
     tokens_per_second: float = 0.0
     held_out: float | None = None
+    held_out_before: float | None = None
     left_behind: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -85,7 +87,13 @@ def run_checked(job: UptrainJob, watch: Observation, *, force: bool = False) -> 
         if finished:
             if processes.is_first:  # what a kill after the last rename has left
                 remove_work(job)
-            return result_of(job, read_provenance(job.output)["uptraining"]["passes"])
+            scores = held_out_scores(job.output)
+            return result_of(
+                job,
+                read_provenance(job.output)["uptraining"]["passes"],
+                held_out=next(reversed(scores.values()), None),
+                held_out_before=scores.get(0),
+            )
         status = StatusFile(
             job.work,
             steps=job.settings.steps,
@@ -123,6 +131,8 @@ def _run(context: RunContext, held: ExitStack, *, force: bool) -> UptrainResult:
                 wants_score=watch.wants_score and watch.score is None,
             )
         processes.wait_long()
+        scores = held_out_scores(job.work)  # of a run that goes on
+        context.held_out, context.held_out_before = next(reversed(scores.values()), None), scores.get(0)
         context.score = under_autocast(watch.score or validation_score(job), job.settings.precision)
         passes = most_passes(PackedBlocks(data_folder(job), num_samples=job.num_samples).passes)
         warning = None if passes is None else warn_of_passes(passes)
@@ -145,7 +155,14 @@ def _run(context: RunContext, held: ExitStack, *, force: bool) -> UptrainResult:
             status.fail(error)
         raise
     done = job.settings.steps - context.steps_before
-    return result_of(job, passes, seconds=seconds, steps_done=done, held_out=context.held_out)
+    return result_of(
+        job,
+        passes,
+        seconds=seconds,
+        steps_done=done,
+        held_out=context.held_out,
+        held_out_before=context.held_out_before,
+    )
 
 
 def _train_stages(context: RunContext) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -168,7 +185,13 @@ def _train_stages(context: RunContext) -> tuple[Any, dict[str, torch.Tensor]]:
 
 
 def result_of(
-    job: UptrainJob, passes: float | None, *, seconds: float = 0.0, steps_done: int = 0, held_out: float | None = None
+    job: UptrainJob,
+    passes: float | None,
+    *,
+    seconds: float = 0.0,
+    steps_done: int = 0,
+    held_out: float | None = None,
+    held_out_before: float | None = None,
 ) -> UptrainResult:
     """Make the result of a job, of which `steps_done` took `seconds`."""
     settings = job.settings
@@ -182,6 +205,7 @@ def result_of(
         seconds=seconds,
         tokens_per_second=steps_done * settings.tokens_per_step / max(seconds, 1e-9),
         held_out=held_out,
+        held_out_before=held_out_before,
         left_behind=find_companions(job.checkpoint, same_attention=True).missing_from(job.output),
     )
 

@@ -20,13 +20,13 @@ from ...convert.describe.card import write_card
 from ...convert.errors import DivergedError
 from ...convert.execute import DEFAULT_MAX_SHARD_BYTES
 from ..job import UptrainJob
+from .record import METRICS_NAME
 from .status import RunStatus, write_status
 from .trials import SWEEP_NAME, sweep_that_chose
 
-__all__ = ["METRICS_NAME", "TRACKS_NAME", "publish", "write_weights"]
+__all__ = ["TRACKS_NAME", "publish", "write_weights"]
 
 
-METRICS_NAME = "metrics.jsonl"
 TRACKS_NAME = "runs"  # where transformers' users look for tensorboard's files
 
 

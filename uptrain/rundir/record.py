@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from ...convert.checkpoint.output import read_provenance
@@ -10,14 +11,17 @@ from ...convert.errors import InputError, OutputError
 from ..job import UptrainJob
 
 __all__ = [
+    "METRICS_NAME",
     "REPLACES_NAME",
     "SETTINGS_NAME",
     "begun_before",
     "check_same_run",
     "finished_before",
+    "held_out_scores",
     "replaces_output",
 ]
 
+METRICS_NAME = "metrics.jsonl"
 SETTINGS_NAME = "settings.json"
 REPLACES_NAME = "force"
 
@@ -51,6 +55,14 @@ def check_same_run(job: UptrainJob) -> None:
             f"{job.work} holds an unfinished run with other settings: {'; '.join(changed)}",
             hint="go on with the same settings, start over with --force, or choose another --output",
         )
+
+
+def held_out_scores(folder: Path) -> dict[int, float]:
+    """Read from the metrics in a folder the held-out nats per token after so many steps, in their order."""
+    path = folder / METRICS_NAME
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may have torn the last one
+    return {row["step"]: row["eval_nats_per_token"] for row in records if "eval_nats_per_token" in row}
 
 
 def _changes(record: dict[str, Any], job: UptrainJob) -> list[str]:

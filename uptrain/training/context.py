@@ -24,8 +24,8 @@ __all__ = ["RunContext"]
 class RunContext:
     """A run that is under way, in one of its processes.
 
-    `score` gives held-out nats per token, None where nothing is held out; `held_out` is the last one that was taken.
-    `steps_before` were done before this process began.
+    `score` gives held-out nats per token, None where nothing is held out; `held_out` is the last one that was taken,
+    `held_out_before` that before the first step of the run. `steps_before` were done before this process began.
     """
 
     job: UptrainJob
@@ -36,6 +36,7 @@ class RunContext:
     architecture: Architecture
     score: Callable[[Any], float] | None = None
     held_out: float | None = None
+    held_out_before: float | None = None
     steps_before: int = 0
 
     def samples(self, stage: Stage) -> PackedBlocks:
@@ -49,6 +50,8 @@ class RunContext:
         """Score held-out text, in every process: all of them compare trials of learning rates by it."""
         assert self.score is not None
         self.held_out = self.score(model)
+        if self.held_out_before is None and self.steps_before == 0:
+            self.held_out_before = self.held_out
         return self.held_out
 
     def show(self, record: dict[str, Any]) -> None:

@@ -17,7 +17,8 @@ from ..losses.prediction import Loss
 from ..models import compile_in_place, full_state, load_models, load_whole_models
 from ..recipe import Objective, Stage, attention_names
 from ..rundir.checkpoints import last_complete, remove_torn, step_of
-from ..rundir.publish import METRICS_NAME, TRACKS_NAME
+from ..rundir.publish import TRACKS_NAME
+from ..rundir.record import METRICS_NAME
 from ..rundir.workdir import checkpoints_folder, last_saved, teacher_folder
 from .arguments import training_arguments
 from .context import RunContext
