@@ -170,6 +170,7 @@ def uptrain(
     outcome = {
         "passes": result.passes,
         "held_out_nats_per_token": {"before": result.held_out_before, "after": result.held_out},
+        "kept_step": result.kept_step,
         "seconds": round(result.seconds, 1),
         "left_behind": dict(result.left_behind),
         "dry_run": False,
@@ -286,5 +287,6 @@ def _show(result: UptrainResult, console: Console) -> None:
     show_left_behind(result.left_behind, console)
     if result.held_out is not None:
         before = "" if result.held_out_before is None else f"{result.held_out_before:.4f} before, "
-        console.print(f"  held-out {before}{result.held_out:.4f} nats/token after")
+        after = "after" if result.kept_step is None else f"after step {result.kept_step}, the best, which is kept"
+        console.print(f"  held-out {before}{result.held_out:.4f} nats/token {after}")
     console.print(f"  wrote {result.output}")

@@ -195,6 +195,7 @@ UPTRAIN: dict[str, tuple[list[str], str, object]] = {
     "global_batch_tokens": (["--global-batch-tokens", "16K"], "settings.global_batch_tokens", 16_000),
     "micro_batch": (["--micro-batch", "4"], "machine.micro_batch", 4),
     "precision": (["--precision", "bf16"], "settings.precision", "bf16"),
+    "keep_best": (["--keep-best"], "settings.keep_best", True),
     "compile": (["--compile"], "machine.compile", True),
     "activation_checkpointing": (["--activation-checkpointing"], "machine.activation_checkpointing", True),
     "fsdp": (["--fsdp"], "machine.fsdp", True),

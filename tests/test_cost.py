@@ -576,6 +576,7 @@ def test_disk() -> None:
     assert some() == 36 * trained + 12 * frozen
     assert some(shares=True) == 36 * trained + 6 * frozen
     assert some(shares=True, bf16=False) == 36 * trained + 12 * frozen
+    assert some(keeps_best=True) == some() + 2 * 4 * size.num_parameters
     assert some(first_step=1) == 40 * trained + 16 * frozen
     assert some(teacher_copy_bytes=7) == 36 * trained + 12 * frozen + 7
     large = shape_of(replace(size, vocab_size=2**16 + 1))

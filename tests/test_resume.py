@@ -134,6 +134,32 @@ def die_if(condition: bool) -> None:
         raise KilledError
 
 
+def test_the_best_weights_are_the_result_of_a_run_that_went_on_too(make_job: Callable[..., UptrainJob]) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def scores(*values: float) -> Callable[[Any], float]:
+        left = iter(values)
+
+        def score(model: Any) -> float:
+            seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+            return next(left)
+
+        return score
+
+    job = make_job(settings=settings_with(steps=4, keep_best=True))
+    scored = scores(1.0, 3.0, 2.0)  # the first is that of the source, whose weights would be no result
+    with pytest.raises(KilledError):
+        run.uptrain(job, watch(score=scored, eval_steps=1, progress=die_after(3)))
+    result = run.uptrain(job, watch(score=scores(2.0, 5.0), eval_steps=1))  # of the third step, and the fourth
+    assert (result.held_out_before, result.held_out, result.kept_step) == (1.0, 2.0, 2)
+    found = weights(job.output)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in seen[2].items())
+    assert not all(torch.equal(tensor, found[name]) for name, tensor in seen[3].items())
+    again = run.uptrain(job, watch())
+    assert (again.held_out_before, again.held_out, again.kept_step) == (1.0, 2.0, 2)
+    assert not job.work.exists()
+
+
 def test_a_finished_run_is_not_run_again(
     train: Train, make_job: Callable[..., UptrainJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,6 +78,7 @@ TYPED: dict[str, dict[str, tuple[list[str], Any]]] = {
         "sequence_length": (["--sequence-length", "64"], 64),
         "global_batch_tokens": (["--global-batch-tokens", "512k"], 512_000),
         "precision": (["--precision", "bf16"], "bf16"),
+        "keep_best": (["--keep-best"], True),
     },
     "machine": {
         "micro_batch": (["--micro-batch", "auto"], "auto"),

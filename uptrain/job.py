@@ -115,6 +115,7 @@ class UptrainJob:
             sharding=sharding_of(self.execution),
             activation_checkpointing=self.execution.activation_checkpointing,
             teacher_copy_bytes=inputs.teacher_copy_bytes,
+            keeps_best=self.settings.keep_best,
         )
 
     @property

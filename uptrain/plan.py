@@ -196,7 +196,7 @@ def carry_out(
         flops_per_token={stage.name: stage_flops_per_token(job.shape, stage) for stage in job.settings.stages},
         peak_flops=None if detected is None else peak_flops(detected),
         command=command,
-        wants_score=bool(plan.request.text.validation_fraction),
+        wants_score=bool(plan.request.text.validation_fraction) or plan.request.settings.keep_best,
     )
     if plan.sweeps:
         num_rates = plan.request.settings.lr_sweep
@@ -245,6 +245,7 @@ def _settings(request: UptrainRequest, checkpoint: Checkpoint, batch: Batch, bud
         max_grad_norm=asked.max_grad_norm,
         precision=default_precision() if asked.precision == "auto" else asked.precision,
         seed=asked.seed,
+        keep_best=asked.keep_best,
     )
 
 

@@ -138,6 +138,9 @@ class UptrainSettings:
         Literal["auto", "bf16", "fp32"],
         Doc("bf16: autocast over float32 weights; auto: bf16 where the machine is fast at it."),
     ] = "auto"
+    keep_best: Annotated[
+        bool, Doc("Write the weights of the scored step whose held-out loss is least, not those of the last step.")
+    ] = False
 
     def __post_init__(self) -> None:
         _become(self, "recipe", Recipe)

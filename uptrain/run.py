@@ -27,8 +27,9 @@ from .rundir.prepare import prepare
 from .rundir.publish import publish, write_weights
 from .rundir.record import finished_before, held_out_scores, replaces_output
 from .rundir.status import StatusFile
-from .rundir.workdir import checkpoints_folder, data_folder, last_saved, remove_work, stage_folder
+from .rundir.workdir import best_folder, checkpoints_folder, data_folder, last_saved, remove_work, stage_folder
 from .settings import RunSettings
+from .training.best import read_best, read_weights
 from .training.context import RunContext
 from .training.evaluation import under_autocast, validation_score
 from .training.processes import Processes
@@ -46,7 +47,8 @@ class UptrainResult:
 
     `passes` is how often the text was seen, of several sources the one that was seen most often; None stands for at
     most once, of text whose size is not known. `held_out` is the last score in nats per token, if any was taken, and
-    `held_out_before` that before the first step. Time and rate are those since the start or the last resume.
+    `held_out_before` that before the first step; with `keep_best` the result is that of `kept_step`, and so is
+    `held_out`. Time and rate are those since the start or the last resume.
     `left_behind` maps what lies beside the weights that were trained, and did not go to the output, to the reason, in
     words.
     """
@@ -61,6 +63,7 @@ class UptrainResult:
     tokens_per_second: float = 0.0
     held_out: float | None = None
     held_out_before: float | None = None
+    kept_step: int | None = None
     left_behind: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -87,12 +90,14 @@ def run_checked(job: UptrainJob, watch: Observation, *, force: bool = False) -> 
         if finished:
             if processes.is_first:  # what a kill after the last rename has left
                 remove_work(job)
-            scores = held_out_scores(job.output)
+            scores, record = held_out_scores(job.output), read_provenance(job.output)["uptraining"]
+            kept_step = record.get("kept_step")
             return result_of(
                 job,
-                read_provenance(job.output)["uptraining"]["passes"],
-                held_out=next(reversed(scores.values()), None),
+                record["passes"],
+                held_out=scores.get(kept_step, next(reversed(scores.values()), None)),
                 held_out_before=scores.get(0),
+                kept_step=kept_step,
             )
         status = StatusFile(
             job.work,
@@ -133,6 +138,7 @@ def _run(context: RunContext, held: ExitStack, *, force: bool) -> UptrainResult:
         processes.wait_long()
         scores = held_out_scores(job.work)  # of a run that goes on
         context.held_out, context.held_out_before = next(reversed(scores.values()), None), scores.get(0)
+        context.best = read_best(best_folder(job))
         context.score = under_autocast(watch.score or validation_score(job), job.settings.precision)
         passes = most_passes(PackedBlocks(data_folder(job), num_samples=job.num_samples).passes)
         warning = None if passes is None else warn_of_passes(passes)
@@ -143,11 +149,24 @@ def _run(context: RunContext, held: ExitStack, *, force: bool) -> UptrainResult:
         model, weights = _train_stages(context)
 
         # 3. the result
+        if context.best is not None:
+            context.held_out = context.best.nats_per_token
+            if processes.is_first:
+                weights = read_weights(best_folder(job), context.best)
+        kept_step = None if context.best is None else context.best.step
         seconds = time.monotonic() - started
         if processes.is_first:
             watch.trained(weights)
             if watch.keep:
-                publish(job, model, weights, passes=passes, status=status.finished, force=replaces_output(job))
+                publish(
+                    job,
+                    model,
+                    weights,
+                    passes=passes,
+                    kept_step=kept_step,
+                    status=status.finished,
+                    force=replaces_output(job),
+                )
             remove_work(job)
         processes.wait_long()
     except BaseException as error:
@@ -162,6 +181,7 @@ def _run(context: RunContext, held: ExitStack, *, force: bool) -> UptrainResult:
         steps_done=done,
         held_out=context.held_out,
         held_out_before=context.held_out_before,
+        kept_step=kept_step,
     )
 
 
@@ -192,6 +212,7 @@ def result_of(
     steps_done: int = 0,
     held_out: float | None = None,
     held_out_before: float | None = None,
+    kept_step: int | None = None,
 ) -> UptrainResult:
     """Make the result of a job, of which `steps_done` took `seconds`."""
     settings = job.settings
@@ -206,6 +227,7 @@ def result_of(
         tokens_per_second=steps_done * settings.tokens_per_step / max(seconds, 1e-9),
         held_out=held_out,
         held_out_before=held_out_before,
+        kept_step=kept_step,
         left_behind=find_companions(job.checkpoint, same_attention=True).missing_from(job.output),
     )
 

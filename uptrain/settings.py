@@ -27,6 +27,7 @@ _MAX_DEFAULT_SEQUENCE_LENGTH = 2048
 class RunSettings:
     """What decides the trajectory of a run; a resumed run must have the same.
 
+    With `keep_best` the result is that of the step with the least held-out loss, else of the last step.
     `warmup_fraction` is of a stage's steps; `precision` is "bf16" (autocast over float32 weights), "fp32", or
     "fp64", which is for checks of arithmetic.
     `optimizer` is one of the names that transformers has.
@@ -49,6 +50,7 @@ class RunSettings:
     precision: str = "fp32"
     seed: int = 0
     optimizer: str = "adamw_torch_fused"
+    keep_best: bool = False
 
     def __post_init__(self) -> None:
         rates = [rate for rate in (self.learning_rate, self.layerwise_learning_rate) if rate is not None]

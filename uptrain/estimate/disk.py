@@ -28,12 +28,13 @@ def disk_bytes(shape: RunShape, num_packed_tokens: int) -> int:
     """Estimate the bytes that a run takes at most, beside its model, teacher and text.
 
     They are packed text in 2 bytes per token (4 if the vocabulary has more than 65 536); the teacher where it is copied
-    into another class; weights, as they are held, of the stage before the last; three checkpoints, with weights and the
-    two moments of what is trained.
+    into another class; weights, as they are held, of the stage before the last, and twice where the best are kept;
+    three checkpoints, with weights and the two moments of what is trained.
     """
     student, last = shape.models.student, shape.stages[-1]
     blocks = num_packed_tokens * (2 if student.vocab_size <= 2**16 else 4)
     weights = weight_bytes(replace(shape.models, teacher=None), last.trained)
     checkpoint = weights + 8 * student.num_trained(last.trained)
     of_stages = weights if last.first_step > 0 else 0
-    return blocks + shape.teacher_copy_bytes + of_stages + _CHECKPOINTS * checkpoint
+    of_best = 2 * weights if shape.keeps_best else 0  # one is kept while a better one is written
+    return blocks + shape.teacher_copy_bytes + of_stages + of_best + _CHECKPOINTS * checkpoint

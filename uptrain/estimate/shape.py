@@ -40,7 +40,8 @@ class Models:
 class RunShape:
     """The models, stages and batch of a run, and how they are spread over processes and memory.
 
-    `teacher_copy_bytes` is what a teacher takes on the disk that is copied into another class, 0 for any other.
+    `teacher_copy_bytes` is what a teacher takes on the disk that is copied into another class, 0 for any other. With
+    `keeps_best`, weights are kept beside the checkpoints.
     """
 
     models: Models
@@ -50,6 +51,7 @@ class RunShape:
     sharding: Sharding = "none"
     activation_checkpointing: bool = False
     teacher_copy_bytes: int = 0
+    keeps_best: bool = False
 
     def models_in(self, stage: Stage) -> Models:
         """The models that are loaded in a stage: no teacher where nothing is compared with one."""

@@ -48,10 +48,14 @@ def write_weights(
                 f"{name}: trained to values that are beyond the range of {kind}, the source's dtype",
                 hint="use a smaller --lr, and --force to start over, or convert a copy of the source in float32",
             )
+    own = model.generation_config, getattr(model.config, "distributed_config", None)
     model.generation_config = GenerationConfig()  # the source's own may be invalid; it is copied where it is wanted
     model.config.distributed_config = None  # the weights are whole
-    with quiet_transformers():
-        model.save_pretrained(folder, state_dict=weights, max_shard_size=DEFAULT_MAX_SHARD_BYTES)
+    try:
+        with quiet_transformers():
+            model.save_pretrained(folder, state_dict=weights, max_shard_size=DEFAULT_MAX_SHARD_BYTES)
+    finally:
+        model.generation_config, model.config.distributed_config = own
     (folder / "generation_config.json").unlink(missing_ok=True)
 
 
@@ -61,14 +65,18 @@ def publish(
     weights: dict[str, torch.Tensor],
     *,
     passes: float | None,
+    kept_step: int | None,
     status: RunStatus,
     force: bool,
 ) -> None:
-    """Write weights in the source's dtypes, config and companions of the source, metrics and status."""
+    """Write weights in the source's dtypes, config and companions of the source, metrics and status.
+
+    `kept_step` is the step that the weights are of, None where they are the last step's.
+    """
     source = job.checkpoint
     provenance = read_provenance(source.directory)
     tokens = job.settings.steps * job.settings.tokens_per_step
-    provenance["uptraining"] = job.description | {"tokens": tokens, "passes": passes}
+    provenance["uptraining"] = job.description | {"tokens": tokens, "passes": passes, "kept_step": kept_step}
     default = torch_dtype(source.dtype)
     dtypes = {name: torch_dtype(source.tensors[name].dtype) if name in source.tensors else default for name in weights}
     with staged_directory(job.output, force=force) as staging:

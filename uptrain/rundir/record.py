@@ -24,6 +24,7 @@ __all__ = [
 METRICS_NAME = "metrics.jsonl"
 SETTINGS_NAME = "settings.json"
 REPLACES_NAME = "force"
+_BEFORE = {"keep_best": False}  # what runs did that began before there was the setting
 
 
 def finished_before(job: UptrainJob) -> bool:
@@ -70,5 +71,5 @@ def _changes(record: dict[str, Any], job: UptrainJob) -> list[str]:
     return [
         f"{key} was {record.get(key)!r}, now {value!r}"
         for key, value in job.description.items()
-        if record.get(key) != value
+        if record.get(key, _BEFORE.get(key)) != value
     ]

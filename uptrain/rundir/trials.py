@@ -71,8 +71,8 @@ def trial_settings(settings: RunSettings, num_rates: int) -> tuple[RunSettings, 
     """
     steps = min(max(math.ceil(_FRACTION * settings.steps), _LEAST_STEPS), settings.steps)
     return tuple(
-        replace(settings, steps=steps, learning_rate=settings.learning_rate * _FACTOR ** (index - num_rates // 2))
-        for index in range(num_rates)
+        replace(settings, steps=steps, learning_rate=rate, keep_best=False)
+        for rate in (settings.learning_rate * _FACTOR ** (index - num_rates // 2) for index in range(num_rates))
     )
 
 

@@ -13,6 +13,7 @@ from .directories import discard
 from .trials import remove_sweep, sweep_that_chose
 
 __all__ = [
+    "best_folder",
     "checkpoints_folder",
     "data_folder",
     "last_saved",
@@ -36,6 +37,11 @@ def checkpoints_folder(job: UptrainJob, stage: Stage) -> Path:
 def stage_folder(job: UptrainJob, stage: Stage) -> Path:
     """Name the folder of the weights that a stage ended with, which is there once the stage is finished."""
     return job.work / "stages" / stage.name
+
+
+def best_folder(job: UptrainJob) -> Path:
+    """Name the folder of the weights with the best held-out score."""
+    return job.work / "best"
 
 
 def teacher_folder(job: UptrainJob) -> Path:

@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ...convert.architectures.architecture import Architecture
 from ..data.blocks import PackedBlocks
 from ..job import UptrainJob
 from ..observation import Observation
 from ..recipe import Stage
+from ..rundir.publish import write_weights
 from ..rundir.status import StatusFile
-from ..rundir.workdir import data_folder
+from ..rundir.workdir import best_folder, data_folder
+from .best import Best, keep_weights
 from .processes import Processes
 from .stopping import StopRequests
 
@@ -26,6 +30,7 @@ class RunContext:
 
     `score` gives held-out nats per token, None where nothing is held out; `held_out` is the last one that was taken,
     `held_out_before` that before the first step of the run. `steps_before` were done before this process began.
+    `best` is the step whose weights are kept, where the job keeps the best.
     """
 
     job: UptrainJob
@@ -37,6 +42,7 @@ class RunContext:
     score: Callable[[Any], float] | None = None
     held_out: float | None = None
     held_out_before: float | None = None
+    best: Best | None = None
     steps_before: int = 0
 
     def samples(self, stage: Stage) -> PackedBlocks:
@@ -53,6 +59,19 @@ class RunContext:
         if self.held_out_before is None and self.steps_before == 0:
             self.held_out_before = self.held_out
         return self.held_out
+
+    def keep_if_best(self, step: int, gather: Callable[[], dict[str, Tensor]], model: Any) -> None:
+        """Keep a model's weights after a step if its score, the last that was taken, is the best of the run.
+
+        Every process calls it, and `gather` gives the first one the whole weights; of equal scores the earlier stays.
+        """
+        assert self.held_out is not None
+        if self.best is not None and self.best.nats_per_token <= self.held_out:
+            return
+        self.best, weights = Best(step, self.held_out), gather()
+        if self.processes.is_first:
+            keep_weights(best_folder(self.job), self.best, lambda folder: write_weights(model, weights, folder))
+        self.processes.wait_long()
 
     def show(self, record: dict[str, Any]) -> None:
         """Hand a metrics record on, which tells how far the run is."""

@@ -26,15 +26,16 @@ __all__ = ["PeriodicEvaluation", "under_autocast", "validation_score"]
 class PeriodicEvaluation(TrainerCallback):
     """Scores held-out text every `every` steps of the run, before its first and after a stage's last.
 
-    `report`, which receives the record, is the trainer's log. Every process scores the same text, since a sharded model
-    runs only in all of them at once. Raises CheckpointError where the score is not finite before the first step, about
-    the source `name`, and DivergedError where it is not finite later.
+    `report`, which receives the record, is the trainer's log; `keep` is called with each step that was scored. Every
+    process scores the same text, since a sharded model runs only in all of them at once. Raises CheckpointError where
+    the score is not finite before the first step, about the source `name`, and DivergedError where it is not later.
     """
 
     def __init__(
         self, score: Callable[[Any], float], stage: Stage, *, name: str, every: int, throughput: Throughput
     ) -> None:
         self.report: Callable[[dict[str, float]], object] = lambda record: None
+        self.keep: Callable[[int], object] = lambda step: None
         self._score = score
         self._stage = stage
         self._name = name
@@ -58,7 +59,6 @@ class PeriodicEvaluation(TrainerCallback):
         nats = self._score(model)
         reshard(model)
         model.train()
-        self._throughput.leave_out(time.monotonic() - start)
         if not math.isfinite(nats) and step == 0:
             raise non_finite_logits(self._name, model, f"before the first step (held-out loss {nats})")
         if not math.isfinite(nats):
@@ -66,6 +66,9 @@ class PeriodicEvaluation(TrainerCallback):
                 f"step {step}: held-out loss is {nats} after it", hint="use a smaller --lr, and --force to start over"
             )
         self.report({"eval_nats_per_token": nats})
+        if step > 0:
+            self.keep(step)
+        self._throughput.leave_out(time.monotonic() - start)
 
 
 def validation_score(job: UptrainJob) -> Callable[[Any], float] | None:

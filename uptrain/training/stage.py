@@ -175,6 +175,10 @@ def _trainer(
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, PeriodicEvaluation):
             callback.report = trainer.log
+            if settings.keep_best:
+                callback.keep = lambda step: context.keep_if_best(
+                    step, lambda: full_state(student, trainer.accelerator, trainer.model_wrapped), student
+                )
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(job.work / TRACKS_NAME / stage.name)
     return trainer
