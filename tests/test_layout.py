@@ -186,6 +186,7 @@ def test_a_tensor_in_two_shards(make_checkpoint: CheckpointFactory) -> None:
         ("tokenizer.model", True),
         ("additional_chat_templates/tool_use.jinja", True),
         ("2_Dense/model.safetensors", True),
+        ("2_Dense/pytorch_model.bin", True),
         ("1_Pooling/config.json", True),
         ("consolidated.safetensors", False),
         ("pytorch_model.bin", False),

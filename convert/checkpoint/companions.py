@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..runtime import RUNTIME_CLASSES
+from .layout import WEIGHT_SUFFIXES
 from .output import CARD_NAME, PROVENANCE_NAME
 from .tensors import CONFIG_NAME, Checkpoint
 
@@ -40,14 +41,7 @@ _TRAINING_NAMES = (
     *("runs", "wandb", "mlruns"),
     *("metrics.jsonl", "run_status.json", "lr_sweep.json"),  # of kvconvert uptrain
 )
-_WEIGHT_NAMES = tuple(
-    f"*.{ending}"
-    for ending in (
-        *("safetensors", "bin", "pt", "pth", "ckpt", "ckpt.*", "h5", "msgpack", "ot", "npz", "pkl", "distcp"),
-        *("gguf", "ggml", "onnx", "onnx_data", "tflite", "nemo", "engine", "mlmodel", "mlpackage"),
-        *("safetensors.index*.json", "bin.index*.json"),
-    )
-)
+_WEIGHT_NAMES = ("*.ckpt.*", "*.safetensors.index*.json", "*.bin.index*.json", *(f"*{end}" for end in WEIGHT_SUFFIXES))
 _CODE_NAMES = ("configuration_*.py", "modeling_*.py")
 _ATTENTION_KEYS = frozenset(
     {"num_attention_heads", "num_key_value_heads", "num_kv_heads", "multi_query", "num_query_groups", "n_query_groups"}

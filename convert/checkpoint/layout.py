@@ -12,18 +12,21 @@ from typing import Any
 from ..errors import CheckpointError
 from .tensors import CONFIG_NAME, INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_NAME, WEIGHTS_NAME
 
-__all__ = ["Listing", "WeightFiles", "choose_weights", "goes_with_weights", "read_config"]
+__all__ = ["WEIGHT_SUFFIXES", "Listing", "WeightFiles", "choose_weights", "goes_with_weights", "read_config"]
 
 # transformers.modeling_utils._get_resolved_checkpoint_files, in its order
 _ORDER = (WEIGHTS_NAME, INDEX_NAME, PICKLE_NAME, PICKLE_INDEX_NAME)
 # transformers.distributed.checkpoint: files of this name come before all others
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
-_WEIGHT_SUFFIXES = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".npz"),
-    *(".onnx", ".onnx_data", ".gguf", ".mlmodel"),
+WEIGHT_SUFFIXES = tuple(
+    f".{ending}"
+    for ending in (
+        *("safetensors", "bin", "pt", "pth", "ckpt", "h5", "msgpack", "ot", "npz", "pkl", "distcp"),
+        *("gguf", "ggml", "onnx", "onnx_data", "tflite", "nemo", "engine", "mlmodel", "mlpackage"),
+    )
 )
 _OTHER_FORMATS = ("original/", "onnx/", "metal/")  # the same model for other programs
-_MODULE_FOLDER = re.compile(r"\d+_\w+/")  # a module of a sentence-transformers model, such as 2_Dense, has weights
+_MODULE_FOLDER = re.compile(r"\d+_\w+/")  # a module of sentence-transformers, such as 2_Dense, has small weights
 _DOWNLOAD_AGAIN = "download the checkpoint again"
 
 
@@ -135,5 +138,5 @@ def _named(listing: Listing, name: object) -> str:
 def goes_with_weights(name: str) -> bool:
     """Return whether a file of a hub repository is of use beside the weights: not other weights, in no other format."""
     if _MODULE_FOLDER.match(name):
-        return not name.endswith((".onnx", ".bin"))
-    return not name.startswith(_OTHER_FORMATS) and not name.endswith(_WEIGHT_SUFFIXES)
+        return not name.endswith(".onnx")
+    return not name.startswith(_OTHER_FORMATS) and not name.endswith(WEIGHT_SUFFIXES)
