@@ -80,6 +80,15 @@ CASES: dict[str, tuple[dict[str, Any], Mapping[str, str | None]]] = {
         {"genai_config.json": {"model": {"decoder": {"num_key_value_heads": 8}}}, "configuration.json": {"task": "x"}},
         {"genai_config.json": ATTENTION, "configuration.json": None},
     ),
+    "LitGPT's own files": (
+        {
+            "lit_model.pth": "",
+            "model_config.yaml": "n_head: 8\nn_query_groups: 8\n",
+            "a.yaml": "x: [1",
+            "b.yml": "x: 1",
+        },
+        {"lit_model.pth": WEIGHTS, "model_config.yaml": ATTENTION, "a.yaml": None, "b.yml": None},
+    ),
     "a vocabulary of code": (
         {"vocab.json": {f"a{number}": number for number in range(600)} | {"num_heads": 600}},
         {"vocab.json": None},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -35,7 +36,16 @@ _REPLACED = frozenset(
 )
 _ADAPTER_NAMES = ("adapter_config.json", "adapter_model*")
 _TRAINING_NAMES = (
-    *("trainer_state.json", "training_args.*", "optimizer*", "scheduler.*", "scaler.pt", "rng_state*"),
+    *(
+        "trainer_state.json",
+        "training_args.*",
+        "training_params.*",
+        "training_config.*",
+        "optimizer*",
+        "scheduler.*",
+        "scaler.pt",
+        "rng_state*",
+    ),
     *("random_states_*", "global_step*", "latest", "zero_to_fp32.py", "pytorch_model_fsdp*", "checkpoint-*"),
     *("*_results.json", "trainer_log.jsonl", "training_loss.*", "training_eval_loss.*", "events.out.tfevents.*"),
     *("runs", "wandb", "mlruns"),
@@ -47,6 +57,7 @@ _ATTENTION_KEYS = frozenset(
     {"num_attention_heads", "num_key_value_heads", "num_kv_heads", "multi_query", "num_query_groups", "n_query_groups"}
     | {"n_head", "n_heads", "n_head_kv", "n_kv_heads", "num_heads"}
 )
+_YAML_KEY = re.compile(r"^\s*(\w+)\s*:", re.MULTILINE)
 _LARGEST_CONFIG_BYTES = 2**20
 _LARGEST_CONFIG_KEYS = 500  # an object with more is a vocabulary
 _LOOKED_AT = 1000  # files of a directory, which may hold a data set
@@ -81,7 +92,7 @@ def find_companions(checkpoint: Checkpoint, *, same_attention: bool = False) -> 
     """Sort what lies in a checkpoint's directory; its weights, config.json, card and kvconvert.json are neither.
 
     Left behind is what is untrue of a result: other weights, adapters, the state of a training run, the code of the
-    source's class, and, unless the result has the `same_attention`, JSON that says how many heads the source has. So is
+    source's class, and, unless the result has the `same_attention`, files that say how many heads the source has. So is
     what kvconvert does not know to belong to the model. Raises CheckpointError where only headers were fetched.
     """
     source = checkpoint.directory
@@ -150,13 +161,15 @@ def _describes_attention(path: Path) -> bool:
     """Whether a file says of the model what is untrue of a result, as the params.json of Meta and Mistral does."""
     if path.name == "params.json":  # also without a number of K/V heads, which are then as many as heads
         return True
-    if path.suffix != ".json" or path.stat().st_size > _LARGEST_CONFIG_BYTES:
+    if path.suffix not in (".json", ".yaml", ".yml") or path.stat().st_size > _LARGEST_CONFIG_BYTES:
         return False
-    return not _ATTENTION_KEYS.isdisjoint(_keys(_read_json(path)))
+    if path.suffix == ".json":
+        return not _ATTENTION_KEYS.isdisjoint(_keys(_read_json(path)))
+    return not _ATTENTION_KEYS.isdisjoint(_YAML_KEY.findall(_read_text(path)))
 
 
 def _keys(value: Any) -> Iterator[str]:
-    """The keys of a JSON object and of those in it, but for vocabularies."""
+    """The keys of an object and of those in it, but for vocabularies."""
     if isinstance(value, dict) and len(value) <= _LARGEST_CONFIG_KEYS:
         yield from value
         for item in value.values():
@@ -212,6 +225,14 @@ def _with_imports(source: Path, names: Iterable[str]) -> set[str]:
 def _read_json(path: Path) -> Any:
     """The content of a JSON file, None where there is none that can be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return json.loads(_read_text(path))
+    except ValueError:
         return None
+
+
+def _read_text(path: Path) -> str:
+    """The text of a file, "" of one that cannot be read: copying it says why."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
