@@ -28,6 +28,14 @@ class ConversionRequest:
     max_shard_size: Annotated[
         str, typer.Option(help="Largest weight file, for example 5GB.", rich_help_panel="Output")
     ] = "5GB"
+    allow_nonfinite: Annotated[
+        bool,
+        typer.Option(
+            "--allow-nonfinite",
+            help="Keep weights that are infinite or not a number; otherwise they are refused.",
+            rich_help_panel="Model",
+        ),
+    ] = False
     revision: Revision = None
     trust_remote_code: TrustRemoteCode = False
     dry_run: DryRun = False
@@ -86,6 +94,7 @@ def run_conversion(model: str, method: Method, text: Given[Calibration], request
         calibration=calibration,
         revision=request.revision,
         max_shard_bytes=parse_size(request.max_shard_size),
+        allow_nonfinite=request.allow_nonfinite,
         force=request.force,
         dry_run=request.dry_run,
         progress=progress,

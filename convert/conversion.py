@@ -145,6 +145,7 @@ def convert(
     calibration: Calibration | None = None,
     revision: str | None = None,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
+    allow_nonfinite: bool = False,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress = no_progress,
@@ -153,15 +154,17 @@ def convert(
     """Convert the checkpoint in a directory, or of a hub id, and write the result to `output`, whole or not at all.
 
     Without `output` it is beside a local checkpoint, or in the current directory, with a suffix that says what it is.
-    `calibration` is for methods that measure (merge="svd", Mla): without it they raise InputError. With `force` a
-    result that kvconvert wrote is replaced; with `dry_run` nothing is written, after the same checks. `remark` is
-    called with what a person should know. Raises InputError (of it UnsupportedError, CheckpointError, DataError and
-    OutputError) for what cannot be done, before anything is written.
+    `calibration` is for methods that measure (merge="svd", Mla): without it they raise InputError. Weights that are
+    infinite or not a number raise CheckpointError, unless `allow_nonfinite` keeps them as they are. With `force` a
+    result that kvconvert wrote is replaced; with `dry_run` nothing is written, after the same checks, but for
+    those of values. `remark` is called with what a person should know. Raises InputError (of it UnsupportedError,
+    CheckpointError, DataError and OutputError) for what cannot be done, before anything is written.
     """
     headers_only = dry_run and not method.needs_measurements
     with ExitStack() as stack:
         # 1. what is refused before any work
         checkpoint = open_checkpoint(model, revision=revision, headers_only=headers_only)
+        checkpoint.allow_nonfinite = allow_nonfinite
         for note in checkpoint.notes:
             remark(note)
         source = stack.enter_context(method.source(checkpoint))
@@ -212,6 +215,8 @@ def convert(
                 calibration=record,
                 progress=advance,
             )
+    for name, count in checkpoint.nonfinite.items():
+        remark(f"{count} values of {name} are infinite or not a number, in {target} as in {checkpoint.name}")
     return Conversion(
         target, plan, prepared.reports, record, result.opened_as, result.left_behind, result.unchecked_tokenizer
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .cache_check import check_cache
 from .checkpoint.companions import copy_companions, find_companions
+from .checkpoint.finite import check_computed
 from .checkpoint.loading import check_accepts, check_opens, check_source, knows_class
 from .checkpoint.output import PROVENANCE_NAME, check_free_space, check_output, staged_directory, write_text
 from .checkpoint.overlay import Overlay
@@ -60,7 +61,8 @@ def execute(
     that a method prepared. So another process can carry out a plan that was written as JSON. `calibration` is noted in
     kvconvert.json. `progress` is called with the number of bytes written since the last call. Raises OutputError for a
     place that exists or cannot hold the result, CheckpointError if the stock class does not accept the source or the
-    result, or if a tensor that the plan reads is not there.
+    result, if a tensor that the plan reads is not there, or if one has values that are not finite and the source does
+    not allow them (`Checkpoint.allow_nonfinite`), and UnsupportedError if a computed tensor has such values.
     """
     checkpoint = source if source.route == plan.route else translated(source, plan.route)
     check_execution(plan, checkpoint, output, overlay, force=force)
@@ -80,11 +82,16 @@ def execute(
         for spec, file in writer.write_tensors():
             step = steps[spec.name]
             if step.overlay and overlay is not None:
-                file.write(tensor_bytes(overlay.read(step.reads[0])))
+                made = overlay.read(step.reads[0])
+                check_computed(spec.name, made)
+                file.write(tensor_bytes(made))
             elif step.op is None:
                 checkpoint.copy_bytes(step.reads[0], file)
             else:
-                file.write(tensor_bytes(step.op(*map(checkpoint.read, step.reads))))
+                tensors = [checkpoint.read(name) for name in step.reads]
+                made = step.op(*tensors)
+                check_computed(spec.name, made, tensors)
+                file.write(tensor_bytes(made))
             progress(spec.num_bytes)
         # 3. what made it, and whether it opens
         provenance = _provenance(plan, checkpoint)
@@ -154,4 +161,5 @@ def _provenance(plan: ConversionPlan, checkpoint: Checkpoint) -> dict[str, objec
         },
         "kv_source_layers": list(plan.result.layer_grouping.sources) if plan.result.layer_grouping else None,
         "latent": asdict(plan.result.latent) if plan.result.latent else None,
+        **({"nonfinite_values": nonfinite} if (nonfinite := checkpoint.original.nonfinite) else {}),
     }

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING
 
 from ..algebra.heads import interleave_heads, stack_heads
 from ..algebra.projections import Projections
+from ..checkpoint.finite import count_nonfinite
 from ..checkpoint.tensors import torch_dtype
+from ..errors import UnsupportedError
 from .source import Source
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["projection_names", "projection_tensors", "read_projections"]
+__all__ = ["projection_names", "projection_tensors", "read_finite", "read_projections"]
 
 
 def projection_names(source: Source, layer: int) -> dict[str, str]:
@@ -56,19 +58,36 @@ def projection_tensors(projections: Projections, source: Source, layer: int) -> 
     }
 
 
+def read_finite(source: Source, name: str) -> Tensor:
+    """Return a tensor of the source in float64.
+
+    Raises UnsupportedError where it has values that are not finite, which the source may allow and algebra may not.
+    """
+    tensor = source.checkpoint.read(name).double()
+    if count_nonfinite(tensor):
+        raise UnsupportedError(
+            f"{source.name}: {name} has values that are infinite or not a number, which no closed form can merge",
+            hint="only a method that measures nothing, such as the mean, can keep such weights",
+        )
+    return tensor
+
+
 def read_projections(source: Source, layer: int) -> Projections:
-    """Return the projections of a layer's self-attention in float64, biases as last columns."""
+    """Return the projections of a layer's self-attention in float64, biases as last columns.
+
+    Raises UnsupportedError as `read_finite` does.
+    """
     checkpoint, architecture, shape = source.checkpoint, source.architecture, source.shape
 
     def read(projection: str) -> Tensor:
         import torch
 
-        weight = checkpoint.read(architecture.tensor_name(layer, projection)).double()
+        weight = read_finite(source, architecture.tensor_name(layer, projection))
         bias = architecture.tensor_name(layer, projection, "bias")
-        column = checkpoint.read(bias).double() if bias in checkpoint.tensors else weight.new_zeros(len(weight))
+        column = read_finite(source, bias) if bias in checkpoint.tensors else weight.new_zeros(len(weight))
         return torch.cat([weight, column[:, None]], dim=1)
 
-    o = checkpoint.read(architecture.tensor_name(layer, "o_proj")).double()
+    o = read_finite(source, architecture.tensor_name(layer, "o_proj"))
     if architecture.qkv_proj is None:
         return Projections(read("q_proj"), read("k_proj"), read("v_proj"), o)
     fused = read("qkv_proj")

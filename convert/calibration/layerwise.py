@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..architectures.source import Source
 from ..architectures.table import known_architecture
+from ..checkpoint.finite import count_nonfinite
 from ..checkpoint.loading import load_model
+from ..checkpoint.tensors import TORCH_DTYPES
 from ..errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -134,6 +136,26 @@ class LayerwiseModel:
         """What the output projection reads, (tokens, num_attention_heads · head_dim); `shared` stays as it is."""
         return self._peek(module, self._outputs, index, hidden_states, None if shared is None else dict(shared))
 
+    def require_finite(self, moments: Tensor, index: int) -> None:
+        """Raise UnsupportedError, with the cause, where moments of what a layer computed of a text are not finite."""
+        if not count_nonfinite(moments):
+            return
+        name, nonfinite = self._checkpoint.name, self._checkpoint.original.nonfinite
+        if nonfinite:
+            raise UnsupportedError(
+                f"{name}: layer {index} computes values of a text that are not finite, since weights are not: "
+                f"{next(iter(nonfinite))} has {next(iter(nonfinite.values()))} such values",
+                hint="only a method that measures nothing on a text, such as the mean, can keep such weights",
+            )
+        raise UnsupportedError(
+            f"{name}: layer {index} computes values of the text that are not finite{' in bf16' if self._bf16 else ''}, "
+            "though its weights are",
+            hint="run the text in fp32"
+            if self._bf16
+            else "the model does not work; a method without a text converts it",
+            settings=("precision",) if self._bf16 else (),
+        )
+
     def local_name(self, name: str, index: int) -> str:
         """The name of a tensor of the checkpoint inside its layer."""
         return name.partition(f".{index}.")[2]
@@ -222,4 +244,8 @@ class LayerwiseModel:
 
             self._whole = load_model(self._checkpoint.directory, dtype=torch.float32, device="cpu")
         tensor: Tensor = self._whole.get_parameter(name).detach()
+        if count_nonfinite(tensor):
+            for saved, info in self._checkpoint.tensors.items():
+                if info.dtype in TORCH_DTYPES:
+                    self._checkpoint.read(saved)  # raises, for one that holds such values
         return tensor

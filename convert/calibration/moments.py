@@ -59,7 +59,7 @@ def layer_moments(
     the first), all (hidden_size + 1, hidden_size + 1). `batches` are the hidden states that enter the first layer, each
     (sequences, sequence_length, hidden_size), of batches that the model has embedded. Products are summed on `device`.
     `visit` is called with the inputs of each batch, (tokens, hidden_size + 1), and its sequence_length. The inputs of
-    the first layer stay in memory while the others run.
+    the first layer stay in memory while the others run. Raises UnsupportedError where moments are not finite.
     """
     import torch
 
@@ -82,5 +82,6 @@ def layer_moments(
                     if layer != layers[-1]:
                         states[index] = model.run(module, layer, batch)
             grams.append(gram.value)
+            model.require_finite(grams[-1], layer)
             crosses.append(cross.value if layer != layers[0] else None)
     return grams, crosses

@@ -98,7 +98,10 @@ class Stream:
         batches = list(zip(self._states, self._shared, strict=True))[:num_batches]
         found = [self.model.attention_outputs(module, layer, states, shared) for states, shared in batches]
         cross = second_moment(zip(wanted, found, strict=num_batches is None), self._device)
-        return cross, second_moment(((states, states) for states in found), self._device)
+        normal = second_moment(((states, states) for states in found), self._device)
+        for moments in (cross, normal):
+            self.model.require_finite(moments, layer)
+        return cross, normal
 
     def refit(
         self,

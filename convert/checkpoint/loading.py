@@ -12,12 +12,8 @@ from ..errors import CheckpointError, UnsupportedError, in_one_line, is_out_of_m
 from ..runtime import RUNTIME_CLASSES
 from .opening import open_checkpoint
 from .remote_code import remote_code_allowed
-from .tensors import CONFIG_NAME, Checkpoint
+from .tensors import CONFIG_NAME, OLD_BUFFERS, Checkpoint
 
-# what older versions saved among the weights and newer ones compute
-OLD_BUFFERS = re.compile(
-    r"(?<!c_)(attn|attention)\.(bias|masked_bias|causal_mask)$|rotary_emb\.inv_freq$|(^|\.)(decoder|embed_positions)\.(version|_float_tensor)$"
-)
 # the value head of TRL, which its own class adds to a language model; transformers leaves it aside
 _VALUE_HEAD = re.compile(r"^v_head\.")
 _OTHER_HEAD = re.compile(r"For(?!CausalLM|ConditionalGeneration)[A-Z]|Reward|DoubleHeads")
@@ -29,7 +25,6 @@ _HEADS = {
 }
 
 __all__ = [
-    "OLD_BUFFERS",
     "Header",
     "auto_class",
     "check_accepts",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,11 +13,12 @@ from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, UnsupportedError
+from .finite import count_nonfinite
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["DTYPE_BYTES", "Checkpoint", "TensorInfo", "tensor_bytes", "torch_dtype"]
+__all__ = ["DTYPE_BYTES", "OLD_BUFFERS", "Checkpoint", "TensorInfo", "tensor_bytes", "torch_dtype"]
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -29,7 +32,13 @@ DTYPE_BYTES = MappingProxyType(
     | {"C64": 8, "U64": 8, "U32": 4, "U16": 2}
 )
 TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_FLOAT_DTYPES = TORCH_DTYPES | {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
+
+# what older versions saved among the weights and newer ones compute
+OLD_BUFFERS = re.compile(
+    r"(?<!c_)(attn|attention)\.(bias|masked_bias|causal_mask)$|rotary_emb\.inv_freq$|(^|\.)(decoder|embed_positions)\.(version|_float_tensor)$"
+)
 
 _COPY_CHUNK_BYTES = 16 * 2**20
 
@@ -46,6 +55,18 @@ def tensor_bytes(tensor: Tensor) -> bytes:
     import torch
 
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _count_in_bytes(chunk: memoryview, dtype: str) -> int:
+    """How many values in the bytes of a tensor, whose dtype has safetensors' name, are not finite."""
+    import torch
+
+    if dtype not in _FLOAT_DTYPES:
+        return 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*buffer is not writable")  # nobody writes to it
+        values = torch.frombuffer(chunk, dtype=getattr(torch, _FLOAT_DTYPES[dtype]))
+    return count_nonfinite(values)
 
 
 @dataclass(frozen=True)
@@ -87,6 +108,10 @@ class Checkpoint:
     `quantised` says why it cannot be converted where its weights are quantised, and is None where they are not.
     `unsaved` maps tensors that an index lists and no file holds to the file that it names. `accepted` says that it was
     opened in its class before, if that class may run, and need not be again.
+
+    Every tensor that is read or copied is checked on the way: one with a value that is infinite or not a number raises
+    CheckpointError, unless `allow_nonfinite` is set. `nonfinite` counts these values, for the tensors seen so far that
+    have any.
     """
 
     name: str
@@ -99,6 +124,8 @@ class Checkpoint:
     quantised: str | None = None
     unsaved: Mapping[str, str] = field(default_factory=dict)
     accepted: bool = False
+    allow_nonfinite: bool = False
+    nonfinite: dict[str, int] = field(default_factory=dict, repr=False)
     _maps: dict[str, mmap.mmap] = field(default_factory=dict, repr=False)
 
     def __enter__(self) -> Checkpoint:
@@ -167,17 +194,21 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """Return a copy of one tensor on the CPU, in the dtype that it is stored in.
 
-        Raises UnsupportedError for a tensor of integers or of 8-bit floats.
+        Raises UnsupportedError for a tensor of integers or of 8-bit floats, and CheckpointError for one with values
+        that are not finite, where these are not allowed.
         """
         import torch
 
         self.check_readable(name)
         info = self.tensors[name]
         if info.file in self.pickled:
-            return self.pickled[info.file][name].clone()
-        raw = bytearray(self._map(info.file)[info.begin : info.end])
-        self._forget(info)
-        return torch.frombuffer(raw, dtype=torch_dtype(info.dtype)).reshape(info.shape)
+            tensor = self.pickled[info.file][name].clone()
+        else:
+            raw = bytearray(self._map(info.file)[info.begin : info.end])
+            self._forget(info)
+            tensor = torch.frombuffer(raw, dtype=torch_dtype(info.dtype)).reshape(info.shape)
+        self._note_nonfinite(info, count_nonfinite(tensor))
+        return tensor
 
     def check_readable(self, name: str) -> None:
         """Raise UnsupportedError for a tensor of integers or of 8-bit floats, which `read` does not return."""
@@ -189,16 +220,36 @@ class Checkpoint:
             )
 
     def copy_bytes(self, name: str, target: IO[bytes]) -> None:
-        """Append the bytes of one tensor, of any dtype, to `target`."""
+        """Append the bytes of one tensor, of any dtype, to `target`.
+
+        Raises CheckpointError for one with values that are not finite, where these are not allowed.
+        """
         info = self.tensors[name]
         if info.file in self.pickled:
-            target.write(tensor_bytes(self.pickled[info.file][name]))
+            tensor = self.pickled[info.file][name]
+            target.write(tensor_bytes(tensor))
+            self._note_nonfinite(info, count_nonfinite(tensor) if info.dtype in TORCH_DTYPES else 0)
             return
+        count = 0
         with memoryview(self._map(info.file)) as view:
             for begin in range(info.begin, info.end, _COPY_CHUNK_BYTES):
                 with view[begin : min(begin + _COPY_CHUNK_BYTES, info.end)] as chunk:
                     target.write(chunk)
+                    count += _count_in_bytes(chunk, info.dtype)
         self._forget(info)
+        self._note_nonfinite(info, count)
+
+    def _note_nonfinite(self, info: TensorInfo, count: int) -> None:
+        if not count or OLD_BUFFERS.search(info.name):
+            return
+        self.nonfinite[info.name] = count
+        if not self.allow_nonfinite:
+            raise CheckpointError(
+                f"{info.file}: {count} of {info.num_elements} values of {info.name} are infinite or not a number",
+                hint="the file is damaged, or the training that wrote it diverged; use another copy, or allow such "
+                "values to be kept",
+                settings=("allow_nonfinite",),
+            )
 
     def _map(self, file: str) -> mmap.mmap:
         if file not in self._maps:

@@ -18,7 +18,7 @@ from ..algebra.latent import (
 )
 from ..algebra.projections import Projections
 from ..algebra.refit import refitted
-from ..architectures.projections import read_projections
+from ..architectures.projections import read_finite, read_projections
 from ..architectures.source import Source
 from ..architectures.table import LATENT_ARCHITECTURES
 from ..calibration.streams import Stream
@@ -190,7 +190,7 @@ def _gram_without_text(source: Source, layer: int) -> Tensor:
     name = source.architecture.input_norm_name(layer)
     gram = torch.eye(source.shape.hidden_size + 1, dtype=torch.float64)
     if name in source.checkpoint.tensors:
-        gram[:-1, :-1] *= source.checkpoint.read(name).double().square()
+        gram[:-1, :-1] *= read_finite(source, name).square()
     return gram
 
 

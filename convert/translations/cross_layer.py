@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..architectures.attention import read_attention
 from ..architectures.table import find_architecture
-from ..checkpoint.loading import OLD_BUFFERS
-from ..checkpoint.tensors import Checkpoint
+from ..checkpoint.tensors import OLD_BUFFERS, Checkpoint
 from ..runtime import RUNTIME_CLASSES
 from .common import rope_config, same
 from .translation import Derived, Translation

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import IO, TYPE_CHECKING, Any
 
-from ..checkpoint.loading import OLD_BUFFERS, other_head
-from ..checkpoint.tensors import Checkpoint, TensorInfo, tensor_bytes
+from ..checkpoint.finite import check_computed
+from ..checkpoint.loading import other_head
+from ..checkpoint.tensors import OLD_BUFFERS, Checkpoint, TensorInfo, tensor_bytes
 from ..errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -109,12 +110,17 @@ class TranslatedCheckpoint(Checkpoint):
         return self.source.counted_tensors({read for name in chosen for read in self.derived[name].reads})
 
     def read(self, name: str) -> Tensor:
-        """Compute one tensor in float64, and return it in the dtype of the first source tensor that it is made of."""
+        """Compute one tensor in float64, and return it in the dtype of the first source tensor that it is made of.
+
+        Raises UnsupportedError where a computed value is not finite in that dtype, and errors of the source's `read`.
+        """
         derived = self.derived[name]
         tensors = [self.source.read(source_name) for source_name in derived.reads]
         if derived.compute is None:
             return tensors[0]
-        return derived.compute(*(tensor.double() for tensor in tensors)).to(tensors[0].dtype)
+        made = derived.compute(*(tensor.double() for tensor in tensors)).to(tensors[0].dtype)
+        check_computed(name, made, tensors)
+        return made
 
     def check_readable(self, name: str) -> None:
         """Raise UnsupportedError where one of the source's tensors that it is made of cannot be read."""

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ...convert.architectures.source import Source
-from ...convert.checkpoint.loading import OLD_BUFFERS
-from ...convert.checkpoint.tensors import Checkpoint, TensorInfo
+from ...convert.checkpoint.tensors import OLD_BUFFERS, Checkpoint, TensorInfo
 from ...convert.errors import UnsupportedError
 from ...convert.translations.routes import targets
 from ..recipe import Trained, trained_names
