@@ -12,6 +12,7 @@ from pathlib import Path
 
 from kvconvert.convert import ARCHITECTURES, ROUTES
 from kvconvert.convert.architectures.table import LATENT_ARCHITECTURES
+from kvconvert.convert.checkpoint.config_classes import full_config
 from kvconvert.convert.describe.engines import Serving, serving
 from kvconvert.convert.runtime import RUNTIME_CLASSES
 from kvconvert.convert.translations.cross_layer import CROSS_LAYER, CROSS_LAYER_DECODER, LATENT_SOURCES
@@ -27,7 +28,11 @@ def classes(model_type: str, num_key_value_heads: int) -> tuple[str, ...]:
     ends = [route[-1].target if route else model_type for route in routes_of(model_type)]
     if num_key_value_heads == 1 and () in routes_of(model_type):
         ends = [model_type]  # a class that has one K/V head has it whatever else its config says
-    return tuple(end for end in ends if ARCHITECTURES[end].heads_refusal({}, num_key_value_heads) is None)
+    return tuple(
+        end
+        for end in ends
+        if ARCHITECTURES[end].heads_refusal(full_config({"model_type": end}), num_key_value_heads) is None
+    )
 
 
 def sources() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:

@@ -114,8 +114,15 @@ def test_what_is_not_a_checkpoint(tmp_path: Path, make_checkpoint: CheckpointFac
         ({"num_key_value_heads": 3}, "num_attention_heads = 8 is not a multiple of num_key_value_heads = 3"),
         ({"num_hidden_layers": 3}, r"layer 2: model.layers.2.self_attn.o_proj.weight is missing"),
         ({"num_hidden_layers": 1}, r"model.layers.1.self_attn.o_proj.weight exists, .* num_hidden_layers = 1"),
-        ({"num_attention_heads": 7}, "which does not split into config.json's num_attention_heads = 7"),
-        ({"num_attention_heads": None}, "config.json has num_attention_heads = None, expected a positive integer"),
+        (
+            {"num_attention_heads": 7},
+            r"cannot read its config.json .* not a multiple of the number of attention heads \(7\)",
+        ),
+        (
+            {"num_attention_heads": None},
+            "cannot read its config.json .* 'num_attention_heads' expected int, got NoneType",
+        ),
+        ({"num_hidden_layers": 0}, "config.json has num_hidden_layers = 0, expected a positive integer"),
         ({"head_dim": 16}, r"layer 0: o_proj has shape \[64, 64\], config.json implies \[64, 128\]"),
     ],
 )
@@ -195,6 +202,7 @@ SLIDING: list[tuple[str, dict[str, object], int]] = [
 WHOLE: list[tuple[str, dict[str, object], int]] = [
     ("mistral", {"sliding_window": 16}, 2),
     ("mistral", {"sliding_window": None}, 0),
+    ("qwen3_moe", {"sliding_window": 16, "use_sliding_window": True}, 2),  # its class knows no max_window_layers
     ("llama", {}, 0),
 ]
 

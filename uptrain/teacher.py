@@ -28,7 +28,7 @@ def as_teacher(checkpoint: Checkpoint) -> Checkpoint:
         if isinstance(view, UnsupportedError):
             refusal = refusal or view
             continue
-        architecture, config = view.architecture, view.checkpoint.config
+        architecture, config = view.architecture, view.checkpoint.full_config
         refusal_of_heads = architecture.heads_refusal(config, view.shape.num_key_value_heads)
         if architecture.separates_documents and refusal_of_heads is None:
             return view.checkpoint

@@ -15,11 +15,6 @@ __all__ = ["Architecture", "HeadTensor"]
 Config = Mapping[str, Any]
 
 
-def no_sliding_window(config: Config, layer: int) -> bool:
-    """Return False: no layer has a sliding window. The default of `Architecture.is_sliding`."""
-    return False
-
-
 def every_layer_rotates(config: Any, layer: int) -> bool:
     """Return True: every layer has rotary positions. The default of `Architecture.rotates`."""
     return True
@@ -79,7 +74,8 @@ class Architecture:
     **Config.** `config_names` translates the usual names of config.json; a dot leads into a section. Where that does
     not do, `read_heads(config)` gives the number of K/V heads and `write_heads(config, number)` the entries that change
     for another number. `heads_refusal(config, number)` says why the class cannot have so many, or returns None.
-    `is_sliding(config, layer)` says whether a layer has the config's sliding_window where `layer_types` is not listed.
+    Where the config has no `layer_types`, all layers have its sliding_window if the class `slides`, or none has. These
+    functions get the config with the values that its class has (`Checkpoint.full_config`).
     """
 
     model_type: str
@@ -106,7 +102,7 @@ class Architecture:
     read_heads: Callable[[Config], int] | None = None
     write_heads: Callable[[Config, int], Mapping[str, Any]] | None = None
     heads_refusal: Callable[[Config, int], str | None] = any_number
-    is_sliding: Callable[[Config, int], bool] = no_sliding_window
+    slides: bool = False
 
     @property
     def attentions(self) -> tuple[str, ...]:
@@ -129,16 +125,18 @@ class Architecture:
         """Return what this architecture's config.json calls the usual `name`, for example n_layer."""
         return self.config_names.get(name, name)
 
-    def result_config(self, config: Config, num_key_value_heads: int, head_dim: int) -> dict[str, Any]:
+    def result_config(self, checkpoint: Checkpoint, num_key_value_heads: int, head_dim: int) -> dict[str, Any]:
         """Return a copy of the config for `num_key_value_heads` K/V heads of `head_dim` dims, under its own names."""
-        result: dict[str, Any] = copy.deepcopy(dict(config))
+        result: dict[str, Any] = copy.deepcopy(checkpoint.config)
+        if "num_key_value_heads" in result:  # beside a name of the class's own, which engines do not know
+            result["num_key_value_heads"] = num_key_value_heads
         if self.write_heads is not None:
-            return {**result, **self.write_heads(config, num_key_value_heads)}
+            return {**result, **self.write_heads(checkpoint.full_config, num_key_value_heads)}
         result["head_dim"] = head_dim
         *sections, name = self.config_name("num_key_value_heads").split(".")
         section = result
         for part in sections:
-            section = section[part]
+            section = section.setdefault(part, {})
         section[name] = num_key_value_heads
         return result
 

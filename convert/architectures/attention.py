@@ -32,14 +32,16 @@ def read_attention(checkpoint: Checkpoint, architecture: Architecture) -> Attent
             f"layer 0: {architecture.o_proj} has shape {list(outputs.shape)}, which does not split into config.json's "
             f"num_attention_heads = {num_heads} ({outputs.file})"
         )
-    head_dim = checkpoint.config_int("head_dim", default=outputs.shape[1] // num_heads)
+    head_dim = outputs.shape[1] // num_heads
+    if checkpoint.stated("head_dim") is not None:
+        head_dim = checkpoint.config_int("head_dim")
+    number = architecture.config_name("num_key_value_heads")
     if architecture.read_heads is not None:
-        num_kv_heads = architecture.read_heads(checkpoint.config)
+        num_kv_heads = architecture.read_heads(checkpoint.full_config)
+    elif checkpoint.stated(number) is not None:
+        num_kv_heads = checkpoint.config_int(number)
     else:
-        num_kv_heads = checkpoint.config_int(
-            architecture.config_name("num_key_value_heads"),
-            default=_count_key_value_heads(checkpoint, architecture, num_heads, head_dim),
-        )
+        num_kv_heads = _count_key_value_heads(checkpoint, architecture, num_heads, head_dim)
     if num_heads % num_kv_heads:
         raise CheckpointError(
             f"{checkpoint.name}: num_attention_heads = {num_heads} is not a multiple of "
@@ -111,14 +113,14 @@ def _count_key_value_heads(checkpoint: Checkpoint, architecture: Architecture, n
 
 
 def _windows(checkpoint: Checkpoint, architecture: Architecture, num_layers: int) -> tuple[int | None, ...]:
-    config = checkpoint.config
+    config = checkpoint.full_config
     layer_types = config.get("layer_types")
     if not config.get("sliding_window"):
         return (None,) * num_layers
     window = checkpoint.config_int("sliding_window")
     if layer_types:
         return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
-    return tuple(window if architecture.is_sliding(config, layer) else None for layer in range(num_layers))
+    return (window if architecture.slides else None,) * num_layers
 
 
 def _check_layer(

@@ -14,32 +14,6 @@ from .architecture import Architecture, Config, no_layer_rotates
 __all__ = ["ARCHITECTURES", "LATENT_ARCHITECTURES", "find_architecture", "known_architecture"]
 
 
-def _every_layer(config: Config, layer: int) -> bool:
-    return True
-
-
-def _even_layers(config: Config, layer: int) -> bool:
-    return layer % 2 == 0
-
-
-def _all_but_every_fourth_layer(config: Config, layer: int) -> bool:
-    return (layer + 1) % _pattern(config, 4) != 0
-
-
-def _all_but_every_sixth_layer(config: Config, layer: int) -> bool:
-    return (layer + 1) % _pattern(config, 6) != 0
-
-
-def _pattern(config: Config, default: int) -> int:
-    """The length of the pattern of sliding and full layers, which Exaone writes as a text such as LLLG."""
-    pattern = config.get("sliding_window_pattern") or default
-    return len(pattern) if isinstance(pattern, str) else int(pattern)
-
-
-def _qwen2_layers(config: Config, layer: int) -> bool:
-    return bool(config.get("use_sliding_window")) and layer >= int(config.get("max_window_layers", 28))
-
-
 def _sliding_layers(config: Any, layer: int) -> bool:
     return bool(config.layer_types[layer] == "sliding_attention")
 
@@ -57,19 +31,19 @@ def _even_only(config: Config, num_key_value_heads: int) -> str | None:
 
 
 def _bigcode_heads(config: Config) -> int:
-    return 1 if config.get("multi_query", True) else int(config.get("n_head", 12))
+    return 1 if config["multi_query"] else int(config["n_head"])
 
 
 def _bigcode_one_or_all(config: Config, num_key_value_heads: int) -> str | None:
-    if num_key_value_heads in (1, config.get("n_head")):
+    if num_key_value_heads in (1, config["n_head"]):
         return None
     return f"gpt_bigcode has one K/V head or as many as query heads, not {num_key_value_heads}"
 
 
 def _falcon_heads(config: Config) -> int:
-    if config.get("new_decoder_architecture"):
-        return int(config.get("num_kv_heads") or config["num_attention_heads"])
-    return 1 if config.get("multi_query", True) else int(config["num_attention_heads"])
+    if config["new_decoder_architecture"]:
+        return int(config["num_kv_heads"])
+    return 1 if config["multi_query"] else int(config["num_attention_heads"])
 
 
 def _falcon_with_heads(config: Config, num_key_value_heads: int) -> dict[str, Any]:
@@ -78,10 +52,10 @@ def _falcon_with_heads(config: Config, num_key_value_heads: int) -> dict[str, An
     Falcon's old architecture has one K/V head or all of them. Its new one, with one norm, computes the same and has any
     number. One head goes to the old one where possible, since transformers caches all query heads for the new one.
     """
-    has_two_norms = config.get("new_decoder_architecture") and config.get("num_ln_in_parallel_attn") != 1
+    has_two_norms = config["new_decoder_architecture"] and config["num_ln_in_parallel_attn"] != 1
     if num_key_value_heads == 1 and not has_two_norms:
         return {"new_decoder_architecture": False, "multi_query": True, "num_kv_heads": 1}
-    if config.get("new_decoder_architecture"):
+    if config["new_decoder_architecture"]:
         return {"num_kv_heads": num_key_value_heads}
     return {
         "new_decoder_architecture": True,
@@ -92,7 +66,7 @@ def _falcon_with_heads(config: Config, num_key_value_heads: int) -> dict[str, An
 
 
 def _falcon_sequential(config: Config, num_key_value_heads: int) -> str | None:
-    parallel = config.get("parallel_attn", True) or config.get("new_decoder_architecture")
+    parallel = config["parallel_attn"] or config["new_decoder_architecture"]
     if parallel or num_key_value_heads in (1, config["num_attention_heads"]):
         return None
     return "a falcon whose branches are not parallel has one K/V head or as many as query heads"
@@ -103,7 +77,7 @@ _ENTRIES = (
     Architecture("arcee"),
     Architecture("bitnet", free_values=False),
     Architecture("cohere", interleaved_rotary=True, key_norm="k_norm"),
-    Architecture("cohere2", interleaved_rotary=True, rotates=_sliding_layers, is_sliding=_all_but_every_fourth_layer),
+    Architecture("cohere2", interleaved_rotary=True, rotates=_sliding_layers),
     Architecture("cross_layer_decoder", key_norm="k_norm", query_norm="q_norm"),
     Architecture(
         "dbrx",
@@ -121,7 +95,7 @@ _ENTRIES = (
     ),
     Architecture("diffllama", heads_refusal=_even_only, free_values=False),
     Architecture("ernie4_5", interleaved_rotary=True),
-    Architecture("exaone4", key_norm="k_norm", is_sliding=_all_but_every_fourth_layer),
+    Architecture("exaone4", key_norm="k_norm"),
     Architecture(
         "falcon",
         attention="transformer.h.{layer}.self_attention",
@@ -136,8 +110,8 @@ _ENTRIES = (
         heads_refusal=_falcon_sequential,
     ),
     Architecture("gemma"),
-    Architecture("gemma2", is_sliding=_even_layers),
-    Architecture("gemma3_text", key_norm="k_norm", is_sliding=_all_but_every_sixth_layer),
+    Architecture("gemma2"),
+    Architecture("gemma3_text", key_norm="k_norm"),
     Architecture("glm", interleaved_rotary=True),
     Architecture("glm4", interleaved_rotary=True),
     Architecture(
@@ -204,25 +178,25 @@ _ENTRIES = (
     Architecture("hyperclovax"),
     Architecture("jais2"),
     Architecture("llama"),
-    Architecture("mistral", is_sliding=_every_layer),
-    Architecture("mixtral", is_sliding=_every_layer),
+    Architecture("mistral", slides=True),
+    Architecture("mixtral", slides=True),
     Architecture("nanochat", always_normalised=True),
     Architecture("nemotron"),
     Architecture("olmo"),
     Architecture("olmo2", key_norm="k_norm"),
-    Architecture("olmo3", key_norm="k_norm", is_sliding=_all_but_every_fourth_layer),
+    Architecture("olmo3", key_norm="k_norm"),
     Architecture("olmoe", key_norm="k_norm"),
     Architecture("phi", o_proj="dense", key_norm="k_layernorm"),
-    Architecture("phi3", qkv_proj="qkv_proj", is_sliding=_every_layer),
-    Architecture("phimoe", is_sliding=_every_layer),
-    Architecture("qwen2", is_sliding=_qwen2_layers),
-    Architecture("qwen2_moe", is_sliding=_qwen2_layers),
-    Architecture("qwen3", key_norm="k_norm", is_sliding=_qwen2_layers),
-    Architecture("qwen3_moe", key_norm="k_norm", is_sliding=_qwen2_layers),
+    Architecture("phi3", qkv_proj="qkv_proj", slides=True),
+    Architecture("phimoe", slides=True),
+    Architecture("qwen2"),
+    Architecture("qwen2_moe"),
+    Architecture("qwen3", key_norm="k_norm"),
+    Architecture("qwen3_moe", key_norm="k_norm", slides=True),
     Architecture("seed_oss"),
     Architecture("smollm3", rotates=lambda config, layer: bool(config.no_rope_layers[layer])),
     Architecture("stablelm", key_norm="k_layernorm.norms.{head}"),
-    Architecture("starcoder2", is_sliding=_every_layer),
+    Architecture("starcoder2", slides=True),
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({entry.model_type: entry for entry in _ENTRIES})

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from ..errors import CheckpointError, UnsupportedError, in_one_line, is_out_of_memory
 from ..runtime import RUNTIME_CLASSES
+from .config_classes import class_config, knows_class, quiet_transformers
 from .opening import open_checkpoint
 from .remote_code import remote_code_allowed
 from .tensors import CONFIG_NAME, OLD_BUFFERS, Checkpoint
@@ -148,32 +149,6 @@ def load_model(model: str | Path, *, dtype: Any, device: Any, distributed_config
     return (loaded if sharding else loaded.to(device)).eval()
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Switch off progress bars and warnings of transformers inside the block: callers report and check themselves."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled
-    from transformers.utils import logging
-
-    verbosity, had_bars = logging.get_verbosity(), not are_progress_bars_disabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if had_bars:
-            logging.enable_progress_bar()
-
-
-def class_config(config: Mapping[str, Any]) -> Any:
-    """Return the config object of a config.json, with the defaults of its class, which must be one of transformers."""
-    from transformers import AutoConfig
-
-    values = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
-    with quiet_transformers():
-        return AutoConfig.for_model(config["model_type"], **values)
-
-
 def empty_model(config: Mapping[str, Any]) -> Any:
     """Return the causal language model of a config in float32, parameters on the meta device and buffers on the CPU."""
     import torch
@@ -194,13 +169,6 @@ def other_head(config: Mapping[str, Any], tensors: Iterable[str]) -> str | None:
         return f"a value head, {value_head}"
     saved_as = str((config.get("architectures") or [""])[0])
     return saved_as if _OTHER_HEAD.search(saved_as) else None
-
-
-def knows_class(model_type: object) -> bool:
-    """Return whether transformers has a class for this `model_type`."""
-    from transformers import CONFIG_MAPPING
-
-    return model_type in CONFIG_MAPPING
 
 
 def auto_class(model: str | Path) -> Any:

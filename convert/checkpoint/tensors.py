@@ -12,7 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import CheckpointError, UnsupportedError, in_one_line
+from .config_classes import full_config
 from .finite import count_nonfinite
 
 if TYPE_CHECKING:
@@ -55,6 +56,12 @@ def tensor_bytes(tensor: Tensor) -> bytes:
     import torch
 
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _lookup(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, dict) else None
+    return config
 
 
 def _count_in_bytes(chunk: memoryview, dtype: str) -> int:
@@ -175,15 +182,32 @@ class Checkpoint:
             counts[info.dtype] = counts.get(info.dtype, 0) + info.num_elements
         return max(counts, key=lambda dtype: counts[dtype])
 
+    @cached_property
+    def full_config(self) -> dict[str, Any]:
+        """The config with the values that its class has where config.json says nothing (`config_classes.full_config`).
+
+        Raises CheckpointError where the class cannot hold what config.json says.
+        """
+        try:
+            return full_config(self.config)
+        except Exception as error:  # a config can be wrong in more ways than transformers has words for
+            raise CheckpointError(
+                f"{self.name}: transformers cannot read its config.json ({in_one_line(error)})"
+            ) from error
+
     def config_value(self, key: str) -> Any:
-        """Return a value of config.json, or None if it is absent; a dot in `key` leads into a section."""
-        value: Any = self.config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        return value
+        """Return a value of the full config, or None if it is absent; a dot in `key` leads into a section."""
+        return _lookup(self.full_config, key)
+
+    def stated(self, key: str) -> Any:
+        """Return what config.json itself says, or None if it leaves it to its class; dots as in `config_value`."""
+        return _lookup(self.config, key)
 
     def config_int(self, key: str, *, default: int | None = None) -> int:
-        """Return a positive integer of config.json, or `default` if it is absent or null. Raises CheckpointError."""
+        """Return a positive integer of the full config, or `default` if it is absent or null.
+
+        Raises CheckpointError for anything else.
+        """
         value = self.config_value(key)
         if value is None and default is not None:
             return default

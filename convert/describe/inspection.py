@@ -108,7 +108,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = N
         check_source(source)
     cross_layer, shared = _cross_layer_target(source)
     conversions = (*_targets(source, shape), cross_layer, _latent_target(source))
-    configs = {view.architecture.model_type: view.checkpoint.config for view in (*shared, *reversed(usable))}
+    configs = {view.architecture.model_type: view.checkpoint.full_config for view in (*shared, *reversed(usable))}
     pooled = [target.model_type for target in conversions[:2] if target.model_type]
     others = (*(() if pooled else usable), *shared)
     classes = dict.fromkeys([*pooled, *(view.architecture.model_type for view in others)])

@@ -71,7 +71,7 @@ def class_refusal(source: Source) -> str | None:
 
     The source is one that `as_latent_source` gives.
     """
-    checkpoint, config = source.checkpoint, source.checkpoint.config
+    checkpoint, config = source.checkpoint, source.checkpoint.full_config
     refusal = source.architecture.refusal(checkpoint)
     if refusal:
         return refusal
@@ -96,7 +96,7 @@ def class_refusal(source: Source) -> str | None:
 
 def result_config(source: Source, layout: LatentLayout, rope_pairs: Sequence[RopePair]) -> dict[str, Any]:
     """config.json of the result, whose rotary key has these pairs."""
-    config, shape, sizes = source.checkpoint.config, source.shape, layout.sizes
+    config, shape, sizes = source.checkpoint.full_config, source.shape, layout.sizes
     parameters = rope_parameters(config, source.rotary[0], rope_pairs)
     older = {"rope_theta": parameters["rope_theta"]}
     if parameters["rope_type"] != "default":

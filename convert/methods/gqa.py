@@ -79,7 +79,7 @@ class Gqa(Method):
         source.require_convertible()
         self._grouping(source)
         checkpoint, architecture = source.checkpoint, source.architecture
-        reason = architecture.heads_refusal(checkpoint.config, self.num_key_value_heads)
+        reason = architecture.heads_refusal(checkpoint.full_config, self.num_key_value_heads)
         if reason:
             raise UnsupportedError(f"{source.name}: {reason}")
         if self._keeps_heads(source) and not self.allow_same:
@@ -176,7 +176,7 @@ class Gqa(Method):
         if method == "svd" or (method == "random" and tensor.is_norm):
             method = "mean"  # of norms' gains: near zero, they would switch fresh keys off
         if method == "random":
-            std = float(source.checkpoint.config.get("initializer_range") or _DEFAULT_INITIALIZER_RANGE)
+            std = float(source.checkpoint.full_config.get("initializer_range") or _DEFAULT_INITIALIZER_RANGE)
             seed = _tensor_seed(self.seed, tensor.name)
         return PoolHeads(
             method,
@@ -190,7 +190,7 @@ class Gqa(Method):
 
     def _result_config(self, source: Source) -> dict[str, Any]:
         architecture = source.architecture
-        config = architecture.result_config(source.checkpoint.config, self.num_key_value_heads, source.shape.head_dim)
+        config = architecture.result_config(source.checkpoint, self.num_key_value_heads, source.shape.head_dim)
         if architecture.model_type not in RUNTIME_CLASSES:
             config.pop("auto_map", None)  # the result opens in the stock class; the source's own code knows no grouping
         return config

@@ -156,7 +156,7 @@ def free_transformations(source: Source, layer: int) -> FreeTransformations:
 def _choose_grouping(source: Source, merge: HeadMerge, heads: Heads) -> HeadGrouping:
     """The groups of heads. Where a norm over keys, or after the values, has gains for each head, they stay in order."""
     free = heads.free
-    may_regroup = free.keys and free.values and not source.architecture.ordered_heads(source.checkpoint.config)
+    may_regroup = free.keys and free.values and not source.architecture.ordered_heads(source.checkpoint.full_config)
     is_choice = merge.num_key_value_heads not in (1, len(heads))
     if merge.grouping == "similarity" and may_regroup and is_choice:
         return best_grouping(heads, merge.num_key_value_heads)

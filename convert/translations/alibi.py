@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from ..checkpoint.tensors import Checkpoint
-from .common import head_part, int_of, present_prefix, qkv, rope_config, third
+from .common import head_part, present_prefix, qkv, rope_config, third
 from .decoder import decoder_config, decoder_tensors, megatron_modules
 from .translation import Derived, Translation
 
@@ -31,22 +31,22 @@ def _mpt_slopes(num_heads: int) -> list[float]:
 
 
 def _bloom_refusal(checkpoint: Checkpoint) -> str | None:
-    if checkpoint.config.get("apply_residual_connection_post_layernorm"):
+    if checkpoint.full_config["apply_residual_connection_post_layernorm"]:
         return "its residual branches off after the norm, GroupedDecoder's before"
     return None
 
 
 def _bloom_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    width, num_heads = int_of(checkpoint, "n_embed", "hidden_size"), int_of(checkpoint, "n_head", "num_attention_heads")
+    width, num_heads = checkpoint.config_int("hidden_size"), checkpoint.config_int("n_head")
     return decoder_config(
         checkpoint,
         hidden_size=width,
         num_attention_heads=num_heads,
-        num_hidden_layers=int_of(checkpoint, "n_layer", "num_hidden_layers"),
+        num_hidden_layers=checkpoint.config_int("n_layer"),
         intermediate_size=4 * width,
         max_position_embeddings=checkpoint.config_int("seq_length", default=2048),
         hidden_act="gelu_pytorch_tanh",
-        layer_norm_eps=checkpoint.config.get("layer_norm_epsilon", 1e-5),
+        layer_norm_eps=checkpoint.full_config["layer_norm_epsilon"],
         position_embedding_type="alibi",
         alibi_slopes=_slopes(num_heads),
         embedding_norm=True,
@@ -58,12 +58,12 @@ def _bloom_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
     tensors = _megatron_tensors(
         checkpoint,
         prefix,
-        int_of(checkpoint, "n_head", "num_attention_heads"),
-        int_of(checkpoint, "n_layer", "num_hidden_layers"),
+        checkpoint.config_int("n_head"),
+        checkpoint.config_int("n_layer"),
     )
     for kind in ("weight", "bias"):
         old = f"{prefix}word_embeddings_layernorm.{kind}"
-        tensors[f"model.embedding_norm.{kind}"] = Derived((old,), (int_of(checkpoint, "n_embed", "hidden_size"),))
+        tensors[f"model.embedding_norm.{kind}"] = Derived((old,), (checkpoint.config_int("hidden_size"),))
     return tensors
 
 
@@ -80,7 +80,7 @@ def _mpt_refusal(checkpoint: Checkpoint) -> str | None:
         found = checkpoint.config_value(f"attn_config.{name}")
         if found is not None and found != value:
             return f"GroupedDecoder has no counterpart of attn_config.{name} = {found!r}"
-    return "its logits are scaled" if checkpoint.config.get("logit_scale") else None
+    return "its logits are scaled" if checkpoint.full_config["logit_scale"] else None
 
 
 def _mpt_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def _mpt_config(checkpoint: Checkpoint) -> dict[str, Any]:
         intermediate_size=4 * width,
         max_position_embeddings=checkpoint.config_int("max_seq_len"),
         hidden_act="gelu",
-        layer_norm_eps=checkpoint.config.get("layer_norm_epsilon", 1e-5),
+        layer_norm_eps=checkpoint.full_config["layer_norm_epsilon"],
         position_embedding_type="alibi",
         alibi_slopes=_mpt_slopes(num_heads),
         clip_qkv=checkpoint.config_value("attn_config.clip_qkv") or None,  # MPT takes 0 for no clipping
@@ -120,13 +120,13 @@ def _mpt_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
 
 
 def _falcon_refusal(checkpoint: Checkpoint) -> str | None:
-    config = checkpoint.config
-    if config.get("new_decoder_architecture") or config.get("parallel_attn", True):
+    config = checkpoint.full_config
+    if config["new_decoder_architecture"] or config["parallel_attn"]:
         return "its branches are parallel, GroupedDecoder's follow one another"
-    if config.get("multi_query", True):
+    if config["multi_query"]:
         return "it has one K/V head already"
     head_dim = checkpoint.config_int("hidden_size") // checkpoint.config_int("num_attention_heads")
-    if config.get("alibi") and not math.log2(math.sqrt(head_dim)).is_integer():
+    if config["alibi"] and not math.log2(math.sqrt(head_dim)).is_integer():
         return f"its ALiBi is rounded to bfloat16 before a division by √{head_dim}, which is not a power of two"
     return None
 
@@ -138,23 +138,23 @@ def _falcon_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     width, num_heads = checkpoint.config_int("hidden_size"), checkpoint.config_int("num_attention_heads")
     positions: dict[str, Any]
-    if checkpoint.config.get("alibi"):
+    if checkpoint.full_config["alibi"]:
         slopes = [slope / math.sqrt(width // num_heads) for slope in _slopes(num_heads)]
         positions = {"position_embedding_type": "alibi", "alibi_slopes": slopes, "alibi_bfloat16": True}
     else:
         positions = {
             "position_embedding_type": "rotary",
-            **rope_config(checkpoint, 1.0, checkpoint.config.get("rope_theta", 10000.0)),
+            **rope_config(checkpoint.full_config["rope_parameters"]),
         }
     return decoder_config(
         checkpoint,
         hidden_size=width,
         num_attention_heads=num_heads,
         num_hidden_layers=checkpoint.config_int("num_hidden_layers"),
-        intermediate_size=checkpoint.config_int("ffn_hidden_size", default=4 * width),
-        max_position_embeddings=checkpoint.config_int("max_position_embeddings", default=2048),
-        hidden_act=checkpoint.config.get("activation", "gelu"),
-        layer_norm_eps=checkpoint.config.get("layer_norm_epsilon", 1e-5),
+        intermediate_size=checkpoint.config_int("ffn_hidden_size"),
+        max_position_embeddings=checkpoint.config_int("max_position_embeddings"),
+        hidden_act=checkpoint.full_config["activation"],
+        layer_norm_eps=checkpoint.full_config["layer_norm_epsilon"],
         **positions,
     )
 
@@ -178,9 +178,7 @@ def _megatron_tensors(checkpoint: Checkpoint, prefix: str, num_heads: int, num_l
     )
 
 
-FALCON_TO_DECODER = Translation(
-    "falcon", "grouped_decoder", _falcon_config, _falcon_tensors, _falcon_refusal, (11, 11, None)
-)
+FALCON_TO_DECODER = Translation("falcon", "grouped_decoder", _falcon_config, _falcon_tensors, _falcon_refusal)
 
-BLOOM_TO_DECODER = Translation("bloom", "grouped_decoder", _bloom_config, _bloom_tensors, _bloom_refusal, (1, 2, None))
-MPT_TO_DECODER = Translation("mpt", "grouped_decoder", _mpt_config, _mpt_tensors, _mpt_refusal, (None, None, None))
+BLOOM_TO_DECODER = Translation("bloom", "grouped_decoder", _bloom_config, _bloom_tensors, _bloom_refusal)
+MPT_TO_DECODER = Translation("mpt", "grouped_decoder", _mpt_config, _mpt_tensors, _mpt_refusal)

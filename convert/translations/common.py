@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.tensors import Checkpoint
-from ..errors import CheckpointError
 from .translation import Derived
 
 if TYPE_CHECKING:
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 __all__ = [
     "common_config",
     "head_part",
-    "int_of",
     "linear",
     "present_prefix",
     "qkv",
@@ -33,42 +31,27 @@ def common_config(checkpoint: Checkpoint, model_type: str, class_name: str) -> d
     """Return a config for the class `class_name` with the entries that both classes call the same."""
     same = (
         "vocab_size hidden_size num_hidden_layers num_attention_heads initializer_range bos_token_id eos_token_id "
-        "pad_token_id attention_dropout dtype torch_dtype quantization_config"
+        "pad_token_id attention_dropout dtype torch_dtype quantization_config tie_word_embeddings"
     )
-    config = {name: checkpoint.config[name] for name in same.split() if name in checkpoint.config}
-    num_heads = checkpoint.config.get("num_attention_heads")
-    return config | {
+    config = checkpoint.full_config
+    return {name: config[name] for name in same.split() if name in config} | {
         "architectures": [class_name],
         "model_type": model_type,
-        "num_key_value_heads": num_heads,
-        "tie_word_embeddings": bool(checkpoint.config.get("tie_word_embeddings", False)),
+        "num_key_value_heads": config.get("num_attention_heads"),
     }
 
 
-def rope_config(checkpoint: Checkpoint, partial_rotary_factor: float, rope_theta: float) -> dict[str, Any]:
+def rope_config(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return rotary settings as transformers 5 reads them, and beside them as version 4 does.
 
-    The arguments are the values where the checkpoint's config has no rope_parameters. Raises CheckpointError where it
-    has rope_scaling that is no object.
+    `given` are settings as version 5 has them in `rope_parameters`, which may leave out what has a usual value.
     """
-    parameters: dict[str, Any] = {"rope_theta": rope_theta, "partial_rotary_factor": partial_rotary_factor}
-    scaling = checkpoint.config.get("rope_scaling") or {}
-    newer = checkpoint.config.get("rope_parameters") or {}
-    if not isinstance(scaling, dict) or not isinstance(newer, dict):
-        raise CheckpointError(f"{checkpoint.name}: config.json has rope_scaling = {scaling!r}, expected an object")
-    parameters |= scaling | newer
-    rope_type = parameters.pop("type", "default")  # the name of version 4.42 and before
-    parameters.setdefault("rope_type", rope_type)
+    usual = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+    parameters = usual | {name: value for name, value in given.items() if name != "type"}  # of version 4.42 and before
     older = {name: parameters[name] for name in ("rope_theta", "partial_rotary_factor")}
     if parameters["rope_type"] != "default":
         older["rope_scaling"] = {name: value for name, value in parameters.items() if name not in older}
     return {"rope_parameters": parameters, **older}
-
-
-def int_of(checkpoint: Checkpoint, *names: str, default: int | None = None) -> int:
-    """Return the config's positive integer under the first of `names` that it has; older files use other names."""
-    present = [name for name in names if checkpoint.config_value(name) is not None]
-    return checkpoint.config_int((present or names)[0], default=default)
 
 
 def present_prefix(checkpoint: Checkpoint, prefix: str, name: str) -> str:

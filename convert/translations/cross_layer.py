@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -31,33 +31,26 @@ _COPIED = (
 class _LlamaShaped:
     """A class whose function CrossLayerDecoder can compute, and what its translation must know.
 
-    `defaults` are values of its config class that differ from CrossLayerDecoder's. `token_ids` are the default ids of
-    BOS, EOS and padding. `qk_norm` says that queries and keys are normalised head by head. `fused` maps a projection
+    `qk_norm` says that queries and keys are normalised head by head. `fused` maps a projection
     whose rows are several of CrossLayerDecoder's projections to their names.
     """
 
     model_type: str
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    token_ids: tuple[int | None, int | None, int | None] = (None, None, None)
     qk_norm: bool = False
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def translation(self) -> Translation:
         """Return the translation to CrossLayerDecoder."""
-        return Translation(
-            self.model_type, CROSS_LAYER_DECODER, self.make_config, self.make_tensors, token_ids=self.token_ids
-        )
+        return Translation(self.model_type, CROSS_LAYER_DECODER, self.make_config, self.make_tensors)
 
     def make_config(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Return CrossLayerDecoder's config, in which every layer computes its keys and values."""
         runtime = RUNTIME_CLASSES[CROSS_LAYER_DECODER]
-        config = {**self.defaults, **checkpoint.config}
+        config = checkpoint.full_config
         architecture = find_architecture(checkpoint)
-        shape = read_attention(replace(checkpoint, config=config), architecture)
+        shape = read_attention(checkpoint, architecture)
         windows = [window for window in shape.windows if window is not None]
-        rope_parameters = rope_config(
-            checkpoint, config.get("partial_rotary_factor", 1.0), config.get("rope_theta", 10000.0)
-        )["rope_parameters"]
+        rope_parameters = rope_config(config["rope_parameters"])["rope_parameters"]
         if self.model_type == "phi3" and rope_parameters["rope_type"] in ("su", "yarn"):
             rope_parameters["rope_type"] = "longrope"  # its older names
         biased = [
@@ -117,38 +110,13 @@ def _parts(
     return found
 
 
-_QWEN = {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768}
 _SOURCES = (
-    _LlamaShaped("llama", token_ids=(1, 2, None)),
-    _LlamaShaped(
-        "mistral",
-        {"max_position_embeddings": 131072, "intermediate_size": 14336, "sliding_window": 4096},
-        (1, 2, None),
-    ),
-    _LlamaShaped(
-        "phi3",
-        {
-            "vocab_size": 32064,
-            "intermediate_size": 8192,
-            "max_position_embeddings": 4096,
-            "original_max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-5,
-        },
-        (1, 32000, 32000),
-        fused={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
-    ),
-    _LlamaShaped("qwen2", _QWEN),
-    _LlamaShaped("qwen3", _QWEN, qk_norm=True),
-    _LlamaShaped(
-        "seed_oss",
-        {
-            "vocab_size": 155136,
-            "intermediate_size": 27648,
-            "max_position_embeddings": 524288,
-            "attention_dropout": 0.1,
-        },
-        (0, 2, 1),
-    ),
+    _LlamaShaped("llama"),
+    _LlamaShaped("mistral"),
+    _LlamaShaped("phi3", fused={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}),
+    _LlamaShaped("qwen2"),
+    _LlamaShaped("qwen3", qk_norm=True),
+    _LlamaShaped("seed_oss"),
 )
 CROSS_LAYER: Mapping[str, Translation] = MappingProxyType(
     {source.model_type: source.translation() for source in _SOURCES}

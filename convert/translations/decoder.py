@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = ["TO_GPT_BIGCODE", "TO_NEMOTRON", "decoder_config", "decoder_tensors", "megatron_modules", "scaled_queries"]
 
-_COPIED = "vocab_size initializer_range bos_token_id eos_token_id pad_token_id dtype torch_dtype quantization_config"
+_COPIED = (
+    "vocab_size initializer_range tie_word_embeddings bos_token_id eos_token_id pad_token_id dtype torch_dtype "
+    "quantization_config"
+)
 
 
 def decoder_config(
@@ -33,14 +36,14 @@ def decoder_config(
     intermediate_size: int,
     max_position_embeddings: int,
     hidden_act: str,
-    tie_word_embeddings: bool = True,
     **more: Any,
 ) -> dict[str, Any]:
     """Return GroupedDecoder's config: these sizes, `more` of its fields, and what the source's config says alike."""
     runtime = RUNTIME_CLASSES["grouped_decoder"]
-    copied = {name: checkpoint.config[name] for name in _COPIED.split() if name in checkpoint.config}
-    if "init_std" in checkpoint.config:
-        copied["initializer_range"] = checkpoint.config["init_std"]
+    config = checkpoint.full_config
+    copied = {name: config[name] for name in _COPIED.split() if name in config}
+    if "init_std" in config:
+        copied["initializer_range"] = config["init_std"]
     return {
         **copied,
         "architectures": [runtime.architecture],
@@ -55,7 +58,6 @@ def decoder_config(
         "hidden_act": hidden_act,
         "max_position_embeddings": max_position_embeddings,
         "position_embedding_type": "learned",
-        "tie_word_embeddings": bool(checkpoint.config.get("tie_word_embeddings", tie_word_embeddings)),
         **more,
     }
 
@@ -125,20 +127,20 @@ def _plain(config: Mapping[str, Any]) -> bool:
 
 
 def _gpt_bigcode_refusal(checkpoint: Checkpoint) -> str | None:
-    config = checkpoint.config
-    if config.get("position_embedding_type") == "learned" and _plain(config):
+    config = checkpoint.full_config
+    if config["position_embedding_type"] == "learned" and _plain(config):
         return None
     return "GPTBigCode has learned positions, no window, no clipping, and norms before the branches only"
 
 
 def _gpt_bigcode_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    config = checkpoint.config
+    config = checkpoint.full_config
     return {name: config[name] for name in _COPIED.split() if name in config} | {
         "architectures": ["GPTBigCodeForCausalLM"],
         "model_type": "gpt_bigcode",
         "multi_query": False,
         "activation_function": config["hidden_act"],
-        "layer_norm_epsilon": config.get("layer_norm_eps", 1e-5),
+        "layer_norm_epsilon": config["layer_norm_eps"],
         "n_embd": config["hidden_size"],
         "n_head": config["num_attention_heads"],
         "n_inner": config["intermediate_size"],
@@ -147,14 +149,14 @@ def _gpt_bigcode_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "attn_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "resid_pdrop": 0.0,
-        "tie_word_embeddings": config["tie_word_embeddings"] and config.get("embedding_multiplier", 1.0) == 1.0,
+        "tie_word_embeddings": config["tie_word_embeddings"] and config["embedding_multiplier"] == 1.0,
     }
 
 
 def _gpt_bigcode_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
     """GPTBigCode's tensors; a multiplier of the embeddings is folded into them, which unties them from the head."""
     width, num_heads = checkpoint.config_int("hidden_size"), checkpoint.config_int("num_attention_heads")
-    multiplier = checkpoint.config.get("embedding_multiplier", 1.0)
+    multiplier = checkpoint.full_config["embedding_multiplier"]
     embeddings = same(checkpoint, "model.embed_tokens.weight")
     tensors = {
         "transformer.wte.weight": embeddings,
@@ -190,8 +192,8 @@ def _gpt_bigcode_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
 
 
 def _nemotron_refusal(checkpoint: Checkpoint) -> str | None:
-    config = checkpoint.config
-    if config.get("position_embedding_type") == "rotary" and _plain(config):
+    config = checkpoint.full_config
+    if config["position_embedding_type"] == "rotary" and _plain(config):
         return None
     return "Nemotron has rotary positions, no clipping, and norms before the branches only"
 
@@ -201,7 +203,7 @@ def _nemotron_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return {name: value for name, value in checkpoint.config.items() if name not in dropped} | {
         "architectures": ["NemotronForCausalLM"],
         "model_type": "nemotron",
-        "norm_eps": checkpoint.config.get("layer_norm_eps", 1e-5),
+        "norm_eps": checkpoint.full_config["layer_norm_eps"],
         "attention_bias": True,
         "mlp_bias": True,
     }

@@ -17,22 +17,17 @@ __all__ = ["GPT_NEOX_TO_DECODER", "GPT_NEOX_TO_PHI"]
 
 
 def _is_sequential(checkpoint: Checkpoint) -> str | None:
-    return None if checkpoint.config.get("use_parallel_residual", True) else "its branches follow one another"
-
-
-def _rotary(checkpoint: Checkpoint) -> dict[str, Any]:
-    config = checkpoint.config
-    return rope_config(checkpoint, config.get("rotary_pct", 0.25), config.get("rotary_emb_base", 10000))
+    return None if checkpoint.full_config["use_parallel_residual"] else "its branches follow one another"
 
 
 def _phi_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    config = checkpoint.config
+    config = checkpoint.full_config
     return common_config(checkpoint, "phi", "PhiForCausalLM") | {
-        "hidden_act": config.get("hidden_act", "gelu"),
+        "hidden_act": config["hidden_act"],
         "intermediate_size": checkpoint.config_int("intermediate_size"),
-        "layer_norm_eps": config.get("layer_norm_eps", 1e-5),
-        "max_position_embeddings": checkpoint.config_int("max_position_embeddings", default=2048),
-        **_rotary(checkpoint),
+        "layer_norm_eps": config["layer_norm_eps"],
+        "max_position_embeddings": checkpoint.config_int("max_position_embeddings"),
+        **rope_config(checkpoint.full_config["rope_parameters"]),
     }
 
 
@@ -75,9 +70,8 @@ def _decoder_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return decoder_config(
         checkpoint,
         **{name: phi[name] for name in (*copied.split(), "layer_norm_eps")},
-        tie_word_embeddings=False,
         position_embedding_type="rotary",
-        **_rotary(checkpoint),
+        **rope_config(checkpoint.full_config["rope_parameters"]),
     )
 
 
@@ -101,7 +95,7 @@ def _head(checkpoint: Checkpoint, prefix: str) -> str:
     for name in ("embed_out", "lm_head"):
         if f"{name}.weight" in checkpoint.tensors:
             return name
-    return f"{prefix}embed_in" if checkpoint.config.get("tie_word_embeddings") else "lm_head"
+    return f"{prefix}embed_in" if checkpoint.full_config["tie_word_embeddings"] else "lm_head"
 
 
 def _folded(
@@ -129,9 +123,5 @@ def _folded(
     }
 
 
-_TOKEN_IDS = (0, 2, None)
-
-GPT_NEOX_TO_PHI = Translation("gpt_neox", "phi", _phi_config, _phi_tensors, _is_sequential, _TOKEN_IDS)
-GPT_NEOX_TO_DECODER = Translation(
-    "gpt_neox", "grouped_decoder", _decoder_config, _decoder_tensors, token_ids=_TOKEN_IDS
-)
+GPT_NEOX_TO_PHI = Translation("gpt_neox", "phi", _phi_config, _phi_tensors, _is_sequential)
+GPT_NEOX_TO_DECODER = Translation("gpt_neox", "grouped_decoder", _decoder_config, _decoder_tensors)

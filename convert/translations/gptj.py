@@ -14,31 +14,30 @@ if TYPE_CHECKING:
 
 __all__ = ["CODEGEN_TO_PHI", "GPTJ_TO_PHI"]
 
-_DEFAULT_ROTARY_DIM = 64  # of both classes, whatever their head_dim
 _CODEGEN_BLOCKS = 4  # CodeGen's q, v and k lie in four blocks, one per accelerator of its training
 
 
 def _gptj_to_phi_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    config = checkpoint.config
+    config = checkpoint.full_config
     hidden_size, num_heads = checkpoint.config_int("n_embd"), checkpoint.config_int("n_head")
-    rotary_dim = checkpoint.config_int("rotary_dim", default=_DEFAULT_ROTARY_DIM)
+    rotary_dim = checkpoint.config_int("rotary_dim")
     return common_config(checkpoint, "phi", "PhiForCausalLM") | {
-        "hidden_act": config.get("activation_function", "gelu_new"),
+        "hidden_act": config["activation_function"],
         "hidden_size": hidden_size,
         "intermediate_size": checkpoint.config_int("n_inner", default=4 * hidden_size),
-        "layer_norm_eps": config.get("layer_norm_epsilon", 1e-5),
-        "max_position_embeddings": checkpoint.config_int("n_positions", default=2048),
+        "layer_norm_eps": config["layer_norm_epsilon"],
+        "max_position_embeddings": checkpoint.config_int("n_positions"),
         "num_attention_heads": num_heads,
         "num_hidden_layers": checkpoint.config_int("n_layer"),
         "num_key_value_heads": num_heads,
-        **rope_config(checkpoint, rotary_dim * num_heads / hidden_size, 10000),
+        **rope_config({"rope_theta": 10000, "partial_rotary_factor": rotary_dim * num_heads / hidden_size}),
     }
 
 
 def _gptj_to_phi_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
     """Phi's tensors from GPT-J's or CodeGen's: rotary pairs become half-split, absent biases of attention zeros."""
     hidden_size, num_heads = checkpoint.config_int("n_embd"), checkpoint.config_int("n_head")
-    rotary_dim = checkpoint.config_int("rotary_dim", default=_DEFAULT_ROTARY_DIM)
+    rotary_dim = checkpoint.config_int("rotary_dim")
     half_split = partial(_half_split, num_heads=num_heads, rotary_dim=rotary_dim)
     prefix = present_prefix(checkpoint, "transformer.", "wte.weight")
     tensors = {
@@ -82,7 +81,5 @@ def _half_split(projection: Tensor, *, num_heads: int, rotary_dim: int) -> Tenso
     return torch.cat([even, odd, heads[:, rotary_dim:]], dim=1).reshape(projection.shape)
 
 
-_TOKEN_IDS = (50256, 50256, None)
-
-CODEGEN_TO_PHI = Translation("codegen", "phi", _gptj_to_phi_config, _gptj_to_phi_tensors, token_ids=_TOKEN_IDS)
-GPTJ_TO_PHI = Translation("gptj", "phi", _gptj_to_phi_config, _gptj_to_phi_tensors, token_ids=_TOKEN_IDS)
+CODEGEN_TO_PHI = Translation("codegen", "phi", _gptj_to_phi_config, _gptj_to_phi_tensors)
+GPTJ_TO_PHI = Translation("gptj", "phi", _gptj_to_phi_config, _gptj_to_phi_tensors)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.tensors import Checkpoint
-from .common import head_part, int_of, linear, present_prefix, qkv, same, third
+from .common import head_part, linear, present_prefix, qkv, same, third
 from .decoder import decoder_config, decoder_tensors, scaled_queries
 from .translation import Derived, Translation
 
@@ -40,7 +40,7 @@ _FAIRSEQ_MODULES = {
 
 
 def _cross_attention_refusal(checkpoint: Checkpoint) -> str | None:
-    return "it has cross-attention" if checkpoint.config.get("add_cross_attention") else None
+    return "it has cross-attention" if checkpoint.full_config["add_cross_attention"] else None
 
 
 def _gpt2_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -51,9 +51,9 @@ def _gpt2_config(checkpoint: Checkpoint) -> dict[str, Any]:
         num_attention_heads=checkpoint.config_int("n_head"),
         num_hidden_layers=checkpoint.config_int("n_layer"),
         intermediate_size=checkpoint.config_int("n_inner", default=4 * width),
-        max_position_embeddings=int_of(checkpoint, "n_positions", "n_ctx"),
-        hidden_act=checkpoint.config.get("activation_function", "gelu_new"),
-        layer_norm_eps=checkpoint.config.get("layer_norm_epsilon", 1e-5),
+        max_position_embeddings=checkpoint.config_int("n_positions"),
+        hidden_act=checkpoint.full_config["activation_function"],
+        layer_norm_eps=checkpoint.full_config["layer_norm_epsilon"],
     )
 
 
@@ -69,9 +69,9 @@ def _gpt2_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
 
 def _with_scale(checkpoint: Checkpoint, tensors: dict[str, Derived], new: str) -> dict[str, Derived]:
     """The tensors with queries that make up for scores that the source scales by another factor than 1 / √head_dim."""
-    config = checkpoint.config
+    config = checkpoint.full_config
     head_dim = checkpoint.config_int("n_embd") // checkpoint.config_int("n_head")
-    factor = 1.0 if config.get("scale_attn_weights", True) else math.sqrt(head_dim)
+    factor = 1.0 if config["scale_attn_weights"] else math.sqrt(head_dim)
     if config.get("scale_attn_by_inverse_layer_idx"):
         factor /= int(new.split(".")[2]) + 1  # model.layers.N.self_attn
     return tensors if factor == 1.0 else scaled_queries(tensors, new, factor)
@@ -100,7 +100,7 @@ def _gpt2_like_tensors(
 
 
 def _bigcode_refusal(checkpoint: Checkpoint) -> str | None:
-    return "it has one K/V head already" if checkpoint.config.get("multi_query", True) else None
+    return "it has one K/V head already" if checkpoint.full_config["multi_query"] else None
 
 
 def _bigcode_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
@@ -114,13 +114,10 @@ def _bigcode_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
 
 def _neo_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """GroupedDecoder's config for GPT-Neo, whose layers attend to the whole context and to a window by turns."""
-    width, window = checkpoint.config_int("hidden_size"), checkpoint.config_int("window_size", default=256)
+    width, window = checkpoint.config_int("hidden_size"), checkpoint.config_int("window_size")
     num_layers = checkpoint.config_int("num_layers")
-    longest = checkpoint.config_int("max_position_embeddings", default=2048)
-    kinds = checkpoint.config.get("attention_layers")
-    if not kinds:
-        types = checkpoint.config.get("attention_types") or [[["global", "local"], num_layers // 2]]
-        kinds = [kind for group, repetitions in types for _ in range(repetitions) for kind in group]
+    longest = checkpoint.config_int("max_position_embeddings")
+    kinds = checkpoint.full_config["attention_layers"]
     windows: dict[str, Any] = {}
     if "local" in kinds and window < longest:
         names = {"global": "full_attention", "local": "sliding_attention"}
@@ -132,8 +129,8 @@ def _neo_config(checkpoint: Checkpoint) -> dict[str, Any]:
         num_hidden_layers=num_layers,
         intermediate_size=checkpoint.config_int("intermediate_size", default=4 * width),
         max_position_embeddings=longest,
-        hidden_act=checkpoint.config.get("activation_function", "gelu_new"),
-        layer_norm_eps=checkpoint.config.get("layer_norm_epsilon", 1e-5),
+        hidden_act=checkpoint.full_config["activation_function"],
+        layer_norm_eps=checkpoint.full_config["layer_norm_epsilon"],
         **windows,
     )
 
@@ -151,12 +148,12 @@ def _neo_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
 
 
 def _opt_refusal(checkpoint: Checkpoint) -> str | None:
-    config = checkpoint.config
-    if config.get("word_embed_proj_dim", config.get("hidden_size")) != config.get("hidden_size"):
+    config = checkpoint.full_config
+    if config["word_embed_proj_dim"] != config["hidden_size"]:
         return "its embeddings are narrower than its layers, which GroupedDecoder has no projection for"
-    if not config.get("do_layer_norm_before", True) or config.get("_remove_final_layer_norm"):
+    if not config["do_layer_norm_before"] or config["_remove_final_layer_norm"]:
         return "it normalises after each branch, GroupedDecoder before"
-    if not config.get("layer_norm_elementwise_affine", True):
+    if not config["layer_norm_elementwise_affine"]:
         return "its norms have no gains, GroupedDecoder's have"
     return None
 
@@ -169,7 +166,7 @@ def _opt_config(checkpoint: Checkpoint) -> dict[str, Any]:
         num_hidden_layers=checkpoint.config_int("num_hidden_layers"),
         intermediate_size=checkpoint.config_int("ffn_dim"),
         max_position_embeddings=checkpoint.config_int("max_position_embeddings"),
-        hidden_act=checkpoint.config.get("activation_function", "relu"),
+        hidden_act=checkpoint.full_config["activation_function"],
     )
 
 
@@ -187,8 +184,8 @@ def _biogpt_config(checkpoint: Checkpoint) -> dict[str, Any]:
         num_hidden_layers=checkpoint.config_int("num_hidden_layers"),
         intermediate_size=checkpoint.config_int("intermediate_size"),
         max_position_embeddings=checkpoint.config_int("max_position_embeddings"),
-        hidden_act=checkpoint.config.get("hidden_act", "gelu"),
-        embedding_multiplier=math.sqrt(width) if checkpoint.config.get("scale_embedding", True) else 1.0,
+        hidden_act=checkpoint.full_config["hidden_act"],
+        embedding_multiplier=math.sqrt(width) if checkpoint.full_config["scale_embedding"] else 1.0,
     )
 
 
@@ -207,8 +204,8 @@ def _xglm_config(checkpoint: Checkpoint) -> dict[str, Any]:
         num_hidden_layers=checkpoint.config_int("num_layers"),
         intermediate_size=checkpoint.config_int("ffn_dim"),
         max_position_embeddings=checkpoint.config_int("max_position_embeddings"),
-        hidden_act=checkpoint.config.get("activation_function", "gelu"),
-        embedding_multiplier=math.sqrt(width) if checkpoint.config.get("scale_embedding", True) else 1.0,
+        hidden_act=checkpoint.full_config["activation_function"],
+        embedding_multiplier=math.sqrt(width) if checkpoint.full_config["scale_embedding"] else 1.0,
     )
 
 
@@ -216,7 +213,7 @@ def _xglm_tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
     """GroupedDecoder's tensors from XGLM's, whose computed positions become a table, which uptraining may change."""
     prefix = present_prefix(checkpoint, "model.", "embed_tokens.weight")
     num_positions, width = checkpoint.config_int("max_position_embeddings"), checkpoint.config_int("d_model")
-    padding = checkpoint.config.get("pad_token_id", 1)
+    padding = checkpoint.full_config["pad_token_id"]
     positions = Derived(
         (f"{prefix}embed_tokens.weight",),
         (num_positions, width),
@@ -277,17 +274,9 @@ def _sinusoids(num_positions: int, width: int, *, padding: int | None) -> Tensor
     return table
 
 
-_GPT2_TOKEN_IDS = (50256, 50256, None)
-
-BIOGPT_TO_DECODER = Translation("biogpt", "grouped_decoder", _biogpt_config, _biogpt_tensors, token_ids=(0, 2, 1))
-GPT2_TO_DECODER = Translation(
-    "gpt2", "grouped_decoder", _gpt2_config, _gpt2_tensors, _cross_attention_refusal, _GPT2_TOKEN_IDS
-)
-GPT_BIGCODE_TO_DECODER = Translation(
-    "gpt_bigcode", "grouped_decoder", _gpt2_config, _bigcode_tensors, _bigcode_refusal, _GPT2_TOKEN_IDS
-)
-GPT_NEO_TO_DECODER = Translation("gpt_neo", "grouped_decoder", _neo_config, _neo_tensors, token_ids=_GPT2_TOKEN_IDS)
-OPT_TO_DECODER = Translation("opt", "grouped_decoder", _opt_config, _opt_tensors, _opt_refusal, (2, 2, 1))
-XGLM_TO_DECODER = Translation(
-    "xglm", "grouped_decoder", _xglm_config, _xglm_tensors, _cross_attention_refusal, (0, 2, 1)
-)
+BIOGPT_TO_DECODER = Translation("biogpt", "grouped_decoder", _biogpt_config, _biogpt_tensors)
+GPT2_TO_DECODER = Translation("gpt2", "grouped_decoder", _gpt2_config, _gpt2_tensors, _cross_attention_refusal)
+GPT_BIGCODE_TO_DECODER = Translation("gpt_bigcode", "grouped_decoder", _gpt2_config, _bigcode_tensors, _bigcode_refusal)
+GPT_NEO_TO_DECODER = Translation("gpt_neo", "grouped_decoder", _neo_config, _neo_tensors)
+OPT_TO_DECODER = Translation("opt", "grouped_decoder", _opt_config, _opt_tensors, _opt_refusal)
+XGLM_TO_DECODER = Translation("xglm", "grouped_decoder", _xglm_config, _xglm_tensors, _cross_attention_refusal)

@@ -13,7 +13,7 @@ __all__ = ["PERSIMMON_TO_DECODER"]
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
-    config = checkpoint.config
+    config = checkpoint.full_config
     return decoder_config(
         checkpoint,
         hidden_size=checkpoint.config_int("hidden_size"),
@@ -21,12 +21,11 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
         num_hidden_layers=checkpoint.config_int("num_hidden_layers"),
         intermediate_size=checkpoint.config_int("intermediate_size"),
         max_position_embeddings=checkpoint.config_int("max_position_embeddings"),
-        hidden_act=config.get("hidden_act", "relu2"),
-        layer_norm_eps=config.get("layer_norm_eps", 1e-5),
-        tie_word_embeddings=False,
-        qk_norm=bool(config.get("qk_layernorm", True)),
+        hidden_act=config["hidden_act"],
+        layer_norm_eps=config["layer_norm_eps"],
+        qk_norm=config["qk_layernorm"],
         position_embedding_type="rotary",
-        **rope_config(checkpoint, config.get("partial_rotary_factor", 0.5), config.get("rope_theta", 10000.0)),
+        **rope_config(config["rope_parameters"]),
     )
 
 
@@ -36,7 +35,7 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
 
     def attention(new: str, old: str) -> dict[str, Derived]:
         tensors = qkv(checkpoint, new, f"{old}.self_attn.query_key_value", part)
-        if checkpoint.config.get("qk_layernorm", True):
+        if checkpoint.full_config["qk_layernorm"]:
             tensors |= linear(checkpoint, f"{new}.q_norm", f"{old}.self_attn.q_layernorm")
             tensors |= linear(checkpoint, f"{new}.k_norm", f"{old}.self_attn.k_layernorm")
         return tensors
@@ -52,4 +51,4 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, Derived]:
     )
 
 
-PERSIMMON_TO_DECODER = Translation("persimmon", "grouped_decoder", _config, _tensors, token_ids=(1, 2, None))
+PERSIMMON_TO_DECODER = Translation("persimmon", "grouped_decoder", _config, _tensors)

@@ -124,7 +124,7 @@ def as_target(checkpoint: Checkpoint, num_key_value_heads: int) -> Source:
         if isinstance(target, UnsupportedError):
             refusal = target
             continue
-        reason = target.architecture.heads_refusal(target.checkpoint.config, num_key_value_heads)
+        reason = target.architecture.heads_refusal(target.checkpoint.full_config, num_key_value_heads)
         if reason is None:
             return target
         refusal = UnsupportedError(f"{checkpoint.name}: {reason}")

@@ -19,23 +19,19 @@ __all__ = ["BART_TO_GROUPED", "MT5_TO_GROUPED", "T5_TO_GROUPED", "WHISPER_TO_GRO
 
 
 def _refusal(checkpoint: Checkpoint, *, class_names: tuple[str, ...]) -> str | None:
-    saved_as = (checkpoint.config.get("architectures") or [class_names[0]])[0]
+    saved_as = (checkpoint.full_config.get("architectures") or [class_names[0]])[0]
     if saved_as in class_names:
         return None
     return f"it is a {saved_as}; of this model_type only {class_names[0]} has a class with grouped attention"
 
 
-def _config(
-    checkpoint: Checkpoint, *, model_type: str, defaults: Mapping[str, Any], fixed: Mapping[str, Any]
-) -> dict[str, Any]:
+def _config(checkpoint: Checkpoint, *, model_type: str, fixed: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a grouped class.
 
-    `defaults` are values of the source's config class that differ from the target's. `fixed` are values that the
-    source's class computes with, whatever its config says.
+    `fixed` are values that the source's class computes with, whatever its config says.
     """
     runtime = RUNTIME_CLASSES[model_type]
-    config = {**defaults, **{name: value for name, value in checkpoint.config.items() if value is not None}, **fixed}
-    config.setdefault("num_decoder_layers", config.get("num_layers"))
+    config = {**checkpoint.full_config, **fixed}
     return config | {
         "architectures": [runtime.architecture],
         "auto_map": runtime.auto_map,
@@ -53,13 +49,12 @@ def _translation(
     target: str,
     class_names: tuple[str, ...],
     *,
-    defaults: Mapping[str, Any] = MappingProxyType({}),
     fixed: Mapping[str, Any] = MappingProxyType({}),
 ) -> Translation:
     return Translation(
         model_type,
         target,
-        partial(_config, model_type=target, defaults=defaults, fixed=fixed),
+        partial(_config, model_type=target, fixed=fixed),
         _tensors,
         partial(_refusal, class_names=class_names),
     )
@@ -70,14 +65,6 @@ MT5_TO_GROUPED = _translation(
     "mt5",
     "grouped_t5",
     ("MT5ForConditionalGeneration", "MT5Model"),
-    defaults={
-        "d_ff": 1024,
-        "num_layers": 8,
-        "num_heads": 6,
-        "vocab_size": 250112,
-        "feed_forward_proj": "gated-gelu",
-        "decoder_start_token_id": 0,
-    },
     # T5 divides the decoder's outputs by √d_model unless its config says this, mT5 never does
     fixed={"tie_word_embeddings": False},
 )

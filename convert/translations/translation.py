@@ -38,8 +38,8 @@ class Translation:
     """How a checkpoint of one `model_type` becomes one of the `model_type` `target` that computes the same function.
 
     `make_config` makes the target's config.json. `make_tensors` says for each of its tensors how it is made. `refusal`
-    gives the reason why a checkpoint cannot be translated exactly, or None. `token_ids` are the ids of BOS, EOS and
-    padding by default in the source's class; where it is None, the target's class has the same defaults.
+    gives the reason why a checkpoint cannot be translated exactly, or None. All three go by the checkpoint's full
+    config, with the values of its class where config.json says nothing: the target's class may have others.
     """
 
     model_type: str
@@ -47,7 +47,6 @@ class Translation:
     make_config: Callable[[Checkpoint], dict[str, Any]]
     make_tensors: Callable[[Checkpoint], Mapping[str, Derived]]
     refusal: Callable[[Checkpoint], str | None] = lambda checkpoint: None
-    token_ids: tuple[int | None, int | None, int | None] | None = None
 
 
 @dataclass
@@ -153,10 +152,8 @@ def _completed(translation: Translation, source: Checkpoint, derived: Mapping[st
     Its `architectures` name the target's base class where the source was saved by a base class, without a head.
     """
     config = translation.make_config(source)
-    if translation.token_ids is not None:
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        for name, default in zip(names, translation.token_ids, strict=True):
-            config[name] = source.config.get(name, default)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        config[name] = source.full_config.get(name)
     if "lm_head.weight" not in derived and not config.get("tie_word_embeddings"):
         config["architectures"] = [name.replace("ForCausalLM", "Model") for name in config["architectures"]]
     return config

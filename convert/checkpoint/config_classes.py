@@ -1,0 +1,70 @@
+"""The config classes of transformers and of kvconvert: what they say where a config.json says nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+__all__ = ["class_config", "full_config", "knows_class", "quiet_transformers"]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Switch off progress bars and warnings of transformers inside the block: callers report and check themselves."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    verbosity, had_bars = logging.get_verbosity(), not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+def class_config(config: Mapping[str, Any]) -> Any:
+    """Return the config object of a config.json, with the defaults of its class, which must be one of transformers."""
+    from transformers import AutoConfig
+
+    # a copy, since classes write the newer form of rotary settings into what they are given
+    values = {key: copy.deepcopy(value) for key, value in config.items() if key not in ("model_type", "auto_map")}
+    with quiet_transformers():
+        return AutoConfig.for_model(config["model_type"], **values)
+
+
+def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json with every value that its class has: those it leaves out, and those computed of others.
+
+    Names are the class's own, and rotary settings lie in `rope_parameters`, whatever the version that wrote the file.
+    What every class has beside (`id2label` and such) is there only where the file says it. A `model_type` without a
+    class in transformers is returned as it is. Raises what the class raises for values that it cannot hold.
+    """
+    if not knows_class(config.get("model_type")):
+        return dict(config)
+    values: dict[str, Any] = class_config(config).to_dict()
+    return {
+        name: value
+        for name, value in values.items()
+        if name in config or name not in _of_every_class() or value != _of_every_class()[name]
+    }
+
+
+@cache
+def _of_every_class() -> Mapping[str, Any]:
+    from transformers import PreTrainedConfig
+
+    values: dict[str, Any] = PreTrainedConfig().to_dict()
+    return values
+
+
+def knows_class(model_type: object) -> bool:
+    """Return whether transformers has a class for this `model_type`."""
+    from transformers import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
