@@ -25,6 +25,7 @@ from .calibration.statistics import (
 from .calibration.statistics import save_statistics as write_statistics
 from .calibration.text import CalibrationText, read_calibration_text
 from .checkpoint.companions import find_companions
+from .checkpoint.foreign import cached_repository
 from .checkpoint.loading import check_source
 from .checkpoint.opening import open_checkpoint
 from .checkpoint.output import check_file, check_free_space, check_output, existing_parent
@@ -170,6 +171,8 @@ def convert(
         source = stack.enter_context(method.source(checkpoint))
         method.check(source)
         target = Path(output) if output is not None else default_output(source.checkpoint, method.suffix(source))
+        if output is None and cached_repository(Path(checkpoint.name)) is not None:
+            remark(f"{checkpoint.name} lies in the hub's cache: the result is {target} in the current directory")
         check_output(target, force=force, inputs=[source.checkpoint.path] if source.checkpoint.path else [])
         _check_calibration(method, calibration, source)
         if isinstance(method, Mla):
@@ -223,8 +226,11 @@ def convert(
 
 
 def default_output(checkpoint: Checkpoint, suffix: str) -> Path:
-    """Beside a local checkpoint, in the current directory for a hub id: `model_dir-gqa8`."""
+    """Beside a local checkpoint, in the current directory for a hub id or what lies in its cache: `model_dir-gqa8`."""
     local = Path(checkpoint.name).expanduser()
+    cached = cached_repository(local)
+    if cached is not None:
+        return Path(f"{cached[0].rpartition('/')[2]}-{suffix}")
     if local.is_dir():
         absolute = Path(os.path.abspath(local))
         return absolute.with_name(f"{absolute.name}-{suffix}")

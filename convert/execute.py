@@ -11,6 +11,7 @@ from pathlib import Path
 from .cache_check import check_cache
 from .checkpoint.companions import copy_companions, find_companions
 from .checkpoint.finite import check_computed
+from .checkpoint.foreign import cached_repository
 from .checkpoint.loading import check_accepts, check_opens, check_source, knows_class
 from .checkpoint.output import PROVENANCE_NAME, check_free_space, check_output, staged_directory, write_text
 from .checkpoint.overlay import Overlay
@@ -144,10 +145,11 @@ def _check_reads(plan: ConversionPlan, checkpoint: Checkpoint, overlay: Overlay 
 def _provenance(plan: ConversionPlan, checkpoint: Checkpoint) -> dict[str, object]:
     """What made this directory, so that a result found later explains itself."""
     source = Path(checkpoint.name)
+    cached = cached_repository(source)
     cache_before, cache_after = plan.cache_bytes_per_token
     return {
         "kvconvert_version": version("kvconvert"),
-        "source": source.resolve().name if source.is_dir() else checkpoint.name,
+        "source": cached[0] if cached else source.resolve().name if source.is_dir() else checkpoint.name,
         "target": plan.target,
         "method": plan.method,
         "cache_bytes_per_token": {"source": cache_before, "result": cache_after},

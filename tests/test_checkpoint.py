@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -327,6 +328,7 @@ def test_a_hub_id_is_inspected_downloaded_once_and_then_used_offline(
 ) -> None:
     """In processes while there is a hub, whose address the library reads when it is imported."""
     source = make_checkpoint(with_tokenizer=True, vocab_size=50_000)
+    shutil.copy(source / "model.safetensors", source / "consolidated.safetensors")  # as Mistral's repositories have it
     size = sum(tensor.nbytes for tensor in load_file(source / "model.safetensors").values())
     home = tmp_path / "hf-home"
     with serve(source) as (endpoint, hub):
@@ -337,6 +339,7 @@ def test_a_hub_id_is_inspected_downloaded_once_and_then_used_offline(
         assert hub.num_weight_bytes_sent < size / 10  # headers only
         converted = kvconvert("mha2gqa", "org/tiny", "--groups", 2, env=online)
         assert converted.returncode == 0, converted.stderr
+        assert [path.name for path in home.rglob("*.safetensors")] == ["model.safetensors"]
         missing = kvconvert("inspect", "org/other", env=online)
         assert missing.returncode == 2
         assert "org/other: " in missing.stderr

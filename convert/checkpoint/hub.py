@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ..errors import first_line
 
-__all__ = ["hub_refusal"]
+__all__ = ["hub_refusal", "is_unreachable"]
 
 _ACCESS_HINT = "ask for access on its page, and log in with `hf auth login` or set HF_TOKEN"
 # huggingface_hub's classes, the more special ones first: what each means, and what to do
@@ -43,12 +43,17 @@ def hub_refusal(error: BaseException, kind: str, revision: str | None = None) ->
     status = next((status for cause in causes if (status := _status(cause)) is not None), None)
     if status is not None:
         return _meaning_of(status, kind, first_line(error))
-    if any(_is_network(cause) for cause in causes):
+    if is_unreachable(error):
         return (
             f"the hub cannot be reached ({first_line(causes[-1])})",
             "check the network and its proxy, or set HF_HUB_OFFLINE=1 to use what is in the cache",
         )
     return f"the hub did not give it ({first_line(error)})", None
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Return whether huggingface_hub raised `error` because no answer of the hub came."""
+    return any(_is_network(cause) for cause in _causes(error))
 
 
 def _meaning_of(status: int, kind: str, message: str) -> tuple[str, str | None]:

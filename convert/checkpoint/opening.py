@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError, KvConvertError, UnsupportedError, first_line, is_out_of_memory
-from .hub import hub_refusal
+from .foreign import cached_repository, explanation, file_explanation, wrapped_names
+from .hub import hub_refusal, is_unreachable
 from .layout import Listing, WeightFiles, choose_weights, goes_with_weights, read_config
 from .quantisation import BITSANDBYTES, declared_method, quantised_refusal
 from .tensors import CONFIG_NAME, INDEX_NAME, PICKLE_NAME, TORCH_DTYPES, WEIGHTS_NAME, Checkpoint, TensorInfo
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["open_checkpoint"]
 
 _NUM_CONNECTIONS = 8
+_LFS_BEGINNING = b"version https://git-lfs.github.com/spec/"
 
 _QUANTISATION_KEYS = ("quantization_config", "_pre_quantization_dtype")
 _OTHER_DTYPES = {
@@ -55,8 +57,17 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, headers_o
     name = str(model)
     path = Path(model).expanduser()
     if path.is_dir():
+        repository, commit = cached_repository(path) or (None, None)
+        if repository is not None and commit is None:
+            raise CheckpointError(
+                f"{name}: a folder of the hub's cache, not a checkpoint",
+                hint=f"give {repository}, which comes from the cache with HF_HUB_OFFLINE=1, or one of its snapshots",
+            )
         return _open_directory(path, name)
     if path.exists():
+        known = file_explanation(path.name)
+        if known is not None:
+            raise CheckpointError(f"{name}: {known[0]}", hint=known[1])
         raise CheckpointError(f"{name} is a file, not a checkpoint directory", hint=_MISSING_DIRECTORY_HINT)
     if not _looks_like_hub_id(name):
         raise CheckpointError(f"{name}: no such directory", hint=_MISSING_DIRECTORY_HINT)
@@ -65,9 +76,13 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, headers_o
 
 def _open_directory(path: Path, name: str) -> Checkpoint:
     listing = _local_listing(path)
-    config = _config(listing)
-    weights = _weights(listing, config)
+    folders = [entry.name for entry in path.iterdir() if entry.is_dir()]
+    config = _config(listing, folders)
+    weights = _weights(listing, config, folders)
     checkpoint = _checkpoint(name, path, config, weights)
+    adapters = sorted(file for file in listing.names if file.startswith("adapter_model."))
+    if adapters and listing.has("adapter_config.json"):
+        checkpoint.notes += (f"{adapters[0]} in {path}: an adapter that is not merged, and no part of what is read",)
     for file in weights.files:
         checkpoint.size_on_disk_bytes += (path / file).stat().st_size
         if file.endswith(".safetensors"):
@@ -77,21 +92,24 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
             infos = [_info(tensor_name, tensor, file) for tensor_name, tensor in checkpoint.pickled[file].items()]
         for info in infos:
             _add(checkpoint, info)
-    _compare(checkpoint, weights)
-    _judge_dtype(checkpoint, listing)
+    _check(checkpoint, weights, listing)
     return checkpoint
 
 
-def _config(listing: Listing) -> dict[str, Any]:
-    if not listing.has(CONFIG_NAME):
-        raise CheckpointError(f"{listing.place}: no {CONFIG_NAME}", hint=_MISSING_DIRECTORY_HINT)
-    return read_config(listing)
+def _config(listing: Listing, folders: Iterable[str]) -> dict[str, Any]:
+    if listing.has(CONFIG_NAME):
+        return read_config(listing)
+    what, hint = explanation(listing, folders) or (f"no {CONFIG_NAME}", _MISSING_DIRECTORY_HINT)
+    raise CheckpointError(f"{listing.place}: {what}", hint=hint)
 
 
-def _weights(listing: Listing, config: Mapping[str, Any]) -> WeightFiles:
+def _weights(listing: Listing, config: Mapping[str, Any], folders: Iterable[str]) -> WeightFiles:
     weights = choose_weights(listing, config)
     if weights is not None:
         return weights
+    known = explanation(listing, folders)
+    if known is not None:
+        raise CheckpointError(f"{listing.place}: {known[0]}", hint=known[1])
     found = sorted(name for name in listing.names if name.endswith(".safetensors"))
     described = f"has {', '.join(found[:3])} but no {INDEX_NAME}" if found else "holds no weights"
     raise CheckpointError(
@@ -118,6 +136,15 @@ def _add(checkpoint: Checkpoint, info: TensorInfo) -> None:
             f"{checkpoint.name}: {info.name} is in both {known.file} and {info.file}",
             hint="remove the file that does not belong to it, or download the checkpoint again",
         )
+
+
+def _check(checkpoint: Checkpoint, weights: WeightFiles, listing: Listing) -> None:
+    """Say of the headers what a person should know. Raises CheckpointError for names that no class has."""
+    wrapped = wrapped_names(checkpoint.tensors)
+    if wrapped is not None:
+        raise CheckpointError(f"{checkpoint.name}: {wrapped[0]}", hint=wrapped[1])
+    _compare(checkpoint, weights)
+    _judge_dtype(checkpoint, listing)
 
 
 def _compare(checkpoint: Checkpoint, weights: WeightFiles) -> None:
@@ -160,6 +187,7 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a pytorch_model.bin, mapped, not read. Code in the pickle is refused, never run."""
     import torch
 
+    _require_fetched(path)
     try:
         is_zip = zipfile.is_zipfile(path)  # torch before 1.6 wrote a format that cannot be mapped
         state = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
@@ -185,6 +213,7 @@ def _info(name: str, tensor: Tensor, file: str) -> TensorInfo:
 
 def _read_header(path: Path, name: str) -> Iterator[TensorInfo]:
     """Tensor infos of one safetensors file, in file order; safetensors itself validates header and length."""
+    _require_fetched(path)
     try:
         with safe_open(path, framework="numpy"):
             pass
@@ -206,22 +235,23 @@ def _read_header(path: Path, name: str) -> Iterator[TensorInfo]:
 
 
 def _open_hub(repo_id: str, revision: str | None, headers_only: bool) -> Checkpoint:
-    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 
     def read_json(name: str) -> dict[str, Any]:
         return _read_json(Path(hf_hub_download(repo_id, name, revision=revision)))
 
     try:
-        if constants.HF_HUB_OFFLINE:
-            return _open_directory(Path(snapshot_download(repo_id, revision=revision)), repo_id)
+        if constants.HF_HUB_OFFLINE:  # where snapshot_download would miss the files that nobody wanted
+            return _open_directory(Path(hf_hub_download(repo_id, CONFIG_NAME, revision=revision)).parent, repo_id)
         info = HfApi().model_info(repo_id, revision=revision)
         names = frozenset(file.rfilename for file in info.siblings or [])
         listing = Listing(repo_id, names, names.__contains__, read_json)
-        config = _config(listing)
-        weights = _weights(listing, config)
+        folders = {name.partition("/")[0] for name in names if "/" in name}
+        config = _config(listing, folders)
+        weights = _weights(listing, config, folders)
         if headers_only and weights.files[0].endswith(".safetensors"):  # pickles have none that could be read alone
             checkpoint = _read_remote_headers(_checkpoint(repo_id, None, config, weights), weights, revision)
-            _judge_dtype(checkpoint, listing)
+            _check(checkpoint, weights, listing)
             return checkpoint
         wanted = [glob.escape(name) for name in names if name in weights.files or goes_with_weights(name)]
         return _open_directory(Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted)), repo_id)
@@ -230,6 +260,9 @@ def _open_hub(repo_id: str, revision: str | None, headers_only: bool) -> Checkpo
     except Exception as error:  # the HTTP library behind the hub has errors of its own
         if is_out_of_memory(error):
             raise
+        cached = try_to_load_from_cache(repo_id, CONFIG_NAME, revision=revision)
+        if isinstance(cached, str) and is_unreachable(error):
+            return _open_directory(Path(cached).parent, repo_id)
         reason, hint = hub_refusal(error, "model", revision)
         raise CheckpointError(
             f"{repo_id}: {reason}; there is no directory of this name either", hint=hint or _MISSING_DIRECTORY_HINT
@@ -248,7 +281,6 @@ def _read_remote_headers(checkpoint: Checkpoint, weights: WeightFiles, revision:
             for name, info in metadata.tensors.items():
                 _add(checkpoint, TensorInfo(name, info.dtype, tuple(info.shape), file, *info.data_offsets))
     checkpoint.size_on_disk_bytes = sum(info.num_bytes for info in checkpoint.tensors.values())
-    _compare(checkpoint, weights)
     return checkpoint
 
 
@@ -257,7 +289,22 @@ def _looks_like_hub_id(name: str) -> bool:
     return len(parts) <= 2 and all(parts) and not name.startswith((".", "/", "~")) and "\\" not in name
 
 
+def _require_fetched(path: Path) -> None:
+    """Raise CheckpointError for what Git leaves in place of a large file that was not fetched."""
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(len(_LFS_BEGINNING)) == _LFS_BEGINNING
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})", hint="check its permissions") from error
+    if is_pointer:
+        raise CheckpointError(
+            f"{path}: a pointer of Git LFS ({path.stat().st_size} bytes), not the file itself",
+            hint=f"fetch the files with `git lfs pull` in {path.parent}, or download the model with `hf download`",
+        )
+
+
 def _read_json(path: Path) -> dict[str, Any]:
+    _require_fetched(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
