@@ -72,6 +72,7 @@ def evaluate(model: Model, data: Data, settings: Given[EvaluationSettings], requ
         settings=chosen,
         revision=request.revision,
         progress=terminal.progress,
+        remark=terminal.remark,
     )
     gate = _gate(evaluation, threshold)
     summary = {"model": model, "data": data, "dtype": chosen.precision} | asdict(evaluation) | {"gate": gate}

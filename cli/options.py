@@ -20,7 +20,6 @@ __all__ = [
     "BatchSize",
     "Command",
     "Data",
-    "DataConfig",
     "DryRun",
     "Force",
     "Given",
@@ -32,8 +31,6 @@ __all__ = [
     "Quiet",
     "Revision",
     "SettingsOptions",
-    "Split",
-    "TextField",
     "TrustRemoteCode",
     "accepts",
 ]
@@ -88,11 +85,13 @@ TrustRemoteCode = Annotated[
     ),
 ]
 Data = Annotated[
-    str, typer.Option("--data", help="Text: a .txt, .jsonl or .parquet file, a directory of them, or a dataset name.")
+    str,
+    typer.Option(
+        "--data",
+        help="Text: a file of text, JSON or parquet rows, a directory of them, or a dataset name. It may say its "
+        "split, field, config and revision, as org/name[split=test,field=content].",
+    ),
 ]
-TextField = Annotated[str, typer.Option(help="Column that holds the text of a JSONL, parquet or dataset row.")]
-Split = Annotated[str, typer.Option(help="Split of a named dataset.")]
-DataConfig = Annotated[str | None, typer.Option(help="Configuration of a named dataset.", show_default=False)]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")]
 
 

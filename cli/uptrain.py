@@ -90,7 +90,7 @@ class Request:
         list[str],
         typer.Option(
             "--data",
-            help="Text to train on: a .txt, .jsonl or .parquet file, a directory of them, or a dataset name; "
+            help="Text to train on: a file of text, JSON or parquet rows, a directory of them, or a dataset name; "
             "repeatable. A source may end in its weight, as a.jsonl:0.7, and before it say its own split, field, "
             "config and revision, as org/name[split=train,field=content]:0.3.",
             rich_help_panel="Text",

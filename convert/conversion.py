@@ -40,7 +40,7 @@ from .methods.method import Method
 from .methods.mla import Mla
 from .methods.prepared import Hardware, LayerReport, Measurements, Preparation, Prepared
 from .plan import ConversionPlan
-from .text.sources import TextSource
+from .text.sources import DocumentSeparator, LineDocuments, SkipBadLines, TextField, TextSource, parse_text
 
 __all__ = ["Calibration", "Conversion", "Method", "Progress", "convert", "default_output", "no_progress"]
 
@@ -64,15 +64,18 @@ class Calibration:
 
     data: Annotated[
         str | Path | None,
-        Doc("Text to measure on: a .txt, .jsonl or .parquet file, a directory of them, or a dataset name."),
+        Doc("Text to measure on: a file of text, JSON or parquet rows, a directory of them, or a dataset name."),
     ] = None
     num_tokens: Annotated[int, Doc("How many tokens of it.")] = 131072
     sequence_length: Annotated[
         int | None, Doc("Tokens of a sequence. Default: the longest that the model takes, at most 1024.")
     ] = None
-    text_field: Annotated[str, Doc("Column that holds the text of a JSONL, parquet or dataset row.")] = "text"
-    split: Annotated[str, Doc("Split of a named dataset.")] = "train"
-    config: Annotated[str | None, Doc("Configuration of a named dataset.")] = None
+    text_field: TextField = "text"
+    split: Annotated[str | None, Doc("Split of a dataset. Default: train.")] = None
+    config: Annotated[str | None, Doc("Configuration of a dataset.")] = None
+    line_documents: LineDocuments = False
+    document_separator: DocumentSeparator = None
+    skip_bad_lines: SkipBadLines = False
     precision: Annotated[
         Literal["auto", "bf16", "fp32"],
         Doc("bf16: autocast over float32 weights; auto: where the machine is fast at it."),
@@ -91,6 +94,20 @@ class Calibration:
             raise InputError("statistics are measured on a text, and none was given")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise InputError(f"precision is {self.precision!r}, expected 'auto', 'bf16' or 'fp32'")
+
+    @property
+    def source(self) -> TextSource:
+        """The text to measure on. Raises InputError where `data` names none."""
+        defaults = TextSource(
+            "",
+            text_field=self.text_field,
+            split=self.split,
+            config=self.config,
+            line_documents=self.line_documents,
+            document_separator=self.document_separator,
+            skip_bad_lines=self.skip_bad_lines,
+        )
+        return parse_text(str(self.data), defaults)
 
 
 @dataclass(frozen=True)
@@ -342,14 +359,10 @@ class _Measuring:
         length = self.calibration.sequence_length or min(_LONGEST_SEQUENCE, self.source.longest_context)
         text = read_calibration_text(
             self.source.checkpoint,
-            TextSource(
-                str(data),
-                text_field=self.calibration.text_field,
-                split=self.calibration.split,
-                config=self.calibration.config,
-            ),
+            self.calibration.source,
             num_tokens=wanted,
             sequence_length=min(length, wanted),
+            remark=self.remark,
         )
         if text.num_tokens <= wanted - text.token_ids.shape[1]:
             self.remark(f"{data} gave {text.num_tokens} tokens, fewer than the {wanted} that were asked for")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,7 +13,7 @@ from ..convert.checkpoint.opening import open_checkpoint
 from ..convert.conversion import Progress, no_progress
 from ..convert.device import default_device
 from ..convert.errors import InputError
-from ..convert.text.sources import TextSource
+from ..convert.text.sources import DocumentSeparator, LineDocuments, SkipBadLines, TextField, TextSource, parse_text
 
 if TYPE_CHECKING:
     from .perplexity import Evaluation
@@ -31,10 +32,15 @@ class EvaluationSettings:
     bos: Annotated[Literal["auto", "always", "never"], Doc("BOS before each window; auto: as the tokenizer does.")] = (
         "auto"
     )
-    max_windows: Annotated[int | None, Doc("Score only the first windows. Default: all.")] = None
-    text_field: Annotated[str, Doc("Column that holds the text of a JSONL, parquet or dataset row.")] = "text"
-    split: Annotated[str, Doc("Split of a named dataset.")] = "test"
-    config: Annotated[str | None, Doc("Configuration of a named dataset.")] = None
+    max_windows: Annotated[
+        int | None, Doc("Score at most so many windows, of a directory in turn from all its files. Default: all.")
+    ] = None
+    text_field: TextField = "text"
+    split: Annotated[str | None, Doc("Split of a dataset. Default: test.")] = None
+    config: Annotated[str | None, Doc("Configuration of a dataset.")] = None
+    line_documents: LineDocuments = False
+    document_separator: DocumentSeparator = None
+    skip_bad_lines: SkipBadLines = False
     batch_size: Annotated[int, Doc("Windows per forward pass.")] = 8
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
@@ -46,6 +52,20 @@ class EvaluationSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}, expected {least} or more")
+
+    def source(self, data: str) -> TextSource:
+        """The text that is read, as it is typed. Raises InputError for no place and for what says nothing of a text."""
+        defaults = TextSource(
+            "",
+            text_field=self.text_field,
+            split=self.split,
+            config=self.config,
+            usual_split="test",
+            line_documents=self.line_documents,
+            document_separator=self.document_separator,
+            skip_bad_lines=self.skip_bad_lines,
+        )
+        return parse_text(data, defaults)
 
     @property
     def precision(self) -> str:
@@ -63,12 +83,14 @@ def evaluate(
     settings: EvaluationSettings = EvaluationSettings(),
     revision: str | None = None,
     progress: Progress = no_progress,
+    remark: Callable[[str], object] = lambda text: None,
 ) -> Evaluation:
     """Perplexity of a checkpoint, a directory or a hub id, on held-out text, alone or against its original.
 
-    `data` is a text, JSONL or parquet file, a directory of them, or the name of a dataset. Raises InputError (of it
-    CheckpointError and DataError) for what cannot be read, whose vocabularies differ, or whose context is shorter than
-    a window.
+    `data` is a text, JSON or parquet file, a directory of them, or the name of a dataset, which may say its split,
+    field, config and revision between brackets (`parse_text`). `remark` is called with what a person should know.
+    Raises InputError (of it CheckpointError and DataError) for what cannot be read, whose vocabularies differ, or whose
+    context is shorter than a window.
     """
     import torch
 
@@ -84,11 +106,12 @@ def evaluate(
     check_window(window, directory, original)
     windows = load_windows(
         directory,
-        TextSource(str(data), text_field=settings.text_field, split=settings.split, config=settings.config),
+        settings.source(str(data)),
         window=window,
         stride=settings.stride,
         bos=settings.bos,
         max_windows=settings.max_windows,
+        remark=remark,
     )
     precision = settings.precision
     with progress("evaluating", len(windows.input_ids)) as advance:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from ..convert.architectures.context import check_context, longest_context
 from ..convert.cache_check import check_runtime
@@ -15,7 +18,10 @@ from ..convert.checkpoint.loading import load_model
 from ..convert.checkpoint.tokenizer import TokenIdCheck, load_tokenizer
 from ..convert.device import default_device
 from ..convert.errors import DataError
-from ..convert.text.sources import TextSource, read_documents
+from ..convert.text.documents import describe_files, read_files, read_parts
+from ..convert.text.parts import TextPart
+from ..convert.text.reading import Reading
+from ..convert.text.sources import TextSource
 from ..convert.text.tokens import adds_bos, check_tokenizers, encode_documents
 from .perplexity import Evaluation, Windows, cut_windows, evaluate
 
@@ -40,6 +46,9 @@ def check_window(window: int, model: str | Path, original: str | Path | None) ->
             check_context(each, window, name=str(each), what="window")
 
 
+_MAX_PLACES = 64  # as many files are open at once
+
+
 def load_windows(
     model: str | Path,
     source: TextSource,
@@ -48,37 +57,117 @@ def load_windows(
     stride: int | None = None,
     bos: Literal["auto", "always", "never"] = "auto",
     max_windows: int | None = None,
+    remark: Callable[[str], object] = lambda text: None,
 ) -> Windows:
     """The source's documents, tokenised for `model`, joined by EOS where it has one, and cut into windows.
 
-    bos "auto" puts BOS before each window if the tokenizer puts one before a text. Raises DataError for empty or
-    short text, a missing tokenizer, BOS asked of a tokenizer that has none, or a token that the model's embedding has
-    no row for.
+    bos "auto" puts BOS before each window if the tokenizer puts one before a text. With `max_windows`, windows are
+    taken in turn from the files of a directory, of more than 64 files from 64 places among them. `remark` is called
+    with sentences that say which files of a directory are read, and what was read otherwise than it stands there.
+    Raises DataError for empty or short text, a missing tokenizer, BOS asked of a tokenizer that has none, or a token
+    that the model's embedding has no row for.
     """
     tokenizer = load_tokenizer(model)
     if bos == "always" and tokenizer.bos_token_id is None:
         raise DataError(f"{model}: its tokenizer has no BOS token", hint="use --bos never")
     with_bos = bos == "always" or (bos == "auto" and adds_bos(tokenizer))
-    num_needed = None if max_windows is None else window + (max_windows - 1) * (stride or window)
     check_ids = TokenIdCheck.of(model, tokenizer)
     if with_bos:
         check_ids([tokenizer.bos_token_id], source.location)
+    files = describe_files(source)
+    if files is not None:
+        remark(files)
 
-    def checked(documents: Iterable[list[int]]) -> Iterator[list[int]]:
-        for ids in documents:
+    def encode(parts: Iterable[TextPart]) -> Iterator[list[int]]:
+        for ids in encode_documents(parts, tokenizer):
             check_ids(ids, source.location)
             yield ids
 
-    ids = chain.from_iterable(checked(encode_documents(read_documents(source), tokenizer)))
-    token_ids = torch.tensor(list(islice(ids, num_needed)))
-    return cut_windows(
-        token_ids,
-        window=window,
-        stride=stride,
-        bos_token_id=tokenizer.bos_token_id if with_bos else None,
-        max_windows=max_windows,
-        joined_by_eos=tokenizer.eos_token_id is not None,
+    length = window - with_bos
+    sizes = (length, stride or length)
+    reading = Reading(tokenizer)
+    places = None if max_windows is None else _in_turn(read_files(source, reading), encode, *sizes, max_windows)
+    if places is None:
+        reading = Reading(tokenizer)
+        place = _Place(encode(read_parts(source, reading)))
+        place.fill(None if max_windows is None else sizes[0] + (max_windows - 1) * sizes[1])
+        places = [(place.token_ids, max_windows)]
+    for sentence in reading.notes.sentences(source.location):
+        remark(sentence)
+    cut = [
+        cut_windows(
+            token_ids,
+            window=window,
+            stride=stride,
+            bos_token_id=tokenizer.bos_token_id if with_bos else None,
+            max_windows=num_windows,
+            documents=_in_words(tokenizer, reading, len(places)),
+        )
+        for token_ids, num_windows in places
+    ]
+    return Windows(
+        torch.cat([windows.input_ids for windows in cut]),
+        tuple(chain.from_iterable(windows.scored_from for windows in cut)),
+        cut[0].method,
     )
+
+
+def _in_turn(
+    files: Sequence[Iterator[TextPart]],
+    encode: Callable[[Iterable[TextPart]], Iterator[list[int]]],
+    length: int,
+    step: int,
+    num_windows: int,
+) -> list[tuple[Tensor, int | None]] | None:
+    """Token ids, (num_tokens,), and how many windows of `length` tokens, every `step`, to cut of them, from each place.
+
+    Windows are taken in turn from places among the files. None where there is a single file, or the files are so short
+    that places do not fill so many windows.
+    """
+    num_places = min(len(files), num_windows, _MAX_PLACES)
+    bounds = [number * len(files) // num_places for number in range(num_places + 1)]
+    places = [_Place(encode(chain.from_iterable(files[begin:end]))) for begin, end in pairwise(bounds)]
+    counts = [0] * num_places
+    waiting = deque(range(num_places if len(files) > 1 else 0))
+    while waiting and sum(counts) < num_windows:
+        number = waiting.popleft()
+        if places[number].fill(length + counts[number] * step):
+            counts[number] += 1
+            waiting.append(number)
+    if sum(counts) < num_windows:
+        return None
+    return [(place.token_ids, count) for place, count in zip(places, counts, strict=True)]
+
+
+class _Place:
+    """A part of a text, of which tokens are read as they are needed."""
+
+    def __init__(self, encoded: Iterator[list[int]]) -> None:
+        self._encoded = encoded
+        self._held = array("q")
+
+    def fill(self, num_tokens: int | None) -> bool:
+        """Read until so many tokens are held, or all; whether there are so many."""
+        while num_tokens is None or len(self._held) < num_tokens:
+            ids = next(self._encoded, None)
+            if ids is None:
+                return num_tokens is None
+            self._held.extend(ids)
+        return True
+
+    @property
+    def token_ids(self) -> Tensor:
+        """The tokens that were read, (num_tokens,) int64."""
+        return torch.tensor(self._held, dtype=torch.int64)
+
+
+def _in_words(tokenizer: Any, reading: Reading, num_places: int) -> str:
+    """How documents were made one stream of tokens."""
+    taken = f" from {num_places} places of the text in turn" if num_places > 1 else ""
+    at = ", ".join(map(repr, sorted(reading.notes.separators)))
+    split = f" split at {at} and" if at else ""
+    joined = "joined by EOS" if tokenizer.eos_token_id is not None else "joined without EOS, as the tokenizer has none"
+    return f"documents{taken}{split} {joined}"
 
 
 def evaluate_checkpoint(

@@ -71,14 +71,14 @@ def cut_windows(
     stride: int | None = None,
     bos_token_id: int | None = None,
     max_windows: int | None = None,
-    joined_by_eos: bool = True,
+    documents: str = "documents joined by EOS",
 ) -> Windows:
     """Cut one stream of tokens, (num_tokens,), into windows of `window` tokens every `stride` (default: window).
 
     With `bos_token_id` each window starts with that token, which takes the place of one text token. Every text token
     is scored at most once: of overlapping windows only the tokens that the window before did not reach, and never
-    the first token of a window without BOS in front. A last, shorter window is left out. `joined_by_eos` says, for
-    `method`, whether EOS stands between the documents of the stream.
+    the first token of a window without BOS in front. A last, shorter window is left out. `documents` says how the
+    stream was made, for the method.
     Raises DataError if the text is shorter than one window.
     """
     text_window = window - (bos_token_id is not None)
@@ -102,8 +102,7 @@ def cut_windows(
     scored_from = tuple(1 if index == 0 else max(1, offset + text_window - stride) for index in range(len(starts)))
     kind = "non-overlapping" if stride == text_window else f"overlapping (stride {stride})"
     bos = "BOS before each window" if offset else "no BOS, first token of each window not scored"
-    joined = "by EOS" if joined_by_eos else "without EOS, as the tokenizer has none"
-    method = f"documents joined {joined}, {kind} windows of {window} tokens, {bos}, last partial window left out"
+    method = f"{documents}, {kind} windows of {window} tokens, {bos}, last partial window left out"
     return Windows(input_ids, scored_from, method)
 
 

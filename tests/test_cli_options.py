@@ -75,6 +75,7 @@ BASIS |= {
     "mha2mla": CALIBRATED | {"--kv-lora-rank": 24, "--qk-rope-head-dim": 4},
 }
 NAMED: Arguments = {"--data": "org/texts"}
+LINES: Arguments = {"--data": "{lines}"}
 EFFECTS: dict[str, dict[str, Effect]] = {
     "evaluate": {
         "model": Effect({"": "org/other"}, lambda seen: seen["nats_per_token"]),
@@ -93,6 +94,8 @@ EFFECTS: dict[str, dict[str, Effect]] = {
         "text_field": Effect({"--text-field": "verse"}, lambda seen: seen["nats_per_token"]),
         "split": Effect({"--split": "train"}, dataset, ("org/texts", None, "train"), beside=NAMED),
         "config": Effect({"--data-config": "old"}, dataset, ("org/texts", "old", "test"), beside=NAMED),
+        "document_separator": Effect({"--document-separator": "the"}, lambda seen: seen["nats_per_token"]),
+        "line_documents": Effect({"--line-documents": None}, lambda seen: seen["nats_per_token"], beside=LINES),
         "batch_size": Effect({"--batch-size": 3}, lambda seen: seen.batch_sizes, [3, 3, 2]),
         "dtype": Effect(
             {"--dtype": "bfloat16"}, lambda seen: (seen["dtype"], seen.dtypes), ("bfloat16", {torch.bfloat16})
@@ -147,6 +150,7 @@ def run_seen(
     rows = [{"text": PROSE, "verse": " ".join(reversed(PROSE.split()))}] * 4
     (tmp_path / "prose.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "verse.jsonl").write_text("".join(json.dumps({"text": row["verse"]}) + "\n" for row in rows))
+    (tmp_path / "lines.txt").write_text("\n".join(PROSE.split(", ")))
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
 
     def run(command: str, arguments: Arguments) -> Seen:
@@ -170,8 +174,10 @@ def run_seen(
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        monkeypatch.setattr("kvconvert.convert.text.hub._is_cached", lambda name: True)
         words = [word for pair in arguments.items() for word in pair if word not in ("", None)]
-        places = {"{prose}": tmp_path / "prose.jsonl", "{verse}": tmp_path / "verse.jsonl", "{out}": tmp_path / "out"}
+        texts = {"{prose}": tmp_path / "prose.jsonl", "{verse}": tmp_path / "verse.jsonl"}
+        places = texts | {"{lines}": tmp_path / "lines.txt", "{out}": tmp_path / "out"}
         with register_module_forward_pre_hook(watch):
             seen.outcome = invoke(command, *(places.get(str(word), word) for word in words))
         assert seen.outcome.returncode == 0, seen.outcome.stderr
@@ -183,7 +189,8 @@ def run_seen(
 @pytest.mark.parametrize("command", COMPLETE)
 def test_every_option_is_in_the_table(command: str) -> None:
     parameters = get_command(app).commands[command].params  # type: ignore[attr-defined]
-    assert {parameter.name for parameter in parameters} - {"help"} == set(EFFECTS[command])
+    # without --skip-bad-lines the run that would show its effect is refused (test_text_formats.py)
+    assert {parameter.name for parameter in parameters} - {"help", "skip_bad_lines"} == set(EFFECTS[command])
 
 
 @pytest.mark.parametrize(

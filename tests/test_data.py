@@ -5,6 +5,7 @@ import json
 import pickle
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from conftest import PROSE, build_number_tokenizer, build_tokenizer, pack_number
 from hypothesis import given
 from hypothesis import strategies as st
 from kvconvert.convert.errors import DataError, InputError, PreemptedError
-from kvconvert.convert.text.sources import TextSource, estimate_tokens
+from kvconvert.convert.text import cuts, parts, tokens
+from kvconvert.convert.text.estimate import estimate_tokens
+from kvconvert.convert.text.sources import TextSource
 from kvconvert.convert.text.tokens import encode_batch
-from kvconvert.uptrain.data import documents, packing, shards
+from kvconvert.uptrain.data import blocks, documents, packing, shards
 from kvconvert.uptrain.data.blocks import PackedBlocks, validation_blocks
 from kvconvert.uptrain.data.corpus import Corpus, most_passes
 from kvconvert.uptrain.data.mixture import WINDOW, Mixture, shuffled, splitmix64
@@ -186,6 +189,7 @@ def test_a_dataset_without_a_fixed_commit_is_remarked_on(tmp_path: Path, monkeyp
     rows = [{"text": " ".join(map(str, document))} for document in consecutive(80)]
     monkeypatch.setattr("datasets.load_dataset", lambda *names, **options: rows)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+    monkeypatch.setattr("kvconvert.convert.text.hub._is_cached", lambda name: True)
     remarks: list[str] = []
     local = write_numbers(tmp_path / "a.jsonl", consecutive(80))
     build(corpus_of(local, num_blocks=5), tmp_path / "local", TOKENIZER, remark=remarks.append)
@@ -441,13 +445,123 @@ def test_text_that_changed_while_it_was_packed_is_noticed(tmp_path: Path) -> Non
     corpus, folder = corpus_of(text, num_blocks=100), tmp_path / "packed"
     build(corpus, folder, TOKENIZER)
     (folder / "source-0" / "tokens-00001.bin").unlink()
-    text.write_text(text.read_text().replace("30", "31"))
+    original = text.read_text()
+    text.write_text(original.replace(" 25 ", " 26 "))  # in shard 1
     with pytest.raises(DataError, match=r"a\.jsonl: shard 1 came out otherwise than the first time"):
         build(corpus, folder, TOKENIZER)
-    size = text.stat().st_size
-    text.write_text(text.read_text() + "\n")
-    with pytest.raises(DataError, match=f"{size + 1} bytes of text, it had {size} when packing began"):
+    text.write_text(original.replace(" 4 ", " 9 "))  # before shard 1
+    with pytest.raises(DataError, match=r"a\.jsonl: the text that was packed is another now"):
         build(corpus, folder, TOKENIZER)
+
+
+def unknown(text: TextSource) -> None:
+    """Stands for an estimate, whose sample would find a bad line before packing begins."""
+
+
+def bad_line_after(path: Path, documents: int) -> str:
+    """Put a line that is no JSON behind so many documents; returns the text as it was."""
+    original = path.read_text()
+    lines = original.splitlines(keepends=True)
+    path.write_text("".join([*lines[:documents], '{"text": "1 2\n', *lines[documents:]]))
+    return original
+
+
+@pytest.mark.parametrize("mended", ["corrected", "left out"])
+def test_packing_goes_on_where_a_bad_line_was(mended: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the second shard: what was packed before stays, and nothing of it is tokenised again."""
+    path = write_numbers(tmp_path / "a.jsonl", consecutive(400))
+    corpus = corpus_of(path, num_blocks=100)
+    build(corpus, tmp_path / "expected", TOKENIZER)
+    encoded: list[str] = []
+
+    def spy(texts: Sequence[str], *args: Any, **kwargs: Any) -> list[list[int]]:
+        encoded.extend(texts)
+        return encode_batch(texts, *args, **kwargs)
+
+    monkeypatch.setattr(packing, "encode_batch", spy)
+    original = bad_line_after(path, 9)
+    with pytest.raises(DataError, match=r"a\.jsonl, line 10: not JSON"):
+        build(corpus, tmp_path / "packed", TOKENIZER, num_tokens=unknown)
+    assert len(encoded) == 9
+    assert blocks.holds_shards(tmp_path / "packed")
+    remarks: list[str] = []
+    if mended == "corrected":
+        path.write_text(original)
+    else:
+        (source,) = corpus.sources
+        corpus = replace(corpus, sources=(replace(source, text=replace(source.text, skip_bad_lines=True)),))
+    build(corpus, tmp_path / "packed", TOKENIZER, num_tokens=unknown, remark=remarks.append)
+    assert len(encoded) == len(consecutive(400))
+    packed = contents(tmp_path / "packed")
+    assert {name: packed[name] for name in packed if name.endswith(".bin")} == {
+        name: content for name, content in contents(tmp_path / "expected").items() if name.endswith(".bin")
+    }
+    assert [" ".join(remark.split()[1:5]) for remark in remarks] == ["left out 1 row"] * (mended == "left out")
+
+
+def test_text_that_was_packed_must_not_change_while_a_line_is_corrected(tmp_path: Path) -> None:
+    path = write_numbers(tmp_path / "a.jsonl", consecutive(400))
+    corpus = corpus_of(path, num_blocks=100)
+    original = bad_line_after(path, 9)
+    with pytest.raises(DataError, match="line 10: not JSON"):
+        build(corpus, tmp_path / "packed", TOKENIZER, num_tokens=unknown)
+    path.write_text(original.replace(" 4 ", " 9 "))
+    with pytest.raises(DataError, match=r"a\.jsonl: the text that was packed is another now"):
+        build(corpus, tmp_path / "packed", TOKENIZER, num_tokens=unknown)
+    path.write_text("".join(original.splitlines(keepends=True)[:5]))
+    with pytest.raises(DataError, match=r"a\.jsonl: the text that was packed is another now"):
+        build(corpus, tmp_path / "packed", TOKENIZER, num_tokens=unknown)
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents of more than forty characters come in parts, and are encoded in pieces."""
+    monkeypatch.setattr(parts, "_PART_CHARACTERS", 40)
+    monkeypatch.setattr(parts, "PART_BYTES", 16)
+    monkeypatch.setattr(tokens, "PIECE_CHARACTERS", 32)
+    monkeypatch.setattr(cuts, "_LOOKAHEAD_CHARACTERS", 8)
+
+
+def test_a_long_document_is_packed_in_pieces_and_gone_on_with_inside(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(" ".join(map(str, range(400))))
+    corpus = corpus_of(path, num_blocks=60)
+    build(corpus, tmp_path / "expected", TOKENIZER)  # whole: it is shorter than a piece
+    expected = contents(tmp_path / "expected")
+    request.getfixturevalue("small_parts")
+    stops = 0
+    while True:
+        try:
+            build(corpus, tmp_path / "packed", TOKENIZER, should_stop=stops_after(4 + 4 * stops, kill=False))
+            break
+        except PreemptedError:
+            stops += 1
+            assert stops < 40
+    assert stops > 3
+    packed = contents(tmp_path / "packed")
+    assert [packed[name] for name in expected if "tokens-" in name] == [
+        expected[name] for name in expected if "tokens-" in name
+    ]
+    assert ids(PackedBlocks(tmp_path / "packed", num_samples=60)) == ids(
+        PackedBlocks(tmp_path / "expected", num_samples=60)
+    )
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_what_was_packed_of_a_long_document_must_not_change(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    text = " ".join(map(str, range(400)))
+    path.write_text(text)
+    corpus = corpus_of(path, num_blocks=60)
+    with pytest.raises(PreemptedError):
+        build(corpus, tmp_path / "packed", TOKENIZER, should_stop=stops_after(20, kill=False))
+    path.write_text(text.replace(" 21 ", " 22 "))
+    with pytest.raises(DataError, match=r"a\.txt: the text that was packed is another now"):
+        build(corpus, tmp_path / "packed", TOKENIZER)
+    path.write_text(text.replace(" 390 ", " 391 "))  # what comes later may be corrected
+    build(corpus, tmp_path / "packed", TOKENIZER)
 
 
 def test_another_corpus_in_the_folder_is_refused(tmp_path: Path) -> None:

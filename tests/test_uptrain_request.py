@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from kvconvert.uptrain.request import Schedule, Tracker
 from kvconvert.uptrain.settings import default_learning_rate
 from typer.testing import CliRunner
 
-DEFAULTS = TextSource("", text_field="text", split="train")
+DEFAULTS = TextSource("")
 
 # Each option as it is typed, where it is no default, and what the library is asked for.
 TYPED: dict[str, dict[str, tuple[list[str], Any]]] = {
@@ -55,6 +55,9 @@ TYPED: dict[str, dict[str, tuple[list[str], Any]]] = {
         "split": (["--split", "dev"], "dev"),
         "data_config": (["--data-config", "en"], "en"),
         "data_revision": (["--data-revision", "v1"], "v1"),
+        "line_documents": (["--line-documents"], True),
+        "document_separator": (["--document-separator", "---"], "---"),
+        "skip_bad_lines": (["--skip-bad-lines"], True),
         "validation_fraction": (["--validation-fraction", "0.2"], 0.2),
         "eval_data": (["--eval-data", "held.jsonl"], "held.jsonl"),
         "eval_split": (["--eval-split", "validation"], "validation"),
@@ -347,8 +350,9 @@ def test_held_out_text_of_a_dataset_is_its_test_split(
         return [{"text": "A sentence that nobody trains on. " * 20}]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("kvconvert.convert.text.hub._is_cached", lambda name: True)
     assert plan_uptraining(request_of(model, prose_file, eval_data="org/name")).held_out == TextSource(
-        "org/name", split="test"
+        "org/name", usual_split="test"
     )
     uptrain(
         model,
@@ -368,18 +372,64 @@ def test_held_out_text_of_a_dataset_is_its_test_split(
             settings=UptrainSettings(**SMALL),
             text=TextSettings(eval_data="org/name", eval_split="dev"),
         )
-    assert caught.value.hint == "its split is dev; name another one with --eval-split"
+    assert (caught.value.hint, caught.value.settings) == ("name the split to read", ("eval_split",))
     assert not model.with_name("other.uptraining").exists()
 
 
-def test_sources_of_one_run_have_their_own_splits(model: Path, prose_file: Path) -> None:
+def test_held_out_text_has_the_configuration_and_revision_of_the_text() -> None:
+    text = TextSettings(data_config="en", data_revision="v2", split="dev", text_field="body", eval_data="org/name")
+    assert text.held_out == TextSource("org/name", "body", None, "en", "v2", usual_split="test")
+    text = TextSettings(data_revision="v2", eval_data="org/name[revision=v3,split=a]", eval_split="b")
+    assert text.held_out == TextSource("org/name", split="a", revision="v3", usual_split="test")
+
+
+@pytest.mark.parametrize(
+    ("data", "held_out", "options", "message"),
+    [
+        (["{prose}"], "{prose}", {}, r".*prose\S*: .*prose\S* is trained on, so that a score on it says nothing"),
+        (["{prose}"], "{directory}", {}, r".*: .*prose\S* is trained on"),
+        (["org/a"], "org/a", {"eval_split": "train"}, "org/a: split 'train' of org/a is trained on"),
+        (["org/a[split=test]"], "org/a", {}, "org/a: split 'test' of org/a is trained on"),
+        (["{prose}:1", "{directory}:2"], None, {}, r".*prose\S*: .*prose\S* is read twice"),
+        (["org/a", "org/a[split=train]"], None, {}, "org/a: split 'train' of org/a is read twice"),
+        (["org/a", "org/a[split=dev]"], "org/a", {}, None),
+        (["org/a", "org/a[config=en]", "org/a[field=body]"], "org/a", {}, None),
+    ],
+)
+def test_text_that_is_read_twice_is_refused(
+    data: list[str],
+    held_out: str | None,
+    options: dict[str, str],
+    message: str | None,
+    model: Path,
+    prose_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kvconvert.convert.text.hub._is_cached", lambda name: True)
+    directory = prose_file.with_name("texts")
+    directory.mkdir()
+    (directory / "a.jsonl").symlink_to(prose_file)
+    texts = [place.format(prose=prose_file, directory=directory) for place in data]
+    eval_data = held_out and held_out.format(prose=prose_file, directory=directory)
+    request = replace(request_of(model, prose_file, eval_data=eval_data, **options), data=tuple(texts))
+    if message is None:
+        assert plan_uptraining(request)
+        return
+    with pytest.raises(InputError, match=f"^{message}"):
+        plan_uptraining(request)
+
+
+def test_sources_of_one_run_have_their_own_splits(
+    model: Path, prose_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvconvert.convert.text.hub._is_cached", lambda name: True)
     request = UptrainRequest(
         model=model,
         data=(f"{prose_file}:0.5", "org/name[split=dev,field=content]:0.5", WeightedSource(TextSource("org/other"), 1)),
         length=Length(steps=1),
         settings=UptrainSettings(**SMALL),
     )
-    assert [(source.text.split, source.text.text_field) for source in plan_uptraining(request).job.sources] == [
+    assert [(source.text.chosen_split, source.text.text_field) for source in plan_uptraining(request).job.sources] == [
         ("train", "text"),
         ("dev", "content"),
         ("train", "text"),

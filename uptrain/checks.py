@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import combinations
 from pathlib import Path
 
 from ..convert.architectures.context import check_context
@@ -13,9 +16,11 @@ from ..convert.cache_check import check_runtime
 from ..convert.checkpoint.loading import class_config
 from ..convert.checkpoint.output import check_apart, check_output
 from ..convert.device import default_device
-from ..convert.errors import InputError, OutputError, UnsupportedError
+from ..convert.errors import DataError, InputError, OutputError, UnsupportedError
 from ..convert.runtime.transformers_interface import require
-from ..convert.text.sources import TextSource, text_bytes
+from ..convert.text.documents import find_text
+from ..convert.text.hub import check_dataset
+from ..convert.text.sources import TextSource
 from ..convert.text.tokens import check_tokenizers
 from .job import UptrainJob, sweep_directory
 from .launcher import uses_deepspeed
@@ -23,7 +28,7 @@ from .losses.attention_regression import require_same_size
 from .rundir.record import SETTINGS_NAME, check_same_run, finished_before, replaces_output
 from .teacher import as_teacher
 
-__all__ = ["check_job"]
+__all__ = ["check_job", "of_eval_data"]
 
 
 def check_job(job: UptrainJob, *, held_out: TextSource | None = None, force: bool = False) -> None:
@@ -50,10 +55,53 @@ def _check_places(job: UptrainJob, held_out: TextSource | None, *, force: bool) 
         check_apart(place, inputs)
     if not finished_before(job):
         check_output(job.output, force=force or replaces_output(job), inputs=inputs)
-        for text in texts:
-            text_bytes(text)
+        _check_texts(job, held_out, asks_hub=force or not job.work.exists())
     if force and job.work.exists() and not (job.work / SETTINGS_NAME).exists():
         raise OutputError(f"{job.work} is in the way and not a run's", hint="remove it, or choose another --output")
+
+
+def _check_texts(job: UptrainJob, held_out: TextSource | None, *, asks_hub: bool) -> None:
+    """Raise InputError unless every text is there, and no text is read twice.
+
+    The hub is not asked where a run goes on: its text may be packed already, and the machine without network.
+    """
+    read = [(source.text, "data", _contents(source.text, asks_hub=asks_hub)) for source in job.sources]
+    if held_out is not None:
+        with of_eval_data():
+            read.append((held_out, "eval_data", _contents(held_out, asks_hub=asks_hub)))
+    for (one, _, contents), (other, name, others) in combinations(read, 2):
+        twice = sorted(contents & others)
+        if twice and name == "eval_data":
+            raise InputError(
+                f"{other.location}: {twice[0][0]} is trained on, so that a score on it says nothing of other text",
+                hint="hold out another split or file, or leave this out and a part of the documents is held out",
+                settings=("eval_data", "eval_split"),
+            )
+        if twice:
+            raise InputError(
+                f"{one.location}: {twice[0][0]} is read twice", hint="name each text once, with its weight"
+            )
+
+
+def _contents(text: TextSource, *, asks_hub: bool) -> frozenset[tuple[str, str]]:
+    """What is read of a text, equal where the same is read: each file, or the part of a dataset, with its field."""
+    found = find_text(text)
+    if found is not None:
+        return frozenset((str(file.resolve()), text.text_field) for file in found.files)
+    if asks_hub:
+        check_dataset(text)
+    config = f" {text.config}" if text.config else ""
+    return frozenset({(f"split {text.chosen_split!r} of {text.location}{config}", text.text_field)})
+
+
+@contextmanager
+def of_eval_data() -> Iterator[None]:
+    """Let an error of reading name the setting that the held-out text comes from."""
+    try:
+        yield
+    except DataError as error:
+        settings = tuple("eval_split" if name == "split" else name for name in error.settings)
+        raise DataError(f"--eval-data: {error}", hint=error.hint, settings=settings) from error
 
 
 def _check_model(job: UptrainJob) -> None:

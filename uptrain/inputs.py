@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from ..convert.checkpoint.opening import open_checkpoint
 from ..convert.checkpoint.tensors import Checkpoint
 from ..convert.checkpoint.tokenizer import TokenIdCheck, load_tokenizer
-from ..convert.text.sources import TextSource, estimate_tokens
+from ..convert.text.estimate import estimate_tokens
+from ..convert.text.sources import TextSource
 from ..convert.text.tokens import tokenizer_hash
 from .estimate.size import ModelSize, measure_size
 from .teacher import copied_bytes

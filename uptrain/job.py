@@ -152,7 +152,7 @@ class UptrainJob:
             "objective": self.objective,
             "teacher": None if self.teacher is None else Path(self.teacher).name,
             "teacher_fingerprint": self.inputs.teacher_fingerprint,
-            "data": [asdict(source) for source in self.sources],
+            "data": [source.description for source in self.sources],
             "validation_fraction": self.validation_fraction,
             **asdict(self.settings),
         }

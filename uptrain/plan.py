@@ -13,9 +13,9 @@ from ..convert.checkpoint.opening import open_checkpoint
 from ..convert.checkpoint.tensors import Checkpoint
 from ..convert.conversion import Progress, default_output, no_progress
 from ..convert.device import default_precision
-from ..convert.errors import CheckpointError, DataError, InputError
+from ..convert.errors import CheckpointError, InputError
 from ..convert.text.sources import TextSource
-from .checks import check_job
+from .checks import check_job, of_eval_data
 from .data.sources import WeightedSource, parse_source
 from .estimate.budget import Batch, Budget, check_asked_batch, default_global_batch_tokens, derive_batch, plan_budget
 from .estimate.cost import RunCost, require_consent, run_cost
@@ -154,7 +154,7 @@ def plan_uptraining(request: UptrainRequest, *, remark: Callable[[str], object] 
     sweeps = bool(num_rates) and (begun is None or not begun.is_done)
 
     # 3. whatever can be refused
-    held_out = _held_out(request)
+    held_out = request.text.held_out
     check_job(job, held_out=held_out, force=force)
     if job.inputs.check_ids.remark is not None:
         remark(job.inputs.check_ids.remark)
@@ -190,7 +190,7 @@ def carry_out(
         log_steps=monitoring.log_steps,
         eval_steps=monitoring.eval_steps,
         deadline=plan.deadline,
-        score=score or (None if plan.held_out is None else _scorer(job, plan.held_out)),
+        score=score or (None if plan.held_out is None else _scorer(job, plan.held_out, remark)),
         show=show,
         remark=remark,
         flops_per_token={stage.name: stage_flops_per_token(job.shape, stage) for stage in job.settings.stages},
@@ -265,7 +265,6 @@ def _job(
 ) -> UptrainJob:
     """The job of a request; a teacher that nothing is compared with is left out."""
     machine, text = request.machine, request.text
-    defaults = TextSource("", text.text_field, text.split, text.data_config, text.data_revision)
     used = teacher if settings.uses_teacher else None
     fraction = text.validation_fraction
     if fraction is None:
@@ -275,7 +274,8 @@ def _job(
         checkpoint=checkpoint,
         settings=settings,
         sources=tuple(
-            given if isinstance(given, WeightedSource) else parse_source(str(given), defaults) for given in request.data
+            given if isinstance(given, WeightedSource) else parse_source(str(given), text.defaults)
+            for given in request.data
         ),
         output=default_output(checkpoint, "uptrained") if request.output is None else Path(request.output),
         teacher=name,
@@ -292,14 +292,9 @@ def _job(
     )
 
 
-def _held_out(request: UptrainRequest) -> TextSource | None:
-    text = request.text
-    if text.eval_data is None:
-        return None
-    return TextSource(text.eval_data, text_field=text.text_field, split=text.eval_split, config=text.data_config)
-
-
-def _scorer(job: UptrainJob, source: TextSource) -> Callable[[Any], float]:
+def _scorer(
+    job: UptrainJob, source: TextSource, remark: Callable[[str], object] = lambda text: None
+) -> Callable[[Any], float]:
     """Nats per token on the first windows of held-out text, nan of a model whose logits are not finite.
 
     Raises DataError where the text cannot be read.
@@ -307,15 +302,14 @@ def _scorer(job: UptrainJob, source: TextSource) -> Callable[[Any], float]:
     from ..measure.held_out import load_windows
     from ..measure.perplexity import evaluate
 
-    try:
+    with of_eval_data():
         windows = load_windows(
-            job.checkpoint.directory, source, window=job.settings.sequence_length, max_windows=_EVAL_WINDOWS
+            job.checkpoint.directory,
+            source,
+            window=job.settings.sequence_length,
+            max_windows=_EVAL_WINDOWS,
+            remark=remark,
         )
-    except DataError as error:
-        if source.path.exists():
-            raise
-        hint = f"its split is {source.split}; name another one with --eval-split"
-        raise DataError(f"--eval-data: {error}", hint=hint) from error
 
     def score(model: Any) -> float:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from typing_extensions import Doc
 
 from ..convert.errors import InputError, UnsupportedError
+from ..convert.text.sources import DocumentSeparator, LineDocuments, SkipBadLines, TextField, TextSource, parse_text
 from .data.sources import WeightedSource
 from .recipe import Recipe, Trained
 from .schedule import Schedule
@@ -62,10 +63,13 @@ class Length:
 class TextSettings:
     """How the text of a run is read; what a source says for itself counts more."""
 
-    text_field: Annotated[str, Doc("Column that holds the text of a JSONL, parquet or dataset row.")] = "text"
-    split: Annotated[str, Doc("Split of a named dataset to train on.")] = "train"
-    data_config: Annotated[str | None, Doc("Configuration of a named dataset.")] = None
+    text_field: TextField = "text"
+    split: Annotated[str | None, Doc("Split of a dataset to train on. Default: train.")] = None
+    data_config: Annotated[str | None, Doc("Configuration of a dataset.")] = None
     data_revision: Annotated[str | None, Doc("Branch, tag or commit of a named dataset.")] = None
+    line_documents: LineDocuments = False
+    document_separator: DocumentSeparator = None
+    skip_bad_lines: SkipBadLines = False
     validation_fraction: Annotated[
         float | None,
         Doc("Part of the documents to hold out of training and to score. Default: 0.01, or 0 with --eval-data."),
@@ -73,7 +77,28 @@ class TextSettings:
     eval_data: Annotated[
         str | None, Doc("Held-out text to score during training: files as for --data, or a dataset name.")
     ] = None
-    eval_split: Annotated[str, Doc("Split of a named dataset in --eval-data.")] = "test"
+    eval_split: Annotated[str | None, Doc("Split of a dataset in --eval-data. Default: test.")] = None
+
+    @property
+    def defaults(self) -> TextSource:
+        """What holds for every text to train on that does not say otherwise; it names no place."""
+        return TextSource(
+            "",
+            text_field=self.text_field,
+            split=self.split,
+            config=self.data_config,
+            revision=self.data_revision,
+            line_documents=self.line_documents,
+            document_separator=self.document_separator,
+            skip_bad_lines=self.skip_bad_lines,
+        )
+
+    @property
+    def held_out(self) -> TextSource | None:
+        """The text of `eval_data`, None without. Raises InputError where it says what is nothing of a text."""
+        if self.eval_data is None:
+            return None
+        return parse_text(self.eval_data, replace(self.defaults, split=self.eval_split, usual_split="test"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ..errors import first_line
 
-__all__ = ["hub_refusal", "is_unreachable"]
+__all__ = ["hub_refusal", "is_final_refusal", "is_unreachable"]
 
 _ACCESS_HINT = "ask for access on its page, and log in with `hf auth login` or set HF_TOKEN"
 # huggingface_hub's classes, the more special ones first: what each means, and what to do
@@ -46,7 +46,7 @@ def hub_refusal(error: BaseException, kind: str, revision: str | None = None) ->
     if is_unreachable(error):
         return (
             f"the hub cannot be reached ({first_line(causes[-1])})",
-            "check the network and its proxy, or set HF_HUB_OFFLINE=1 to use what is in the cache",
+            "check the network and its proxy, or bring it into the cache of this machine",
         )
     return f"the hub did not give it ({first_line(error)})", None
 
@@ -54,6 +54,15 @@ def hub_refusal(error: BaseException, kind: str, revision: str | None = None) ->
 def is_unreachable(error: BaseException) -> bool:
     """Return whether huggingface_hub raised `error` because no answer of the hub came."""
     return any(_is_network(cause) for cause in _causes(error))
+
+
+def is_final_refusal(error: BaseException) -> bool:
+    """Return whether what huggingface_hub raised says that nothing is to be had now, however it is asked for."""
+    causes = list(_causes(error))
+    names = {base.__name__ for cause in causes for base in type(cause).__mro__}
+    return bool(names & set(_MEANINGS)) or (
+        all(_status(cause) is None for cause in causes) and any(_is_network(cause) for cause in causes)
+    )
 
 
 def _meaning_of(status: int, kind: str, message: str) -> tuple[str, str | None]:

@@ -5,19 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.tokenizer import load_tokenizer, vocabulary_size
 from ..errors import DataError
+from .cuts import PIECE_CHARACTERS, encode_beginning
+from .parts import TextPart, by_document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["adds_bos", "check_tokenizers", "encode_batch", "encode_documents", "tokenizer_hash"]
+__all__ = [
+    "Batch",
+    "adds_bos",
+    "check_tokenizers",
+    "encode_batch",
+    "encode_documents",
+    "encode_long",
+    "tokenizer_hash",
+]
 
 _ENCODE_BATCH = 64
+_BATCH_CHARACTERS = 2**18  # a second of tokenizing on a slow core, so that a stop is heard soon
 # the parts of a fast tokenizer that decide which ids a text becomes; truncation and padding change as it is used
 _FAST_TOKENIZER_PARTS = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model")
 
@@ -29,20 +40,83 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def encode_batch(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, bos: bool = False) -> list[list[int]]:
-    """Return the token ids of each text: BOS if `bos`, the text without other special tokens, EOS if there is one."""
-    before = [tokenizer.bos_token_id] if bos else []
-    after = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return [before + ids + after for ids in encoded["input_ids"]]
+    """Return the token ids of each text: BOS if `bos`, the text without other special tokens, EOS if there is one.
+
+    A text that begins with BOS or ends with EOS itself, written out, gets no second one; white space behind a written
+    EOS is left out.
+    """
+    ended = [_without_space_behind_eos(text, tokenizer) for text in texts]
+    encoded = tokenizer(ended, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return [_with_bos(ids, tokenizer, bos) + _missing_eos(ids, tokenizer) for ids in encoded["input_ids"]]
+
+
+def encode_long(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, bos: bool = False) -> Iterator[list[int]]:
+    """Yield the token ids of one text, which comes in pieces: together those of `encode_batch` for the whole text.
+
+    Memory does not grow with the text, unless there is no place in it where the tokenizer can be shown to break
+    (`encode_beginning`).
+    """
+    held, size, begun = "", PIECE_CHARACTERS, False
+    for text in texts:
+        held += text
+        while len(held) > size:
+            beginning = encode_beginning(held[:size], tokenizer)
+            if beginning is None:
+                size *= 2
+                continue
+            yield beginning.ids if begun else _with_bos(beginning.ids, tokenizer, bos)
+            begun, held, size = True, held[beginning.num_characters :], PIECE_CHARACTERS
+    (ids,) = encode_batch([held], tokenizer, bos=bos and not begun)
+    yield ids
 
 
 def encode_documents(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, bos: bool = False
+    parts: Iterable[TextPart], tokenizer: PreTrainedTokenizerBase, *, bos: bool = False
 ) -> Iterator[list[int]]:
-    """Yield the token ids of each document as `encode_batch` gives them, encoding 64 documents at a time."""
-    iterator = iter(documents)
-    while batch := list(islice(iterator, _ENCODE_BATCH)):
-        yield from encode_batch(batch, tokenizer, bos=bos)
+    """Yield the token ids of documents one after another as `encode_batch` gives them, a long document in pieces."""
+    batch = Batch()
+    for document in by_document(parts):
+        first = next(document)
+        if first.ends and not batch.add(first.text):
+            continue
+        yield from encode_batch(batch.take(), tokenizer, bos=bos)
+        if not first.ends:
+            yield from encode_long((part.text for part in chain([first], document)), tokenizer, bos=bos)
+    yield from encode_batch(batch.take(), tokenizer, bos=bos)
+
+
+class Batch:
+    """Texts that are encoded at once: 64, or fewer where they are long, so that a stop is heard in between."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._num_characters = 0
+
+    def add(self, text: str) -> bool:
+        """Add a text, and tell whether the batch is full now."""
+        self._texts.append(text)
+        self._num_characters += len(text)
+        return len(self._texts) == _ENCODE_BATCH or self._num_characters >= _BATCH_CHARACTERS
+
+    def take(self) -> list[str]:
+        """Return the texts, and be empty."""
+        texts, self._texts, self._num_characters = self._texts, [], 0
+        return texts
+
+
+def _without_space_behind_eos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    eos = getattr(tokenizer, "eos_token", None)
+    stripped = text.rstrip() if eos else text
+    return stripped if eos and stripped.endswith(eos) else text
+
+
+def _with_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase, bos: bool) -> list[int]:
+    return [int(tokenizer.bos_token_id), *ids] if bos and ids[:1] != [tokenizer.bos_token_id] else ids
+
+
+def _missing_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    eos = tokenizer.eos_token_id
+    return [] if eos is None or ids[-1:] == [eos] else [int(eos)]
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

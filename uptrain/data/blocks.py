@@ -97,8 +97,9 @@ class PackedBlocks(Dataset[dict[str, Tensor]]):
 
 
 def holds_shards(folder: Path) -> bool:
-    """Tell whether `build` has packed at least one shard of the text into a folder."""
-    return any(SourceIndex.read(path.parent).shards for path in folder.glob(f"*/{INDEX_NAME}"))
+    """Tell whether `build` has packed at least one shard of the text into a folder, or a part of one."""
+    indices = [SourceIndex.read(path.parent) for path in folder.glob(f"*/{INDEX_NAME}")]
+    return any(index.shards or (index.partial is not None and index.partial.tokens_bytes) for index in indices)
 
 
 def validation_blocks(folder: Path) -> dict[str, Tensor] | None:

@@ -76,7 +76,10 @@ class Corpus:
         return tuple(np.diff(np.rint(sums).astype(int)).tolist())
 
     def is_validation(self, text: str) -> bool:
-        """Tell whether a document is never trained on; equal texts give equal answers, wherever they stand."""
+        """Tell whether a document is never trained on; equal texts give equal answers, wherever they stand.
+
+        Of a document that is read in parts, `text` is the first part.
+        """
         if self.validation_fraction == 0:
             return False
         digest = blake2b(text.encode(errors="surrogatepass"), digest_size=8, key=str(self.seed).encode()).digest()
@@ -85,10 +88,9 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a source was when packing began: the commit of a dataset, the size of files, about how many tokens."""
+    """What a source was when packing began: the commit of a dataset, about how many tokens."""
 
     revision: str | None
-    text_bytes: int | None
     num_tokens: int | None = None
 
 

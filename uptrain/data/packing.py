@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +13,13 @@ import numpy as np
 
 from ...convert.checkpoint.output import write_text
 from ...convert.errors import DataError, InputError
-from ...convert.text.sources import TextSource, estimate_tokens, pin_revision, read_interleaved, text_bytes
-from ...convert.text.tokens import adds_bos, encode_batch
+from ...convert.text.documents import describe_files, read_interleaved
+from ...convert.text.estimate import estimate_tokens
+from ...convert.text.hub import pin_revision
+from ...convert.text.parts import TextPart
+from ...convert.text.reading import Reading
+from ...convert.text.sources import TextSource
+from ...convert.text.tokens import adds_bos, encode_batch, encode_long
 from . import shards
 from .corpus import Corpus, CorpusIndex, Origin, source_folder
 from .documents import DocumentStream
@@ -52,10 +57,11 @@ def build(
     """
     estimate = num_tokens or (lambda text: estimate_tokens(text, tokenizer))
     index = _open_index(corpus, folder, estimate, remark)
+    readings = [Reading(tokenizer) for _ in corpus.sources]
     training = [
         SourcePacker(
             source_folder(folder, number),
-            _stream(index, number, tokenizer, check_ids, validation=False),
+            _stream(corpus, index, number, readings[number], tokenizer, check_ids, validation=False),
             layout,
             should_stop=should_stop,
             progress=progress,
@@ -65,7 +71,7 @@ def build(
     validation = [
         SourcePacker(
             source_folder(folder / "validation", number),
-            _stream(index, number, tokenizer, check_ids, validation=True),
+            _stream(corpus, index, number, Reading(tokenizer), tokenizer, check_ids, validation=True),
             index.layout(num_blocks),
             should_stop=should_stop,
         )
@@ -76,8 +82,10 @@ def build(
     for packer in validation:
         packer.pack()
     on_held_out()
-    for packer, source in zip(training, corpus.sources, strict=True):
+    for packer, source, reading in zip(training, corpus.sources, readings, strict=True):
         packer.pack()
+        for sentence in reading.notes.sentences(source.text.location):
+            remark(sentence)
         if packer.layout.num_blocks and not packer.index.num_blocks:
             if corpus.validation_fraction and not packer.index.leftover_tokens:
                 raise DataError(
@@ -103,9 +111,12 @@ def _open_index(
         return index
     for rest in [*folder.glob("source-*"), folder / "validation"]:
         shutil.rmtree(rest, ignore_errors=True)
+    for source in corpus.sources:
+        files = describe_files(source.text)
+        if files is not None:
+            remark(files)
     origins = tuple(
-        Origin(pin_revision(source.text, remark=remark).revision, text_bytes(source.text), num_tokens(source.text))
-        for source in corpus.sources
+        Origin(pin_revision(source.text, remark=remark).revision, num_tokens(source.text)) for source in corpus.sources
     )
     index = CorpusIndex(corpus, max(shards.SHARD_TOKENS // corpus.sequence_length, 1), origins)
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,37 +125,32 @@ def _open_index(
 
 
 def _stream(
+    corpus: Corpus,
     index: CorpusIndex,
     number: int,
+    reading: Reading,
     tokenizer: PreTrainedTokenizerBase,
     check_ids: Callable[[Sequence[int], str], object],
     *,
     validation: bool,
 ) -> DocumentStream:
     """The documents of a source that are trained on, or those that never are."""
-    corpus, source, origin = index.corpus, index.corpus.sources[number].text, index.origins[number]
+    source = replace(corpus.sources[number].text, revision=index.origins[number].revision)
     bos = adds_bos(tokenizer)
 
-    def open_text() -> Iterator[str]:
-        size = text_bytes(source)
-        if size != origin.text_bytes:
-            raise DataError(
-                f"{source.location}: {size} bytes of text, it had {origin.text_bytes} when packing began",
-                hint="put the text back as it was, or start over",
-            )
-        pinned = replace(source, revision=origin.revision)
-        return read_interleaved(pinned, seed=drawn_seed(corpus.seed, "files", number, 0))
+    def open_text() -> Iterator[TextPart]:
+        return read_interleaved(source, reading, seed=drawn_seed(corpus.seed, "files", number, 0))
 
-    def encode(texts: Sequence[str]) -> list[list[int]]:
-        encoded = encode_batch(texts, tokenizer, bos=bos)
+    def checked(encoded: Iterable[list[int]]) -> Iterator[list[int]]:
         for ids in encoded:
             check_ids(ids, source.location)
-        return encoded
+            yield ids
 
     return DocumentStream(
         name=source.location,
         open_text=open_text,
-        encode=encode,
+        encode=lambda texts: list(checked(encode_batch(texts, tokenizer, bos=bos))),
+        encode_long=lambda texts: checked(encode_long(texts, tokenizer, bos=bos)),
         keeps=lambda text: corpus.is_validation(text) == validation,
         dtype=np.dtype(corpus.dtype),
     )
@@ -152,7 +158,8 @@ def _stream(
 
 def _check_same_corpus(folder: Path, saved: Corpus, corpus: Corpus) -> None:
     was, now = asdict(saved), asdict(corpus)
-    changed = [f"{name} was {was[name]!r}, now {now[name]!r}" for name in now if was[name] != now[name]]
+    names = [name for name in now if getattr(saved, name) != getattr(corpus, name)]  # not how bad rows are met
+    changed = [f"{name} was {was[name]!r}, now {now[name]!r}" for name in names]
     if changed:
         raise InputError(
             f"{folder}: the packed text is another: {'; '.join(changed)}",

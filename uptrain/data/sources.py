@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from ...convert.errors import InputError
-from ...convert.text.sources import TextSource
+from ...convert.text.sources import TextSource, parse_text
 
 __all__ = ["SourceSize", "WeightedSource", "parse_source", "shares_of"]
 
-# what a source may say for itself, and the field of TextSource that holds it
-_OWN = {"split": "split", "field": "text_field", "config": "config", "revision": "revision"}
 _WEIGHT = re.compile(r"(.*):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", re.DOTALL)
-_SUFFIX = re.compile(r"(.*)\[(\w+=[^\[\]=,]*(?:,\w+=[^\[\]=,]*)*)\]", re.DOTALL)
-_EXAMPLE = "write for example a.jsonl:0.7 or org/name[split=train,field=text]:0.3"
 
 
 @dataclass(frozen=True)
@@ -25,6 +23,13 @@ class WeightedSource:
 
     text: TextSource
     weight: float = 1.0
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """All that decides what is read: how unreadable rows are met does not."""
+        text = asdict(self.text)
+        del text["skip_bad_lines"]
+        return {"text": text, "weight": self.weight}
 
 
 @dataclass(frozen=True)
@@ -36,28 +41,20 @@ class SourceSize:
 
 
 def parse_source(typed: str, defaults: TextSource) -> WeightedSource:
-    """Read a source as it is typed: `place`, `place:weight`, `place[split=train,field=text,config=en]:weight`.
+    """Read a source as it is typed: a text as `parse_text` reads it, and its weight: `a.jsonl`, `org/name[split=en]:2`.
 
-    Between brackets stand split, field, config and revision, each of which counts more than that of `defaults`. What
-    is the name of a file or a directory as a whole is a place, whatever it ends in: `dump:2024` may be one.
-    Raises InputError for anything else between them, for no place, and for a weight that is not positive.
+    A place that exists, as a directory `dump:2024`, has no weight in its name. Raises InputError for what is no text,
+    and for a weight that is not positive.
     """
-    match = None if replace(defaults, location=typed.strip()).path.exists() else _WEIGHT.fullmatch(typed.strip())
-    place, weight = (match[1], float(match[2])) if match else (typed.strip(), 1.0)
-    own: dict[str, str] = {}
-    suffix = None if replace(defaults, location=place).path.exists() else _SUFFIX.fullmatch(place)
-    if suffix:
-        place = suffix[1]
-        for part in suffix[2].split(","):
-            name, _, value = part.partition("=")
-            if name not in _OWN or not value:
-                raise InputError(f"{typed!r}: {part} says nothing of a text", hint=f"known are {', '.join(_OWN)}")
-            own[_OWN[name]] = value
+    exists = os.path.lexists(TextSource(typed.strip()).path)
+    match = None if exists else _WEIGHT.fullmatch(typed.strip())
+    place, weight = (match[1], float(match[2])) if match else (typed, 1.0)
     if not place:
-        raise InputError(f"{typed!r} names no text", hint=_EXAMPLE)
+        raise InputError(f"{typed!r} names no text", hint="write for example a.jsonl:0.7")
+    text = parse_text(place, defaults)
     if not 0 < weight < math.inf:
         raise InputError(f"{typed!r} has the weight {weight:g}; write a positive number, for example a.jsonl:0.7")
-    return WeightedSource(replace(defaults, location=place, **own), weight)
+    return WeightedSource(text, weight)
 
 
 def shares_of(sources: Sequence[WeightedSource]) -> tuple[float, ...]:

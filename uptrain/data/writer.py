@@ -87,7 +87,7 @@ class SourcePacker:
         with _ShardWriter(self._folder, len(self.index.shards), self.layout, begin, partial) as writer:
             try:
                 ended = self._fill(writer)
-            except PreemptedError:
+            except (PreemptedError, DataError):  # of text that can be corrected, what stands before stays packed
                 self._save(replace(self.index, partial=writer.suspend()))
                 raise
             shard, num_left = writer.finish()

@@ -1,0 +1,73 @@
+"""Held-out text, from files to windows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from conftest import build_number_tokenizer, build_tokenizer, write_numbers
+from kvconvert.convert.errors import DataError
+from kvconvert.convert.text.sources import TextSource
+from kvconvert.measure.held_out import load_windows
+
+
+@pytest.fixture
+def numbers(tmp_path: Path) -> Path:
+    """A place with the tokenizer whose words are numbers."""
+    build_number_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def directory_of(tmp_path: Path, sizes: Sequence[int]) -> TextSource:
+    """A directory whose file n holds the numbers from 100·n on, as many as its size says, in documents of three."""
+    for file, size in enumerate(sizes):
+        row = list(range(100 * file, 100 * file + size))
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        write_numbers(tmp_path / "texts" / f"{file:03}.jsonl", [row[i : i + 3] for i in range(0, size, 3)])
+    return TextSource(str(tmp_path / "texts"))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "max_windows", "begins"),
+    [
+        ((20, 20, 20), 3, [0, 100, 200]),
+        ((20, 20, 20), 5, [0, 4, 100, 104, 200]),
+        ((8, 20, 20), 9, [0, 4, 100, 104, 108, 112, 200, 204, 208]),
+        ((20, 20, 20, 20), 2, [0, 200]),
+        ((3, 3, 3, 3, 3, 3), 3, [0, 200, 400]),  # each place is two files: windows of 0, 1, 2, 100 and so on
+        ((3, 3, 3), 2, [0, 101]),  # files too short for places: from the beginning
+        ((20, 20), None, [0, 4, 8, 12, 16, 100, 104, 108, 112, 116]),
+        ((20,), 2, [0, 4]),
+    ],
+)
+def test_some_windows_are_taken_from_all_files(
+    sizes: tuple[int, ...], max_windows: int | None, begins: list[int], numbers: Path, tmp_path: Path
+) -> None:
+    windows = load_windows(numbers, directory_of(tmp_path, sizes), window=4, max_windows=max_windows)
+    assert windows.input_ids[:, 0].tolist() == begins
+    assert windows.scored_from == (1,) * len(begins)
+
+
+def test_overlapping_windows_of_several_files_score_each_token_once(numbers: Path, tmp_path: Path) -> None:
+    windows = load_windows(numbers, directory_of(tmp_path, (20, 20)), window=4, stride=2, max_windows=4)
+    assert windows.input_ids.tolist() == [[0, 1, 2, 3], [2, 3, 4, 5], [100, 101, 102, 103], [102, 103, 104, 105]]
+    assert windows.scored_from == (1, 2, 1, 2)
+
+
+def test_text_that_is_too_short_is_refused(numbers: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the text has 6 tokens, fewer than one window of 8"):
+        load_windows(numbers, directory_of(tmp_path, (3, 3)), window=8, max_windows=4)
+
+
+def test_how_documents_became_one_text_is_stated(tmp_path: Path, numbers: Path) -> None:
+    build_tokenizer().save_pretrained(tmp_path / "prose")
+    (tmp_path / "a.txt").write_text("some words and<|endoftext|>other words</s>")
+    remarks: list[str] = []
+    source = TextSource(str(tmp_path / "a.txt"))
+    method = load_windows(tmp_path / "prose", source, window=4, remark=remarks.append).method
+    assert method.startswith("documents split at '</s>', '<|endoftext|>' and joined by EOS, non-overlapping windows")
+    assert remarks == [f"{source.location}: split into documents at '</s>', '<|endoftext|>'"]
+    method = load_windows(numbers, directory_of(tmp_path, (9, 9)), window=4, max_windows=2).method
+    joined = "documents from 2 places of the text in turn joined without EOS, as the tokenizer has none, "
+    assert method.startswith(joined)
