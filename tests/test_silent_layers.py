@@ -12,7 +12,7 @@ from kvconvert.convert import Cla, Gqa, Mla, execute, open_checkpoint
 from kvconvert.convert.algebra.attention_shape import AttentionShape
 from kvconvert.convert.algebra.head_merge import FreeTransformations, Heads, LayerInput, merge_layers
 from kvconvert.convert.algebra.heads import HeadGrouping
-from kvconvert.convert.algebra.latent import latent_attention
+from kvconvert.convert.algebra.latent import latent_attention, normalised
 from kvconvert.convert.algebra.layer_grouping import LayerGrouping
 from kvconvert.convert.algebra.projections import Projections
 from kvconvert.convert.algebra.refit import refitted
@@ -199,6 +199,33 @@ def test_a_latent_holds_nothing_of_dead_heads(constant: bool) -> None:
 
     torch.testing.assert_close(live(True, 1.0), live(True, 1000.0), rtol=1e-6, atol=1e-6)
     assert not torch.allclose(live(False, 1.0), live(False, 1000.0), rtol=0.1)  # the control
+
+
+def test_where_values_are_not_free_every_head_counts() -> None:
+    """Between heads' outputs and o_proj there may be anything then, so that a zero column says nothing of a head."""
+    free = FreeTransformations(STILL, values=False)
+    one, other = (Heads([layer(scale=scale)], SHAPE, free).merged_keys((0, 1, 2, 3)) for scale in (1.0, 1000.0))
+    assert one.total > 0
+    assert not torch.allclose(one.readers[0] @ one.shared, other.readers[0] @ other.shared, rtol=0.1)
+
+
+def test_a_token_without_a_latent_is_left_out_of_the_norm() -> None:
+    """The norm before the attention gives zeros for a token whose hidden state is zero, such as padding."""
+    given = layer()
+    made = latent_attention(
+        given.projections,
+        SHAPE,
+        Rotary((1.0,), longest=9),
+        given.gram,
+        rope_pairs=[(0, 0)],
+        kv_lora_rank=5,
+        constant=False,
+    )
+    inputs = torch.cat([random(4, 50, SIZE + 1), torch.zeros(6, SIZE + 1, dtype=torch.float64)])
+    fitted = normalised(made, inputs, torch.full((56,), 1 / 56, dtype=torch.float64))
+    for part in (fitted.latent, fitted.key_up, fitted.value_up):
+        assert part.isfinite().all()
+    assert normalised(made, torch.zeros_like(inputs), torch.ones(56)) is made
 
 
 @pytest.mark.parametrize("silence", ["o", "v"])

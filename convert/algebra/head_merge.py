@@ -147,7 +147,11 @@ class Heads:
             for group, value, read in zip(queries, values[-1], self.outputs[-len(queries) :], strict=True):
                 weights = [rotary.half_split(query) @ layer.gram @ rotary.half_split(query).T for query in group]
                 spread = value @ layer.gram @ value.T
-                heard = [weight for weight, output in zip(weights, read, strict=True) if (output @ spread).any()]
+                heard = [
+                    weight
+                    for weight, output in zip(weights, read, strict=True)
+                    if not free.values or (output @ spread).any()  # what is not linear may mix heads
+                ]
                 self._key_weights_of_all.append(_sum(weights))
                 self._key_weights.append(_sum(heard or [torch.zeros_like(spread)]))
             heads = source.k.unflatten(0, (-1, shape.head_dim)).transpose(0, 1)
