@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CheckpointFactory
-from kvconvert.convert import Calibration, Gqa, Mla, convert, inspect
+from conftest import CheckpointFactory, Command
+from kvconvert.convert import Calibration, Gqa, convert, inspect, open_checkpoint
+from kvconvert.convert.checkpoint.loading import check_language_model, load_model
 from kvconvert.convert.errors import CheckpointError, InputError, OutputError
 from safetensors.torch import load_file, save_file
 
@@ -85,8 +86,8 @@ def test_a_result_that_its_class_refuses(
 
 @pytest.mark.parametrize(
     ("method", "calibration"),
-    [(Gqa(2), None), (Mla(16, 4), Calibration(weights_only=True))],
-    ids=["gqa", "mla"],
+    [(Gqa(2), None), (Gqa(2, merge="svd"), Calibration(weights_only=True))],
+    ids=["mean", "svd"],
 )
 def test_a_disk_that_is_too_small(
     method: Any,
@@ -132,3 +133,55 @@ def test_a_tensor_that_an_index_lists_and_the_class_needs(
     save_file({other: tensor for other, tensor in load_file(shard).items() if other != name}, shard)
     with pytest.raises(CheckpointError, match=message.format(shard=shard.name)):
         inspect(source)
+
+
+def to_classifier(model: Path) -> None:
+    edit_config(architectures=["LlamaForSequenceClassification"], num_labels=2)(model)
+    edit_weights(lambda tensors: tensors.pop("lm_head.weight"))(model)
+    edit_weights(lambda tensors: tensors.update({"score.weight": torch.ones(2, 64)}))(model)
+
+
+TO_TRAIN = {
+    "missing": DAMAGES["missing"],
+    "mismatched": DAMAGES["mismatched"],
+    "value head": edit_weights(lambda tensors: tensors.update({"v_head.summary.weight": torch.ones(1, 64)})),
+    "classifier": to_classifier,
+}
+
+
+@pytest.mark.parametrize("damage", TO_TRAIN.values(), ids=TO_TRAIN)
+def test_training_checks_by_headers_what_loading_would_refuse(
+    damage: Callable[[Path], None], make_checkpoint: CheckpointFactory
+) -> None:
+    source = make_checkpoint()
+    with open_checkpoint(source) as checkpoint:
+        check_language_model(checkpoint)
+    damage(source)
+    with open_checkpoint(source) as checkpoint:
+        said = refusal(lambda: check_language_model(checkpoint))
+    assert refusal(lambda: load_model(source, dtype=torch.float32, device="cpu")) == said
+
+
+def test_quantised_weights_that_config_does_not_admit_are_not_trained(make_checkpoint: CheckpointFactory) -> None:
+    source = make_checkpoint()
+    edit_weights(lambda tensors: tensors.update({KEYS: tensors[KEYS].to(torch.float8_e4m3fn)}))(source)
+    with open_checkpoint(source) as checkpoint:
+        assert "the checkpoint is quantised" in refusal(lambda: check_language_model(checkpoint))
+
+
+@pytest.mark.parametrize("damaged", ["student", "teacher"])
+@pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=["run", "dry-run"])
+def test_uptrain_refuses_before_it_packs(
+    damaged: str, more: tuple[str, ...], make_checkpoint: CheckpointFactory, invoke: Command, prose_file: Path
+) -> None:
+    make_checkpoint(name="teacher", with_tokenizer=True)
+    student = make_checkpoint(name="student", with_tokenizer=True)
+    DAMAGES["missing"](student.with_name(damaged))
+    outcome = invoke(
+        *("uptrain", student, "--teacher", student.with_name("teacher"), "--data", prose_file),
+        *("--steps", 1, "--sequence-length", 32, *more),
+    )
+    assert outcome.returncode == 2
+    message = f"error: {student.with_name(damaged)}: LlamaForCausalLM does not accept its weights: 1 missing keys"
+    assert message in outcome.stderr
+    assert not list(student.parent.glob("*uptrain*"))

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..convert.architectures.context import check_context
 from ..convert.architectures.table import find_architecture
 from ..convert.cache_check import check_runtime
-from ..convert.checkpoint.loading import class_config
+from ..convert.checkpoint.loading import check_language_model, class_config
 from ..convert.checkpoint.output import check_apart, check_output
 from ..convert.device import default_device
 from ..convert.errors import DataError, InputError, OutputError, UnsupportedError
@@ -121,6 +121,7 @@ def _check_model(job: UptrainJob) -> None:
     check_context(
         job.checkpoint.directory, job.settings.sequence_length, name=job.checkpoint.name, what="sequence length"
     )
+    check_language_model(job.checkpoint)
 
 
 def _check_teacher(job: UptrainJob) -> None:
@@ -131,6 +132,7 @@ def _check_teacher(job: UptrainJob) -> None:
         return
     check_runtime(teacher.directory)
     check_context(teacher.directory, job.settings.sequence_length, name=teacher.name, what="sequence length")
+    check_language_model(teacher)
     config = as_teacher(teacher).config
     if job.settings.regresses:
         require_same_size(class_config(job.checkpoint.config), class_config(config))

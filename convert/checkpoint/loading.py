@@ -12,6 +12,7 @@ from ..errors import CheckpointError, UnsupportedError, in_one_line, is_out_of_m
 from ..runtime import RUNTIME_CLASSES
 from .config_classes import class_config, knows_class, quiet_transformers
 from .opening import open_checkpoint
+from .quantisation import declared_method
 from .remote_code import remote_code_allowed
 from .tensors import CONFIG_NAME, OLD_BUFFERS, Checkpoint
 
@@ -29,6 +30,7 @@ __all__ = [
     "Header",
     "auto_class",
     "check_accepts",
+    "check_language_model",
     "check_opens",
     "check_source",
     "class_config",
@@ -79,6 +81,13 @@ def check_accepts(config: Mapping[str, Any], tensors: Iterable[Header], name: st
     No file is read, so that what is checked is what was read, or what will be written. The `model_type` must be one
     that `knows_class`. Raises CheckpointError as `check_opens` does, with `name` in place of the directory.
     """
+    model, info = _built(config, tensors, name)
+    _require_accepted(name, model, info, with_value_head=True)
+    return type(model).__name__
+
+
+def _built(config: Mapping[str, Any], tensors: Iterable[Header], name: str) -> tuple[Any, dict[str, Any]]:
+    """The class of a config with tensors of these headers on the meta device, and what transformers says of them."""
     import torch
 
     headers = {tensor.name: torch.empty(tensor.shape, device="meta") for tensor in tensors}
@@ -87,8 +96,7 @@ def check_accepts(config: Mapping[str, Any], tensors: Iterable[Header], name: st
         model, info = _model_class(read).from_pretrained(
             None, config=read, state_dict=headers, device_map="meta", **_REPORTING
         )
-    _require_accepted(name, model, info, with_value_head=True)
-    return type(model).__name__
+    return model, info
 
 
 def check_source(checkpoint: Checkpoint) -> None:
@@ -117,6 +125,22 @@ def check_source(checkpoint: Checkpoint) -> None:
     checkpoint.accepted = True
 
 
+def check_language_model(checkpoint: Checkpoint) -> None:
+    """Raise what `load_model` would raise for a checkpoint, by its headers.
+
+    A class that may not run, and quantised weights that config.json admits, which need a library, are not asked about.
+    """
+    config, model_type = checkpoint.config, checkpoint.config.get("model_type")
+    if checkpoint.quantised and declared_method(config):
+        return
+    if checkpoint.quantised:
+        raise UnsupportedError(f"{checkpoint.name}: {checkpoint.quantised}")
+    if knows_class(model_type) and ("auto_map" not in config or model_type in RUNTIME_CLASSES):
+        model, info = _built(config, checkpoint.tensors.values(), checkpoint.name)
+        _require_accepted(checkpoint.name, model, info)
+        _require_language_model(checkpoint.name, model)
+
+
 def _unsaved(checkpoint: Checkpoint) -> CheckpointError:
     tensor, file = next(iter(checkpoint.unsaved.items()))
     return CheckpointError(
@@ -136,17 +160,22 @@ def load_model(model: str | Path, *, dtype: Any, device: Any, distributed_config
     sharding = {} if distributed_config is None else {"distributed_config": distributed_config}
     loaded, info = _opened(model, dtype=dtype, **sharding)
     _require_accepted(str(model), loaded, info)
-    if loaded.config.is_encoder_decoder:
+    _require_language_model(str(model), loaded)
+    return (loaded if sharding else loaded.to(device)).eval()
+
+
+def _require_language_model(name: str, model: Any) -> None:
+    """Raise an InputError for a model that is no decoder, or has no head that predicts tokens."""
+    if model.config.is_encoder_decoder:
         raise UnsupportedError(
-            f"{model}: {type(loaded).__name__} is an encoder-decoder, and only decoders are trained and evaluated here",
+            f"{name}: {type(model).__name__} is an encoder-decoder, and only decoders are trained and evaluated here",
             hint="train it with transformers' Seq2SeqTrainer, which takes it as any other model",
         )
-    if loaded.get_output_embeddings() is None:
+    if model.get_output_embeddings() is None:
         raise CheckpointError(
-            f"{model}: was saved as {type(loaded).__name__}, without the head that predicts tokens",
+            f"{name}: was saved as {type(model).__name__}, without the head that predicts tokens",
             hint="save it with its ForCausalLM class; a conversion to GQA or MQA takes it as it is",
         )
-    return (loaded if sharding else loaded.to(device)).eval()
 
 
 def empty_model(config: Mapping[str, Any]) -> Any:
