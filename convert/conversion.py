@@ -24,7 +24,6 @@ from .calibration.statistics import (
 )
 from .calibration.statistics import save_statistics as write_statistics
 from .calibration.text import CalibrationText, read_calibration_text
-from .checkpoint.companions import find_companions
 from .checkpoint.foreign import cached_repository
 from .checkpoint.loading import check_source
 from .checkpoint.opening import open_checkpoint
@@ -33,7 +32,7 @@ from .checkpoint.tensors import Checkpoint
 from .describe.engines import latent_kernels
 from .device import default_device, default_precision
 from .errors import InputError
-from .execute import DEFAULT_MAX_SHARD_BYTES, check_classes, check_execution, execute
+from .execute import DEFAULT_MAX_SHARD_BYTES, check_classes, execute, rehearse
 from .methods.cla import Cla
 from .methods.gqa import Gqa
 from .methods.method import Method
@@ -220,10 +219,9 @@ def convert(
         # 5. the result
         assert plan is not None
         if dry_run:
-            check_execution(plan, source.checkpoint, target, prepared.overlay, force=force)
-            original = source.checkpoint.original
-            left_behind = None if original.path is None else find_companions(original).left_behind
-            return Conversion(target, plan, prepared.reports, record, left_behind=left_behind)
+            rehearsed = rehearse(plan, source.checkpoint, target, prepared.overlay, force=force)
+            left_behind, unchecked = rehearsed or (None, None)
+            return Conversion(target, plan, prepared.reports, record, None, left_behind, unchecked)
         with progress("converting", plan.bytes_out) as advance:
             result = execute(
                 plan,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 from .cache_check import check_cache
-from .checkpoint.companions import copy_companions, find_companions
+from .checkpoint.companions import Companions, copy_companions, find_companions
 from .checkpoint.finite import check_computed
 from .checkpoint.foreign import cached_repository
 from .checkpoint.loading import check_accepts, check_opens, check_source, knows_class
@@ -25,7 +26,7 @@ from .plan import ConversionPlan
 from .runtime import RUNTIME_CLASSES
 from .translations.routes import translated
 
-__all__ = ["DEFAULT_MAX_SHARD_BYTES", "ExecutionResult", "check_classes", "check_execution", "execute"]
+__all__ = ["DEFAULT_MAX_SHARD_BYTES", "ExecutionResult", "check_classes", "check_execution", "execute", "rehearse"]
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 
@@ -73,12 +74,7 @@ def execute(
     with staged_directory(output, force=force) as staging:
         writer = CheckpointWriter(staging, [step.writes for step in plan.steps], max_shard_bytes=max_shard_bytes)
         # 1. what may be refused, before the weights, which take long
-        copy_companions(companions, staging)
-        copy_runtime_code(plan.model_type, staging)
-        write_config(plan.config, staging, source=checkpoint.directory)
-        unchecked = None
-        if plan.model_type != source_type:
-            unchecked = transfer_tokenizer(checkpoint.directory, staging, name=str(output))
+        unchecked = _write_companions(plan, checkpoint, companions, staging, output)
         # 2. the weights
         for spec, file in writer.write_tensors():
             step = steps[spec.name]
@@ -105,6 +101,35 @@ def execute(
             check_cache(staging, name=str(output))
         left_behind = companions.missing_from(staging)
     return ExecutionResult(output, opened_as, left_behind, unchecked)
+
+
+def rehearse(
+    plan: ConversionPlan, source: Checkpoint, output: Path, overlay: Overlay | None = None, *, force: bool = False
+) -> tuple[Mapping[str, str], str | None] | None:
+    """Make the checks of `execute` that need no weight; return its result's `left_behind` and `unchecked_tokenizer`.
+
+    What goes beside the weights is made in a temporary directory. Returns None where only headers were fetched, so that
+    there is nothing to make it of. Raises what `execute` raises, but for values of weights.
+    """
+    check_execution(plan, source, output, overlay, force=force)
+    if source.original.path is None:
+        return None
+    companions = find_companions(source.original)
+    with tempfile.TemporaryDirectory() as folder:
+        unchecked = _write_companions(plan, source, companions, Path(folder), output)
+        return companions.missing_from(Path(folder)), unchecked
+
+
+def _write_companions(
+    plan: ConversionPlan, checkpoint: Checkpoint, companions: Companions, directory: Path, output: Path
+) -> str | None:
+    """Write what goes beside the weights of `output` into a directory; returns why a tokenizer was not compared."""
+    copy_companions(companions, directory)
+    copy_runtime_code(plan.model_type, directory)
+    write_config(plan.config, directory, source=checkpoint.directory)
+    if plan.model_type == checkpoint.original.config.get("model_type"):
+        return None
+    return transfer_tokenizer(checkpoint.directory, directory, name=str(output))
 
 
 def check_execution(

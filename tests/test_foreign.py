@@ -117,6 +117,22 @@ def test_an_adapter_beside_a_whole_model_is_named(make_checkpoint: CheckpointFac
     assert inspect(source).notes == (note,)
 
 
+def test_a_directory_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot be read \(Permission denied\)"):
+        open_checkpoint(tmp_path)
+
+
+def test_weights_without_a_tensor(make_checkpoint: CheckpointFactory) -> None:
+    source = make_checkpoint()
+    save_file({}, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"no tensor is in model\.safetensors"):
+        open_checkpoint(source)
+
+
 @pytest.fixture
 def snapshot(make_checkpoint: CheckpointFactory, tmp_path: Path) -> Path:
     """A checkpoint in the hub's cache."""

@@ -123,15 +123,16 @@ def test_a_conversion_to_another_class_brings_its_tokenizer(make_checkpoint: Che
         assert behaviour(result.output) == behaviour(source)
 
 
+@pytest.mark.parametrize("dry_run", [False, True], ids=["run", "dry-run"])
 def test_a_tokenizer_that_cannot_be_made_equal_is_refused(
-    make_checkpoint: CheckpointFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dry_run: bool, make_checkpoint: CheckpointFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is left, and the message names the output, not what becomes it."""
     source = make_checkpoint("mistral")
     write_layout(LAYOUTS["mistral"], source)
     monkeypatch.setattr(tokenizer_transfer, "_ways", lambda tokenizer, target: iter([lambda: None]))
     with pytest.raises(CheckpointError) as raised:
-        convert(source, Cla(share=2), tmp_path / "out")
+        convert(source, Cla(share=2), tmp_path / "out", dry_run=dry_run)
     assert str(raised.value) == (
         f"{tmp_path / 'out'}: beside the new class the tokenizer has another encoding of text, unlike that of {source}"
     )

@@ -127,7 +127,7 @@ def plan_uptraining(request: UptrainRequest, *, remark: Callable[[str], object] 
     if nearly is not None:
         remark(nearly)
     known = lookup_pretraining_tokens(checkpoint, teacher)
-    for text in known.remarks:
+    for text in (*_notes(checkpoint, teacher), *known.remarks):
         remark(text)
     length = request.length
     budget = plan_budget(
@@ -258,6 +258,11 @@ def _weights(asked: UptrainSettings, recipe: Recipe) -> LossWeights:
         cross_entropy=cross_entropy if asked.ce_weight is None else asked.ce_weight,
         temperature=asked.temperature,
     )
+
+
+def _notes(*opened: Checkpoint | None) -> tuple[str, ...]:
+    """What a person should know of the files of the checkpoints that there are."""
+    return tuple(note for checkpoint in opened if checkpoint is not None for note in checkpoint.notes)
 
 
 def _job(

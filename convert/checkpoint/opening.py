@@ -75,8 +75,7 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, headers_o
 
 
 def _open_directory(path: Path, name: str) -> Checkpoint:
-    listing = _local_listing(path)
-    folders = [entry.name for entry in path.iterdir() if entry.is_dir()]
+    listing, folders = _local_listing(path)
     config = _config(listing, folders)
     weights = _weights(listing, config, folders)
     checkpoint = _checkpoint(name, path, config, weights)
@@ -140,6 +139,8 @@ def _add(checkpoint: Checkpoint, info: TensorInfo) -> None:
 
 def _check(checkpoint: Checkpoint, weights: WeightFiles, listing: Listing) -> None:
     """Say of the headers what a person should know. Raises CheckpointError for names that no class has."""
+    if not checkpoint.tensors:
+        raise CheckpointError(f"{checkpoint.name}: no tensor is in {', '.join(weights.files[:3])}")
     wrapped = wrapped_names(checkpoint.tensors)
     if wrapped is not None:
         raise CheckpointError(f"{checkpoint.name}: {wrapped[0]}", hint=wrapped[1])
@@ -178,9 +179,15 @@ def _judge_dtype(checkpoint: Checkpoint, listing: Listing) -> None:
         )
 
 
-def _local_listing(path: Path) -> Listing:
-    names = frozenset(entry.name for entry in path.iterdir() if entry.is_file())
-    return Listing(str(path), names, lambda name: (path / name).is_file(), lambda name: _read_json(path / name))
+def _local_listing(path: Path) -> tuple[Listing, list[str]]:
+    """The files of a directory, and the names of its folders. Raises CheckpointError where it cannot be read."""
+    try:
+        entries = list(path.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})", hint="check its permissions") from error
+    names = frozenset(entry.name for entry in entries if entry.is_file())
+    listing = Listing(str(path), names, lambda name: (path / name).is_file(), lambda name: _read_json(path / name))
+    return listing, [entry.name for entry in entries if entry.is_dir()]
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
