@@ -63,7 +63,8 @@ def load_windows(
 
     bos "auto" puts BOS before each window if the tokenizer puts one before a text. With `max_windows`, windows are
     taken in turn from the files of a directory, of more than 64 files from 64 places among them. `remark` is called
-    with sentences that say which files of a directory are read, and what was read otherwise than it stands there.
+    with sentences that say which tokens the model's embedding has no row for, which files of a directory are read, and
+    what was read otherwise than it stands there.
     Raises DataError for empty or short text, a missing tokenizer, BOS asked of a tokenizer that has none, or a token
     that the model's embedding has no row for.
     """
@@ -74,9 +75,9 @@ def load_windows(
     check_ids = TokenIdCheck.of(model, tokenizer)
     if with_bos:
         check_ids([tokenizer.bos_token_id], source.location)
-    files = describe_files(source)
-    if files is not None:
-        remark(files)
+    for sentence in (check_ids.remark, describe_files(source)):
+        if sentence is not None:
+            remark(sentence)
 
     def encode(parts: Iterable[TextPart]) -> Iterator[list[int]]:
         for ids in encode_documents(parts, tokenizer):

@@ -163,9 +163,9 @@ BEYOND = r"short\.txt: needs the token 'It', whose id \d+ is beyond the vocab_si
         (["uptrain", "MODEL", "--steps", "1", "--tokens", "1M", "--data", "SHORT"], "--steps and --tokens both say"),
         (["uptrain", "MODEL", "--data", "SHORT"], "on how many tokens the model was pretrained is not known"),
         (["uptrain", "MODEL", "--steps", "1", "--data", "SHORT", "--recipe", "light"], "needs the original model"),
-        (["evaluate", "NARROW", "--data", "SHORT", "--window", "4"], BEYOND),
+        (["evaluate", "NARROW", "--data", "SHORT", "--window", "4", "--quiet"], BEYOND),
         (["uptrain", "NARROW", "--steps", "1", "--data", "SHORT", "--sequence-length", "4", "--quiet"], BEYOND),
-        (["mha2gqa", "NARROW", "--groups", "2", "--method", "svd", "--calibration", "SHORT"], BEYOND),
+        (["mha2gqa", "NARROW", "--groups", "2", "--method", "svd", "--calibration", "SHORT", "--quiet"], BEYOND),
     ],
 )
 def test_bad_requests_give_one_line_and_leave_nothing(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import build_number_tokenizer, build_tokenizer, write_numbers
+from kvconvert.convert.calibration.text import read_calibration_text
+from kvconvert.convert.checkpoint.tensors import Checkpoint
 from kvconvert.convert.errors import DataError
 from kvconvert.convert.text.sources import TextSource
 from kvconvert.measure.held_out import load_windows
@@ -71,3 +75,25 @@ def test_how_documents_became_one_text_is_stated(tmp_path: Path, numbers: Path) 
     method = load_windows(numbers, directory_of(tmp_path, (9, 9)), window=4, max_windows=2).method
     joined = "documents from 2 places of the text in turn joined without EOS, as the tokenizer has none, "
     assert method.startswith(joined)
+
+
+def test_tokens_that_the_model_has_no_row_for_are_a_remark(numbers: Path, tmp_path: Path) -> None:
+    """In evaluation and in calibration alike, and text that needs one of them is refused."""
+    (numbers / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 100}))
+    within, beyond = TextSource(str(tmp_path / "within.jsonl")), TextSource(str(tmp_path / "beyond.jsonl"))
+    write_numbers(within.path, [range(20)])
+    write_numbers(beyond.path, [range(90, 110)])
+    remarks: list[str] = []
+    checkpoint = Checkpoint("model", numbers, {}, {}, 0)
+    readers = (
+        partial(load_windows, numbers, window=4, remark=remarks.append),
+        partial(read_calibration_text, checkpoint, num_tokens=20, sequence_length=4, remark=remarks.append),
+    )
+    for read in readers:
+        read(within)
+        assert [text.partition(", ")[0] for text in remarks] == [
+            f"the tokenizer has tokens beyond the vocab_size 100 of {numbers}"
+        ]
+        with pytest.raises(DataError, match=r"needs the token '10\d', whose id 10\d is beyond the vocab_size 100"):
+            read(beyond)
+        remarks.clear()

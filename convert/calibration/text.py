@@ -58,8 +58,8 @@ def read_calibration_text(
     second passage when all of its file have given one. A passage begins with BOS if the tokenizer adds it, and ends
     with EOS where there is one; passages follow each other without padding, so that sequences need not begin with one.
     If all passages together are too short, what was cut off them is taken too. Fewer tokens than asked for are returned
-    where the text has no more. `remark` is called with sentences that say which files of a directory are read, and what
-    was read otherwise than it stands there.
+    where the text has no more. `remark` is called with sentences that say which tokens the model's embedding has no row
+    for, which files of a directory are read, and what was read otherwise than it stands there.
     Raises DataError for text that is missing, unreadable, shorter than one sequence, or needs a token that the model's
     embedding has no row for.
     """
@@ -70,9 +70,9 @@ def read_calibration_text(
     bos = adds_bos(tokenizer)
     generator = random.Random(0)
     reading = Reading(tokenizer)
-    files = describe_files(source)
-    if files is not None:
-        remark(files)
+    for sentence in (check_ids.remark, describe_files(source)):
+        if sentence is not None:
+            remark(sentence)
     size = sequence_length * _CHARACTERS
     passages = [_passages(_beginnings(parts), size, generator) for parts in read_files(source, reading)]
     ids: list[int] = []
