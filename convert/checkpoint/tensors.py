@@ -191,9 +191,13 @@ class Checkpoint:
         try:
             return full_config(self.config)
         except Exception as error:  # a config can be wrong in more ways than transformers has words for
-            raise CheckpointError(
-                f"{self.name}: transformers cannot read its config.json ({in_one_line(error)})"
-            ) from error
+            named = re.search(r"field '(\w+)'", str(error))  # of its strict dataclasses
+            if named is None or named[1] not in self.config:
+                reason = f"transformers cannot read its config.json ({in_one_line(error)})"
+            else:
+                value, model_type = self.config[named[1]], self.config["model_type"]
+                reason = f"config.json has {named[1]} = {value!r}, which the class of {model_type} does not take"
+            raise CheckpointError(f"{self.name}: {reason}") from error
 
     def config_value(self, key: str) -> Any:
         """Return a value of the full config, or None if it is absent; a dot in `key` leads into a section."""

@@ -129,7 +129,7 @@ def _known_view(checkpoint: Checkpoint) -> Source:
 
 def _parameters(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     """Without what older versions saved beside parameters, and without the copy of a tied head."""
-    tied = checkpoint.config.get("tie_word_embeddings") is True
+    tied = checkpoint.full_config.get("tie_word_embeddings") is True
     return {
         name: info
         for name, info in checkpoint.tensors.items()
