@@ -13,6 +13,7 @@ import pytest
 from conftest import build_number_tokenizer, build_tokenizer
 from kvconvert.convert.checkpoint.tokenizer import TokenIdCheck, load_tokenizer
 from kvconvert.convert.errors import DataError
+from kvconvert.convert.text import estimate, parts
 from kvconvert.convert.text.documents import read_documents, read_interleaved
 from kvconvert.convert.text.estimate import estimate_tokens
 from kvconvert.convert.text.hub import pin_revision
@@ -239,6 +240,17 @@ def test_tokens_are_estimated_from_the_beginning_of_a_book(tmp_path: Path) -> No
     tokenizer: Any = BytesTokenizer()
     assert estimate_tokens(TextSource(str(book)), tokenizer) == book.stat().st_size
     assert tokenizer.lengths == [2**14]
+
+
+def test_no_more_is_read_of_a_very_long_text_than_its_estimate_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "_PART_CHARACTERS", 2**14)
+    monkeypatch.setattr(parts, "PART_BYTES", 2**14)
+    monkeypatch.setattr(estimate, "_MAX_READ_CHARACTERS", 2**15)
+    (tmp_path / "book.txt").write_bytes(b"a" * 2**17 + b"\xff")  # what is not UTF-8 is not reached
+    tokenizer: Any = BytesTokenizer()
+    assert estimate_tokens(TextSource(str(tmp_path / "book.txt")), tokenizer) == 2**17 + 1
 
 
 @pytest.mark.parametrize(
