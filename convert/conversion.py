@@ -340,8 +340,8 @@ class _Measuring:
     def measure(self, method: Method) -> tuple[Measurements, dict[str, Any]]:
         """The text, or statistics of one, and what is noted of them."""
         if self.calibration.weights_only:
-            worse = "much worse than with a text" if isinstance(method, Mla) else "can be worse than the mean"
-            self.remark(f"merging by the weights alone: that is {worse}")
+            worse = "is much worse than with a text" if isinstance(method, Mla) else "can be worse than the mean"
+            self.remark(f"merging by the weights alone {worse}")
             return None, {"data": None, "num_tokens": 0}
         if self.calibration.statistics is not None:
             self.remark("statistics hold no text to fit o_proj to, which text would allow")
