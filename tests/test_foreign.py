@@ -30,7 +30,11 @@ CONTENTS: dict[str, tuple[dict[str, str], str, str]] = {
         "convert_*_weights",
     ),
     "consolidated": ({"consolidated.safetensors": "", "config.json": "{}"}, "publisher's own code", "for transformers"),
-    "deepspeed": ({"zero_to_fp32.py": "", "config.json": "{}"}, "a checkpoint of DeepSpeed", "--safe_serialization"),
+    "deepspeed": (
+        {"zero_to_fp32.py": "", "config.json": "{}"},
+        "a checkpoint of DeepSpeed",
+        "zero_to_fp32.py (safe_serialization)",
+    ),
     "fsdp": ({"__0_0.distcp": ""}, "a distributed checkpoint", "save the model whole"),
     "variant": ({"config.json": "{}", "model.fp16.safetensors": ""}, "weights of a variant", "`variant`"),
     "shards of a variant": (

@@ -41,7 +41,7 @@ _CONTENTS = (
     _Sign(
         r"zero_to_fp32\.py|global_step\d+",
         "a checkpoint of DeepSpeed",
-        "make the weights with its zero_to_fp32.py and --safe_serialization, and put config.json beside them",
+        "make safetensors files with its zero_to_fp32.py (safe_serialization), and put config.json beside them",
     ),
     _Sign(
         r".*\.distcp|shard-\d{5}-model-.*\.safetensors|pytorch_model_fsdp_\d+",
