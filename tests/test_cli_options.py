@@ -156,9 +156,9 @@ def run_seen(
     def run(command: str, arguments: Arguments) -> Seen:
         seen = Seen()
 
-        def download(repo_id: str, *, revision: str | None = None, **options: object) -> str:
+        def download(repo_id: str, filename: str, *, revision: str | None = None, **options: object) -> str:
             seen.downloads_are_shown = "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ
-            return str(checkpoints[repo_id, revision])
+            return str(checkpoints[repo_id, revision] / filename)
 
         def load_dataset(name: str, config: str | None, *, split: str, **options: object) -> list[dict[str, str]]:
             seen.dataset = (name, config, split)
@@ -172,7 +172,7 @@ def run_seen(
                 seen.dtypes.add(module.weight.dtype)
                 seen.remote_code = remote_code_allowed()
 
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)  # offline, as all tests are
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         monkeypatch.setattr("kvconvert.convert.text.hub._is_cached", lambda name: True)
         words = [word for pair in arguments.items() for word in pair if word not in ("", None)]
