@@ -550,6 +550,27 @@ def test_a_long_document_is_packed_in_pieces_and_gone_on_with_inside(
 
 
 @pytest.mark.usefixtures("small_parts")
+def test_a_stop_is_heard_while_a_long_document_is_passed_by(tmp_path: Path) -> None:
+    """Which is held out, behind one that is packed: it is gone on with at its beginning."""
+    long, short = " ".join(map(str, range(400))), "7 8 9 10 11 12 13 14"
+    path = tmp_path / "a.txt"
+    path.write_text(f"{short}<|endoftext|>{long}<|endoftext|>{short}")
+    corpora = (corpus_of(path, num_blocks=4, validation_fraction=0.5, seed=seed) for seed in range(100))
+    corpus = next(each for each in corpora if each.is_validation(long[:40]) and not each.is_validation(short))
+    build(corpus, tmp_path / "expected", TOKENIZER)
+    stops = 0
+    while True:
+        try:
+            build(corpus, tmp_path / "packed", TOKENIZER, should_stop=stops_after(20 * stops, kill=False))
+            break
+        except PreemptedError:
+            stops += 1
+            assert stops < 40
+    assert stops > 3
+    assert contents(tmp_path / "packed") == contents(tmp_path / "expected")
+
+
+@pytest.mark.usefixtures("small_parts")
 def test_what_was_packed_of_a_long_document_must_not_change(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     text = " ".join(map(str, range(400)))

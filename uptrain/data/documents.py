@@ -96,13 +96,13 @@ class _Reader:
                 self._check(self._hashed)
             first = next(document)
             is_kept = self._number >= self._begin.documents and self._stream.keeps(first.text)
-            if is_kept and not first.ends:
+            if not first.ends:
                 yield from self._encoded()
-                yield from self._long(chain([first], document))
+                read = self._long if is_kept else self._passed_by
+                yield from read(chain([first], document))
                 continue
             before = self._hashed.copy()
-            for part in chain([first], document):
-                self._take(part.text)
+            self._take(first.text)
             end = self._finish_document()
             if is_kept:
                 self._batch.append((end.documents - 1, first.text, before, end))
@@ -148,6 +148,14 @@ class _Reader:
             hashed, place = after, end
         if self._begin.documents == place.documents and place.tokens < self._begin.tokens:
             self._check(hashed)
+        yield self._place_to_stop(self._finish_document())
+
+    def _passed_by(self, parts: Iterator[TextPart]) -> Iterator[Piece]:
+        """A long document that is left out, and places to stop meanwhile, from which it is read again."""
+        place = Cursor(self._number, 0, self._hashed.hexdigest())
+        for part in parts:
+            self._take(part.text)
+            yield self._place_to_stop(place)
         yield self._place_to_stop(self._finish_document())
 
     def _piece(self, tokens: NDArray[Any], place: Cursor, end: Cursor, hashed: blake2b) -> Piece:
