@@ -11,10 +11,11 @@ import huggingface_hub
 import pyarrow as pa
 import pytest
 from conftest import build_number_tokenizer, build_tokenizer
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from kvconvert.convert.checkpoint.tokenizer import TokenIdCheck, load_tokenizer
 from kvconvert.convert.errors import DataError
 from kvconvert.convert.text import estimate, parts
-from kvconvert.convert.text.documents import read_documents, read_interleaved
+from kvconvert.convert.text.documents import check_text, read_documents, read_interleaved
 from kvconvert.convert.text.estimate import estimate_tokens
 from kvconvert.convert.text.hub import pin_revision
 from kvconvert.convert.text.parts import TextPart
@@ -119,6 +120,45 @@ def test_unusable_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for name in ("org/data-set.v2", "data_set"):
         with pytest.raises(DataError, match=f"{name}: no such file here, and not a readable dataset"):
             list(read_documents(TextSource(name)))
+
+
+@pytest.mark.parametrize("name", ["data/trian.json", "a.JSONL", "x/b.jsonl.zst", "corpus.csv", "c.txt.gz"])
+def test_a_name_with_the_ending_of_a_file_is_not_asked_of_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *args, **options: pytest.fail("it was asked"))
+    with pytest.raises(DataError, match=f"^{name}: no such file$"):
+        check_text(TextSource(name))
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ConnectionError("no route to host"), r"the hub cannot be reached \(no route to host\)"),
+        (OfflineModeIsEnabled("offline"), "it is not in the cache of this machine, and HF_HUB_OFFLINE forbids"),
+        (HFValidationError("a name"), r"this is no name of a dataset on the hub \(a name\)"),
+    ],
+)
+def test_a_mistyped_path_is_refused_without_trying_again(
+    error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", refuse)
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: pytest.fail("it was tried"))
+    with pytest.raises(
+        DataError, match=f"^data/trian: no such file here, and not a readable dataset: {reason}"
+    ) as raised:
+        list(read_documents(TextSource("data/trian")))
+    assert (raised.value.hint or "").startswith("if it is a path, check its spelling")
+
+
+def test_what_the_hub_does_not_explain_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise OSError("an answer of another kind")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", fail)
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: [{"text": "there"}])
+    assert list(read_documents(TextSource("org/name"))) == ["there"]
 
 
 def test_a_missing_tokenizer(tmp_path: Path) -> None:
