@@ -129,6 +129,12 @@ def test_a_name_with_the_ending_of_a_file_is_not_asked_of_the_hub(name: str, mon
         check_text(TextSource(name))
 
 
+def test_a_weight_where_there_is_one_text_is_explained() -> None:
+    with pytest.raises(DataError, match=r"^a\.jsonl:0\.5: no such file$") as raised:
+        check_text(TextSource("a.jsonl:0.5"))
+    assert raised.value.hint == "one text has no weight: give a.jsonl"
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 _KINDS_HINT = "give a file of text or JSON or parquet rows, a directory of them, or the name of a dataset on the hub"
+_WEIGHTED = re.compile(r"(.+):[\d.]+")  # as one of several texts to train on
 _MAX_OPEN_FILES = 16
 
 
@@ -50,7 +52,9 @@ def find_text(source: TextSource) -> FoundFiles | None:
             )
         return FoundFiles((path,))
     if not is_dataset_name(source.location):
-        raise DataError(f"{source.location}: no such file", hint=_KINDS_HINT)
+        weighted = _WEIGHTED.fullmatch(source.location)
+        hint = f"one text has no weight: give {weighted[1]}" if weighted else _KINDS_HINT
+        raise DataError(f"{source.location}: no such file", hint=hint)
     return None
 
 
