@@ -17,7 +17,7 @@ import pytest
 from conftest import build_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from kvconvert.convert.errors import DataError
+from kvconvert.convert.errors import DataError, InputError
 from kvconvert.convert.text import json_rows, parts
 from kvconvert.convert.text.documents import read_documents, read_parts
 from kvconvert.convert.text.json_rows import read_json_rows
@@ -234,6 +234,16 @@ def test_plain_text_is_divided(
     monkeypatch.setattr(parts, "PART_BYTES", part_bytes)
     (tmp_path / "a.txt").write_text(text)
     assert read(tmp_path / "a.txt", Reading(build_tokenizer()), **options) == expected
+
+
+def test_lines_and_a_separator_contradict_each_other() -> None:
+    with pytest.raises(InputError, match="a document is a line, or ends at a separator, not both"):
+        TextSource("a.txt", line_documents=True, document_separator="---")
+
+
+def test_text_is_divided_at_empty_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n\n\nthree\n\nfour\n")
+    assert read(tmp_path / "a.txt", document_separator="\n\n") == ["one\ntwo", "three", "four\n"]
 
 
 def test_what_text_was_divided_at_is_said(tmp_path: Path) -> None:

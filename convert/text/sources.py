@@ -46,7 +46,8 @@ class TextSource:
     file or of a dataset is one, whose text is in the column `text_field`. `split` and `config` select a part of a
     dataset, on the hub or in a directory, and `revision` a branch, tag or commit of one on the hub. Without `split`,
     what has splits is read from `usual_split`, and what has none is read whole. With `skip_bad_lines` a row without
-    readable text is left out and counted, else it ends the reading.
+    readable text is left out and counted, else it ends the reading. Raises InputError for a separator of documents that
+    are lines.
     """
 
     location: str
@@ -58,6 +59,14 @@ class TextSource:
     line_documents: bool = False
     document_separator: str | None = None
     skip_bad_lines: bool = field(default=False, compare=False)  # what is read by then is the same text
+
+    def __post_init__(self) -> None:
+        if self.line_documents and self.document_separator is not None:
+            raise InputError(
+                "a document is a line, or ends at a separator, not both",
+                hint="leave out one of them",
+                settings=("line_documents", "document_separator"),
+            )
 
     @property
     def path(self) -> Path:
