@@ -18,19 +18,24 @@ from conftest import (
     CheckpointFactory,
     KilledError,
     Train,
+    build_tokenizer,
     same_weights,
     settings_with,
     weights,
 )
 from kvconvert.convert.checkpoint.output import write_text
-from kvconvert.convert.errors import InputError, OutputError, UnsupportedError
+from kvconvert.convert.errors import InputError, OutputError, PreemptedError, UnsupportedError
 from kvconvert.convert.text.sources import TextSource
+from kvconvert.convert.text.tokens import tokenizer_hash
 from kvconvert.uptrain import models as models_room
 from kvconvert.uptrain import run
 from kvconvert.uptrain.checks import check_job
 from kvconvert.uptrain.data import shards
 from kvconvert.uptrain.data.blocks import PackedBlocks
+from kvconvert.uptrain.data.corpus import Corpus
+from kvconvert.uptrain.data.packing import build
 from kvconvert.uptrain.data.shards import SourceIndex
+from kvconvert.uptrain.data.sources import WeightedSource
 from kvconvert.uptrain.data.writer import SourcePacker
 from kvconvert.uptrain.job import UptrainJob
 from kvconvert.uptrain.models import load_for_training
@@ -185,9 +190,10 @@ def test_a_finished_run_is_not_run_again(
         ({"settings": settings_with(steps=7)}, "steps was 6, now 7"),
         ({"settings": settings_with(seed=1)}, "seed was 0, now 1"),
         ({"settings": settings_with(trained=Trained.kv)}, "trained was 'all', now 'kv'"),
-        ({"data": "other"}, r"data was \[.*prose\.jsonl.*\], now \[.*other\.jsonl"),
+        ({"data": "other"}, r"data 1 text location was '.*prose\.jsonl', now '.*other\.jsonl'"),
         ({"teacher": "teacher"}, "teacher was None, now 'teacher'"),
         ({"validation_fraction": 0.5}, r"validation_fraction was 0\.0, now 0\.5"),
+        ({"settings": settings_with(weights=LossWeights(0.0, 0.5))}, r"weights cross_entropy was 1\.0, now 0\.5"),
     ],
 )
 def test_another_run_is_refused_by_name(
@@ -202,11 +208,63 @@ def test_another_run_is_refused_by_name(
     job.work.mkdir()
     (job.work / record.SETTINGS_NAME).write_text(json.dumps(job.description))
     check_job(make_job())  # the control
-    shutil.copy(prose_file, tmp_path / "other.jsonl")
+    (tmp_path / "other.jsonl").write_text(prose_file.read_text().replace("times", "tides"))
     places = {"other": tmp_path / "other.jsonl", "teacher": teacher}
     fields = {key: places[value] if isinstance(value, str) else value for key, value in changes.items()}
     with pytest.raises(InputError, match=f"holds an unfinished run with other settings: .*{name}"):
         check_job(make_job(**fields))
+
+
+def test_a_run_goes_on_with_model_teacher_and_text_at_other_places(
+    train: Train, make_checkpoint: CheckpointFactory, teacher: Path, prose_file: Path, tmp_path: Path
+) -> None:
+    model = make_checkpoint(with_tokenizer=True)
+    whole = train("whole", model=model, teacher=teacher, watch=watch())
+    with pytest.raises(KilledError):
+        train("parts", model=model, teacher=teacher, watch=watch(progress=die_after(3)))
+    (tmp_path / "moved").mkdir()
+    moved = {
+        name: path.rename(tmp_path / "moved" / f"{name}{path.suffix}")
+        for name, path in {"model": model, "teacher": teacher, "data": prose_file}.items()
+    }
+    begun: list[int] = []
+    assert same_weights(whole, train("parts", watch=watch(progress=begun.append), **moved))
+    assert begun[0] == 2
+    again: list[int] = []
+    train("parts", watch=watch(progress=again.append), **moved)  # which is finished
+    assert again == []
+
+
+def test_packing_goes_on_where_the_text_lies_now(tmp_path: Path, prose_file: Path) -> None:
+    tokenizer = build_tokenizer()
+    hashed = tokenizer_hash(tokenizer)
+
+    def corpus(path: Path) -> Corpus:
+        return Corpus((WeightedSource(TextSource(str(path))),), 32, 999, hashed, vocab_size=len(tokenizer))
+
+    with pytest.raises(PreemptedError):
+        build(corpus(prose_file), tmp_path / "packed", tokenizer, should_stop=lambda: True)
+    moved = prose_file.rename(tmp_path / "moved.jsonl")
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text(moved.read_text().replace("times", "tides"))
+    with pytest.raises(InputError, match=r"the packed text is another: sources 1 text location was '.*prose"):
+        build(corpus(changed), tmp_path / "packed", tokenizer)
+    build(corpus(moved), tmp_path / "packed", tokenizer)
+    assert len(PackedBlocks(tmp_path / "packed", num_samples=8)) == 8
+
+
+def test_why_a_finished_run_does_not_go_on(train: Train, make_job: Callable[..., UptrainJob]) -> None:
+    output = train("out", settings=settings_with(steps=1))
+    with pytest.raises(OutputError) as raised:
+        check_job(make_job(settings=settings_with(steps=8)))
+    assert str(raised.value) == (
+        f"{output} holds a finished run, which cannot go on (steps was 1, now 8): its learning rate goes down over its "
+        "steps, and its optimizer is gone"
+    )
+    assert raised.value.hint == f"uptrain {output} into another --output, or begin anew with --force"
+    with pytest.raises(OutputError, match=r"holds the result of a run with other settings: seed was 0, now 1$"):
+        check_job(make_job(settings=settings_with(steps=1, seed=1)))
+    check_job(make_job(settings=settings_with(steps=8)), force=True)
 
 
 def test_another_recipe_is_refused(make_job: Callable[..., UptrainJob], teacher: Path) -> None:

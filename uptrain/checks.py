@@ -25,7 +25,7 @@ from ..convert.text.tokens import check_tokenizers
 from .job import UptrainJob, sweep_directory
 from .launcher import uses_deepspeed
 from .losses.attention_regression import require_same_size
-from .rundir.record import SETTINGS_NAME, check_same_run, finished_before, replaces_output
+from .rundir.record import SETTINGS_NAME, check_not_another_run, check_same_run, finished_before, replaces_output
 from .teacher import as_teacher
 
 __all__ = ["check_job", "of_eval_data"]
@@ -54,6 +54,8 @@ def _check_places(job: UptrainJob, held_out: TextSource | None, *, force: bool) 
     for place in (job.work, sweep_directory(job.output)):
         check_apart(place, inputs)
     if not finished_before(job):
+        if not force and not replaces_output(job):
+            check_not_another_run(job)
         check_output(job.output, force=force or replaces_output(job), inputs=inputs)
         _check_texts(job, held_out, asks_hub=force or not job.work.exists())
     if force and job.work.exists() and not (job.work / SETTINGS_NAME).exists():

@@ -13,6 +13,7 @@ from ..convert.checkpoint.tokenizer import TokenIdCheck, load_tokenizer
 from ..convert.text.estimate import estimate_tokens
 from ..convert.text.sources import TextSource
 from ..convert.text.tokens import tokenizer_hash
+from .data.identity import content_digest
 from .estimate.size import ModelSize, measure_size
 from .teacher import copied_bytes
 
@@ -35,6 +36,7 @@ class Inputs:
         self.teacher_name = teacher
         self._opened = opened
         self._num_tokens: dict[TextSource, int | None] = {}
+        self._contents: dict[TextSource, str | None] = {}
 
     @property
     def teacher(self) -> Checkpoint | None:
@@ -65,6 +67,12 @@ class Inputs:
         if text not in self._num_tokens:
             self._num_tokens[text] = estimate_tokens(text, self.tokenizer)
         return self._num_tokens[text]
+
+    def content(self, text: TextSource) -> str | None:
+        """Return a digest of what a text holds, wherever it lies; None for a named dataset."""
+        if text not in self._contents:
+            self._contents[text] = content_digest(text)
+        return self._contents[text]
 
     @cached_property
     def student_size(self) -> ModelSize:

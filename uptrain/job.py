@@ -145,14 +145,17 @@ class UptrainJob:
 
     @property
     def description(self) -> dict[str, Any]:
-        """All that decides the result, as JSON has it: two jobs with one description are the same run."""
+        """All that decides the result, as JSON has it: two jobs with one description are the same run.
+
+        So are two that differ only in where model, teacher and text lie, as long as their digests are the same.
+        """
         description = {
             "model": Path(self.checkpoint.name).name,
             "model_fingerprint": self.inputs.fingerprint,
             "objective": self.objective,
             "teacher": None if self.teacher is None else Path(self.teacher).name,
             "teacher_fingerprint": self.inputs.teacher_fingerprint,
-            "data": [source.description for source in self.sources],
+            "data": [source.description | {"content": self.inputs.content(source.text)} for source in self.sources],
             "validation_fraction": self.validation_fraction,
             **asdict(self.settings),
         }

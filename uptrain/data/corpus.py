@@ -88,10 +88,11 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a source was when packing began: the commit of a dataset, about how many tokens."""
+    """What a source was when packing began: a dataset's commit, about how many tokens, a digest of files."""
 
     revision: str | None
     num_tokens: int | None = None
+    content: str | None = None
 
 
 @dataclass(frozen=True)

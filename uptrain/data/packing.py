@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from ...convert.text.tokens import adds_bos, encode_batch, encode_long
 from . import shards
 from .corpus import Corpus, CorpusIndex, Origin, source_folder
 from .documents import DocumentStream
+from .identity import content_digest, differences
 from .mixture import drawn_seed
 from .shards import INDEX_NAME
 from .writer import SourcePacker
@@ -107,7 +108,7 @@ def _open_index(
     path = folder / INDEX_NAME
     if path.exists():
         index = CorpusIndex.read(folder)
-        _check_same_corpus(folder, index.corpus, corpus)
+        _check_same_corpus(folder, index, corpus)
         return index
     for rest in [*folder.glob("source-*"), folder / "validation"]:
         shutil.rmtree(rest, ignore_errors=True)
@@ -116,7 +117,8 @@ def _open_index(
         if files is not None:
             remark(files)
     origins = tuple(
-        Origin(pin_revision(source.text, remark=remark).revision, num_tokens(source.text)) for source in corpus.sources
+        Origin(pin_revision(source.text, remark=remark).revision, num_tokens(source.text), content_digest(source.text))
+        for source in corpus.sources
     )
     index = CorpusIndex(corpus, max(shards.SHARD_TOKENS // corpus.sequence_length, 1), origins)
     folder.mkdir(parents=True, exist_ok=True)
@@ -156,12 +158,23 @@ def _stream(
     )
 
 
-def _check_same_corpus(folder: Path, saved: Corpus, corpus: Corpus) -> None:
-    was, now = asdict(saved), asdict(corpus)
-    names = [name for name in now if getattr(saved, name) != getattr(corpus, name)]  # not how bad rows are met
-    changed = [f"{name} was {was[name]!r}, now {now[name]!r}" for name in names]
+def _check_same_corpus(folder: Path, index: CorpusIndex, corpus: Corpus) -> None:
+    """Raise InputError for another corpus; the same text may lie elsewhere by now."""
+    was, now = _described(index.corpus), _described(corpus)
+    for origin, before, source, given in zip(
+        index.origins, was["sources"], now["sources"], corpus.sources, strict=False
+    ):
+        moved = before["text"]["location"] != source["text"]["location"]
+        if moved and origin.content is not None and origin.content == content_digest(given.text):
+            before["text"]["location"] = source["text"]["location"]
+    changed = list(differences("", was, now))
     if changed:
         raise InputError(
             f"{folder}: the packed text is another: {'; '.join(changed)}",
             hint="resume with the same settings, or start over",
         )
+
+
+def _described(corpus: Corpus) -> dict[str, Any]:
+    """All that decides what is packed."""
+    return asdict(corpus) | {"sources": [source.description for source in corpus.sources]}

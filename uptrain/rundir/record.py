@@ -8,6 +8,7 @@ from typing import Any
 
 from ...convert.checkpoint.output import read_provenance
 from ...convert.errors import InputError, OutputError
+from ..data.identity import differences
 from ..job import UptrainJob
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "REPLACES_NAME",
     "SETTINGS_NAME",
     "begun_before",
+    "changes",
+    "check_not_another_run",
     "check_same_run",
     "finished_before",
     "held_out_scores",
@@ -24,19 +27,20 @@ __all__ = [
 METRICS_NAME = "metrics.jsonl"
 SETTINGS_NAME = "settings.json"
 REPLACES_NAME = "force"
+_OF_LENGTH = "its learning rate goes down over its steps"
 _BEFORE = {"keep_best": False}  # what runs did that began before there was the setting
 
 
 def finished_before(job: UptrainJob) -> bool:
     """Tell whether the output holds the result of this very run."""
     record = read_provenance(job.output).get("uptraining")
-    return record is not None and not _changes(record, job)
+    return record is not None and not changes(record, job)
 
 
 def begun_before(job: UptrainJob) -> bool:
     """Tell whether the work directory holds this very run, not finished."""
     path = job.work / SETTINGS_NAME
-    return path.exists() and not _changes(json.loads(path.read_text()), job)
+    return path.exists() and not changes(json.loads(path.read_text()), job)
 
 
 def replaces_output(job: UptrainJob) -> bool:
@@ -50,12 +54,35 @@ def check_same_run(job: UptrainJob) -> None:
     path = job.work / SETTINGS_NAME
     if not path.exists():
         raise OutputError(f"{job.work} is in the way and not a run's", hint="remove it, or choose another --output")
-    changed = _changes(json.loads(path.read_text()), job)
+    changed = changes(json.loads(path.read_text()), job)
     if changed:
+        why = f" ({_OF_LENGTH})" if _is_of_length(changed) else ""
         raise InputError(
-            f"{job.work} holds an unfinished run with other settings: {'; '.join(changed)}",
+            f"{job.work} holds an unfinished run with other settings: {'; '.join(changed)}{why}",
             hint="go on with the same settings, start over with --force, or choose another --output",
         )
+
+
+def check_not_another_run(job: UptrainJob) -> None:
+    """Raise OutputError, which says why it does not go on, for an output that is the result of another run."""
+    record = read_provenance(job.output).get("uptraining")
+    changed = [] if record is None else changes(record, job)
+    if changed and _is_of_length(changed):
+        raise OutputError(
+            f"{job.output} holds a finished run, which cannot go on ({changed[0]}): {_OF_LENGTH}, and its optimizer is "
+            "gone",
+            hint=f"uptrain {job.output} into another --output, or begin anew with --force",
+        )
+    if changed:
+        raise OutputError(
+            f"{job.output} holds the result of a run with other settings: {'; '.join(changed)}",
+            hint="choose another --output, or replace it with --force",
+        )
+
+
+def _is_of_length(changed: list[str]) -> bool:
+    """Whether two runs differ in their number of steps only."""
+    return len(changed) == 1 and changed[0].startswith("steps was ")
 
 
 def held_out_scores(folder: Path) -> dict[int, float]:
@@ -66,10 +93,24 @@ def held_out_scores(folder: Path) -> dict[int, float]:
     return {row["step"]: row["eval_nats_per_token"] for row in records if "eval_nats_per_token" in row}
 
 
-def _changes(record: dict[str, Any], job: UptrainJob) -> list[str]:
-    """What a record has otherwise than the job."""
-    return [
-        f"{key} was {record.get(key)!r}, now {value!r}"
-        for key, value in job.description.items()
-        if record.get(key, _BEFORE.get(key)) != value
-    ]
+def changes(record: dict[str, Any], job: UptrainJob) -> list[str]:
+    """Say what a record of a run has otherwise than the job; nothing where both are one run.
+
+    Where model, teacher and text lie is no difference if they are the same.
+    """
+    was, now = _BEFORE | record, job.description
+    for name in ("model", "teacher"):
+        if was.get(f"{name}_fingerprint") == now[f"{name}_fingerprint"]:
+            was[name] = now[name]
+    sources = was.get("data") or []
+    if len(sources) == len(now["data"]):
+        was["data"] = [_at_its_place(one, other) for one, other in zip(sources, now["data"], strict=True)]
+    return list(differences("", {key: was.get(key) for key in now}, now))
+
+
+def _at_its_place(was: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """A source as it was, at the place where it is now if it is the same text."""
+    same = was.get("content") is not None and was["content"] == now["content"]
+    location = now["text"]["location"] if same else was["text"]["location"]
+    # of text that was changed where it is, packing tells whether that matters
+    return {**was, "text": {**was["text"], "location": location}, "content": now["content"]}

@@ -14,7 +14,7 @@ from ...convert.errors import DivergedError, InputError, OutputError
 from ..job import UptrainJob, sweep_directory
 from ..settings import RunSettings
 from .directories import discard
-from .record import REPLACES_NAME
+from .record import REPLACES_NAME, changes
 
 __all__ = [
     "SWEEP_NAME",
@@ -96,7 +96,7 @@ def find_sweep(job: UptrainJob, num_rates: int, *, force: bool) -> Sweep | None:
     found = beside or (None if force else _read_sweep(job.output, replaces=False))
     if found is None:
         return None
-    same = (found.of, found.num_rates) == (job.description, num_rates)
+    same = found.num_rates == num_rates and not changes(found.of, job)
     if force:
         return found if same and goes_on_to_replace(found, job) else None
     if not same:
@@ -130,7 +130,7 @@ def sweep_that_chose(job: UptrainJob) -> Path | None:
     if sweep is None or not sweep.is_done or all(trial.nats_per_token is None for trial in sweep.trials):
         return None
     chosen = {**sweep.of, "learning_rate": _best_rate(sweep.trials)}
-    return folder if chosen == job.description else None
+    return None if changes(chosen, job) else folder
 
 
 def write_sweep(folder: Path, sweep: Sweep) -> None:

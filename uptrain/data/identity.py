@@ -1,0 +1,62 @@
+"""Whether two runs read the same text, and how two records differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from ...convert.text.sources import TextSource
+
+__all__ = ["content_digest", "differences"]
+
+_SAMPLES = 16
+_SAMPLE_BYTES = 2**14
+
+
+def content_digest(text: TextSource) -> str | None:
+    """Return a digest of a file, or of the files below a directory, that has nothing of their place; None of a dataset.
+
+    It is of names below the directory, sizes, and 16 samples of each file that are spread over it: text that was moved
+    or copied has the same, and text that was changed has another, unless its length is the same and no sample saw it.
+    """
+    place = text.path
+    if not place.exists():
+        return None
+    digest = sha256()
+    files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
+    for path in files:
+        name = path.relative_to(place).as_posix() if place.is_dir() else ""
+        digest.update(f"{name} {path.stat().st_size} ".encode(errors="surrogateescape"))
+        _update(digest, path)
+    return digest.hexdigest()
+
+
+def differences(name: str, was: Any, now: Any) -> Iterator[str]:
+    """Yield how two values of JSON differ, in words for people, such as "weights kl was 1.0, now 0.5"."""
+    if isinstance(was, Mapping) and isinstance(now, Mapping):
+        for key in now:
+            yield from differences(f"{name} {key}".strip(), was.get(key), now[key])
+    elif _is_list(was) and _is_list(now) and len(was) == len(now):
+        for number, (one, other) in enumerate(zip(was, now, strict=True), start=1):
+            yield from differences(f"{name} {number}", one, other)
+    elif _is_list(was) and _is_list(now):
+        yield f"{name} were {len(was)}, now {len(now)}"
+    elif was != now:
+        yield f"{name} was {was!r}, now {now!r}"
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _update(digest: Any, path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= _SAMPLES * _SAMPLE_BYTES:
+            digest.update(file.read())
+            return
+        for number in range(_SAMPLES):
+            file.seek((size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
