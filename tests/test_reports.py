@@ -14,7 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TOKENS, CheckpointFactory, Command, Outcome, RunHere, load, logits, weights
+from conftest import PROSE, TOKENS, CheckpointFactory, Command, Outcome, RunHere, load, logits, weights
+from kvconvert.convert import TextSource
+from kvconvert.convert.errors import DataError
+from kvconvert.convert.text.documents import describe_files, read_documents
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
@@ -375,3 +378,93 @@ def test_a_generation_config_that_is_no_json(make_checkpoint: CheckpointFactory,
     output = converted(run_here, source)
     assert (output / "generation_config.json").read_text() == '{"eos_token_id": 2,}'
     assert torch.equal(logits(load(output)), logits(load(source)))
+
+
+# ----------------------------------------------------------------------------------------------- files beside a text
+
+
+def write_rows(directory: Path, *names: str) -> Path:
+    """JSON rows in files of these names; a file's text is its name and some prose."""
+    for name in names:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        rows = [{"text": f"{name} {number} {PROSE}"} for number in range(1 if name.endswith(".json") else 4)]
+        (directory / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+def files_read(source: TextSource) -> set[str]:
+    return {document.split()[0] for document in read_documents(source)}
+
+
+@pytest.mark.parametrize(
+    ("split", "name"),
+    [(None, "train.json"), ("train", "train.json"), ("validation", "val.json"), ("test", "test.json")],
+)
+def test_a_file_for_every_split(split: str | None, name: str, tmp_path: Path) -> None:
+    """https://github.com/huggingface/datasets/issues/7343: train.json, val.json and test.json, of one object each."""
+    text = write_rows(tmp_path / "data", "train.json", "val.json", "test.json")
+    assert files_read(TextSource(str(text), split=split)) == {name}
+
+
+def test_only_some_names_tell_of_a_split(tmp_path: Path) -> None:
+    """https://github.com/huggingface/datasets/issues/7343, its second part: one file of several is named test."""
+    text = write_rows(tmp_path / "data", "books.jsonl", "news_test.jsonl")
+    with pytest.raises(DataError) as raised:
+        files_read(TextSource(str(text)))
+    assert str(raised.value) == f"{text}: no split 'train' (there is test)"
+    assert raised.value.settings == ("split",)
+    assert files_read(TextSource(str(text), split="test")) == {"news_test.jsonl"}
+
+
+def test_one_file_of_several_is_named_train(tmp_path: Path) -> None:
+    """https://github.com/huggingface/datasets/issues/7201: the other files are not read, and that is said."""
+    text = write_rows(tmp_path / "data", "train.jsonl", "more.jsonl", "sub/other.jsonl")
+    assert files_read(TextSource(str(text))) == {"train.jsonl"}
+    assert describe_files(TextSource(str(text))) == (
+        f"{text}: split 'train', 1 file (train.jsonl), not more.jsonl, sub/other.jsonl (of no split)"
+    )
+
+
+def test_reports_beside_the_rows(tmp_path: Path) -> None:
+    """https://github.com/unslothai/unsloth/issues/7585: filter_report.json, dataset_manifest.json and a README.md."""
+    text = write_rows(tmp_path / "data", "train.jsonl", "val.jsonl")
+    (text / "filter_report.json").write_text('{"reasons": [], "kept": 1}')
+    (text / "dataset_manifest.json").write_text('{"text": "of no row", "run_id": "1"}')
+    (text / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert files_read(TextSource(str(text))) == {"train.jsonl"}
+    assert files_read(TextSource(str(text), split="validation")) == {"val.jsonl"}
+    assert describe_files(TextSource(str(text))) == (
+        f"{text}: split 'train', 1 file (train.jsonl), not README.md (about the data); "
+        "dataset_manifest.json, filter_report.json (of no split); val.jsonl (split 'validation')"
+    )
+
+
+def test_a_report_beside_rows_of_no_split(tmp_path: Path) -> None:
+    """https://github.com/unslothai/unsloth/issues/7585, where no name tells which files are rows: none is left out."""
+    text = write_rows(tmp_path / "data", "corpus.jsonl")
+    (text / "filter_report.json").write_text('{"reasons": [], "kept": 1}')
+    with pytest.raises(DataError) as raised:
+        files_read(TextSource(str(text)))
+    assert str(raised.value) == f"{text / 'filter_report.json'}, line 1: no field 'text' (there is reasons, kept)"
+
+
+def test_the_split_that_is_scored(
+    make_checkpoint: CheckpointFactory, run_here: RunHere, invoke: Command, tmp_path: Path
+) -> None:
+    """https://github.com/OpenRLHF/OpenRLHF/pull/367 and THUDM/LongBench#65: `--split` of a directory, of a file.
+
+    Of a directory it is the file of that split; a file has no split, and the option is refused, not ignored.
+    """
+    source = make_checkpoint(with_tokenizer=True)
+    text = write_rows(tmp_path / "local_dataset", "train.jsonl", "test.jsonl")
+    evaluate = ("evaluate", source, "--window", 32)
+    train, test, split, usual = (
+        run_here(*evaluate, "--data", *data)["nats_per_token"]
+        for data in ((text / "train.jsonl",), (text / "test.jsonl",), (text, "--split", "train"), (text,))
+    )
+    assert (split, usual) == (train, test)
+    assert train != test
+    assert refusal(invoke(*evaluate, "--data", text / "test.jsonl", "--split", "test")) == [
+        f"error: {text / 'test.jsonl'}: no split 'test': a file has none",
+        "hint: leave the split out (--split)",
+    ]
