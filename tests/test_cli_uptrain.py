@@ -144,7 +144,7 @@ def test_pretraining_tokens_beside_the_model_give_the_default(uptrain: Invoke, t
         (["--steps", 1, "--layerwise-fraction", 0.2], "recipe pretraining has one stage only"),
         (["--steps", 1, "--temperature", 0], "temperature is 0.0, expected a positive number"),
         (["--steps", 1, "--lr", "inf"], "learning rate is inf, expected a positive number"),
-        (["--steps", 1, "--sequence-length", 4096], "sequence length 4096 does not fit"),
+        (["--steps", 1, "--sequence-length", 512], "sequence length 512 does not fit"),
         (["--steps", 1, "--seed", -1], "seed is -1, expected a number from 0 to 2**32 - 1"),
         (["--steps", 1, "--seed", 2**32], "seed is 4294967296, expected"),
         (["--steps", 1, "--validation-fraction", 1], "validation fraction is 1, expected 0 or more and less than 1"),

@@ -8,7 +8,7 @@ import torch
 from conftest import OVERRIDES, CheckpointFactory, build_model, settings_with
 from kvconvert.convert import ARCHITECTURES
 from kvconvert.convert.architectures.table import LATENT_ARCHITECTURES
-from kvconvert.convert.errors import UnsupportedError
+from kvconvert.convert.errors import CheckpointError, UnsupportedError
 from kvconvert.uptrain.job import UptrainJob
 from kvconvert.uptrain.models import freeze_except, load_models, require_separation, share_equal_parameters
 
@@ -70,7 +70,8 @@ def test_a_broken_model_is_not_taken_for_one_that_mixes_documents() -> None:
     model = build("llama")
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
-    require_separation(model, name="x", bf16=False)
+    with pytest.raises(CheckpointError, match=r"^x: logits are not finite .*model\.norm\.weight"):
+        require_separation(model, name="x", bf16=False)
 
 
 def pair(dtype: torch.dtype) -> tuple[Any, Any]:

@@ -46,10 +46,10 @@ class HeadGrouping:
         Raises UnsupportedError unless `num_groups` divides `num_heads`.
         """
         if num_groups < 1 or num_heads % num_groups:
-            possible = ", ".join(str(n) for n in range(1, num_heads + 1) if num_heads % n == 0)
+            possible = ", ".join(str(n) for n in range(1, num_heads) if num_heads % n == 0)
             raise UnsupportedError(
                 f"{num_heads} K/V heads cannot form {num_groups} equal groups",
-                hint=f"possible numbers of groups: {possible}",
+                hint=f"possible numbers of groups: {possible}" if possible else None,
             )
         size = num_heads // num_groups
         return cls(tuple(tuple(range(g * size, (g + 1) * size)) for g in range(num_groups)))

@@ -17,7 +17,16 @@ from .foreign import cached_repository, explanation, file_explanation, wrapped_n
 from .hub import hub_refusal, is_unreachable
 from .layout import Listing, WeightFiles, choose_weights, goes_with_weights, read_config
 from .quantisation import BITSANDBYTES, declared_method, quantised_refusal
-from .tensors import CONFIG_NAME, INDEX_NAME, PICKLE_NAME, TORCH_DTYPES, WEIGHTS_NAME, Checkpoint, TensorInfo
+from .tensors import (
+    CONFIG_NAME,
+    DTYPE_BYTES,
+    INDEX_NAME,
+    PICKLE_NAME,
+    TORCH_DTYPES,
+    WEIGHTS_NAME,
+    Checkpoint,
+    TensorInfo,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,8 +153,21 @@ def _check(checkpoint: Checkpoint, weights: WeightFiles, listing: Listing) -> No
     wrapped = wrapped_names(checkpoint.tensors)
     if wrapped is not None:
         raise CheckpointError(f"{checkpoint.name}: {wrapped[0]}", hint=wrapped[1])
+    _require_gathered(checkpoint)
     _compare(checkpoint, weights)
     _judge_dtype(checkpoint, listing)
+
+
+def _require_gathered(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for parameters without a value, which DeepSpeed ZeRO-3 leaves of those it has sharded."""
+    empty = sorted(name for name, info in checkpoint.tensors.items() if info.num_elements == 0)
+    if empty:
+        raise CheckpointError(
+            f"{checkpoint.name}: {len(empty)} of {len(checkpoint.tensors)} tensors are empty, first {empty[0]}, whose "
+            f"shape is {list(checkpoint.tensors[empty[0]].shape)}",
+            hint="DeepSpeed ZeRO-3 leaves sharded weights so: gather them with its zero_to_fp32.py, or save them with "
+            "stage3_gather_16bit_weights_on_model_save",
+        )
 
 
 def _compare(checkpoint: Checkpoint, weights: WeightFiles) -> None:
@@ -230,6 +252,12 @@ def _read_header(path: Path, name: str) -> Iterator[TensorInfo]:
     except PermissionError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})", hint="check its permissions") from error
     except (SafetensorError, OSError, ValueError) as error:
+        strange = _strange_dtype(path)
+        if strange is not None:
+            raise CheckpointError(
+                f"{path}: {strange[0]} has dtype {strange[1]!r}, which safetensors does not have",
+                hint="save the model again without it, or with a newer version of what wrote it",
+            ) from error
         raise CheckpointError(
             f"{path}: not a valid safetensors file, or truncated ({first_line(error)})",
             hint="download the file again",
@@ -239,6 +267,19 @@ def _read_header(path: Path, name: str) -> Iterator[TensorInfo]:
         begin, end = entry["data_offsets"]
         start = 8 + header_bytes
         yield TensorInfo(tensor, entry["dtype"], tuple(entry["shape"]), name, start + begin, start + end)
+
+
+def _strange_dtype(path: Path) -> tuple[str, object] | None:
+    """A tensor in the header of a file that safetensors refused, and its dtype, if that is none of safetensors'."""
+    try:
+        with path.open("rb") as file:
+            num_bytes = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(num_bytes, path.stat().st_size)))
+        dtypes = {name: entry.get("dtype") for name, entry in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, AttributeError):
+        return None
+    known = {*DTYPE_BYTES, "F4", "F6_E2M3", "F6_E3M2"}
+    return next(((name, dtype) for name, dtype in dtypes.items() if dtype not in known), None)
 
 
 def _open_hub(repo_id: str, revision: str | None, headers_only: bool) -> Checkpoint:

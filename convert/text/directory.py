@@ -150,13 +150,15 @@ def _of_split(
 def _configuration(directory: Path, source: TextSource) -> tuple[str | None, Mapping[str, Any]]:
     """The configuration of the directory's card that is meant, and what it says; none without a card."""
     from datasets.utils.metadata import MetadataConfigs
-    from huggingface_hub import DatasetCard
+    from huggingface_hub import DatasetCardData
+    from huggingface_hub.repocard import metadata_load
 
     card = directory / "README.md"
     try:
         configs = MetadataConfigs()
         if card.is_file():
-            configs = MetadataConfigs.from_dataset_card_data(DatasetCard.load(card).data)
+            # DatasetCard would print a warning where a README has no metadata
+            configs = MetadataConfigs.from_dataset_card_data(DatasetCardData(**(metadata_load(card) or {})))
         usual = configs.get_default_config_name() if configs else None
     except Exception as error:  # a card is YAML that people write; its libraries raise what they like
         raise DataError(f"{card}: its configurations cannot be read ({first_line(error)})") from error

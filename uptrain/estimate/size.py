@@ -128,8 +128,12 @@ def _known_view(checkpoint: Checkpoint) -> Source:
 
 
 def _parameters(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-    """Without what older versions saved beside parameters, and without the copy of a tied head."""
-    tied = checkpoint.full_config.get("tie_word_embeddings") is True
+    """Without what older versions saved beside parameters, and without the copy of a tied head.
+
+    Of a tied pair either may be in the files, or both.
+    """
+    has_embeddings = any(_module(name) in _TOKEN_EMBEDDINGS for name in checkpoint.tensors)
+    tied = has_embeddings and checkpoint.full_config.get("tie_word_embeddings") is True
     return {
         name: info
         for name, info in checkpoint.tensors.items()
