@@ -242,7 +242,7 @@ def test_calibration_text_is_drawn_from_every_file_and_document_in_turn(
     data.mkdir()
     first = ["q" * 240, "z" * 400, "j" * 80]
     (data / "1.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in first))
-    (data / "2.txt").write_text("x" * 160)
+    (data / "2.jsonl").write_text(json.dumps({"text": "x" * 160}))
     letters = {tokenizer(letter, add_special_tokens=False)["input_ids"][0]: letter for letter in "qzjx"}
     with open_checkpoint(source) as checkpoint:
         text = read_calibration_text(checkpoint, TextSource(str(data)), num_tokens=95, sequence_length=10)

@@ -422,7 +422,7 @@ class SummaryWriter:
 
 def test_what_a_tracker_gets_stays_with_the_result(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("tensorboard")
-    module.__spec__ = ModuleSpec("tensorboard", None)
+    module.__spec__ = ModuleSpec("tensorboard", None, origin="tensorboard/__init__.py")
     monkeypatch.setitem(sys.modules, "tensorboard", module)
     monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
     stub = ModuleType("torch.utils.tensorboard")
