@@ -52,6 +52,15 @@ class _Variant:
     uptrained: bool
 
 
+@dataclass(frozen=True)
+class _Size:
+    """How much is done: what makes the demo long or short. Without `max_windows` all held-out text is scored."""
+
+    steps: int
+    max_windows: int | None
+    calibration_tokens: int
+
+
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where results go.")] = Path("kvconvert-demo"),
     uptrain_all: Annotated[bool, typer.Option("--all", help="Uptrain every model.")] = False,
@@ -63,6 +72,9 @@ def demo(
         int | None,
         typer.Option(min=2, help="Windows of held-out text to score. Default: all of it.", show_default=False),
     ] = None,
+    calibration_tokens: Annotated[
+        int, typer.Option(min=_SEQUENCE_LENGTH, help="Tokens of text that svd merges are measured on.")
+    ] = _CALIBRATION_TOKENS,
     dry_run: DryRun = False,
     force: Annotated[bool, typer.Option("--force", help="Run again, even if the results are there.")] = False,
     as_json: Json = False,
@@ -73,7 +85,7 @@ def demo(
     Example: kvconvert demo --output kvconvert-demo
     """
     terminal = Terminal(as_json=as_json, quiet=quiet)
-    steps = steps or _uptraining_steps()
+    size = _Size(steps or _uptraining_steps(), max_windows, calibration_tokens)
     variants = (
         _Variant("gqa2-mean", "GQA, 2 K/V heads, mean", 2, "mean", uptrained=uptrain_all),
         _Variant("gqa2-svd", "GQA, 2 K/V heads, svd", 2, "svd", uptrained=True),
@@ -81,13 +93,13 @@ def demo(
         _Variant("mqa-svd", "MQA, 1 K/V head, svd", 1, "svd", uptrained=uptrain_all),
     )
     if dry_run:
-        plan = _plan(variants, output, steps)
+        plan = _plan(variants, output, size.steps)
         terminal.result(plan, lambda console: _show_plan(plan, console))
         return
-    results = None if force else _finished_results(output, variants, steps, max_windows)
+    results = None if force else _finished_results(output, variants, size)
     if results is None:
         _claim(output, force=force)
-        results = _run(variants, output, steps, max_windows, terminal)
+        results = _run(variants, output, size, terminal)
         write_text(output / _RESULTS_NAME, json.dumps(results, indent=2) + "\n")
     else:
         terminal.remark(f"{output} holds finished results; --force runs the demo again")
@@ -123,25 +135,24 @@ def _show_plan(plan: dict[str, Any], console: Console) -> None:
     console.print(f"  would write to {plan['output']}")
 
 
-def _settings_of(variants: tuple[_Variant, ...], steps: int, max_windows: int | None) -> dict[str, Any]:
+def _settings_of(variants: tuple[_Variant, ...], size: _Size) -> dict[str, Any]:
     """What decides the results: equal settings, equal results."""
     return {
         "kvconvert_version": version("kvconvert"),
         "uptrained": [variant.name for variant in variants if variant.uptrained],
         "learning_rate": _LEARNING_RATE,
-        "max_windows": max_windows,
-        "uptraining_tokens": steps * _SEQUENCE_LENGTH * _BATCH_SIZE,
+        "max_windows": size.max_windows,
+        "calibration_tokens": size.calibration_tokens,
+        "uptraining_tokens": size.steps * _SEQUENCE_LENGTH * _BATCH_SIZE,
     }
 
 
-def _finished_results(
-    output: Path, variants: tuple[_Variant, ...], steps: int, max_windows: int | None
-) -> dict[str, Any] | None:
+def _finished_results(output: Path, variants: tuple[_Variant, ...], size: _Size) -> dict[str, Any] | None:
     path = output / _RESULTS_NAME
     if not path.exists() or not (output / _MARKER_NAME).exists():
         return None
     results: dict[str, Any] = json.loads(path.read_text())
-    return results if results["settings"] == _settings_of(variants, steps, max_windows) else None
+    return results if results["settings"] == _settings_of(variants, size) else None
 
 
 def _claim(output: Path, *, force: bool) -> None:
@@ -157,30 +168,29 @@ def _claim(output: Path, *, force: bool) -> None:
         raise OutputError(f"{output}: cannot be written ({error.strerror})") from error
 
 
-def _run(
-    variants: tuple[_Variant, ...], output: Path, steps: int, max_windows: int | None, terminal: Terminal
-) -> dict[str, Any]:
+def _run(variants: tuple[_Variant, ...], output: Path, size: _Size, terminal: Terminal) -> dict[str, Any]:
     start = time.monotonic()
     inspection = inspect(_MODEL)
     if not terminal.as_json:
         show_inspection(inspection, terminal.remarks)
     rows = []
     for variant in variants:
-        plan = _convert(variant, output, terminal).plan
+        plan = _convert(variant, output, size, terminal).plan
         terminal.remark(f"converted to {variant.label}: {output / variant.name}")
         rows.append(asdict(variant) | {"cache_bytes_per_token": plan.cache_bytes_per_token[1]})
 
     from ..measure.held_out import load_windows
     from ..measure.picture import Curve, Point, draw_recovery
 
-    windows = load_windows(_MODEL, TextSource(str(_HELD_OUT_TEXT)), window=_SEQUENCE_LENGTH, max_windows=max_windows)
+    held_out = TextSource(str(_HELD_OUT_TEXT))
+    windows = load_windows(_MODEL, held_out, window=_SEQUENCE_LENGTH, max_windows=size.max_windows)
     curves = []
     for variant, row in zip(variants, rows, strict=True):
         row["before"] = _evaluate(output / variant.name, windows, f"evaluating {variant.label}", terminal)
     for variant, row in zip(variants, rows, strict=True):
         row["after"] = None
         if variant.uptrained:
-            recovery = _uptrain(variant, output, windows, steps, terminal)
+            recovery = _uptrain(variant, output, windows, size.steps, terminal)
             curves.append(Curve(variant.label, *zip(*recovery, strict=True)))
             row["recovery"] = recovery
             row["after"] = _evaluate(
@@ -207,7 +217,7 @@ def _run(
         ],
     )
     return {
-        "settings": _settings_of(variants, steps, max_windows),
+        "settings": _settings_of(variants, size),
         "original": original,
         "converted": rows,
         "method": windows.method,
@@ -217,11 +227,11 @@ def _run(
     }
 
 
-def _convert(variant: _Variant, output: Path, terminal: Terminal) -> Conversion:
+def _convert(variant: _Variant, output: Path, size: _Size, terminal: Terminal) -> Conversion:
     """Convert the demo's checkpoint; progress is that of merging only, since the rest takes no time."""
     calibration = None
     if variant.method == "svd":
-        calibration = Calibration(_UPTRAIN_TEXT, _CALIBRATION_TOKENS, _SEQUENCE_LENGTH)
+        calibration = Calibration(_UPTRAIN_TEXT, size.calibration_tokens, _SEQUENCE_LENGTH)
 
     def progress(what: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
         return terminal.progress(f"merging {variant.label}", total) if what == "merging" else no_progress(what, total)

@@ -13,7 +13,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 @pytest.mark.slow
 def test_the_demo_runs_from_end_to_end_and_once(kvconvert: Command, invoke: Command, tmp_path: Path) -> None:
     output = tmp_path / "demo"
-    short = ("--steps", 8, "--max-windows", 100)
+    short = ("--steps", 8, "--max-windows", 32, "--calibration-tokens", 8192)
     results = kvconvert("demo", "--output", output, *short, "--json").printed
     assert (output / "recovery.png").read_bytes().startswith(PNG_SIGNATURE)
     assert {path.name for path in output.iterdir()} == {
