@@ -152,7 +152,7 @@ _STEPS = ("--data", "{text}", "--sequence-length", "32", "--global-batch-tokens"
 _TRAIN = (*_STEPS, "--precision", "fp32", "--validation-fraction", "0.1", "--eval-steps", "2", "--log-steps", "1")
 _AGAINST = ("evaluate", "{gqa}", "--data", "{text}", "--against", "{model}", "--window", "64")
 _TAUGHT = ("uptrain", "{gqa}", *_TRAIN, "--teacher", "{model}")
-_SWEPT = (*_TAUGHT, "--steps", "20", "--eval-data", "{text}")
+_SWEPT = (*_TAUGHT, "--steps", "20", "--eval-data", "{held}")
 
 OF_ONE_MODEL = (
     Case("svd-contiguous", (*_GQA, "--method", "svd", "--grouping", "contiguous", *_TEXT, *_OUT)),
@@ -233,10 +233,11 @@ def _prepare(row: Row, place: Path) -> dict[str, Path]:
     torch.set_num_threads(1)
     torch.manual_seed(0)  # for what the builders leave as it was initialised
     places = {name: place / name for name in ("model", "gqa", "cla")}
-    places |= {"text": place / "text.jsonl", "kept": place / "kept.safetensors"}
+    places |= {"text": place / "text.jsonl", "held": place / "held.jsonl", "kept": place / "kept.safetensors"}
     row.make(places["model"])
-    lines = [json.dumps({"text": f"Chapter {number}. {PROSE}"}) for number in range(40)]
-    places["text"].write_text("\n".join(lines) + "\n")
+    for name, numbers in (("text", range(40)), ("held", range(40, 80))):
+        lines = [json.dumps({"text": f"Chapter {number}. {PROSE}"}) for number in numbers]
+        places[name].write_text("\n".join(lines) + "\n")
     if row.name == "native-llama":
         for case in (Case("gqa", (*_GQA, "-o", "{gqa}")), Case("cla", (*_CLA, "-o", "{cla}"))):
             assert _run(case, places, place).exit_code == 0
