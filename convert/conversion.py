@@ -24,6 +24,7 @@ from .calibration.statistics import (
 )
 from .calibration.statistics import save_statistics as write_statistics
 from .calibration.text import CalibrationText, read_calibration_text
+from .checkpoint.companions import find_companions
 from .checkpoint.foreign import cached_repository
 from .checkpoint.loading import check_source
 from .checkpoint.opening import open_checkpoint
@@ -32,7 +33,7 @@ from .checkpoint.tensors import Checkpoint
 from .describe.engines import latent_kernels
 from .device import default_device, default_precision
 from .errors import InputError
-from .execute import DEFAULT_MAX_SHARD_BYTES, check_classes, execute, rehearse
+from .execute import DEFAULT_MAX_SHARD_BYTES, check_preparation, execute, rehearse
 from .methods.cla import Cla
 from .methods.gqa import Gqa
 from .methods.method import Method
@@ -209,7 +210,7 @@ def convert(
                 with progress("choosing", source.shape.num_hidden_layers) as advance, _memory_errors(hardware):
                     resolved = method.resolve(source, measurements, hardware, advance)
                 plan = resolved.plan(source)
-                job.check_space(plan)
+                job.check(plan)
             # 4. the tensors that the plan reads beside the source's
             record |= resolved.record(measurements, hardware)
             if plan is not None and plan.overlay_bytes:
@@ -319,14 +320,14 @@ class _Measuring:
             ) from error
         check_source(self.source.checkpoint)
         if plan is not None:
-            check_classes(plan, self.source.checkpoint, self.target)
-            self.check_space(plan)
+            self.check(plan)
         precision = default_precision() if self.calibration.precision == "auto" else self.calibration.precision
         return Hardware(device, precision if self.calibration.data is not None else "fp32")
 
-    def check_space(self, plan: ConversionPlan) -> None:
-        """Raise OutputError where the tensors beside the source's, statistics and the result do not fit."""
-        beside = plan.overlay_bytes + plan.bytes_out
+    def check(self, plan: ConversionPlan) -> None:
+        """Raise what carrying out the plan would, before hours of measuring, and OutputError for too small a disk."""
+        check_preparation(plan, self.source.checkpoint, self.target)
+        beside = plan.overlay_bytes + plan.bytes_out + find_companions(self.source.checkpoint.original).num_bytes
         save = self.calibration.save_statistics
         if save is not None:
             check_file(save, outside=self.target)

@@ -26,7 +26,14 @@ from .plan import ConversionPlan
 from .runtime import RUNTIME_CLASSES
 from .translations.routes import translated
 
-__all__ = ["DEFAULT_MAX_SHARD_BYTES", "ExecutionResult", "check_classes", "check_execution", "execute", "rehearse"]
+__all__ = [
+    "DEFAULT_MAX_SHARD_BYTES",
+    "ExecutionResult",
+    "check_execution",
+    "check_preparation",
+    "execute",
+    "rehearse",
+]
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 
@@ -112,6 +119,22 @@ def rehearse(
     there is nothing to make it of. Raises what `execute` raises, but for values of weights.
     """
     check_execution(plan, source, output, overlay, force=force)
+    return _rehearse_companions(plan, source, output)
+
+
+def check_preparation(plan: ConversionPlan, source: Checkpoint, output: Path) -> None:
+    """Raise what `execute` would raise for classes and for what goes beside the weights, before tensors are prepared.
+
+    Preparing them takes hours for a large model.
+    """
+    _check_classes(plan, source, output)
+    _rehearse_companions(plan, source, output)
+
+
+def _rehearse_companions(
+    plan: ConversionPlan, source: Checkpoint, output: Path
+) -> tuple[Mapping[str, str], str | None] | None:
+    """Write what goes beside the weights into a temporary directory, as `rehearse` says."""
     if source.original.path is None:
         return None
     companions = find_companions(source.original)
@@ -145,10 +168,10 @@ def check_execution(
     check_output(output, force=force, inputs=[source.path] if source.path else [])
     beside = 0 if source.original.path is None else find_companions(source.original).num_bytes
     check_free_space(output, plan.bytes_out + beside)
-    check_classes(plan, source, output)
+    _check_classes(plan, source, output)
 
 
-def check_classes(plan: ConversionPlan, source: Checkpoint, output: Path) -> None:
+def _check_classes(plan: ConversionPlan, source: Checkpoint, output: Path) -> None:
     """Raise CheckpointError unless the classes of source and result accept the headers that each has."""
     check_source(source)
     if knows_class(plan.model_type):

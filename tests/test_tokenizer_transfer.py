@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from conftest import CheckpointFactory, Command, build_tokenizer
-from kvconvert.convert import Cla, Gqa, convert
+from kvconvert.convert import Calibration, Cla, Gqa, convert
 from kvconvert.convert.checkpoint import tokenizer_transfer
 from kvconvert.convert.checkpoint.tokenizer_transfer import transfer_tokenizer
 from kvconvert.convert.errors import CheckpointError
@@ -123,16 +123,24 @@ def test_a_conversion_to_another_class_brings_its_tokenizer(make_checkpoint: Che
         assert behaviour(result.output) == behaviour(source)
 
 
-@pytest.mark.parametrize("dry_run", [False, True], ids=["run", "dry-run"])
+@pytest.mark.parametrize(
+    ("options", "merge"),
+    [({}, "mean"), ({"dry_run": True}, "mean"), ({"calibration": Calibration("absent.txt")}, "svd")],
+    ids=["run", "dry-run", "before-measuring"],
+)
 def test_a_tokenizer_that_cannot_be_made_equal_is_refused(
-    dry_run: bool, make_checkpoint: CheckpointFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any],
+    merge: Literal["mean", "svd"],
+    make_checkpoint: CheckpointFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nothing is left, and the message names the output, not what becomes it."""
+    """Nothing is left, the message names the output, not what becomes it, and no text was read for it."""
     source = make_checkpoint("mistral")
     write_layout(LAYOUTS["mistral"], source)
     monkeypatch.setattr(tokenizer_transfer, "_ways", lambda tokenizer, target: iter([lambda: None]))
     with pytest.raises(CheckpointError) as raised:
-        convert(source, Cla(share=2), tmp_path / "out", dry_run=dry_run)
+        convert(source, Cla(share=2, merge=merge), tmp_path / "out", **options)
     assert str(raised.value) == (
         f"{tmp_path / 'out'}: beside the new class the tokenizer has another encoding of text, unlike that of {source}"
     )
