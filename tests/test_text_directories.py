@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvconvert.convert.errors import DataError
 from kvconvert.convert.text.directory import find_files
@@ -162,6 +162,7 @@ SHARD = "data/train-00000-of-00001"
 NAMES = st.sampled_from(["a", "train", "test", "dev", "x-train", "valid_1", SHARD, "test/b", "eval"])
 
 
+@settings(max_examples=20)  # `datasets` takes a quarter of a second for each
 @given(
     names=st.lists(NAMES, min_size=1, max_size=6, unique=True), split=st.sampled_from(["train", "validation", "test"])
 )

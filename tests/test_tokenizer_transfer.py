@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,10 @@ LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "
 
 @dataclass(frozen=True)
 class Layout:
-    """The files of a tokenizer, and whether they alone open, and do the same, beside the class of the target."""
+    """The files of a tokenizer, and whether they alone open, and do the same, beside the class of the target.
+
+    The last depends on transformers; it is that of 5.23 and later, and shows what is to be mended there.
+    """
 
     model_type: str
     target: str
@@ -101,7 +105,8 @@ def test_a_tokenizer_does_the_same_beside_another_class(name: str, tmp_path: Pat
         same_as_copied = behaviour(target) == expected
     except ValueError:  # there is no way from a vocabulary to a tokenizer of no class
         same_as_copied = False
-    assert same_as_copied == layout.same_as_copied
+    if tuple(map(int, version("transformers").split(".")[:2])) >= (5, 23):
+        assert same_as_copied == layout.same_as_copied
     assert transfer_tokenizer(source, target, name="out") is None
     assert behaviour(target) == expected
     written = json.loads((target / "tokenizer_config.json").read_text())
