@@ -108,6 +108,17 @@ def test_what_is_not_a_checkpoint(tmp_path: Path, make_checkpoint: CheckpointFac
         open_checkpoint(source)
 
 
+def test_a_directory_has_no_revisions(make_checkpoint: CheckpointFactory, invoke: Command) -> None:
+    source = make_checkpoint()
+    for arguments in (["inspect"], ["mha2mqa", "--dry-run"], ["evaluate", "--data", "text.txt"]):
+        outcome = invoke(*arguments, source, "--revision", "v2")
+        assert outcome.returncode == 2
+        assert outcome.stderr.splitlines()[-2:] == [
+            f"error: {source} is a directory, which has no revisions, and 'v2' was asked for",
+            "hint: give a hub id, or leave the revision out (--revision)",
+        ]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

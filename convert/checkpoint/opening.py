@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..errors import CheckpointError, KvConvertError, UnsupportedError, first_line, is_out_of_memory
+from ..errors import CheckpointError, InputError, KvConvertError, UnsupportedError, first_line, is_out_of_memory
 from .foreign import cached_repository, explanation, file_explanation, wrapped_names
 from .hub import hub_refusal, is_unreachable
 from .layout import Listing, WeightFiles, choose_weights, goes_with_weights, read_config
@@ -59,13 +59,19 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, headers_o
 
     A hub id is downloaded to the hub cache (HF_HOME, HF_HUB_OFFLINE and HF_TOKEN are honoured); with `headers_only`
     only config.json and the headers of its safetensors files are fetched. `revision` is its branch, tag or commit.
-    Which files are the weights is decided as in transformers (`choose_weights`). Raises CheckpointError where a file is
-    missing, truncated or corrupt, where two files hold one tensor, and where the hub does not give the model: not
-    found, no permission, no network.
+    Which files are the weights is decided as in transformers (`choose_weights`). Raises InputError for a revision of a
+    directory, which has none, and CheckpointError where a file is missing, truncated or corrupt, where two files hold
+    one tensor, and where the hub does not give the model: not found, no permission, no network.
     """
     name = str(model)
     path = Path(model).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise InputError(
+                f"{name} is a directory, which has no revisions, and {revision!r} was asked for",
+                hint="give a hub id, or leave the revision out",
+                settings=("revision",),
+            )
         repository, commit = cached_repository(path) or (None, None)
         if repository is not None and commit is None:
             raise CheckpointError(
