@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .cache_check import check_cache
-from .checkpoint.companions import Companions, copy_companions, find_companions
+from .checkpoint.companions import Companions, copy_companions, find_companions, link_companions
 from .checkpoint.finite import check_computed
 from .checkpoint.foreign import cached_repository
 from .checkpoint.loading import check_accepts, check_opens, check_source, knows_class
@@ -26,14 +26,7 @@ from .plan import ConversionPlan
 from .runtime import RUNTIME_CLASSES
 from .translations.routes import translated
 
-__all__ = [
-    "DEFAULT_MAX_SHARD_BYTES",
-    "ExecutionResult",
-    "check_execution",
-    "check_preparation",
-    "execute",
-    "rehearse",
-]
+__all__ = ["DEFAULT_MAX_SHARD_BYTES", "ExecutionResult", "check_preparation", "execute", "rehearse"]
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 
@@ -74,14 +67,15 @@ def execute(
     not allow them (`Checkpoint.allow_nonfinite`), and UnsupportedError if a computed tensor has such values.
     """
     checkpoint = source if source.route == plan.route else translated(source, plan.route)
-    check_execution(plan, checkpoint, output, overlay, force=force)
     companions = find_companions(checkpoint.original)
+    _check(plan, checkpoint, output, overlay, companions, force=force)
     source_type = checkpoint.original.config.get("model_type")
     steps = {step.writes.name: step for step in plan.steps}
     with staged_directory(output, force=force) as staging:
         writer = CheckpointWriter(staging, [step.writes for step in plan.steps], max_shard_bytes=max_shard_bytes)
         # 1. what may be refused, before the weights, which take long
-        unchecked = _write_companions(plan, checkpoint, companions, staging, output)
+        copy_companions(companions, staging)
+        unchecked = _complete_companions(plan, checkpoint, staging, output)
         # 2. the weights
         for spec, file in writer.write_tensors():
             step = steps[spec.name]
@@ -106,8 +100,7 @@ def execute(
         opened_as = check_opens(staging)
         if plan.model_type != source_type or plan.model_type in RUNTIME_CLASSES:
             check_cache(staging, name=str(output))
-        left_behind = companions.missing_from(staging)
-    return ExecutionResult(output, opened_as, left_behind, unchecked)
+    return ExecutionResult(output, opened_as, companions.left_behind, unchecked)
 
 
 def rehearse(
@@ -115,11 +108,13 @@ def rehearse(
 ) -> tuple[Mapping[str, str], str | None] | None:
     """Make the checks of `execute` that need no weight; return its result's `left_behind` and `unchecked_tokenizer`.
 
-    What goes beside the weights is made in a temporary directory. Returns None where only headers were fetched, so that
-    there is nothing to make it of. Raises what `execute` raises, but for values of weights.
+    `source` is translated already. What goes beside the weights is made in a temporary directory, of links to the
+    source's files, since these can be large. Returns None where only headers were fetched, so that there is nothing to
+    make it of. Raises what `execute` raises, but for values of weights.
     """
-    check_execution(plan, source, output, overlay, force=force)
-    return _rehearse_companions(plan, source, output)
+    companions = None if source.original.path is None else find_companions(source.original)
+    _check(plan, source, output, overlay, companions, force=force)
+    return _rehearse_companions(plan, source, companions, output)
 
 
 def check_preparation(plan: ConversionPlan, source: Checkpoint, output: Path) -> None:
@@ -128,26 +123,26 @@ def check_preparation(plan: ConversionPlan, source: Checkpoint, output: Path) ->
     Preparing them takes hours for a large model.
     """
     _check_classes(plan, source, output)
-    _rehearse_companions(plan, source, output)
+    companions = None if source.original.path is None else find_companions(source.original)
+    _rehearse_companions(plan, source, companions, output)
 
 
 def _rehearse_companions(
-    plan: ConversionPlan, source: Checkpoint, output: Path
+    plan: ConversionPlan, source: Checkpoint, companions: Companions | None, output: Path
 ) -> tuple[Mapping[str, str], str | None] | None:
-    """Write what goes beside the weights into a temporary directory, as `rehearse` says."""
-    if source.original.path is None:
+    """Make what goes beside the weights in a temporary directory, as `rehearse` says."""
+    if companions is None:
         return None
-    companions = find_companions(source.original)
     with tempfile.TemporaryDirectory() as folder:
-        unchecked = _write_companions(plan, source, companions, Path(folder), output)
-        return companions.missing_from(Path(folder)), unchecked
+        link_companions(companions, Path(folder))
+        return companions.left_behind, _complete_companions(plan, source, Path(folder), output)
 
 
-def _write_companions(
-    plan: ConversionPlan, checkpoint: Checkpoint, companions: Companions, directory: Path, output: Path
-) -> str | None:
-    """Write what goes beside the weights of `output` into a directory; returns why a tokenizer was not compared."""
-    copy_companions(companions, directory)
+def _complete_companions(plan: ConversionPlan, checkpoint: Checkpoint, directory: Path, output: Path) -> str | None:
+    """Write into a directory what goes beside the weights of `output` and is not the source's.
+
+    Returns why a tokenizer was not compared with the source's, if it was not.
+    """
     copy_runtime_code(plan.model_type, directory)
     write_config(plan.config, directory, source=checkpoint.directory)
     if plan.model_type == checkpoint.original.config.get("model_type"):
@@ -155,19 +150,24 @@ def _write_companions(
     return transfer_tokenizer(checkpoint.directory, directory, name=str(output))
 
 
-def check_execution(
-    plan: ConversionPlan, source: Checkpoint, output: Path, overlay: Overlay | None = None, *, force: bool = False
+def _check(
+    plan: ConversionPlan,
+    source: Checkpoint,
+    output: Path,
+    overlay: Overlay | None,
+    companions: Companions | None,
+    *,
+    force: bool,
 ) -> None:
-    """Raise what `execute` would raise for a source that the plan reads, by headers alone; nothing is written.
+    """Raise an InputError unless a source, translated already, can be converted, by headers alone.
 
-    `source` is translated already. What is checked is that everything is there that the plan reads, that the place can
-    take the result, and that the classes of source and result accept the headers that each has.
+    What is checked is that everything is there that the plan reads, that the place can take the result, and that the
+    classes of source and result accept the headers that each has.
     """
     _check_reads(plan, source, overlay)
     plan.check_readable(source)
     check_output(output, force=force, inputs=[source.path] if source.path else [])
-    beside = 0 if source.original.path is None else find_companions(source.original).num_bytes
-    check_free_space(output, plan.bytes_out + beside)
+    check_free_space(output, plan.bytes_out + (0 if companions is None else companions.num_bytes))
     _check_classes(plan, source, output)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CheckpointFactory, Command
-from kvconvert.convert import Calibration, Gqa, convert, inspect, open_checkpoint
+from kvconvert.convert import Calibration, Cla, Gqa, convert, inspect, open_checkpoint
 from kvconvert.convert.checkpoint.loading import check_language_model, load_model
 from kvconvert.convert.errors import CheckpointError, InputError, OutputError
 from safetensors.torch import load_file, save_file
@@ -106,6 +107,22 @@ def test_a_disk_that_is_too_small(
     for dry_run in (True, False):
         with pytest.raises(OutputError, match=r"needs 0.07 GB, but its disk has 0.07 GB free"):
             run(dry_run)
+
+
+def test_a_dry_run_copies_no_file(
+    make_checkpoint: CheckpointFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies beside the weights can be larger than the disk of temporary files."""
+    source = make_checkpoint(with_tokenizer=True)
+    brought: dict[str, bool] = {}
+
+    def look(source: Path, target: Path, *, name: str) -> None:
+        brought.update({path.name: (target / path.name).is_symlink() for path in source.iterdir()})
+
+    monkeypatch.setattr(sys.modules["kvconvert.convert.execute"], "transfer_tokenizer", look)
+    convert(source, Cla(share=2), tmp_path / "out", dry_run=True)
+    links = {name for name, is_link in brought.items() if is_link}
+    assert links == {"generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 
 
 def test_what_is_to_be_averaged_and_cannot_be_read(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:

@@ -123,7 +123,10 @@ def test_a_conversion_to_another_class_brings_its_tokenizer(make_checkpoint: Che
     mistral = make_checkpoint("mistral", name="mistral")
     write_layout(LAYOUTS["mistral"], mistral)
     for source, method in ((opt, Gqa(1)), (mistral, Cla(share=2))):
+        files = {path: path.read_bytes() for path in source.iterdir()}
+        assert convert(source, method, tmp_path / "rehearsed", dry_run=True).unchecked_tokenizer is None
         result = convert(source, method, tmp_path / f"{source.name}-out")
+        assert {path: path.read_bytes() for path in source.iterdir()} == files  # which a dry run links to
         assert result.unchecked_tokenizer is None
         assert behaviour(result.output) == behaviour(source)
 

@@ -17,7 +17,7 @@ from .layout import WEIGHT_SUFFIXES
 from .output import CARD_NAME, PROVENANCE_NAME
 from .tensors import CONFIG_NAME, Checkpoint
 
-__all__ = ["Companions", "copy_companions", "find_companions"]
+__all__ = ["Companions", "copy_companions", "find_companions", "link_companions"]
 
 _ADAPTER = "an adapter, which is not merged into the weights"
 _ATTENTION = "says how many heads the source has"
@@ -121,6 +121,12 @@ def copy_companions(companions: Companions, target: Path) -> None:
             shutil.copytree(path, target / name)
         else:
             shutil.copyfile(path, target / name)
+
+
+def link_companions(companions: Companions, target: Path) -> None:
+    """Put links to what goes with the weights into the directory `target`, in place of copies."""
+    for name in companions.copied:
+        (target / name).symlink_to((companions.source / name).absolute())
 
 
 def _reason(path: Path, code: set[str], *, same_attention: bool) -> str | None:

@@ -39,6 +39,7 @@ def transfer_tokenizer(source: Path, target: Path, *, name: str) -> str | None:
     Which class opens a tokenizer, and from which files, depends on the `model_type`. Both are opened, and encode and
     decode samples. Where they differ, or where it is the `model_type` alone that says what a tokenizer is, its class,
     its special tokens and, for a tokenizer of the tokenizers library, tokenizer.json are written into `target`.
+    Files are replaced, not written to, so that those in `target` may be links to the source's.
     Returns None, or where the source's tokenizer cannot be opened the reason: its files then stay as they were copied.
     Raises CheckpointError, with `name` in place of the directory, where nothing makes the two equal.
     """
@@ -77,7 +78,7 @@ def _ways(tokenizer: PreTrainedTokenizerBase, target: Path) -> Iterator[Callable
     def name_class() -> None:
         _write_json(path, named)
         if backend is not None and not (target / _SERIALISED_NAME).exists():
-            backend.save(str(target / _SERIALISED_NAME))
+            write_text(target / _SERIALISED_NAME, backend.to_str(pretty=True))
 
     yield name_class
     if backend is None:
@@ -88,7 +89,7 @@ def _ways(tokenizer: PreTrainedTokenizerBase, target: Path) -> Iterator[Callable
 
     def serialise() -> None:
         _write_json(path, {key: value for key, value in (named | explicit).items() if key != "auto_map"})
-        backend.save(str(target / _SERIALISED_NAME))
+        write_text(target / _SERIALISED_NAME, backend.to_str(pretty=True))
 
     yield serialise
 
