@@ -454,6 +454,16 @@ def test_text_that_changed_while_it_was_packed_is_noticed(tmp_path: Path) -> Non
         build(corpus, folder, TOKENIZER)
 
 
+def test_a_document_that_became_shorter_than_what_was_packed_of_it_is_noticed(tmp_path: Path) -> None:
+    path = write_numbers(tmp_path / "a.jsonl", [range(100), range(100, 200)])
+    corpus, folder = corpus_of(path, num_blocks=40), tmp_path / "packed"
+    build(corpus, folder, TOKENIZER)
+    (folder / "source-0" / "tokens-00001.bin").unlink()  # begins inside the first document
+    write_numbers(path, [range(12), range(100, 200)])
+    with pytest.raises(DataError, match=r"a\.jsonl: the text that was packed is another now"):
+        build(corpus, folder, TOKENIZER)
+
+
 def unknown(text: TextSource) -> None:
     """Stands for an estimate, whose sample would find a bad line before packing begins."""
 
@@ -547,6 +557,21 @@ def test_a_long_document_is_packed_in_pieces_and_gone_on_with_inside(
     assert ids(PackedBlocks(tmp_path / "packed", num_samples=60)) == ids(
         PackedBlocks(tmp_path / "expected", num_samples=60)
     )
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("polls", [1, 5, 20])
+def test_a_stop_while_a_long_document_is_read_again_loses_and_repeats_nothing(polls: int, tmp_path: Path) -> None:
+    """A run goes on inside the document, and is stopped again before it comes to what is new, or just behind."""
+    path = tmp_path / "a.txt"
+    path.write_text(" ".join(map(str, range(400))))
+    corpus = corpus_of(path, num_blocks=60)
+    build(corpus, tmp_path / "expected", TOKENIZER)
+    for number in (20, polls):
+        with pytest.raises(PreemptedError):
+            build(corpus, tmp_path / "packed", TOKENIZER, should_stop=stops_after(number, kill=False))
+    build(corpus, tmp_path / "packed", TOKENIZER)
+    assert contents(tmp_path / "packed") == contents(tmp_path / "expected")
 
 
 @pytest.mark.usefixtures("small_parts")

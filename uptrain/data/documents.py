@@ -164,9 +164,11 @@ class _Reader:
         begin = self._begin
         if place.documents != begin.documents or place.tokens >= begin.tokens:
             return piece
-        known, rest = piece.split(begin.tokens - place.tokens)
-        if len(known.ids) == begin.tokens - place.tokens:
-            self._check(rest.before)
+        num_known = begin.tokens - place.tokens
+        if len(tokens) < num_known and end.documents == begin.documents:  # the document goes on
+            return Piece(tokens[:0], begin, begin)  # a run that stops here has still packed up to where it began
+        _, rest = piece.split(num_known)
+        self._check(rest.before)
         return replace(rest, end=end)
 
     def _place_to_stop(self, place: Cursor) -> Piece:
