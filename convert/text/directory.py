@@ -76,14 +76,15 @@ def _walk(directory: Path) -> tuple[list[str], list[tuple[str, str]]]:
     """The files that may be text, by their names in the directory, and the others with the reason."""
     from datasets.data_files import FILES_TO_IGNORE
 
-    names: list[str] = []
+    found: list[tuple[bool, str, str]] = []  # whether it is a link, which name it has, and what it really is
     left_out: list[tuple[str, str]] = []
     seen: set[str] = set()
     for place, folders, files in os.walk(directory, followlinks=True):
-        if os.path.realpath(place) in seen:  # a link to a folder that is read would give its files again, or for ever
+        real = os.path.realpath(place)
+        if real in seen:  # a link to a folder that is read would give its files again, or for ever
             folders.clear()
             continue
-        seen.add(os.path.realpath(place))
+        seen.add(real)
         inside = PurePosixPath(Path(place).relative_to(directory).as_posix())
         left_out += [(f"{inside / folder}/", "hidden") for folder in folders if _is_hidden(folder)]
         folders[:] = sorted(folder for folder in folders if not _is_hidden(folder))
@@ -96,20 +97,22 @@ def _walk(directory: Path) -> tuple[list[str], list[tuple[str, str]]]:
             elif file in (*FILES_TO_IGNORE, _SAVED_STATE) or _is_companion(file):
                 left_out.append((name, "about the data"))
             else:
-                names.append(name)
-    files_read: dict[str, str] = {}
-    for name in sorted(names, key=lambda name: ((directory / name).is_symlink(), name)):
-        known = files_read.setdefault(os.path.realpath(directory / name), name)
+                is_link = path.is_symlink()  # realpath asks after every folder above, for each of a million files
+                found.append((is_link, name, os.path.realpath(path) if is_link else os.path.join(real, file)))
+    names: dict[str, str] = {}
+    for _, name, real in sorted(found):
+        known = names.setdefault(real, name)
         if known != name:
             left_out.append((name, f"a link to {known}"))
-    names = sorted(files_read.values())
-    return names, left_out
+    return sorted(names.values()), left_out
 
 
 def _of_one_kind(names: Sequence[str]) -> tuple[Sequence[str], list[tuple[str, str]]]:
     """Files of rows or files of plain text, which are not mixed: of which there are more, as `datasets` chooses."""
-    plain = [name for name in names if file_kind(Path(name)) == "plain"]
-    rows = [name for name in names if name not in plain]
+    plain: list[str] = []
+    rows: list[str] = []
+    for name in names:
+        (plain if file_kind(Path(name)) == "plain" else rows).append(name)
     if not plain or not rows:
         return names, []
     if len(plain) > len(rows):
@@ -140,11 +143,13 @@ def _of_split(
         by_split = _told_by_names(inside)
     if not by_split:
         _refuse_split(source, "train")
-        return list(inside), None, [(name, "of another configuration") for name in names if name not in inside]
+        beyond = set(names).difference(inside)
+        return list(inside), None, [(name, "of another configuration") for name in names if name in beyond]
     split, chosen = _choose(source, by_split)
     of = {name: f"split {other!r}" for other, found in by_split.items() for name in found}
     elsewhere = f"not in configuration {config!r}" if config else "of no split"
-    return chosen, split, [(name, of.get(name, elsewhere)) for name in names if name not in chosen]
+    beyond = set(names).difference(chosen)
+    return chosen, split, [(name, of.get(name, elsewhere)) for name in names if name in beyond]
 
 
 def _configuration(directory: Path, source: TextSource) -> tuple[str | None, Mapping[str, Any]]:
