@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from ..convert.checkpoint.loading import load_model
 from ..convert.checkpoint.tokenizer import TokenIdCheck, load_tokenizer
 from ..convert.device import default_device
 from ..convert.errors import DataError
-from ..convert.text.documents import describe_files, read_files, read_parts
+from ..convert.text.documents import describe_files, join_files, read_files, read_parts
 from ..convert.text.parts import TextPart
 from ..convert.text.reading import Reading
 from ..convert.text.sources import TextSource
@@ -44,9 +44,6 @@ def check_window(window: int, model: str | Path, original: str | Path | None) ->
     for each in (model, original):
         if each is not None:
             check_context(each, window, name=str(each), what="window")
-
-
-_MAX_PLACES = 64  # as many files are open at once
 
 
 def load_windows(
@@ -125,11 +122,9 @@ def _in_turn(
     Windows are taken in turn from places among the files. None where there is a single file, or the files are so short
     that places do not fill so many windows.
     """
-    num_places = min(len(files), num_windows, _MAX_PLACES)
-    bounds = [number * len(files) // num_places for number in range(num_places + 1)]
-    places = [_Place(encode(chain.from_iterable(files[begin:end]))) for begin, end in pairwise(bounds)]
-    counts = [0] * num_places
-    waiting = deque(range(num_places if len(files) > 1 else 0))
+    places = [_Place(encode(parts)) for parts in join_files(files, num_windows)]
+    counts = [0] * len(places)
+    waiting = deque(range(len(places) if len(files) > 1 else 0))
     while waiting and sum(counts) < num_windows:
         number = waiting.popleft()
         if places[number].fill(length + counts[number] * step):

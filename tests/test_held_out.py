@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -62,6 +64,22 @@ def test_overlapping_windows_of_several_files_score_each_token_once(numbers: Pat
 def test_text_that_is_too_short_is_refused(numbers: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the text has 6 tokens, fewer than one window of 8"):
         load_windows(numbers, directory_of(tmp_path, (3, 3)), window=8, max_windows=4)
+
+
+def test_calibration_and_windows_hold_few_of_many_files_open(numbers: Path, tmp_path: Path) -> None:
+    """Each file has a second document, so that one that is left in between would stay open."""
+    source = directory_of(tmp_path, (6,) * 200)
+    checkpoint = Checkpoint("model", numbers, {}, {}, 0)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 80, limits[1]))
+    try:
+        text = read_calibration_text(checkpoint, source, num_tokens=600, sequence_length=3)
+        windows = load_windows(numbers, source, window=4, max_windows=100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert text.token_ids[:3].tolist() == [[0, 1, 2], [300, 301, 302], [600, 601, 602]]  # 200 files at 64 places
+    assert text.num_tokens == 600
+    assert len(windows.input_ids) == 100
 
 
 def test_how_documents_became_one_text_is_stated(tmp_path: Path, numbers: Path) -> None:

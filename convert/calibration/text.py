@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..checkpoint.tensors import Checkpoint
 from ..checkpoint.tokenizer import TokenIdCheck, load_tokenizer
 from ..errors import DataError
-from ..text.documents import describe_files, read_files
+from ..text.documents import describe_files, join_files, read_files
 from ..text.parts import TextPart, by_document
 from ..text.reading import Reading
 from ..text.sources import TextSource
@@ -54,7 +54,7 @@ def read_calibration_text(
 ) -> CalibrationText:
     """Read up to `num_tokens` tokens in whole sequences, from files in turn and from a file's documents in turn.
 
-    Every document gives one passage, drawn with a fixed seed and cut to the length of a sequence; a document gives a
+    More than 64 files are read in turn from 64 places among them, each as one file. Every document gives one passage, drawn with a fixed seed and cut to the length of a sequence; a document gives a
     second passage when all of its file have given one. A passage begins with BOS if the tokenizer adds it, and ends
     with EOS where there is one; passages follow each other without padding, so that sequences need not begin with one.
     If all passages together are too short, what was cut off them is taken too. Fewer tokens than asked for are returned
@@ -74,7 +74,8 @@ def read_calibration_text(
         if sentence is not None:
             remark(sentence)
     size = sequence_length * _CHARACTERS
-    passages = [_passages(_beginnings(parts), size, generator) for parts in read_files(source, reading)]
+    files = read_files(source, reading)
+    passages = [_passages(_beginnings(parts), size, generator) for parts in join_files(files, len(files))]
     ids: list[int] = []
     cut_off: list[int] = []
     in_turn = (TextPart(passage, ends=True) for passage in _in_turn(passages))

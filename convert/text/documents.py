@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ __all__ = [
     "check_text",
     "describe_files",
     "find_text",
+    "join_files",
     "read_documents",
     "read_files",
     "read_interleaved",
@@ -34,6 +35,7 @@ __all__ = [
 _KINDS_HINT = "give a file of text or JSON or parquet rows, a directory of them, or the name of a dataset on the hub"
 _WEIGHTED = re.compile(r"(.+):[\d.]+")  # as one of several texts to train on
 _MAX_OPEN_FILES = 16
+_MAX_PLACES = 64
 
 
 def find_text(source: TextSource) -> FoundFiles | None:
@@ -80,6 +82,16 @@ def read_files(source: TextSource, reading: Reading | None = None) -> list[Itera
         check_dataset(source)
         return [_of_rows(read_dataset_rows(source), source, reading)]
     return [_of_file(file, source, reading) for file in found.files]
+
+
+def join_files(files: Sequence[Iterator[TextPart]], at_most: int) -> list[Iterator[TextPart]]:
+    """Join the documents of neighbouring files, so that there are `at_most` iterators, each with one file open.
+
+    All of them may be read in turn: 64 files are open at once at most, of the 1024 that a process may often have.
+    """
+    num_places = min(len(files), at_most, _MAX_PLACES)
+    bounds = [number * len(files) // num_places for number in range(num_places + 1)]
+    return [chain.from_iterable(files[begin:end]) for begin, end in pairwise(bounds)]
 
 
 def read_parts(source: TextSource, reading: Reading | None = None) -> Iterator[TextPart]:
