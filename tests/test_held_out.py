@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 from collections.abc import Sequence
 from functools import partial
@@ -71,7 +70,7 @@ def test_calibration_and_windows_hold_few_of_many_files_open(numbers: Path, tmp_
     source = directory_of(tmp_path, (6,) * 200)
     checkpoint = Checkpoint("model", numbers, {}, {}, 0)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 80, limits[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 80, limits[1]))
     try:
         text = read_calibration_text(checkpoint, source, num_tokens=600, sequence_length=3)
         windows = load_windows(numbers, source, window=4, max_windows=100)

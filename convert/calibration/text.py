@@ -54,9 +54,10 @@ def read_calibration_text(
 ) -> CalibrationText:
     """Read up to `num_tokens` tokens in whole sequences, from files in turn and from a file's documents in turn.
 
-    More than 64 files are read in turn from 64 places among them, each as one file. Every document gives one passage, drawn with a fixed seed and cut to the length of a sequence; a document gives a
-    second passage when all of its file have given one. A passage begins with BOS if the tokenizer adds it, and ends
-    with EOS where there is one; passages follow each other without padding, so that sequences need not begin with one.
+    More than 64 files are read in turn from 64 places among them, each as one file. Every document gives one passage,
+    drawn with a fixed seed and cut to the length of a sequence; a document gives a second passage when all of its file
+    have given one. A passage begins with BOS if the tokenizer adds it, and ends with EOS where there is one; passages
+    follow each other without padding, so that sequences need not begin with one.
     If all passages together are too short, what was cut off them is taken too. Fewer tokens than asked for are returned
     where the text has no more. `remark` is called with sentences that say which tokens the model's embedding has no row
     for, which files of a directory are read, and what was read otherwise than it stands there.

@@ -98,7 +98,7 @@ def _walk(directory: Path) -> tuple[list[str], list[tuple[str, str]]]:
                 left_out.append((name, "about the data"))
             else:
                 is_link = path.is_symlink()  # realpath asks after every folder above, for each of a million files
-                found.append((is_link, name, os.path.realpath(path) if is_link else os.path.join(real, file)))
+                found.append((is_link, name, os.path.realpath(path) if is_link else f"{real}/{file}"))
     names: dict[str, str] = {}
     for _, name, real in sorted(found):
         known = names.setdefault(real, name)
