@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from typing_extensions import Doc
 
@@ -20,18 +20,22 @@ if TYPE_CHECKING:
 
 __all__ = ["EvaluationSettings", "evaluate"]
 
+Bos = Literal["auto", "always", "never"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How held-out text is read, cut into windows and scored. Raises InputError for sizes that cannot be."""
+    """How held-out text is read, cut into windows and scored.
+
+    Raises InputError for sizes that cannot be, and for names that are not known.
+    """
 
     window: Annotated[
         int | None, Doc("Tokens per window. Default: 512, or as many as the model takes if that is less.")
     ] = None
     stride: Annotated[int | None, Doc("Tokens between the beginnings of windows. Default: no overlap.")] = None
-    bos: Annotated[Literal["auto", "always", "never"], Doc("BOS before each window; auto: as the tokenizer does.")] = (
-        "auto"
-    )
+    bos: Annotated[Bos, Doc("BOS before each window; auto: as the tokenizer does.")] = "auto"
     max_windows: Annotated[
         int | None, Doc("Score at most so many windows, of a directory in turn from all its files. Default: all.")
     ] = None
@@ -42,16 +46,16 @@ class EvaluationSettings:
     document_separator: DocumentSeparator = None
     skip_bad_lines: SkipBadLines = False
     batch_size: Annotated[int, Doc("Windows per forward pass.")] = 8
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        Doc("Precision of the models; auto: float32 on a CPU, the checkpoint's on a GPU."),
-    ] = "auto"
+    dtype: Annotated[Dtype, Doc("Precision of the models; auto: float32 on a CPU, the checkpoint's on a GPU.")] = "auto"
 
     def __post_init__(self) -> None:
         for name, least in (("window", 2), ("stride", 1), ("max_windows", 1), ("batch_size", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}, expected {least} or more")
+        for name, known in (("bos", get_args(Bos)), ("dtype", get_args(Dtype))):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
 
     def source(self, data: str) -> TextSource:
         """The text that is read, as it is typed. Raises InputError for no place and for what says nothing of a text."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import build_number_tokenizer, build_tokenizer, write_numbers
 from kvconvert.convert.calibration.text import read_calibration_text
 from kvconvert.convert.checkpoint.tensors import Checkpoint
-from kvconvert.convert.errors import DataError
+from kvconvert.convert.errors import DataError, InputError
 from kvconvert.convert.text.sources import TextSource
+from kvconvert.measure import EvaluationSettings
 from kvconvert.measure.held_out import load_windows
 
 
@@ -114,3 +117,16 @@ def test_tokens_that_the_model_has_no_row_for_are_a_remark(numbers: Path, tmp_pa
         with pytest.raises(DataError, match=r"needs the token '10\d', whose id 10\d is beyond the vocab_size 100"):
             read(beyond)
         remarks.clear()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "fp32"}, "dtype is 'fp32', expected one of auto, float32, bfloat16, float16"),
+        ({"bos": "yes"}, "bos is 'yes', expected one of auto, always, never"),
+        ({"window": 1}, "window is 1, expected 2 or more"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        EvaluationSettings(**settings)
