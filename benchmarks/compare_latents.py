@@ -329,7 +329,9 @@ def main() -> None:
             source.checkpoint,
             TextSource(options.calibration),
             num_tokens=options.calibration_tokens,
-            sequence_length=min(LONGEST_SEQUENCE, source.longest_context, options.calibration_tokens),
+            sequence_length=min(
+                LONGEST_SEQUENCE, source.longest_context or LONGEST_SEQUENCE, options.calibration_tokens
+            ),
         )
         measured = measure(source, text)
         numbers = 2 * source.shape.num_key_value_heads * source.shape.head_dim

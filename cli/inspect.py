@@ -22,7 +22,9 @@ def inspect(
     context: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Context length for the cache figure. Default: the model's longest.", show_default=False
+            min=1,
+            help="Context length for the cache figure. Default: the model's longest, or 2048 where nothing limits it.",
+            show_default=False,
         ),
     ] = None,
     revision: Revision = None,

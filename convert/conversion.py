@@ -269,7 +269,7 @@ def _check_calibration(method: Method, calibration: Calibration | None, source: 
         raise InputError("layers that share keys and values are merged on a text", hint="give a text")
     length = calibration.sequence_length
     if length is not None:
-        check_context(source.checkpoint.directory, length, name=source.name, what="sequence length")
+        check_context(source.longest_context, length, name=source.name, what="sequence length")
 
 
 def _remark_on_sizes(latent: LatentSizes, source: Source, remark: Callable[[str], object]) -> None:
@@ -355,7 +355,8 @@ class _Measuring:
 
     def _text(self) -> CalibrationText:
         wanted, data = self.calibration.num_tokens, self.calibration.data
-        length = self.calibration.sequence_length or min(_LONGEST_SEQUENCE, self.source.longest_context)
+        longest = self.source.longest_context or _LONGEST_SEQUENCE
+        length = self.calibration.sequence_length or min(_LONGEST_SEQUENCE, longest)
         text = read_calibration_text(
             self.source.checkpoint,
             self.calibration.source,

@@ -43,7 +43,7 @@ def check_window(window: int, model: str | Path, original: str | Path | None) ->
     """
     for each in (model, original):
         if each is not None:
-            check_context(each, window, name=str(each), what="window")
+            check_context(longest_context(each), window, name=str(each), what="window")
 
 
 def load_windows(

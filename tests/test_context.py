@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import CheckpointFactory, Command, RunHere
+from kvconvert.convert import Calibration, Gqa, convert, inspect
 from kvconvert.convert.architectures.context import context_of, longest_context
 from kvconvert.convert.errors import UnsupportedError
-from kvconvert.measure.held_out import evaluate_checkpoint
+from kvconvert.measure.held_out import default_window, evaluate_checkpoint
 from kvconvert.measure.perplexity import Windows
 
 
@@ -116,3 +118,18 @@ def test_uptrain_and_calibration_take_sequences_up_to_the_context(
         f"error: sequence length 49 does not fit {teacher} (it takes 48 tokens)\n"
         "hint: use 48 or less (--calibration-sequence-length)\n"
     )
+
+
+def test_the_context_of_stretched_rope_is_one_number_everywhere(
+    make_checkpoint: CheckpointFactory, tmp_path: Path, prose_file: Path
+) -> None:
+    model = make_checkpoint(max_position_embeddings=32, with_tokenizer=True)
+    config = json.loads((model / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    (model / "config.json").write_text(json.dumps(config))
+    assert inspect(model).context_length == longest_context(model) == default_window(model, None) == 64
+    gqa = Gqa(2, merge="svd")
+    calibration = Calibration(prose_file, num_tokens=256, sequence_length=64)
+    convert(model, gqa, tmp_path / "out", calibration=calibration, dry_run=True)
+    with pytest.raises(UnsupportedError, match=r"sequence length 65 does not fit .*model \(it takes 64 tokens\)"):
+        convert(model, gqa, tmp_path / "out", calibration=replace(calibration, sequence_length=65), dry_run=True)

@@ -17,6 +17,7 @@ from conftest import (
     Command,
     assert_gradients_everywhere,
     assert_same_function,
+    build_tokenizer,
     key_value_heads,
 )
 from kvconvert.convert import ARCHITECTURES, ROUTES, Checkpoint, Gqa, as_target, execute, open_checkpoint
@@ -26,6 +27,7 @@ from kvconvert.convert.checkpoint.tokenizer import load_tokenizer
 from kvconvert.convert.describe.inspection import inspect_checkpoint
 from kvconvert.convert.errors import CheckpointError, UnsupportedError
 from kvconvert.convert.runtime.transformers_interface import cache_of
+from kvconvert.uptrain import Length, UptrainRequest, plan_uptraining
 from kvconvert.uptrain.settings import default_sequence_length
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -441,6 +443,12 @@ def test_the_first_qwen_becomes_qwen2(make_checkpoint: CheckpointFactory, tmp_pa
     assert converted.config.model_type == "qwen2"
     assert converted.config.max_position_embeddings == 128
     assert_same_function(load(stock), converted, 2)
+
+    build_tokenizer().save_pretrained(source)
+    build_tokenizer().save_pretrained(tmp_path / "out")
+    (tmp_path / "text.txt").write_text("a b c " * 1000)
+    run = UptrainRequest(model=tmp_path / "out", data=(tmp_path / "text.txt",), teacher=source, length=Length(steps=2))
+    assert plan_uptraining(run).job.settings.sequence_length == 128
 
 
 def test_every_class_that_needs_converting_is_named_as_such() -> None:

@@ -10,11 +10,12 @@ from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 
-from ..convert.architectures.context import check_context
+from ..convert.architectures.context import check_context, context_of
 from ..convert.architectures.table import find_architecture
 from ..convert.cache_check import check_runtime
 from ..convert.checkpoint.loading import check_language_model, class_config
 from ..convert.checkpoint.output import check_apart, check_output
+from ..convert.checkpoint.tensors import Checkpoint
 from ..convert.device import default_device
 from ..convert.errors import DataError, InputError, OutputError, UnsupportedError
 from ..convert.runtime.transformers_interface import require
@@ -120,10 +121,14 @@ def _check_model(job: UptrainJob) -> None:
             f"{job.checkpoint.name}: in transformers' {architecture.model_type} documents that share a sequence see "
             "each other, so that uptrain, which packs them, would teach it nonsense"
         )
-    check_context(
-        job.checkpoint.directory, job.settings.sequence_length, name=job.checkpoint.name, what="sequence length"
-    )
+    _check_length(job, job.checkpoint)
     check_language_model(job.checkpoint)
+
+
+def _check_length(job: UptrainJob, checkpoint: Checkpoint) -> None:
+    """Raise UnsupportedError where blocks of text are longer than a model takes."""
+    longest = context_of(checkpoint.full_config)
+    check_context(longest, job.settings.sequence_length, name=checkpoint.name, what="sequence length")
 
 
 def _check_teacher(job: UptrainJob) -> None:
@@ -133,11 +138,11 @@ def _check_teacher(job: UptrainJob) -> None:
     if teacher is None:
         return
     check_runtime(teacher.directory)
-    check_context(teacher.directory, job.settings.sequence_length, name=teacher.name, what="sequence length")
+    trained_towards = as_teacher(teacher)
+    _check_length(job, trained_towards)
     check_language_model(teacher)
-    config = as_teacher(teacher).config
     if job.settings.regresses:
-        require_same_size(class_config(job.checkpoint.config), class_config(config))
+        require_same_size(class_config(job.checkpoint.config), class_config(trained_towards.config))
 
 
 def _check_needs(job: UptrainJob) -> None:

@@ -32,6 +32,7 @@ from .run import UptrainResult, run_checked
 from .rundir.trials import Trial, find_sweep, goes_on_to_replace, trial_settings, with_best_rate
 from .settings import Execution, RunSettings, default_learning_rate, default_sequence_length
 from .sweep import check_sweep, sweep_learning_rates
+from .teacher import as_teacher
 
 __all__ = ["UptrainPlan", "carry_out", "plan_uptraining", "uptrain"]
 
@@ -217,9 +218,11 @@ def _tell(trials: Sequence[Trial], chosen: float, remark: Callable[[str], object
 def _batch(request: UptrainRequest, checkpoint: Checkpoint, teacher: Checkpoint | None) -> Batch:
     settings, micro_batch = request.settings, request.machine.micro_batch
     tokens, length = settings.global_batch_tokens, settings.sequence_length
+    if length is None:
+        length = default_sequence_length(checkpoint, None if teacher is None else as_teacher(teacher))
     return derive_batch(
         global_batch_tokens=default_global_batch_tokens(checkpoint.num_parameters) if tokens is None else tokens,
-        sequence_length=default_sequence_length(checkpoint, teacher) if length is None else length,
+        sequence_length=length,
         num_processes=count_processes(),
         micro_batch=micro_batch if isinstance(micro_batch, int) else None,
     )

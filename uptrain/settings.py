@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from ..convert.architectures.context import longest_context
+from ..convert.architectures.context import context_of
 from ..convert.checkpoint.output import read_provenance
 from ..convert.checkpoint.tensors import Checkpoint
 from ..convert.errors import UnsupportedError
@@ -119,7 +119,7 @@ class Execution:
 
 def default_sequence_length(checkpoint: Checkpoint, teacher: Checkpoint | None = None) -> int:
     """Choose the longest sequence that the model and its teacher take, in tokens, but at most 2048."""
-    longest = [longest_context(each.directory) for each in (checkpoint, teacher) if each is not None]
+    longest = [context_of(each.full_config) for each in (checkpoint, teacher) if each is not None]
     return min([_MAX_DEFAULT_SEQUENCE_LENGTH, *(length for length in longest if length is not None)])
 
 

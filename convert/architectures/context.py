@@ -60,9 +60,8 @@ def context_of(config: Mapping[str, Any]) -> int | None:
     return max(int(length), int(stretched))
 
 
-def check_context(directory: str | Path, length: int, *, name: str, what: str) -> None:
-    """Raise UnsupportedError if a length in tokens, `what` in words, is more than a model takes."""
-    longest = longest_context(directory)
+def check_context(longest: int | None, length: int, *, name: str, what: str) -> None:
+    """Raise UnsupportedError if a length in tokens, `what` in words, is more than the `longest` that a model takes."""
     if longest is not None and length > longest:
         raise UnsupportedError(
             f"{what} {length} does not fit {name} (it takes {longest} tokens)",

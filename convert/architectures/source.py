@@ -13,6 +13,7 @@ from ..checkpoint.tensors import Checkpoint
 from ..errors import CheckpointError, UnsupportedError
 from .architecture import Architecture
 from .attention import read_attention
+from .context import context_of
 from .rotary import read_rotary
 from .table import find_architecture
 
@@ -69,10 +70,9 @@ class Source:
         return empty_model(self.checkpoint.config)
 
     @property
-    def longest_context(self) -> int:
-        """The longest context of the model in tokens, 2048 where its config does not say."""
-        name = self.architecture.config_name("max_position_embeddings")
-        return self.checkpoint.config_int(name, default=2048)
+    def longest_context(self) -> int | None:
+        """How many tokens a sequence may have, stretched RoPE included; None where nothing limits it."""
+        return context_of(self.checkpoint.full_config)
 
     def require_convertible(self) -> None:
         """Raise UnsupportedError for a quantised checkpoint, and for one whose cache holds a latent."""

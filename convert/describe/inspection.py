@@ -22,6 +22,7 @@ from .engines import KERNEL_RANKS, Serving, latent_kernels, serving
 __all__ = ["Inspection", "Target", "inspect", "inspect_checkpoint"]
 
 _CACHE_VALUE_BYTES = 2
+_UNLIMITED_CONTEXT = 2048  # tokens that the cache is shown for, of a model that takes any number
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,10 @@ def inspect(model: str | Path, *, context_length: int | None = None, revision: s
 def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = None) -> Inspection:
     """Inspect a checkpoint by its headers and config, without reading a weight.
 
-    context_length: in tokens, for the cache figure; by default the longest context of the model. A checkpoint whose
-    class has no grouped attention is described as the class that it can become. What a conversion would check by
-    headers is checked: its class accepts the source, and so does that of each result. Raises UnsupportedError for an
-    unknown architecture, CheckpointError where config and tensors disagree.
+    context_length: in tokens, for the cache figure; by default the longest context of the model, 2048 where nothing
+    limits it. A checkpoint whose class has no grouped attention is described as the class that it can become. What a
+    conversion would check by headers is checked: its class accepts the source, and so does that of each result. Raises
+    UnsupportedError for an unknown architecture, CheckpointError where config and tensors disagree.
     """
     views = list(targets(checkpoint))
     usable = [view for view in views if not isinstance(view, UnsupportedError)]
@@ -112,7 +113,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, context_length: int | None = N
     pooled = [target.model_type for target in conversions[:2] if target.model_type]
     others = (*(() if pooled else usable), *shared)
     classes = dict.fromkeys([*pooled, *(view.architecture.model_type for view in others)])
-    context = context_length or chosen.longest_context
+    context = context_length or chosen.longest_context or _UNLIMITED_CONTEXT
     return Inspection(
         model=checkpoint.name,
         model_type=str(source.config["model_type"]),

@@ -80,7 +80,8 @@ def class_refusal(source: Source) -> str | None:
         return f"{normalised}, which a latent cannot hold; GQA, MQA and CLA can shrink its cache"
     if config.get("mlp_bias"):
         return "its MLP has biases, and deepseek_v3's has none; GQA and CLA keep them"
-    if any(window is not None and window < source.longest_context for window in source.shape.windows):
+    longest = source.longest_context or math.inf
+    if any(window is not None and window < longest for window in source.shape.windows):
         return (
             f"its layers see the last {config['sliding_window']} tokens only, and deepseek_v3 has no sliding window; "
             "for contexts within it set sliding_window to null in config.json, or max_position_embeddings to no more"
