@@ -30,9 +30,10 @@ from kvconvert.convert.text.tokens import tokenizer_hash
 from kvconvert.uptrain import models as models_room
 from kvconvert.uptrain import run
 from kvconvert.uptrain.checks import check_job
-from kvconvert.uptrain.data import shards
+from kvconvert.uptrain.data import identity, shards
 from kvconvert.uptrain.data.blocks import PackedBlocks
 from kvconvert.uptrain.data.corpus import Corpus
+from kvconvert.uptrain.data.identity import content_digest
 from kvconvert.uptrain.data.packing import build
 from kvconvert.uptrain.data.shards import SourceIndex
 from kvconvert.uptrain.data.sources import WeightedSource
@@ -233,6 +234,35 @@ def test_a_run_goes_on_with_model_teacher_and_text_at_other_places(
     again: list[int] = []
     train("parts", watch=watch(progress=again.append), **moved)  # which is finished
     assert again == []
+
+
+def test_the_result_of_a_text_that_was_changed_is_another(
+    train: Train, make_job: Callable[..., UptrainJob], prose_file: Path
+) -> None:
+    train("out", settings=settings_with(steps=1))
+    job = make_job(settings=settings_with(steps=1))
+    check_job(job)  # the control: it is finished
+    prose_file.write_text(prose_file.read_text().replace("times", "tides"))
+    changed = make_job(settings=settings_with(steps=1))
+    assert not record.finished_before(changed)
+    with pytest.raises(OutputError, match=r"other settings: the text of .*prose\.jsonl has changed since$"):
+        check_job(changed)
+
+
+@pytest.mark.parametrize("whole_bytes", [2**30, 2**20])
+def test_text_that_was_changed_has_another_digest(
+    whole_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Above the size that is read whole, a change of the same length between samples is not seen, as is documented."""
+    monkeypatch.setattr(identity, "_WHOLE_BYTES", whole_bytes)
+    content = bytearray(b"word " * 2**19)
+    (tmp_path / "text.txt").write_bytes(content)
+    content[40_000] ^= 1
+    (tmp_path / "other.txt").write_bytes(content)
+    one, other = (content_digest(TextSource(str(tmp_path / name))) for name in ("text.txt", "other.txt"))
+    assert (one == other) == (whole_bytes < len(content))
+    (tmp_path / "other.txt").write_bytes(content + b"!")
+    assert one != content_digest(TextSource(str(tmp_path / "other.txt")))
 
 
 def test_packing_goes_on_where_the_text_lies_now(tmp_path: Path, prose_file: Path) -> None:

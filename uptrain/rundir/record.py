@@ -34,7 +34,7 @@ _BEFORE = {"keep_best": False}  # what runs did that began before there was the 
 def finished_before(job: UptrainJob) -> bool:
     """Tell whether the output holds the result of this very run."""
     record = read_provenance(job.output).get("uptraining")
-    return record is not None and not changes(record, job)
+    return record is not None and not changes(record, job, finished=True)
 
 
 def begun_before(job: UptrainJob) -> bool:
@@ -66,7 +66,7 @@ def check_same_run(job: UptrainJob) -> None:
 def check_not_another_run(job: UptrainJob) -> None:
     """Raise OutputError, which says why it does not go on, for an output that is the result of another run."""
     record = read_provenance(job.output).get("uptraining")
-    changed = [] if record is None else changes(record, job)
+    changed = [] if record is None else changes(record, job, finished=True)
     if changed and _is_of_length(changed):
         raise OutputError(
             f"{job.output} holds a finished run, which cannot go on ({changed[0]}): {_OF_LENGTH}, and its optimizer is "
@@ -93,10 +93,11 @@ def held_out_scores(folder: Path) -> dict[int, float]:
     return {row["step"]: row["eval_nats_per_token"] for row in records if "eval_nats_per_token" in row}
 
 
-def changes(record: dict[str, Any], job: UptrainJob) -> list[str]:
+def changes(record: dict[str, Any], job: UptrainJob, *, finished: bool = False) -> list[str]:
     """Say what a record of a run has otherwise than the job; nothing where both are one run.
 
-    Where model, teacher and text lie is no difference if they are the same.
+    Where model, teacher and text lie is no difference if they are the same. A text that was changed where it lies is a
+    difference for a `finished` run; of one that goes on, packing tells whether it matters. One that is gone is none.
     """
     was, now = _BEFORE | record, job.description
     for name in ("model", "teacher"):
@@ -105,12 +106,18 @@ def changes(record: dict[str, Any], job: UptrainJob) -> list[str]:
     sources = was.get("data") or []
     if len(sources) == len(now["data"]):
         was["data"] = [_at_its_place(one, other) for one, other in zip(sources, now["data"], strict=True)]
-    return list(differences("", {key: was.get(key) for key in now}, now))
+    found = list(differences("", {key: was.get(key) for key in now}, now))
+    if finished and len(sources) == len(now["data"]):
+        found += [
+            f"the text of {other['text']['location']} has changed since"
+            for one, other in zip(sources, now["data"], strict=True)
+            if None not in (one.get("content"), other["content"]) and one["content"] != other["content"]
+        ]
+    return found
 
 
 def _at_its_place(was: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """A source as it was, at the place where it is now if it is the same text."""
     same = was.get("content") is not None and was["content"] == now["content"]
     location = now["text"]["location"] if same else was["text"]["location"]
-    # of text that was changed where it is, packing tells whether that matters
     return {**was, "text": {**was["text"], "location": location}, "content": now["content"]}
