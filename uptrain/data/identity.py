@@ -20,8 +20,8 @@ def content_digest(text: TextSource) -> str | None:
     """Return a digest of a file, or of the files below a directory, that has nothing of their place; None of a dataset.
 
     It is of names below the directory, sizes, and all bytes: text that was moved or copied has the same, and text that
-    was changed has another. Of text above 1 GiB it is of 16 samples of each file in place of all bytes: what was changed
-    then has another digest unless its length is the same and no sample saw it.
+    was changed has another. Of text above 1 GiB it is of 16 samples of each file in place of all bytes, which do not
+    see every change that leaves the length as it was.
     """
     place = text.path
     if not place.exists():
