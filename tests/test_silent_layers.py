@@ -11,7 +11,7 @@ from conftest import TOKENS, build_model, load
 from kvconvert.convert import Cla, Gqa, Mla, execute, open_checkpoint
 from kvconvert.convert.algebra.attention_shape import AttentionShape
 from kvconvert.convert.algebra.head_merge import FreeTransformations, Heads, LayerInput, merge_layers
-from kvconvert.convert.algebra.heads import HeadGrouping
+from kvconvert.convert.algebra.heads import HeadGrouping, mean_heads
 from kvconvert.convert.algebra.latent import latent_attention, normalised
 from kvconvert.convert.algebra.layer_grouping import LayerGrouping
 from kvconvert.convert.algebra.projections import Projections
@@ -20,6 +20,7 @@ from kvconvert.convert.algebra.rotations import Rotary
 from kvconvert.convert.calibration.text import CalibrationText
 from kvconvert.convert.methods.method import Method
 from kvconvert.convert.methods.prepared import Preparation
+from kvconvert.convert.plan import KeepSilent
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -38,6 +39,7 @@ SILENT = [layer for layer, zero in enumerate(LAYERS) if {"o_proj", "v_proj", "in
 SHARED = LayerGrouping((0, 0, 2, 2, 4, 4, 4))
 METHODS: dict[str, tuple[Method, CalibrationText | None]] = {
     "gqa-mean": (Gqa(2), None),
+    "gqa-random": (Gqa(2, merge="random"), None),
     "gqa": (Gqa(2, merge="svd"), TEXT),
     "gqa-closed-form": (Gqa(2, merge="svd", refit=False), TEXT),
     "gqa-without-ridge": (Gqa(2, merge="svd", refit_ridge=0.0), TEXT),
@@ -85,9 +87,11 @@ def test_silent_layers_stay_silent_and_can_wake(
     for index, layer in enumerate(model.model.layers):
         layer.self_attn.register_forward_hook(lambda *call, index=index: outputs.update({index: call[2][0]}))
     model(input_ids=TOKENS, use_cache=False).logits.square().mean().backward()
-    for layer in SILENT:
+    # random values are values, also where there were none
+    silent = [layer for layer in SILENT if getattr(method, "merge", None) != "random" or LAYERS[layer] != ("v_proj",)]
+    for layer in silent:
         assert not outputs[layer].any(), layer
-    for layer in set(range(len(LAYERS))) - set(SILENT):
+    for layer in set(range(len(LAYERS))) - set(silent):
         assert outputs[layer].any(), layer
     # a block expansion is trained from its o_proj on, which needs values to read
     assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
@@ -140,6 +144,18 @@ def functions(result: Any) -> list[Tensor]:
     """Of each query head: what it adds to the output per unit of attention, and its scores, as matrices of x."""
     q, k, v, o = (getattr(result.projections[0], name) for name in "qkvo")
     return [*(part @ v for part in o.split(DIM, dim=1)), *(part.T @ k for part in q.split(DIM))]
+
+
+def test_the_mean_of_heads_takes_no_notice_of_what_they_do() -> None:
+    """A head without values comes to read a part of another's, unless its layer shares keys and values with others."""
+    values, output = random(0, 4, DIM, SIZE), random(1, SIZE, 4 * DIM)
+    values[1] = 0
+    pooled = mean_heads(values.flatten(0, 1), HeadGrouping.contiguous(4, 2)).unflatten(0, (2, DIM))
+    torch.testing.assert_close(pooled[0], values[0] / 2)
+    kept = KeepSilent(4)(output, torch.ones(SIZE), values.flatten(0, 1)).unflatten(1, (4, DIM))
+    assert not kept[:, 1].any()
+    others = [0, 2, 3]
+    assert torch.equal(kept[:, others], output.unflatten(1, (4, DIM))[:, others])
 
 
 def test_live_heads_keep_what_they_would_keep_alone() -> None:

@@ -374,7 +374,7 @@ def error_at_distances(
     return total
 
 
-def test_turning_is_the_mean_over_rotations() -> None:
+def test_an_expected_rotation_is_the_mean_over_rotations() -> None:
     matrix = random_matrix(0, 6, 6)
     pairs = list(zip(likelihoods(ROTARY), rotations(ROTARY, 6), strict=True))
     found = expected_rotation(ROTARY, 6)
@@ -443,7 +443,7 @@ def test_losses_of_pairs_are_those_of_their_merges_or_less(seed: int) -> None:
     covariances = torch.stack([torch.stack([one @ gram @ other.T for other in heads]) for one in heads])
     still, turned = pair_losses(covariances, weights), pair_losses(covariances, weights, expected_rotation(ROTARY, 6))
     energy = merge_linear(heads, weights, gram, 6).total
-    all_turned = merge_at_distances(
+    all_rotated = merge_at_distances(
         merge_linear(heads, weights, gram, 6),
         heads,
         weights,
@@ -458,7 +458,7 @@ def test_losses_of_pairs_are_those_of_their_merges_or_less(seed: int) -> None:
         merged = merge_at_distances(
             linear, pair, pair_weights, gram, ExpectedRotations.same(expected_rotation(ROTARY, 6))
         )
-        assert 0 <= turned[i, j].item() <= (merged.total - merged.kept) / all_turned.total + 1e-9
+        assert 0 <= turned[i, j].item() <= (merged.total - merged.kept) / all_rotated.total + 1e-9
 
 
 def test_no_other_output_projection_fits_better() -> None:
