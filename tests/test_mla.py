@@ -7,13 +7,14 @@ import math
 import re
 import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import TOKENS, VOCAB_SIZE, CheckpointFactory, Command, build_model, load, logits
-from kvconvert.convert import execute, open_checkpoint
+from kvconvert.convert import Cla, Gqa, execute, open_checkpoint
 from kvconvert.convert.algebra.attention_shape import AttentionShape
 from kvconvert.convert.algebra.latent import (
     LatentAttention,
@@ -547,6 +548,13 @@ def test_unknown_choices_are_refused() -> None:
         Mla(16, 8, "none")  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match="unknown RoPE selection"):
         Mla(16, 8, rope_selection="low")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ridge", [-1.0, math.inf, math.nan])
+def test_a_refit_is_not_pulled_by_less_than_nothing(ridge: float) -> None:
+    for method in (partial(Mla, 16, 8), partial(Cla, share=2), partial(Gqa, 2)):
+        with pytest.raises(UnsupportedError, match=f"refit_ridge = {ridge}, expected a number from 0 on"):
+            method(refit_ridge=ridge)
 
 
 SHAPE = AttentionShape(24, 4, 2, 6, (None,))

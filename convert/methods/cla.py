@@ -17,7 +17,7 @@ from ..checkpoint.writer import TensorSpec
 from ..errors import InputError, UnsupportedError
 from ..plan import AverageLayers, ConversionPlan, KeepSilent, MoveGain, PoolHeads, Step
 from ..translations.routes import as_cross_layer
-from .choices import Grouping, require_choice
+from .choices import Grouping, require_choice, require_ridge
 from .method import Method
 from .prepared import CPU, Hardware, Measurements, Preparation, Prepared
 
@@ -70,6 +70,7 @@ class Cla(Method):
         require_choice("method", self.merge, _METHODS)
         require_choice("grouping", self.grouping, get_args(Grouping))
         require_choice("choice of pairs", self.pairs, _PAIRS)
+        require_ridge(self.refit_ridge)
         if sum(given is not None for given in (self.layers, self.share, self.num_key_value_layers)) != 1:
             raise InputError(
                 "say which layers share, by one of layers, share and, where pairs is auto, num_key_value_layers",

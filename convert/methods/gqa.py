@@ -18,7 +18,7 @@ from ..errors import UnsupportedError
 from ..plan import ConversionPlan, PoolHeads, Step
 from ..runtime import RUNTIME_CLASSES
 from ..translations.routes import as_target
-from .choices import Grouping, require_choice
+from .choices import Grouping, require_choice, require_ridge
 from .method import Method
 from .prepared import Hardware, Measurements, Preparation, Prepared
 
@@ -55,6 +55,7 @@ class Gqa(Method):
     def __post_init__(self) -> None:
         require_choice("method", self.merge, (*POOLING_METHODS, "svd"))
         require_choice("grouping", self.grouping, get_args(Grouping))
+        require_ridge(self.refit_ridge)
 
     @property
     def needs_measurements(self) -> bool:

@@ -15,7 +15,7 @@ from ..checkpoint.tensors import Checkpoint
 from ..errors import UnsupportedError
 from ..plan import ConversionPlan, Step
 from ..translations.routes import as_latent_source
-from .choices import require_choice
+from .choices import require_choice, require_ridge
 from .deepseek import LatentLayout, attention_shapes, class_refusal, result_config
 from .method import Method
 from .prepared import CPU, Hardware, Measurements, Preparation, Prepared
@@ -63,6 +63,7 @@ class Mla(Method):
     def __post_init__(self) -> None:
         require_choice("latent norm", self.latent_norm, ("calibrated", "exact"))
         require_choice("RoPE selection", self.rope_selection, ("high", "gain"))
+        require_ridge(self.refit_ridge)
 
     @property
     def constant(self) -> bool:
