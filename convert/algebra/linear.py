@@ -18,8 +18,8 @@ __all__ = [
 ]
 
 TOLERANCE = 1e-12
-"""The fraction of the largest eigenvalue below which one counts as zero. Measured results do not depend on it: between
-1e-10 and 1e-13 the held-out loss of merges and latents stays the same to 1e-7 nats per token."""
+"""The fraction of the largest eigenvalue below which one counts as zero: where an (n, n) matrix in float64 has a zero,
+rounding leaves about 1e-16 · n of the largest there."""
 
 
 def pseudo_inverse(matrix: Tensor) -> Tensor:
