@@ -16,6 +16,8 @@ from conftest import OVERRIDES, VOCAB_SIZE, CheckpointFactory, Command, key_valu
 from hypothesis import given
 from hypothesis import strategies as st
 from kvconvert.convert import ARCHITECTURES, Gqa, as_target, execute, open_checkpoint
+from kvconvert.convert.algebra.attention_shape import AttentionShape
+from kvconvert.convert.algebra.head_merge import FreeTransformations, Heads, LayerInput
 from kvconvert.convert.algebra.merge import (
     ExpectedRotations,
     merge_at_distances,
@@ -24,6 +26,7 @@ from kvconvert.convert.algebra.merge import (
     merge_rotary,
     pair_losses,
 )
+from kvconvert.convert.algebra.projections import Projections
 from kvconvert.convert.algebra.refit import refitted
 from kvconvert.convert.algebra.rotations import Rotary, expected_rotation
 from kvconvert.convert.architectures.projections import read_projections
@@ -380,6 +383,29 @@ def test_an_expected_rotation_is_the_mean_over_rotations() -> None:
     found = expected_rotation(ROTARY, 6)
     torch.testing.assert_close(found.mean(matrix), sum(p * (turn @ matrix @ turn.T) for p, turn in pairs))
     torch.testing.assert_close(found.mean_back(matrix), sum(p * (turn.T @ matrix @ turn) for p, turn in pairs))
+
+
+def test_a_merge_at_any_angle_says_what_it_keeps_of_rotating_and_of_other_dims() -> None:
+    """One of a head's three dims does not rotate; errors are averaged over eight angles, which stand for all."""
+    size, dim, num_heads = 5, 3, 2
+    q, k, v, o = (random_matrix(seed, num_heads * dim, size + 1) for seed in range(4))
+    x = random_matrix(9, 30, size + 1)
+    gram, free = x.T @ x / 30, FreeTransformations(Rotary((1.0,), longest=9))
+    layer, shape = (
+        LayerInput(Projections(q, k, v, o.T), gram),
+        AttentionShape(size + 1, num_heads, num_heads, dim, (None,)),
+    )
+    merged = Heads([layer], shape, free, at_distances=False).merged_keys((0, 1))
+    total = lost = 0.0
+    for angle in torch.arange(8) * math.pi / 4:
+        turn = torch.eye(dim, dtype=torch.float64)
+        turn[:2, :2] = torch.tensor([[angle.cos(), -angle.sin()], [angle.sin(), angle.cos()]])
+        for query, key, reader in zip(q.split(dim), k.split(dim), merged.readers, strict=True):
+            for energy, rows in ((True, turn @ key), (False, turn @ key - reader @ turn @ merged.shared)):
+                share = torch.trace(query @ gram @ query.T @ rows @ gram @ rows.T).item() / 8
+                total, lost = (total + share, lost) if energy else (total, lost + share)
+    assert merged.total == pytest.approx(total)
+    assert merged.kept == pytest.approx(total - lost)
 
 
 def test_frequencies_turn_keys_as_the_class_does(make_checkpoint: CheckpointFactory) -> None:

@@ -328,6 +328,8 @@ def _at_any_angle(heads: Sequence[Tensor], weights: Sequence[Tensor], gram: Tens
 
     powers = [weight.diagonal()[:rotating].unflatten(0, (2, -1)).sum(0) for weight in weights]
     parts = [merge_rotary([head[:rotating] for head in heads], powers, gram)]
+    # at a random angle each dim of a pair meets half of the power of the queries' pair
+    parts[0] = replace(parts[0], kept=parts[0].kept / 2, total=parts[0].total / 2)
     if rotating < len(heads[0]):
         blocks = [weight[rotating:, rotating:] for weight in weights]
         parts.append(merge_linear([head[rotating:] for head in heads], blocks, gram, len(heads[0]) - rotating))
