@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -383,6 +384,26 @@ def test_an_expected_rotation_is_the_mean_over_rotations() -> None:
     found = expected_rotation(ROTARY, 6)
     torch.testing.assert_close(found.mean(matrix), sum(p * (turn @ matrix @ turn.T) for p, turn in pairs))
     torch.testing.assert_close(found.mean_back(matrix), sum(p * (turn.T @ matrix @ turn) for p, turn in pairs))
+
+
+def test_one_layer_is_held_at_a_time(
+    make_checkpoint: CheckpointFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its projections and what is made of them are gigabytes of a large model."""
+    alive: weakref.WeakSet[Projections] = weakref.WeakSet()
+    before: list[int] = []
+
+    def counted(*arguments: Any) -> Projections:
+        before.append(len(alive))
+        projections = read_projections(*arguments)
+        alive.add(projections)
+        return projections
+
+    monkeypatch.setattr("kvconvert.convert.methods.merging.read_projections", counted)
+    text = CalibrationText(torch.arange(64).view(2, 32) % VOCAB_SIZE, "text")
+    with open_checkpoint(make_checkpoint(num_hidden_layers=3)) as checkpoint:
+        merge_heads(Source.of(checkpoint), HeadMerge(2), Preparation(tmp_path, text))
+    assert before == [0, 0, 0]
 
 
 def test_a_merge_at_any_angle_says_what_it_keeps_of_rotating_and_of_other_dims() -> None:

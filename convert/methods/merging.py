@@ -87,8 +87,9 @@ def merge_heads(
                 original.advance(layer, head_outputs)
             if converted is not None and head_outputs is not None:
                 o_proj = source.architecture.tensor_name(layer, "o_proj")
-                runnable = repeat_key_value_heads(after, shape.num_key_value_heads, shape.head_dim)
-                tensors = projection_tensors(runnable, source, layer)
+                tensors = projection_tensors(
+                    repeat_key_value_heads(after, shape.num_key_value_heads, shape.head_dim), source, layer
+                )
                 converted.refit(
                     layer,
                     tensors,
@@ -108,6 +109,7 @@ def merge_heads(
                 grams.store({_gram_name(layer): before.gram}, f"gram-{layer:05d}.safetensors")
             preparation.progress(1)
         reports.append(LayerReport(layers, result.grouping.groups, result.keys_retained, result.values_retained))
+        del inputs, heads, result, before, after, tensors, fitted  # gigabytes of a large model, beside the next layer's
     return Prepared(overlay, tuple(reports), (lambda layer: grams.read(_gram_name(layer))) if keep_gram else None)
 
 
