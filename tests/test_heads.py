@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kvconvert.convert.algebra.head_merge import Heads
+from kvconvert.convert.algebra.head_search import best_grouping
 from kvconvert.convert.algebra.heads import HeadGrouping, first_heads, mean_heads, random_heads
 from kvconvert.convert.errors import UnsupportedError
 
@@ -78,3 +82,43 @@ def test_a_grouping_holds_every_head_once(groups: tuple[tuple[int, ...], ...]) -
 def test_groups_are_of_equal_size() -> None:
     with pytest.raises(ValueError, match="not of equal size"):
         HeadGrouping(((0, 1), (2,)))
+
+
+class _Losses:
+    """Stands for `Heads` of two layers, with given losses."""
+
+    num_layers = 2
+
+    def __init__(self, losses: torch.Tensor) -> None:
+        self.losses = losses
+
+    def __len__(self) -> int:
+        return len(self.losses)
+
+    def layer(self, head: int) -> int:
+        return head * 2 // len(self)
+
+    def in_order(self, num_groups: int) -> HeadGrouping:
+        return Heads.in_order(self, num_groups)  # type: ignore[arg-type]
+
+    def pair_losses(self) -> torch.Tensor:
+        return self.losses
+
+
+def _loss(groups: tuple[tuple[int, ...], ...], losses: torch.Tensor) -> float:
+    return sum(losses[one, other].item() for group in groups for one, other in combinations(group, 2))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_swap_of_two_heads_lowers_the_loss_of_the_best_groups(seed: int) -> None:
+    losses = torch.rand(12, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    losses = (losses + losses.T).fill_diagonal_(0)
+    heads = _Losses(losses)
+    found = best_grouping(heads, 3).groups  # type: ignore[arg-type]
+    assert all(sorted(heads.layer(head) for head in group) == [0, 0, 1, 1] for group in found)
+    assert _loss(found, losses) < _loss(heads.in_order(3).groups, losses)
+    for one, other in combinations(range(12), 2):
+        if heads.layer(one) == heads.layer(other):
+            swap = {one: other, other: one}
+            swapped = tuple(tuple(swap.get(head, head) for head in group) for group in found)
+            assert _loss(swapped, losses) > _loss(found, losses) - 1e-9

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import combinations, product
 
 from .head_merge import Heads
@@ -11,6 +11,8 @@ from .heads import HeadGrouping
 __all__ = ["best_grouping"]
 
 Groups = tuple[tuple[int, ...], ...]
+Losses = list[list[float]]
+"""What merging two heads loses, (heads, heads), symmetric, 0 on the diagonal."""
 
 
 def best_grouping(heads: Heads, num_groups: int) -> HeadGrouping:
@@ -23,20 +25,20 @@ def best_grouping(heads: Heads, num_groups: int) -> HeadGrouping:
     too, for the mean of heads. The losses suppose that keys and values are both merged in closed form
     (`FreeTransformations`).
     """
-    losses: list[list[float]] = heads.pair_losses().tolist()
+    losses: Losses = heads.pair_losses().tolist()
 
-    def loss(group: Iterable[int]) -> float:
-        return sum(losses[one][other] for one, other in combinations(group, 2))
+    def total(groups: Groups) -> float:
+        return sum(losses[one][other] for group in groups for one, other in combinations(group, 2))
 
     everything = tuple(range(len(heads)))
     size = len(everything) // num_groups
     candidates = [heads.in_order(num_groups).groups]
-    candidates += [_grown(heads, seed, size, loss) for seed in everything]
-    best = min((_swapped(groups, heads, loss) for groups in candidates), key=lambda groups: sum(map(loss, groups)))
+    candidates += [_grown(heads, seed, size, losses) for seed in everything]
+    best = min((_swapped(groups, heads, losses) for groups in candidates), key=total)
     return HeadGrouping(tuple(sorted(tuple(sorted(group)) for group in best)))
 
 
-def _grown(heads: Heads, seed: int, size: int, loss: Callable[[Iterable[int]], float]) -> Groups:
+def _grown(heads: Heads, seed: int, size: int, losses: Losses) -> Groups:
     """Fill groups one after the other with the head that adds least to the loss; the first begins with `seed`."""
     free = set(range(len(heads)))
     groups: list[tuple[int, ...]] = []
@@ -46,26 +48,36 @@ def _grown(heads: Heads, seed: int, size: int, loss: Callable[[Iterable[int]], f
         while len(group) < size:
             layers = [heads.layer(head) for head in group]
             wanted = [head for head in sorted(free) if layers.count(heads.layer(head)) < size // heads.num_layers]
-            group.append(min(wanted, key=lambda head: loss([*group, head])))
+            group.append(min(wanted, key=lambda head: _with(group, head, losses)))
             free.discard(group[-1])
         groups.append(tuple(group))
     return tuple(groups)
 
 
-def _swapped(groups: Groups, heads: Heads, loss: Callable[[Iterable[int]], float]) -> Groups:
+def _swapped(groups: Groups, heads: Heads, losses: Losses) -> Groups:
     """Swap two heads of one layer between groups as long as a swap lowers the loss."""
     current = [list(group) for group in groups]
+    # of each head, what it loses with each group: a swap is judged without summing over the groups
+    lost = [[_with(group, head, losses) for group in current] for head in range(len(heads))]
     improved = True
     while improved:
         improved = False
-        for one, other in combinations(current, 2):
+        for (a, one), (b, other) in combinations(enumerate(current), 2):
             for i, j in product(range(len(one)), range(len(other))):
-                if heads.layer(one[i]) != heads.layer(other[j]):
+                first, second = one[i], other[j]
+                if heads.layer(first) != heads.layer(second):
                     continue
-                before = loss(one) + loss(other)
-                one[i], other[j] = other[j], one[i]
-                if loss(one) + loss(other) < before - 1e-12:
+                gain = lost[first][a] + lost[second][b] - lost[first][b] - lost[second][a] + 2 * losses[first][second]
+                if gain > 1e-12:
                     improved = True
-                else:
-                    one[i], other[j] = other[j], one[i]
+                    one[i], other[j] = second, first
+                    for head, row in enumerate(lost):
+                        change = losses[head][second] - losses[head][first]
+                        row[a] += change
+                        row[b] -= change
     return tuple(tuple(group) for group in current)
+
+
+def _with(group: Iterable[int], head: int, losses: Losses) -> float:
+    """What a head loses with all heads of a group."""
+    return sum(losses[head][member] for member in group)
