@@ -435,6 +435,42 @@ def test_a_hub_id_that_is_not_cached_fails_offline(
     ]
 
 
+@pytest.fixture
+def cached(make_checkpoint: CheckpointFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The snapshot of org/kept in a cache of the hub."""
+    repository = tmp_path / "hub/models--org--kept"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return Path(shutil.move(make_checkpoint(), repository / "snapshots/abc"))
+
+
+def test_a_cached_model_whose_hub_cannot_be_reached_is_said_to_be_that(
+    cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be older than the hub's."""
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+    with open_checkpoint("org/kept") as checkpoint:
+        assert checkpoint.path == cached
+        assert checkpoint.notes == ("the hub cannot be reached: org/kept is commit abc, from this machine's cache",)
+
+
+def test_a_cached_model_without_its_weights(cached: Path, invoke: Command) -> None:
+    """As where `inspect` has fetched its headers."""
+    (cached / "model.safetensors").unlink()
+    outcome = invoke("mha2mqa", "org/kept")
+    assert outcome.returncode == 2
+    assert outcome.stderr.splitlines() == [
+        "error: org/kept: the cache of this machine has its config.json, but no weights",
+        "hint: download it where there is a network, with `hf download org/kept`, and copy the cache",
+    ]
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
 def test_a_model_that_does_not_fit_is_no_broken_checkpoint(
     error: BaseException, make_checkpoint: CheckpointFactory, monkeypatch: pytest.MonkeyPatch

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import CheckpointError, InputError, KvConvertError, UnsupportedError, first_line, is_out_of_memory
 from .foreign import cached_repository, explanation, file_explanation, wrapped_names
 from .hub import hub_refusal, is_unreachable
-from .layout import Listing, WeightFiles, choose_weights, goes_with_weights, read_config
+from .layout import WEIGHT_SUFFIXES, Listing, WeightFiles, choose_weights, goes_with_weights, read_config
 from .quantisation import BITSANDBYTES, declared_method, quantised_refusal
 from .tensors import (
     CONFIG_NAME,
@@ -296,7 +296,7 @@ def _open_hub(repo_id: str, revision: str | None, headers_only: bool) -> Checkpo
 
     try:
         if constants.HF_HUB_OFFLINE:  # where snapshot_download would miss the files that nobody wanted
-            return _open_directory(Path(hf_hub_download(repo_id, CONFIG_NAME, revision=revision)).parent, repo_id)
+            return _open_cached(Path(hf_hub_download(repo_id, CONFIG_NAME, revision=revision)).parent, repo_id)
         info = HfApi().model_info(repo_id, revision=revision)
         names = frozenset(file.rfilename for file in info.siblings or [])
         listing = Listing(repo_id, names, names.__contains__, read_json)
@@ -316,11 +316,25 @@ def _open_hub(repo_id: str, revision: str | None, headers_only: bool) -> Checkpo
             raise
         cached = try_to_load_from_cache(repo_id, CONFIG_NAME, revision=revision)
         if isinstance(cached, str) and is_unreachable(error):
-            return _open_directory(Path(cached).parent, repo_id)
+            checkpoint = _open_cached(Path(cached).parent, repo_id)
+            checkpoint.notes += (
+                f"the hub cannot be reached: {repo_id} is commit {Path(cached).parent.name}, from this machine's cache",
+            )
+            return checkpoint
         reason, hint = hub_refusal(error, "model", revision)
         raise CheckpointError(
             f"{repo_id}: {reason}; there is no directory of this name either", hint=hint or _MISSING_DIRECTORY_HINT
         ) from error
+
+
+def _open_cached(snapshot: Path, repo_id: str) -> Checkpoint:
+    """The checkpoint in a snapshot of the hub's cache. Raises CheckpointError where only headers were fetched."""
+    if not any(path.name.endswith(WEIGHT_SUFFIXES) for path in snapshot.rglob("*")):
+        raise CheckpointError(
+            f"{repo_id}: the cache of this machine has its {CONFIG_NAME}, but no weights",
+            hint=f"download it where there is a network, with `hf download {repo_id}`, and copy the cache",
+        )
+    return _open_directory(snapshot, repo_id)
 
 
 def _read_remote_headers(checkpoint: Checkpoint, weights: WeightFiles, revision: str | None) -> Checkpoint:
