@@ -17,7 +17,8 @@ import pytest
 from conftest import CheckpointFactory
 from kvconvert.cli.main import app
 from kvconvert.convert.errors import OutputError, PreemptedError
-from kvconvert.uptrain import sweep
+from kvconvert.uptrain import TextSettings, UptrainSettings, sweep
+from kvconvert.uptrain import uptrain as library_uptrain
 from kvconvert.uptrain.run import run_checked as uptrain_job
 from torch._inductor import config as inductor
 from typer.testing import CliRunner
@@ -104,9 +105,31 @@ def test_a_held_out_fraction_that_takes_nothing_or_everything(
 def test_a_default_that_holds_out_nothing_is_said(uptrain: Invoke, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("It was the best of times. " * 20)
-    outcome = uptrain("--steps", 1, "--global-batch-tokens", 32, "--sequence-length", 32, data=text)
+    length = ["--steps", 1, "--global-batch-tokens", 32, "--sequence-length", 32]
+    nothing = "a validation fraction of 0.01 holds out no document of this text"
+    outcome = uptrain(*length, "--keep-best", data=text)
+    assert outcome.exit_code == 2
+    assert f"error: --keep-best compares held-out loss, and {nothing}\n" in outcome.stderr
+    outcome = uptrain(*length, data=text)
     assert outcome.exit_code == 0
-    assert "no held-out score: a validation fraction of 0.01 holds out no document of this text" in outcome.stderr
+    assert f"no held-out score: {nothing}" in outcome.stderr
+
+
+def test_the_best_cannot_be_kept_without_a_score(uptrain: Invoke, prose_file: Path, tmp_path: Path) -> None:
+    length = ["--steps", 1, "--global-batch-tokens", 32, "--sequence-length", 32]
+    outcome = uptrain(*length, "--keep-best", "--validation-fraction", 0, "--dry-run")
+    assert outcome.exit_code == 2
+    assert "error: --keep-best compares held-out loss, and there is no held-out text\n" in outcome.stderr
+    library_uptrain(  # the control: a score of the caller's own, between no two steps but after the last
+        tmp_path / "model",
+        data=prose_file,
+        steps=1,
+        output=tmp_path / "scored",
+        settings=UptrainSettings(global_batch_tokens=32, sequence_length=32, keep_best=True),
+        text=TextSettings(validation_fraction=0.0),
+        score=lambda model: 1.0,
+    )
+    assert json.loads((tmp_path / "scored" / "kvconvert.json").read_text())["uptraining"]["kept_step"] == 1
 
 
 def test_a_default_batch_takes_what_is_nearest(uptrain: Invoke) -> None:

@@ -29,6 +29,7 @@ from .observation import Observation
 from .recipe import LossWeights, Recipe
 from .request import Length, Machine, Monitoring, TextSettings, UptrainRequest, UptrainSettings
 from .run import UptrainResult, run_checked
+from .rundir.prepare import no_held_out_text
 from .rundir.trials import Trial, find_sweep, goes_on_to_replace, trial_settings, with_best_rate
 from .settings import Execution, RunSettings, default_learning_rate, default_sequence_length
 from .sweep import check_sweep, sweep_learning_rates
@@ -108,12 +109,17 @@ def uptrain(
         monitoring=monitoring or Monitoring(),
         force=force,
     )
-    plan = plan_uptraining(request, remark=remark)
+    plan = plan_uptraining(request, remark=remark, scored=score is not None)
     return carry_out(plan, progress=progress, remark=remark, show=show, score=score)
 
 
-def plan_uptraining(request: UptrainRequest, *, remark: Callable[[str], object] = lambda text: None) -> UptrainPlan:
-    """Make a checked plan of a request; nothing is written. Raises InputError for whatever can be refused by now."""
+def plan_uptraining(
+    request: UptrainRequest, *, remark: Callable[[str], object] = lambda text: None, scored: bool = False
+) -> UptrainPlan:
+    """Make a checked plan of a request; nothing is written. Raises InputError for whatever can be refused by now.
+
+    `scored` says that `carry_out` will be given a score of its own.
+    """
     max_time = request.monitoring.max_time
     deadline = None if max_time is None else time.monotonic() + max_time
     if request.machine.gpu is not None:
@@ -159,8 +165,11 @@ def plan_uptraining(request: UptrainRequest, *, remark: Callable[[str], object] 
     check_job(job, held_out=held_out, force=force)
     if job.inputs.check_ids.remark is not None:
         remark(job.inputs.check_ids.remark)
+    scored = scored or held_out is not None
+    if request.settings.keep_best and not scored and job.validation_fraction == 0:
+        raise no_held_out_text("--keep-best")
     if sweeps:
-        check_sweep(job, scored=held_out is not None, force=force)
+        check_sweep(job, scored=scored, force=force)
 
     # 4. what it costs
     stages = [stage for settings in trials for stage in settings.stages]

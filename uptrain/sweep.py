@@ -41,7 +41,7 @@ def check_sweep(job: UptrainJob, *, scored: bool, force: bool = False) -> None:
             hint="pass its learning rate as --lr, without --layerwise-lr",
         )
     if not scored and job.validation_fraction == 0:
-        raise no_held_out_text()
+        raise no_held_out_text("--lr-sweep")
     check_output(job.output, force=force)  # one that is finished without trials is another run's
     if job.work.exists() and not force:
         raise InputError(

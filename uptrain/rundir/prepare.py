@@ -23,9 +23,9 @@ __all__ = ["no_held_out_text", "prepare", "why_nothing_is_held_out"]
 _HOLD_OUT = "pass --eval-data, more text, or a larger --validation-fraction"
 
 
-def no_held_out_text(why: str = "there is no held-out text") -> InputError:
-    """Make the error that trials end with which cannot be compared, and say why."""
-    return InputError(f"--lr-sweep compares held-out loss, and {why}", hint=_HOLD_OUT)
+def no_held_out_text(what: str, why: str = "there is no held-out text") -> InputError:
+    """Make the error of `what` was asked for, which cannot compare what it should, and say why."""
+    return InputError(f"{what} compares held-out loss, and {why}", hint=_HOLD_OUT)
 
 
 def why_nothing_is_held_out(job: UptrainJob) -> str | None:
@@ -89,7 +89,9 @@ def _check_held_out(job: UptrainJob, *, remark: Callable[[str], object], compare
     """Say that nothing is held out, as an error where something has to be."""
     why = why_nothing_is_held_out(job)
     if why is not None and compares:
-        raise no_held_out_text(why)
+        raise no_held_out_text("--lr-sweep", why)
+    if why is not None and wants_score and job.settings.keep_best:
+        raise no_held_out_text("--keep-best", why)
     if why is not None and wants_score:
         raise InputError(why, hint=f"{_HOLD_OUT}; 0 holds out nothing")
     if why is not None and job.validation_fraction:

@@ -64,9 +64,11 @@ class RunContext:
         """Keep a model's weights after a step if its score, the last that was taken, is the best of the run.
 
         Every process calls it, and `gather` gives the first one the whole weights; of equal scores the earlier stays.
+        Scores of different GPUs may differ by rounding, so that the processes agree before they gather.
         """
         assert self.held_out is not None
-        if self.best is not None and self.best.nats_per_token <= self.held_out:
+        is_best = self.best is None or self.held_out < self.best.nats_per_token
+        if not self.processes.everywhere(is_best):
             return
         self.best, weights = Best(step, self.held_out), gather()
         if self.processes.is_first:
