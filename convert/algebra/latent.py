@@ -153,9 +153,9 @@ def latent_attention(
     """
     import torch
 
+    # 1. and 2. the rotary key, and what it leaves of keys to the latent
     heads = _heads(projections, shape, rotary, gram)
     counted = heads if heads.heard else _heads(projections, shape, rotary, gram, alike=True)
-    per_head = shape.num_attention_heads // shape.num_key_value_heads
     shared = Rotary(tuple(rotary.frequencies[frequency] for frequency, _ in rope_pairs), longest=rotary.longest)
     rope_key, readers, keys = _rope_key(
         counted, rotary, shared, gram, rope_pairs, mean_in_latent=objective.mean_in_latent
@@ -164,7 +164,7 @@ def latent_attention(
     centred = gram - torch.outer(means, means)
     # the mean key of all tokens adds the same to all scores of a query, which softmax ignores
     keys[..., -1] -= keys @ means
-
+    # 3. the latent, and the maps from it
     parts = torch.cat([keys, heads.values])
     weights = torch.cat([objective.key_weight * counted.key_weights, counted.value_weights])
     value_gram = centred if constant else gram
@@ -179,17 +179,18 @@ def latent_attention(
         one = torch.zeros(1, latent.shape[1], dtype=latent.dtype)
         one[0, -1] = 1
         latent = torch.cat([latent, one])
-
-    queries = readers.mT.repeat_interleave(per_head, dim=0) @ heads.queries  # (H, 2 S, D + 1)
-    # the class divides scores by the root of more dims
-    scale = ((shape.head_dim + 2 * len(rope_pairs)) / shape.head_dim) ** 0.5
-
+    # the energies that are lost, and those of the whole
     key_error = _rotation_error(heads, rotary, shared, rope_key, readers, gram)
     key_error += _energy(keys - key_up @ latent, heads.key_weights, centred)
     value_error = _energy(heads.values - value_up @ latent, heads.value_weights, gram)
     rotated = expected_rotation(rotary, shape.head_dim).mean(heads.keys @ gram @ heads.keys.mT)
     key_energy = (heads.key_weights * rotated).sum().clamp(min=1e-300)
     value_energy = _energy(heads.values, heads.value_weights, gram).clamp(min=1e-300)
+
+    per_head = shape.num_attention_heads // shape.num_key_value_heads
+    queries = readers.mT.repeat_interleave(per_head, dim=0) @ heads.queries  # (H, 2 S, D + 1)
+    # the class divides scores by the root of more dims
+    scale = ((shape.head_dim + 2 * len(rope_pairs)) / shape.head_dim) ** 0.5
     return LatentAttention(
         q=torch.cat([heads.queries, queries], dim=1) * scale,
         rope_key=rope_key,

@@ -47,7 +47,7 @@ class Merged:
 
     @property
     def retained(self) -> float:
-        """The fraction of the heads' energy that is kept, from 0 to 1; 1 where there is none."""
+        """The fraction of the heads' energy that is kept, from 0 to 1 but for rounding; 1 where there is none."""
         return self.kept / self.total if self.total > 0 else 1.0
 
 
