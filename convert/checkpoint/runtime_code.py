@@ -98,6 +98,7 @@ def copy_runtime_code(model_type: str, target: Path) -> None:
     """Copy the code of a `model_type` of kvconvert's beside its weights; nothing for any other `model_type`."""
     if model_type in RUNTIME_CLASSES:
         for code in RUNTIME_CLASSES[model_type].files:
+            (target / code.name).unlink(missing_ok=True)  # a rehearsal has links there
             shutil.copyfile(code, target / code.name)
 
 
