@@ -36,6 +36,15 @@ class ConversionRequest:
             rich_help_panel="Model",
         ),
     ] = False
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Files read and written side by side. Default: one for each processor, at most 4.",
+            show_default=False,
+            rich_help_panel="Output",
+        ),
+    ] = None
     revision: Revision = None
     trust_remote_code: TrustRemoteCode = False
     dry_run: DryRun = False
@@ -94,6 +103,7 @@ def run_conversion(model: str, method: Method, text: Given[Calibration], request
         calibration=calibration,
         revision=request.revision,
         max_shard_bytes=parse_size(request.max_shard_size),
+        jobs=request.jobs,
         allow_nonfinite=request.allow_nonfinite,
         force=request.force,
         dry_run=request.dry_run,
@@ -143,7 +153,8 @@ def _show(result: Conversion, console: Console) -> None:
         keys, values = min(layer.keys_retained), min(layer.values_retained)
         console.print(f"  layer {name:<{width}} keeps {keys:.1%} of the keys' energy, {values:.1%} of the values'")
     console.print(f"  K/V cache   {before} → {after} bytes per token (16-bit), 1/{before / after:.4g}")
-    console.print(f"  weights     {human_bytes(plan.bytes_in)} → {human_bytes(plan.bytes_out)}")
+    shared = f", of which {human_bytes(result.shared_bytes)} share the source's place" if result.shared_bytes else ""
+    console.print(f"  weights     {human_bytes(plan.bytes_in)} → {human_bytes(plan.bytes_out)}{shared}")
     show_left_behind(result.left_behind or {}, console)
     if result.unchecked_tokenizer is not None:
         console.print(f"  tokenizer   copied, not compared with the source's: {result.unchecked_tokenizer}")

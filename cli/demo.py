@@ -18,7 +18,7 @@ from rich.table import Table
 
 from .. import configs
 from ..convert import Calibration, Conversion, Gqa, convert, inspect
-from ..convert.checkpoint.output import write_text
+from ..convert.checkpoint.files import write_text
 from ..convert.conversion import no_progress
 from ..convert.errors import OutputError, PreemptedError
 from ..convert.text.sources import TextSource

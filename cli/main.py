@@ -24,6 +24,7 @@ from .mha2mla import mha2mla
 from .options import Command
 from .refresh import refresh
 from .uptrain import uptrain
+from .verify import verify
 
 __all__ = ["app"]
 
@@ -54,7 +55,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Convert a multi-head-attention checkpoint into one with a smaller K/V cache, then uptrain it.",
 )
-for command in (inspect, mha2gqa, mha2mqa, mha2cla, mha2mla, uptrain, evaluate, refresh, demo):
+for command in (inspect, mha2gqa, mha2mqa, mha2cla, mha2mla, uptrain, evaluate, verify, refresh, demo):
     app.command(cls=Command)(command)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .architectures.table import known_architecture
 from .checkpoint.loading import auto_class, quiet_transformers
+from .checkpoint.manifest import renew_entries
 from .checkpoint.opening import open_checkpoint
 from .checkpoint.output import disk_errors
 from .checkpoint.runtime_code import BesideState, CodeBeside, code_beside, replace_code
@@ -122,7 +123,9 @@ def refresh(directory: Path, *, force: bool = False) -> tuple[str, ...]:
         )
     check_cache(directory)
     with disk_errors(directory):
-        return replace_code(beside)
+        replaced = replace_code(beside)
+        renew_entries(directory, replaced)
+    return replaced
 
 
 def _code_of(model: str | Path) -> CodeBeside | None:

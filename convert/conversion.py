@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from .checkpoint.foreign import cached_repository
 from .checkpoint.loading import check_source
 from .checkpoint.opening import open_checkpoint
 from .checkpoint.output import check_file, check_free_space, check_output, existing_parent
+from .checkpoint.staging import clear_leftovers, scratch_directory
 from .checkpoint.tensors import Checkpoint
 from .describe.engines import latent_kernels
 from .device import default_device, default_precision
@@ -109,6 +109,11 @@ class Calibration:
         )
         return parse_text(str(self.data), defaults)
 
+    @property
+    def places_read(self) -> list[Path]:
+        """The files and directories that are read, if they are on this machine."""
+        return [*([self.source.path] if self.data is not None else []), *([self.statistics] if self.statistics else [])]
+
 
 @dataclass(frozen=True)
 class Conversion:
@@ -118,7 +123,7 @@ class Conversion:
     `opened_as` names the class that opened the result, None after a dry run. `left_behind` maps what lies beside the
     source's weights, and does not go with them, to the reason, in words; None where only headers were fetched.
     `unchecked_tokenizer` says why the tokenizer of a result in another class could not be compared with the source's,
-    if it could not.
+    if it could not. `shared_bytes` counts bytes of weights whose place on the disk the source has too (reflinks).
     """
 
     output: Path
@@ -128,6 +133,7 @@ class Conversion:
     opened_as: str | None = None
     left_behind: Mapping[str, str] | None = None
     unchecked_tokenizer: str | None = None
+    shared_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The conversion as an object for JSON."""
@@ -151,6 +157,7 @@ class Conversion:
             "layers": [asdict(report) for report in self.reports],
             "left_behind": None if self.left_behind is None else dict(self.left_behind),
             "unchecked_tokenizer": self.unchecked_tokenizer,
+            "shared_bytes": self.shared_bytes,
             **({"plan": plan.to_json()} if self.opened_as is None else {"opened_as": self.opened_as}),
         }
 
@@ -166,6 +173,7 @@ def convert(
     allow_nonfinite: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    jobs: int | None = None,
     progress: Progress = no_progress,
     remark: Callable[[str], object] = lambda text: None,
 ) -> Conversion:
@@ -175,7 +183,8 @@ def convert(
     `calibration` is for methods that measure (merge="svd", Mla): without it they raise InputError. Weights that are
     infinite or not a number raise CheckpointError, unless `allow_nonfinite` keeps them as they are. With `force` a
     result that kvconvert wrote is replaced; with `dry_run` nothing is written, after the same checks, but for
-    those of values. `remark` is called with what a person should know. Raises InputError (of it UnsupportedError,
+    those of values. `jobs` files are read and written side by side, by default one for each processor, at most 4.
+    `remark` is called with what a person should know. Raises InputError (of it UnsupportedError,
     CheckpointError, DataError and OutputError) for what cannot be done, before anything is written.
     """
     headers_only = dry_run and not method.needs_measurements
@@ -190,7 +199,8 @@ def convert(
         target = Path(output) if output is not None else default_output(source.checkpoint, method.suffix(source))
         if output is None and cached_repository(Path(checkpoint.name)) is not None:
             remark(f"{checkpoint.name} lies in the hub's cache: the result is {target} in the current directory")
-        check_output(target, force=force, inputs=[source.checkpoint.path] if source.checkpoint.path else [])
+        inputs = [] if calibration is None else calibration.places_read
+        _check_place(target, source.checkpoint, inputs, force=force, remark=None if dry_run else remark)
         _check_calibration(method, calibration, source)
         if isinstance(method, Mla):
             _remark_on_sizes(method.latent_sizes(source.shape), source, remark)
@@ -214,13 +224,13 @@ def convert(
             # 4. the tensors that the plan reads beside the source's
             record |= resolved.record(measurements, hardware)
             if plan is not None and plan.overlay_bytes:
-                scratch = stack.enter_context(job.scratch())
+                scratch = stack.enter_context(scratch_directory(target))
                 prepared = job.prepare(resolved, measurements, hardware, scratch)
                 job.save_statistics(prepared, record)
         # 5. the result
         assert plan is not None
         if dry_run:
-            rehearsed = rehearse(plan, source.checkpoint, target, prepared.overlay, force=force)
+            rehearsed = rehearse(plan, source.checkpoint, target, prepared.overlay, force=force, inputs=inputs)
             left_behind, unchecked = rehearsed or (None, None)
             return Conversion(target, plan, prepared.reports, record, None, left_behind, unchecked)
         with progress("converting", plan.bytes_out) as advance:
@@ -231,13 +241,25 @@ def convert(
                 prepared.overlay,
                 max_shard_bytes=max_shard_bytes,
                 force=force,
+                inputs=inputs,
+                options=_options(
+                    resolved, max_shard_bytes=max_shard_bytes, allow_nonfinite=allow_nonfinite, calibration=calibration
+                ),
                 calibration=record,
+                jobs=jobs,
                 progress=advance,
             )
     for name, count in checkpoint.nonfinite.items():
         remark(f"{count} values of {name} are infinite or not a number, in {target} as in {checkpoint.name}")
     return Conversion(
-        target, plan, prepared.reports, record, result.opened_as, result.left_behind, result.unchecked_tokenizer
+        target,
+        plan,
+        prepared.reports,
+        record,
+        result.opened_as,
+        result.left_behind,
+        result.unchecked_tokenizer,
+        result.shared_bytes,
     )
 
 
@@ -251,6 +273,34 @@ def default_output(checkpoint: Checkpoint, suffix: str) -> Path:
         absolute = Path(os.path.abspath(local))
         return absolute.with_name(f"{absolute.name}-{suffix}")
     return Path(f"{checkpoint.name.rpartition('/')[2]}-{suffix}")
+
+
+def _options(
+    method: Method | None, *, max_shard_bytes: int, allow_nonfinite: bool, calibration: Calibration | None
+) -> dict[str, Any]:
+    """Every setting that the result depends on, for the manifest; where files lie is none."""
+    places = ("data", "statistics", "save_statistics", "device")
+    measured = (
+        {}
+        if calibration is None
+        else {name: value for name, value in asdict(calibration).items() if name not in places}
+    )
+    settings = {} if method is None else asdict(method)  # type: ignore[call-overload]
+    return settings | {"max_shard_bytes": max_shard_bytes, "allow_nonfinite": allow_nonfinite} | measured
+
+
+def _check_place(
+    target: Path,
+    checkpoint: Checkpoint,
+    inputs: Sequence[Path],
+    *,
+    force: bool,
+    remark: Callable[[str], object] | None,
+) -> None:
+    """Raise OutputError unless the target can be written; a `remark` lets what a killed run left there be cleared."""
+    if remark is not None:
+        clear_leftovers(target, remark)
+    check_output(target, force=force, inputs=[*([checkpoint.path] if checkpoint.path else []), *inputs])
 
 
 def _check_calibration(method: Method, calibration: Calibration | None, source: Source) -> None:
@@ -368,18 +418,13 @@ class _Measuring:
             self.remark(f"{data} gave {text.num_tokens} tokens, fewer than the {wanted} that were asked for")
         return text
 
-    def scratch(self) -> AbstractContextManager[str]:
-        """A directory beside the target for tensors, which goes when the conversion is done."""
-        parent = existing_parent(self.target)
-        return tempfile.TemporaryDirectory(dir=parent, prefix=f".{self.target.name}.merging-")
-
-    def prepare(self, method: Method, measurements: Measurements, hardware: Hardware, scratch: str) -> Prepared:
+    def prepare(self, method: Method, measurements: Measurements, hardware: Hardware, scratch: Path) -> Prepared:
         """The method's tensors, in files in `scratch`."""
         what = "compressing" if isinstance(method, Mla) else "merging"
         with self.progress(what, self.source.shape.num_hidden_layers) as advance, _memory_errors(hardware):
             keep_gram = self.calibration.save_statistics is not None
             return method.prepare(
-                self.source, Preparation(Path(scratch), measurements, hardware, keep_gram, progress=advance)
+                self.source, Preparation(scratch, measurements, hardware, keep_gram, progress=advance)
             )
 
     def save_statistics(self, prepared: Prepared, record: dict[str, Any]) -> None:

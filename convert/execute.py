@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
+from threading import Lock
 
 from .cache_check import check_cache
 from .checkpoint.companions import Companions, copy_companions, find_companions, link_companions
 from .checkpoint.finite import check_computed
-from .checkpoint.foreign import cached_repository
 from .checkpoint.loading import check_accepts, check_opens, check_source, knows_class
-from .checkpoint.output import PROVENANCE_NAME, check_free_space, check_output, staged_directory, write_text
+from .checkpoint.manifest import FileDigest, write_manifest
+from .checkpoint.output import check_free_space, check_output
 from .checkpoint.overlay import Overlay
 from .checkpoint.runtime_code import copy_runtime_code
+from .checkpoint.source_files import check_manifest, digest_source_file, weight_files
+from .checkpoint.staging import staged_directory
 from .checkpoint.tensors import Checkpoint, tensor_bytes
 from .checkpoint.tokenizer_transfer import transfer_tokenizer
-from .checkpoint.writer import CheckpointWriter, write_config
+from .checkpoint.weights_file import WeightsFile
+from .checkpoint.writer import Shard, plan_shards, write_config, write_index
 from .describe.card import write_card
 from .errors import CheckpointError
-from .plan import ConversionPlan
+from .parallel import default_jobs, run_side_by_side
+from .plan import ConversionPlan, Step
+from .record import conversion_record
 from .runtime import RUNTIME_CLASSES
 from .translations.routes import translated
 
@@ -37,13 +43,15 @@ class ExecutionResult:
 
     `left_behind` maps what lies beside the source's weights, and is not true of the result or not known to belong to
     it, to the reason, in words. `unchecked_tokenizer` says why the tokenizer of a result in another class could not be
-    compared with the source's, if it could not.
+    compared with the source's, if it could not. `shared_bytes` counts bytes of weights that take no place on the disk
+    of their own, since the file system lets both checkpoints have the same blocks.
     """
 
     output: Path
     opened_as: str
     left_behind: Mapping[str, str]
     unchecked_tokenizer: str | None = None
+    shared_bytes: int = 0
 
 
 def execute(
@@ -54,57 +62,112 @@ def execute(
     *,
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     force: bool = False,
+    inputs: Sequence[Path] = (),
+    options: Mapping[str, object] | None = None,
     calibration: Mapping[str, object] | None = None,
+    jobs: int | None = None,
     progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> ExecutionResult:
     """Write the converted checkpoint to `output`, which appears only when whole and checked.
 
     `source` is the checkpoint that the plan was made for, as it is or translated already; `overlay` holds the tensors
-    that a method prepared. So another process can carry out a plan that was written as JSON. `calibration` is noted in
-    kvconvert.json. `progress` is called with the number of bytes written since the last call. Raises OutputError for a
-    place that exists or cannot hold the result, CheckpointError if the stock class does not accept the source or the
-    result, if a tensor that the plan reads is not there, or if one has values that are not finite and the source does
-    not allow them (`Checkpoint.allow_nonfinite`), and UnsupportedError if a computed tensor has such values.
+    that a method prepared. So another process can carry out a plan that was written as JSON. `inputs` are files and
+    directories besides the source, which are not replaced. `options` and `calibration` are noted in kvconvert.json.
+    `jobs` files are read or written side by side (by default as `default_jobs` says); one tensor of each is in memory.
+    `progress` is called with the number of bytes written since the last call. Raises OutputError for a place that
+    exists or cannot hold the result, CheckpointError if the stock class does not accept the source or the result, if a
+    tensor that the plan reads is not there, if a file has not the digest that it should have, or if a tensor has values
+    that are not finite and the source does not allow them (`Checkpoint.allow_nonfinite`), and UnsupportedError if a
+    computed tensor has such values.
     """
     checkpoint = source if source.route == plan.route else translated(source, plan.route)
     companions = find_companions(checkpoint.original)
-    _check(plan, checkpoint, output, overlay, companions, force=force)
+    _check(plan, checkpoint, output, overlay, companions, force=force, inputs=inputs)
     source_type = checkpoint.original.config.get("model_type")
-    steps = {step.writes.name: step for step in plan.steps}
-    with staged_directory(output, force=force) as staging:
-        writer = CheckpointWriter(staging, [step.writes for step in plan.steps], max_shard_bytes=max_shard_bytes)
+    with staged_directory(output, force=force, inputs=_read(checkpoint, inputs)) as staging:
         # 1. what may be refused, before the weights, which take long
-        copy_companions(companions, staging)
+        beside = copy_companions(companions, staging)
         unchecked = _complete_companions(plan, checkpoint, staging, output)
         # 2. the weights
-        for spec, file in writer.write_tensors():
-            step = steps[spec.name]
-            if step.overlay and overlay is not None:
-                made = overlay.read(step.reads[0])
-                check_computed(spec.name, made)
-                file.write(tensor_bytes(made))
-            elif step.op is None:
-                checkpoint.copy_bytes(step.reads[0], file)
-            else:
-                tensors = [checkpoint.read(name) for name in step.reads]
-                made = step.op(*tensors)
-                check_computed(spec.name, made, tensors)
-                file.write(tensor_bytes(made))
-            progress(spec.num_bytes)
+        shards = plan_shards([step.writes for step in plan.steps], max_shard_bytes=max_shard_bytes)
+        transfer = _Transfer(plan, checkpoint, overlay, staging, progress)
+        written, read = transfer.run(shards, jobs or default_jobs())
+        write_index(staging, shards)
+        check_manifest(checkpoint.directory, read)
         # 3. what made it, and whether it opens
-        provenance = _provenance(plan, checkpoint)
-        if calibration is not None:
-            provenance["calibration"] = calibration
-        write_text(staging / PROVENANCE_NAME, json.dumps(provenance, indent=2) + "\n")
-        write_card(checkpoint.directory, staging, provenance)
+        record = conversion_record(plan, checkpoint, [*read, *beside], options=options or {}, calibration=calibration)
+        write_card(checkpoint.directory, staging, record)
+        write_manifest(staging, record, written)
         opened_as = check_opens(staging)
         if plan.model_type != source_type or plan.model_type in RUNTIME_CLASSES:
             check_cache(staging, name=str(output))
-    return ExecutionResult(output, opened_as, companions.left_behind, unchecked)
+    return ExecutionResult(output, opened_as, companions.left_behind, unchecked, transfer.shared_bytes)
+
+
+class _Transfer:
+    """Weights on their way from a checkpoint into the files of another, in several threads."""
+
+    def __init__(
+        self,
+        plan: ConversionPlan,
+        checkpoint: Checkpoint,
+        overlay: Overlay | None,
+        staging: Path,
+        progress: Callable[[int], object],
+    ) -> None:
+        self.shared_bytes = 0
+        self._steps = {step.writes.name: step for step in plan.steps}
+        self._checkpoint, self._overlay, self._staging = checkpoint, overlay, staging
+        self._progress, self._lock = progress, Lock()
+
+    def run(self, shards: Sequence[Shard], jobs: int) -> tuple[list[FileDigest], list[FileDigest]]:
+        """Write all shards and read every file of the source once; return the digests of both."""
+        directory = self._checkpoint.directory
+        writing = [partial(self._write, shard) for shard in shards]
+        reading = [partial(_digest, directory, name) for name in weight_files(self._checkpoint.original)]
+        # a file is hashed while what is read of it is written, so that a cold disk is read once
+        tasks = [task for pair in zip_longest(writing, reading) for task in pair if task is not None]
+        done = dict(zip(tasks, run_side_by_side(tasks, jobs), strict=True))
+        return [done[task] for task in writing], [done[task] for task in reading]
+
+    def _write(self, shard: Shard, go_on: Callable[[], None]) -> FileDigest:
+        with WeightsFile(self._staging / shard.name) as file:
+            for spec in shard.write_tensors(file):
+                go_on()
+                self._write_tensor(self._steps[spec.name], file)
+                with self._lock:
+                    self._progress(spec.num_bytes)
+        with self._lock:
+            self.shared_bytes += file.shared_bytes
+        return file.digest
+
+    def _write_tensor(self, step: Step, file: WeightsFile) -> None:
+        name, checkpoint = step.writes.name, self._checkpoint
+        if step.overlay and self._overlay is not None:
+            made = self._overlay.read(step.reads[0])
+            check_computed(name, made)
+            file.write(tensor_bytes(made))
+        elif step.op is None:
+            checkpoint.copy_bytes(step.reads[0], file)
+        else:
+            tensors = [checkpoint.read(read) for read in step.reads]
+            made = step.op(*tensors)
+            check_computed(name, made, tensors)
+            file.write(tensor_bytes(made))
+
+
+def _digest(directory: Path, name: str, go_on: Callable[[], None]) -> FileDigest:
+    return digest_source_file(directory, name, see=go_on)
 
 
 def rehearse(
-    plan: ConversionPlan, source: Checkpoint, output: Path, overlay: Overlay | None = None, *, force: bool = False
+    plan: ConversionPlan,
+    source: Checkpoint,
+    output: Path,
+    overlay: Overlay | None = None,
+    *,
+    force: bool = False,
+    inputs: Sequence[Path] = (),
 ) -> tuple[Mapping[str, str], str | None] | None:
     """Make the checks of `execute` that need no weight; return its result's `left_behind` and `unchecked_tokenizer`.
 
@@ -113,7 +176,7 @@ def rehearse(
     make it of. Raises what `execute` raises, but for values of weights.
     """
     companions = None if source.original.path is None else find_companions(source.original)
-    _check(plan, source, output, overlay, companions, force=force)
+    _check(plan, source, output, overlay, companions, force=force, inputs=inputs)
     return _rehearse_companions(plan, source, companions, output)
 
 
@@ -158,6 +221,7 @@ def _check(
     companions: Companions | None,
     *,
     force: bool,
+    inputs: Sequence[Path],
 ) -> None:
     """Raise an InputError unless a source, translated already, can be converted, by headers alone.
 
@@ -166,9 +230,13 @@ def _check(
     """
     _check_reads(plan, source, overlay)
     plan.check_readable(source)
-    check_output(output, force=force, inputs=[source.path] if source.path else [])
+    check_output(output, force=force, inputs=_read(source, inputs))
     check_free_space(output, plan.bytes_out + (0 if companions is None else companions.num_bytes))
     _check_classes(plan, source, output)
+
+
+def _read(source: Checkpoint, inputs: Sequence[Path]) -> list[Path]:
+    return [*inputs, *([source.path] if source.path else [])]
 
 
 def _check_classes(plan: ConversionPlan, source: Checkpoint, output: Path) -> None:
@@ -188,28 +256,3 @@ def _check_reads(plan: ConversionPlan, checkpoint: Checkpoint, overlay: Overlay 
                 raise CheckpointError(
                     f"the plan reads {name}, which is not in {place}", hint="the plan was made for another checkpoint"
                 )
-
-
-def _provenance(plan: ConversionPlan, checkpoint: Checkpoint) -> dict[str, object]:
-    """What made this directory, so that a result found later explains itself."""
-    source = Path(checkpoint.name)
-    cached = cached_repository(source)
-    cache_before, cache_after = plan.cache_bytes_per_token
-    return {
-        "kvconvert_version": version("kvconvert"),
-        "source": cached[0] if cached else source.resolve().name if source.is_dir() else checkpoint.name,
-        "target": plan.target,
-        "method": plan.method,
-        "cache_bytes_per_token": {"source": cache_before, "result": cache_after},
-        "num_key_value_heads": {
-            "source": plan.source.num_key_value_heads,
-            "result": plan.result.num_key_value_heads,
-        },
-        "num_key_value_layers": {
-            "source": plan.source.num_key_value_layers,
-            "result": plan.result.num_key_value_layers,
-        },
-        "kv_source_layers": list(plan.result.layer_grouping.sources) if plan.result.layer_grouping else None,
-        "latent": asdict(plan.result.latent) if plan.result.latent else None,
-        **({"nonfinite_values": nonfinite} if (nonfinite := checkpoint.original.nonfinite) else {}),
-    }

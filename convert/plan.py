@@ -17,7 +17,17 @@ from .checkpoint.writer import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["OPERATIONS", "AverageLayers", "ConversionPlan", "KeepSilent", "MoveGain", "Operation", "PoolHeads", "Step"]
+__all__ = [
+    "OPERATIONS",
+    "AverageLayers",
+    "ConversionPlan",
+    "KeepSilent",
+    "MoveGain",
+    "Operation",
+    "PoolHeads",
+    "Step",
+    "operation_from_json",
+]
 
 
 @dataclass(frozen=True)
@@ -156,6 +166,10 @@ class Step:
         if self.op is None and len(self.reads) != 1:
             raise ValueError(f"{self.writes.name} would be a copy of {len(self.reads)} tensors")
 
+    def operation_json(self) -> dict[str, Any] | None:
+        """The operation as an object for JSON, from which `operation_from_json` builds an equal one; None for none."""
+        return _operation_json(self.op)
+
     @classmethod
     def copy(cls, info: TensorInfo) -> Step:
         """A tensor of the source as it is."""
@@ -215,7 +229,7 @@ class ConversionPlan:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object from which `from_json` builds an equal plan; every operation has its name under "op"."""
-        steps = [asdict(step) | {"op": _operation_json(step.op)} for step in self.steps]
+        steps = [asdict(step) | {"op": step.operation_json()} for step in self.steps]
         return asdict(self) | {"steps": steps}
 
     @classmethod
@@ -239,20 +253,21 @@ def _operation_json(op: Operation | None) -> dict[str, Any] | None:
     return {"op": _NAMES[type(op)]} | fields
 
 
-def _operation(data: Mapping[str, Any] | None) -> Any:
+def operation_from_json(data: Mapping[str, Any] | None) -> Any:
+    """The operation that `Step.operation_json` gave. Raises KeyError, TypeError or ValueError for anything else."""
     if data is None:
         return None
     fields = {name: value for name, value in data.items() if name != "op"}
     if "grouping" in fields:
         fields["grouping"] = HeadGrouping(tuple(tuple(group) for group in fields["grouping"]["groups"]))
     if "pool" in fields:
-        fields["pool"] = _operation(fields["pool"])
+        fields["pool"] = operation_from_json(fields["pool"])
     return OPERATIONS[data["op"]](**fields)
 
 
 def _step(data: Mapping[str, Any]) -> Step:
     spec = TensorSpec(data["writes"]["name"], data["writes"]["dtype"], tuple(data["writes"]["shape"]))
-    return Step(tuple(data["reads"]), spec, _operation(data["op"]), data["overlay"])
+    return Step(tuple(data["reads"]), spec, operation_from_json(data["op"]), data["overlay"])
 
 
 def _attention_shape(data: Mapping[str, Any]) -> AttentionShape:

@@ -15,15 +15,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .evaluation import EvaluationSettings, evaluate
     from .perplexity import Comparison, Evaluation
+    from .verification import Verification, verify
 
-__all__ = ["Comparison", "Evaluation", "EvaluationSettings", "evaluate"]
+__all__ = ["Comparison", "Evaluation", "EvaluationSettings", "Verification", "evaluate", "verify"]
 
 # where each name is defined: numbers about a model need torch, which takes seconds, and is imported when asked for
 _HOMES = {
     "Comparison": ".perplexity",
     "Evaluation": ".perplexity",
     "EvaluationSettings": ".evaluation",
+    "Verification": ".verification",
     "evaluate": ".evaluation",
+    "verify": ".verification",
 }
 
 

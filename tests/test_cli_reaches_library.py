@@ -51,6 +51,7 @@ EVERY: dict[str, Row] = {
     "model": ([], lambda call: call["model"], "a-model"),
     "output": (["--output", "out"], lambda call: call["output"], Path("out")),
     "max_shard_size": (["--max-shard-size", "2MB"], lambda call: call["max_shard_bytes"], 2_000_000),
+    "jobs": (["--jobs", "3"], lambda call: call["jobs"], 3),
     "allow_nonfinite": (["--allow-nonfinite"], lambda call: call["allow_nonfinite"], True),
     "revision": (["--revision", "v2"], lambda call: call["revision"], "v2"),
     "trust_remote_code": (["--trust-remote-code"], lambda call: call["trusted"], True),

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 from conftest import Train, settings_with
-from kvconvert.convert.checkpoint.output import write_text
+from kvconvert.convert.checkpoint.files import write_text
 from kvconvert.convert.errors import UnsupportedError
 from kvconvert.uptrain.observation import Observation
 from kvconvert.uptrain.recipe import LossWeights, Recipe

@@ -23,7 +23,7 @@ from conftest import (
     settings_with,
     weights,
 )
-from kvconvert.convert.checkpoint.output import write_text
+from kvconvert.convert.checkpoint.files import write_text
 from kvconvert.convert.errors import InputError, OutputError, PreemptedError, UnsupportedError
 from kvconvert.convert.text.sources import TextSource
 from kvconvert.convert.text.tokens import tokenizer_hash
@@ -516,7 +516,7 @@ def test_force_starts_in_a_new_directory_where_the_old_one_cannot_be_deleted(
     work = tmp_path / "out.uptraining"
     assert list(work.glob("checkpoints/main/checkpoint-*"))
     with monkeypatch.context() as patch:
-        patch.setattr("kvconvert.uptrain.rundir.directories.shutil.rmtree", lambda place, ignore_errors: None)
+        patch.setattr("kvconvert.convert.checkpoint.staging.shutil.rmtree", lambda place, ignore_errors: None)
         with pytest.raises(KilledError):
             train("out", watch=watch(progress=die_after(1)), force=True)
     assert not list(work.glob("checkpoints/main/checkpoint-*"))

@@ -15,6 +15,7 @@ CONVERT = (
     "errors",
     "runtime",
     "device",
+    "parallel",
     "algebra",
     "checkpoint",
     "architectures",
@@ -25,6 +26,7 @@ CONVERT = (
     "methods",
     "describe",
     "cache_check",
+    "record",
     "execute",
     "conversion",
 )

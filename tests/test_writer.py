@@ -1,26 +1,22 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
-import re
-import subprocess
-import sys
-from collections.abc import Callable
+import mmap
+import os
+import struct
+from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from kvconvert.convert.checkpoint.manifest import FileDigest
 from kvconvert.convert.checkpoint.opening import open_checkpoint
-from kvconvert.convert.checkpoint.output import (
-    check_free_space,
-    check_output,
-    disk_errors,
-    staged_directory,
-    write_text,
-)
-from kvconvert.convert.checkpoint.writer import CheckpointWriter, TensorSpec, write_config
-from kvconvert.convert.errors import CheckpointError, InputError, KvConvertError, OutputError
+from kvconvert.convert.checkpoint.weights_file import WeightsFile
+from kvconvert.convert.checkpoint.writer import TensorSpec, plan_shards, write_config, write_index
+from kvconvert.convert.errors import CheckpointError
 from safetensors.torch import load_file, save_file
 
 TENSORS = {
@@ -31,12 +27,14 @@ TENSORS = {
 NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
-def write(directory: Path, *, max_shard_bytes: int) -> CheckpointWriter:
+def write(directory: Path, *, max_shard_bytes: int) -> None:
     specs = [TensorSpec(name, NAMES[t.dtype], tuple(t.shape)) for name, t in TENSORS.items()]
-    writer = CheckpointWriter(directory, specs, max_shard_bytes=max_shard_bytes)
-    for spec, file in writer.write_tensors():
-        file.write(TENSORS[spec.name].view(torch.uint8).numpy().tobytes())
-    return writer
+    shards = plan_shards(specs, max_shard_bytes=max_shard_bytes)
+    for shard in shards:
+        with WeightsFile(directory / shard.name) as file:
+            for spec in shard.write_tensors(file):
+                file.write(TENSORS[spec.name].view(torch.uint8).numpy().tobytes())
+    write_index(directory, shards)
 
 
 def test_one_shard_has_the_bytes_of_the_safetensors_library(tmp_path: Path) -> None:
@@ -62,164 +60,90 @@ def test_a_tensor_larger_than_the_limit_gets_a_shard_of_its_own(tmp_path: Path) 
 
 
 def test_a_wrong_number_of_bytes_is_noticed(tmp_path: Path) -> None:
-    writer = CheckpointWriter(tmp_path, [TensorSpec("a", "F32", (2,))], max_shard_bytes=100)
-    with pytest.raises(AssertionError, match="a: 5 bytes missing"):
-        for _, file in writer.write_tensors():
+    (shard,) = plan_shards([TensorSpec("a", "F32", (2,))], max_shard_bytes=100)
+    with pytest.raises(AssertionError, match="a: 5 bytes missing"), WeightsFile(tmp_path / "model") as file:
+        for _ in shard.write_tensors(file):
             file.write(b"abc")
 
 
-def test_output_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    output = tmp_path / "deep" / "out"
-    with pytest.raises(RuntimeError, match="boom"), staged_directory(output) as staging:
-        (staging / "file").write_text("half")
-        raise RuntimeError("boom")
-    assert list(tmp_path.iterdir()) == []
-    with staged_directory(output) as staging:
-        (staging / "file").write_text("whole")
-        assert not output.exists()
-    assert (output / "file").read_text() == "whole"
-    assert [path.name for path in output.parent.iterdir()] == ["out"]
+@pytest.fixture
+def source(tmp_path: Path) -> Iterator[tuple[int, mmap.mmap]]:
+    """An open file of 3 MB and a bit, and its map."""
+    path = tmp_path / "source"
+    path.write_bytes(os.urandom(3 * 2**20 + 123))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        yield file.fileno(), mapped
 
 
-def test_force_replaces_at_the_end_only(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    output.mkdir()
-    (output / "old").touch()
-    with pytest.raises(RuntimeError), staged_directory(output, force=True):
-        raise RuntimeError
-    assert (output / "old").exists()
-    with staged_directory(output, force=True) as staging:
-        (staging / "new").touch()
-    assert [path.name for path in output.iterdir()] == ["new"]
+# of the source: lying together, empty, apart, and larger than what is moved at once
+RANGES = [(100, 90000), (90000, 90001), (90001, 90001), (9000, 2**21), (2**21, 2**21 + 4096), (3, 17)]
+RANGES.append((0, 3 * 2**20 + 123))
 
 
-def test_places_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "exists").mkdir()
-    (tmp_path / "file").touch()
-    (tmp_path / "link").symlink_to(tmp_path / "exists")
-    with pytest.raises(OutputError, match="exists already exists") as raised:
-        check_output(tmp_path / "exists", force=False)
-    assert raised.value.hint == "choose another output, or let it be replaced"
-    assert raised.value.settings == ("output", "force")
-    with pytest.raises(OutputError, match="is a file, not a directory"):
-        check_output(tmp_path / "file", force=True)
-    with pytest.raises(OutputError, match="is a symbolic link"):
-        check_output(tmp_path / "link", force=True)
-    with pytest.raises(OutputError, match="is not a writable directory"):
-        check_output(tmp_path / "file" / "below", force=False)
-    check_output(tmp_path / "new" / "deeper", force=False)
+def copied(path: Path, source: tuple[int, mmap.mmap], header: int) -> WeightsFile:
+    """Write a header and the ranges, and check the bytes and their digest."""
+    descriptor, mapped = source
+    with WeightsFile(path) as file, memoryview(mapped) as view:
+        file.write(b"h" * header)
+        for begin, end in RANGES:
+            with view[begin:end] as data:
+                file.copy(descriptor, begin, data)
+        file.write(b"end")
+    expected = b"h" * header + b"".join(mapped[begin:end] for begin, end in RANGES) + b"end"
+    assert path.read_bytes() == expected
+    assert file.digest == FileDigest(path.name, len(expected), sha256(expected).hexdigest())
+    return file
 
 
-def test_force_spares_what_is_read_and_what_is_not_ours(tmp_path: Path) -> None:
-    model = tmp_path / "models" / "model"
-    model.mkdir(parents=True)
-    for output, what in ((model, "is"), (model.parent, "holds")):
-        with pytest.raises(OutputError, match=f"{output} {what} {model}, which is read"):
-            check_output(output, force=True, inputs=[model])
-    check_output(model, force=True)  # empty
-    (model / "precious").touch()
-    with pytest.raises(OutputError, match="was not written by kvconvert"):
-        check_output(model, force=True)
-    (model / "kvconvert.json").touch()
-    check_output(model, force=True)
-
-
-def test_a_relative_output_that_fails_leaves_no_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(RuntimeError), staged_directory(Path("new/deep/out")):
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_text_is_replaced_whole(tmp_path: Path) -> None:
-    write_text(tmp_path / "a.json", "one")
-    write_text(tmp_path / "a.json", "two")
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.json": "two"}
-
-
-def test_too_little_space_is_seen_before_writing(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"needs 1000000\.\d\d GB, but its disk has \d+\.\d\d GB free"):
-        check_free_space(tmp_path / "out", 10**15)
-
-
-def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
-    """RLIMIT_FSIZE makes the operating system refuse the write, as a full disk does."""
-    program = f"""
-import resource, signal
-from pathlib import Path
-from kvconvert.convert.checkpoint.output import staged_directory
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-with staged_directory(Path({str(tmp_path / "out")!r})) as staging, (staging / "big").open("wb") as file:
-    file.write(bytes(5000))
-"""
-    outcome = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert "OutputError" in outcome.stderr
-    assert "the disk is full" in outcome.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("make", "said"),
-    [
-        (
-            lambda place: OSError(errno.ENOSPC, "No space left on device", f"{place}/a"),
-            "{}: the disk is full (No space ",
-        ),
-        (lambda place: RuntimeError(f"{place}/a: PytorchStreamWriter failed"), "{0}: the disk is full ({0}/a: Pytorch"),
-        (lambda place: PermissionError(13, "Permission denied", f"{place}/a"), "{}: cannot be written (Permission den"),
-        (lambda place: CheckpointError(f"{place}: LlamaModel does not accept"), "{}: LlamaModel does not accept"),
-    ],
-)
-def test_errors_name_the_output_and_not_where_it_is_made(
-    make: Callable[[Path], Exception], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("refusal", [None, errno.EXDEV, errno.ENOSYS])
+def test_bytes_that_are_moved_are_those_of_the_source(
+    refusal: int | None, source: tuple[int, mmap.mmap], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    for output in (Path("out"), tmp_path / "out"):
-        with pytest.raises(KvConvertError) as raised, staged_directory(output) as staging:
-            raise make(staging)
-        assert str(raised.value).startswith(said.format(output))
-        assert "partial" not in str(raised.value)
+    """Where the operating system cannot move them, they are read and written."""
+    moves: list[tuple[int, ...]] = []
+    move = os.copy_file_range
+
+    def moved(one: int, other: int, *where: int) -> int:
+        moves.append(where)
+        if refusal is not None:
+            raise OSError(refusal, os.strerror(refusal))
+        return move(one, other, *where)
+
+    monkeypatch.setattr(os, "copy_file_range", moved)
+    copied(tmp_path / "model", source, 64)
+    if refusal is None:
+        assert (90001 - 100, 100, 64) in moves  # what lies together is moved together
+    else:
+        assert len(moves) == 1
 
 
-@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), NotADirectoryError(20, "Not a directory")])
-def test_a_file_that_is_read_is_not_taken_for_the_output(error: OSError, tmp_path: Path) -> None:
-    """The source lies beside the output; only what belongs to the output is blamed on it."""
-    output, shard = tmp_path / "model-gqa2", tmp_path / "model" / "model-00001-of-00002.safetensors"
-    said = f"{shard}: cannot be opened ({error.strerror})"
-    with pytest.raises(InputError, match=re.escape(said)) as raised, staged_directory(output):
-        raise type(error)(error.errno, error.strerror, str(shard))
-    assert not isinstance(raised.value, OutputError)
-    assert raised.value.hint == "check the file and its permissions"
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("header", [100, 4096 + 100, 64])
+def test_blocks_are_shared_where_the_file_system_can(
+    header: int, source: tuple[int, mmap.mmap], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As FICLONERANGE does it on XFS and btrfs: whole blocks, at places that both files have in a block."""
+    shared = 0
+
+    def clone(target: int, request: int, what: bytes) -> None:
+        nonlocal shared
+        assert request == 0x4020940D
+        descriptor, begin, count, to = struct.unpack("=qQQQ", what)
+        assert begin % 4096 == count % 4096 == to % 4096 == 0
+        assert os.pwrite(target, os.pread(descriptor, count, begin), to) == count
+        shared += count
+
+    monkeypatch.setattr(fcntl, "ioctl", clone)
+    file = copied(tmp_path / "model", source, header)
+    assert file.shared_bytes == shared
+    assert (shared > 0) == (header % 4096 == 100)
 
 
-def test_a_place_that_cannot_be_written_is_the_outputs(tmp_path: Path) -> None:
-    output = tmp_path / "deep" / "out"
-    for place in (output, output / "config.json", output.parent, output.with_name(".out.partial-7") / "model", None):
-        with pytest.raises(OutputError, match=re.escape(f"{output}: cannot be written (")), disk_errors(output):
-            raise PermissionError(13, "Permission denied", *([str(place)] if place else []))
-
-
-def test_a_source_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As open() says it to people who are not root."""
-    source = tmp_path / "model"
-    source.mkdir()
-    (source / "config.json").touch()
-    opened = Path.open
-
-    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
-        if path.parent == source:
-            raise PermissionError(13, "Permission denied", str(path))
-        return opened(path, *arguments, **options)
-
-    monkeypatch.setattr(Path, "open", refuse)
-    with (
-        pytest.raises(InputError, match=re.escape(f"{source / 'config.json'}: cannot be opened (Permission denied)")),
-        staged_directory(tmp_path / "out") as staging,
-        (source / "config.json").open("rb") as file,
-    ):
-        (staging / "config.json").write_bytes(file.read())
+def test_a_source_that_becomes_shorter_is_named_and_not_waited_for(tmp_path: Path) -> None:
+    with (tmp_path / "source").open("w+b") as source:
+        source.write(b"short")
+        source.flush()
+        with pytest.raises(CheckpointError, match="source became shorter"), WeightsFile(tmp_path / "model") as file:
+            file.copy(source.fileno(), 0, memoryview(b"short and more"))
 
 
 def test_written_shards_open_as_a_checkpoint(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import combinations
-from pathlib import Path
 
 from ..convert.architectures.context import check_context, context_of
 from ..convert.architectures.table import find_architecture
@@ -49,9 +48,7 @@ def check_job(job: UptrainJob, *, held_out: TextSource | None = None, force: boo
 
 def _check_places(job: UptrainJob, held_out: TextSource | None, *, force: bool) -> None:
     """Raise InputError unless what is read is there, and nothing of it where something is written or removed."""
-    texts = [source.text for source in job.sources] + ([held_out] if held_out is not None else [])
-    inputs = [job.checkpoint.directory, *(text.path for text in texts)]
-    inputs += [Path(job.teacher)] if job.teacher is not None else []
+    inputs = [*job.places_read, *([held_out.path] if held_out is not None else [])]
     for place in (job.work, sweep_directory(job.output)):
         check_apart(place, inputs)
     if not finished_before(job):

@@ -59,6 +59,12 @@ class UptrainJob:
         return work_directory(self.output)
 
     @property
+    def places_read(self) -> tuple[Path, ...]:
+        """Where model, teacher and text are, if they are on this machine; nothing of it is replaced."""
+        teacher = () if self.teacher is None else (Path(self.teacher),)
+        return (self.checkpoint.directory, *(source.text.path for source in self.sources), *teacher)
+
+    @property
     def is_sharded(self) -> bool:
         """Whether FSDP2 gives each process a part of every parameter."""
         return self.execution.fsdp and self.execution.num_processes > 1

@@ -15,7 +15,9 @@ import torch
 
 from ..convert.architectures.table import find_architecture
 from ..convert.checkpoint.companions import find_companions
-from ..convert.checkpoint.output import disk_errors, read_provenance, staged_directory
+from ..convert.checkpoint.manifest import read_provenance
+from ..convert.checkpoint.output import disk_errors
+from ..convert.checkpoint.staging import replaced_directory
 from ..convert.checkpoint.tensors import CONFIG_NAME
 from .checks import check_job
 from .data.blocks import PackedBlocks
@@ -194,7 +196,7 @@ def _train_stages(context: RunContext) -> tuple[Any, dict[str, torch.Tensor]]:
         model, weights = train_stage(context, stage, source, is_first_here=number == num_done)
         source = stage_folder(job, stage)
         if context.processes.is_first:
-            with staged_directory(source, force=True) as staging:
+            with replaced_directory(source) as staging:
                 write_weights(model, weights, staging)
             shutil.rmtree(checkpoints_folder(job, stage), ignore_errors=True)
         context.status.reach(stage.last_step, source)

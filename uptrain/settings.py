@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from ..convert.architectures.context import context_of
-from ..convert.checkpoint.output import read_provenance
+from ..convert.checkpoint.manifest import read_provenance
 from ..convert.checkpoint.tensors import Checkpoint
 from ..convert.errors import UnsupportedError
 from .recipe import LossWeights, Objective, Recipe, Stage, Trained, stages

@@ -6,12 +6,13 @@ import math
 from contextlib import ExitStack
 from dataclasses import replace
 
-from ..convert.checkpoint.output import check_output, disk_errors, staged_directory
+from ..convert.checkpoint.output import check_output, disk_errors
+from ..convert.checkpoint.staging import clear_leftovers, discard, staged_directory
 from ..convert.errors import DivergedError, InputError, PreemptedError, UnsupportedError
 from .job import UptrainJob, sweep_directory
 from .observation import Observation
 from .run import run_checked
-from .rundir.directories import discard, sole_run_in
+from .rundir.directories import sole_run_in
 from .rundir.prepare import no_held_out_text
 from .rundir.record import begun_before
 from .rundir.status import STATUS_NAME, StatusFile, write_status
@@ -70,6 +71,7 @@ def sweep_learning_rates(
     with disk_errors(folder), ExitStack() as held:
         if processes.is_first:
             held.enter_context(sole_run_in(folder))
+            clear_leftovers(folder, watch.remark)
             if found is None:
                 trials.begin()
         processes.wait()

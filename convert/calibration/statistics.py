@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..algebra.attention_shape import AttentionShape
 from ..architectures.source import Source
+from ..checkpoint.files import replaced_file
 from ..checkpoint.output import disk_errors
 from ..checkpoint.tensors import tensor_bytes
 from ..checkpoint.writer import TensorSpec, write_safetensors
@@ -69,14 +70,9 @@ def save_statistics(path: Path, statistics: LayerStatistics, shape: AttentionSha
     """Write them to a safetensors file, one layer in memory at a time. Raises OutputError."""
     specs = [TensorSpec(_name(layer), "F64", (shape.hidden_size + 1,) * 2) for layer in range(shape.num_hidden_layers)]
     metadata = {_METADATA_KEY: json.dumps(asdict(statistics.origin))}
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with disk_errors(path):
-            for layer, (_, file) in enumerate(write_safetensors(partial, specs, metadata)):
-                file.write(tensor_bytes(statistics.gram(layer)))
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with disk_errors(path), replaced_file(path) as file:
+        for layer, _ in enumerate(write_safetensors(file, specs, metadata)):
+            file.write(tensor_bytes(statistics.gram(layer)))
 
 
 def open_statistics(path: Path, source: Source) -> LayerStatistics:

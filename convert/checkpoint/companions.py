@@ -13,8 +13,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..runtime import RUNTIME_CLASSES
+from .files import copy_file
 from .layout import WEIGHT_SUFFIXES
-from .output import CARD_NAME, PROVENANCE_NAME
+from .manifest import PROVENANCE_NAME, FileDigest, digest_file
+from .output import CARD_NAME
 from .tensors import CONFIG_NAME, Checkpoint
 
 __all__ = ["Companions", "copy_companions", "find_companions", "link_companions"]
@@ -113,14 +115,17 @@ def find_companions(checkpoint: Checkpoint, *, same_attention: bool = False) -> 
     return Companions(source, tuple(copied), left)
 
 
-def copy_companions(companions: Companions, target: Path) -> None:
-    """Copy what goes with the weights to the directory `target`, byte for byte."""
+def copy_companions(companions: Companions, target: Path) -> list[FileDigest]:
+    """Copy what goes with the weights to the directory `target`, byte for byte; return the digests of its files."""
     for name in companions.copied:
         path = companions.source / name
         if path.is_dir():
-            shutil.copytree(path, target / name)
+            shutil.copytree(path, target / name, copy_function=lambda one, other: copy_file(Path(one), Path(other)))
         else:
-            shutil.copyfile(path, target / name)
+            copy_file(path, target / name)
+    copied = (target / name for name in companions.copied)
+    files = [path for entry in copied for path in ([entry] if entry.is_file() else sorted(entry.rglob("*")))]
+    return [digest_file(target, path.relative_to(target).as_posix()) for path in files if path.is_file()]
 
 
 def link_companions(companions: Companions, target: Path) -> None:

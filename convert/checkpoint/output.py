@@ -1,37 +1,36 @@
-"""Output places: checked before anything is written, complete or absent afterwards, and never overwritten unasked."""
+"""Output places: checked before anything is written, and never overwritten unasked."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from ..errors import InputError, KvConvertError, OutputError
+from .manifest import unlike_manifest
 
 __all__ = [
     "CARD_NAME",
-    "PROVENANCE_NAME",
+    "ELSEWHERE",
     "check_apart",
     "check_file",
     "check_free_space",
     "check_output",
+    "check_replaceable",
     "disk_errors",
     "existing_parent",
-    "read_provenance",
-    "staged_directory",
-    "write_text",
+    "place_of",
 ]
 
 CARD_NAME = "README.md"
-PROVENANCE_NAME = "kvconvert.json"  # every directory that kvconvert wrote holds it
+
+ELSEWHERE = "choose another output"
 
 _SPARE_BYTES = 64 * 2**20  # tokenizer, configs, index and file-system overhead
-_ELSEWHERE = "choose another output"
+_HIDDEN_BYTES = 48  # that the name of a directory gets, besides its own, while it is made
 _DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # libraries in Rust and C++ hand the operating system's message on inside exceptions of their own
 _DISK_FULL_TEXTS = (
@@ -42,44 +41,104 @@ _DISK_FULL_TEXTS = (
 )
 
 
-def read_provenance(directory: Path) -> dict[str, Any]:
-    """Return the content of kvconvert.json, which says how a checkpoint was made; {} for one without the file."""
-    path = directory / PROVENANCE_NAME
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+def place_of(output: Path) -> Path:
+    """The absolute path of a place, with the links of the folders above it followed, but not one of its own name."""
+    if output.name in ("", ".."):
+        return Path(os.path.realpath(output))
+    return Path(os.path.realpath(output.parent), output.name)
 
 
 def check_output(output: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:
     """Raise OutputError unless `output` can be written without losing anything.
 
-    It must not exist; with `force` it may be an empty directory or one that kvconvert wrote. It must neither be nor
-    contain any of `inputs`, and its nearest existing parent must be writable.
+    It must not exist; with `force` it may be an empty directory, or one that holds what kvconvert wrote and nothing
+    else. It must neither be nor contain any of `inputs`, nor what links in these lead to, and its nearest existing
+    parent must be a writable directory of a file system that takes the name.
     """
+    place = place_of(output)
+    parent = existing_parent(place)
+    _check_name(place, parent, output)
     check_apart(output, inputs)
-    if output.is_symlink():
-        raise OutputError(f"{output} is a symbolic link", hint=_ELSEWHERE, settings=("output",))
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file, not a directory", hint=_ELSEWHERE, settings=("output",))
-    if output.exists() and not force:
+    if place.is_symlink():
+        raise OutputError(f"{output} is a symbolic link", hint=ELSEWHERE, settings=("output",))
+    if place.exists() and not place.is_dir():
+        raise OutputError(f"{output} is a file, not a directory", hint=ELSEWHERE, settings=("output",))
+    if place.exists() and not force:
         raise OutputError(
-            f"{output} already exists", hint=f"{_ELSEWHERE}, or let it be replaced", settings=("output", "force")
+            f"{output} already exists", hint=f"{ELSEWHERE}, or let it be replaced", settings=("output", "force")
         )
-    if output.exists() and any(output.iterdir()) and not (output / PROVENANCE_NAME).exists():
-        raise OutputError(
-            f"{output} was not written by kvconvert (it holds no {PROVENANCE_NAME}), so it is not replaced",
-            hint=f"remove it yourself, or {_ELSEWHERE}",
-            settings=("output",),
-        )
-    parent = existing_parent(output)
+    if place.exists():
+        check_replaceable(place, output)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"{output} cannot be created: {parent} is not a writable directory")
 
 
-def check_apart(place: Path, inputs: Sequence[Path]) -> None:
-    """Raise OutputError if `place`, which will be written or removed, is or contains any of `inputs`."""
+def check_replaceable(directory: Path, named: Path) -> None:
+    """Raise OutputError unless a directory is empty, or holds the files of its manifest and no others.
+
+    `named` is what messages call it. Names and sizes are compared, not the content of files.
+    """
+    if directory.is_symlink() or not directory.is_dir():
+        raise OutputError(f"{named} is not a directory", hint=ELSEWHERE, settings=("output",))
+    if os.path.ismount(directory):
+        raise OutputError(
+            f"{named} is where a disk is mounted, and cannot be replaced",
+            hint="choose a directory in it",
+            settings=("output",),
+        )
+    if not any(directory.iterdir()):
+        return
+    strange = unlike_manifest(directory, digests=False)
+    if strange:
+        more = f", and {len(strange) - 1} more" if len(strange) > 1 else ""
+        raise OutputError(
+            f"{named} is not as kvconvert wrote it, so it is not replaced: {strange[0]}{more}",
+            hint=f"remove it yourself, or {ELSEWHERE}",
+            settings=("output",),
+        )
+
+
+def _check_name(place: Path, parent: Path, output: Path) -> None:
+    """Raise OutputError for a name that the file system cannot hold, of the place or of a folder that is to be made."""
+    try:
+        longest = os.pathconf(parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+        os.lstat(place)
+    except (FileNotFoundError, NotADirectoryError):  # what is in the way is named by the check of the parent
+        pass
+    except OSError as error:
+        raise OutputError(f"{output} cannot be created ({error.strerror})", hint=ELSEWHERE) from error
+    new = [os.fsencode(name) for name in place.relative_to(parent).parts[:-1]]
+    if any(len(name) > longest for name in new) or len(os.fsencode(place.name)) > longest - _HIDDEN_BYTES:
+        raise OutputError(
+            f"{output} cannot be created: a name is longer than {longest - _HIDDEN_BYTES} bytes",
+            hint="choose a shorter name",
+            settings=("output",),
+        )
+
+
+def check_apart(output: Path, inputs: Sequence[Path]) -> None:
+    """Raise OutputError if `output`, which will be written or removed, is or contains any of `inputs`.
+
+    Of a directory among these, what its links lead to counts too.
+    """
+    place = place_of(output)
+    if not os.path.lexists(place):
+        return
+    real = Path(os.path.realpath(place))
     for path in inputs:
-        if place.resolve() in (path.resolve(), *path.resolve().parents):
-            what = "is" if place.resolve() == path.resolve() else "holds"
-            raise OutputError(f"{place} {what} {path}, which is read", hint=_ELSEWHERE, settings=("output",))
+        for source in _links_and_self(path):
+            read = Path(os.path.realpath(source))
+            if read == real or real in read.parents:
+                what = "is" if read == real else "holds"
+                said = str(source) if read == Path(os.path.abspath(source)) else f"{read}, as {source}"
+                raise OutputError(f"{output} {what} {said}, which is read", hint=ELSEWHERE, settings=("output",))
+
+
+def _links_and_self(path: Path) -> Iterator[Path]:
+    yield path
+    if path.is_dir():
+        for folder, folders, names in os.walk(path):
+            yield from (found for name in (*folders, *names) if (found := Path(folder, name)).is_symlink())
 
 
 def check_free_space(output: Path, num_bytes: int) -> None:
@@ -96,10 +155,10 @@ def check_free_space(output: Path, num_bytes: int) -> None:
 
 def check_file(path: Path, *, outside: Path) -> None:
     """Raise OutputError unless a new file can be written at `path`, in a directory that exists and is not `outside`."""
-    if path.exists():
+    absolute = place_of(path)
+    if os.path.lexists(absolute):
         raise OutputError(f"{path} already exists", hint="choose another name, or remove it")
-    absolute = Path(os.path.abspath(path))
-    if Path(os.path.abspath(outside)) in absolute.parents:
+    if place_of(outside) in absolute.parents:
         raise OutputError(f"{path} lies in {outside}, which is replaced", hint="choose another place for it")
     if not absolute.parent.is_dir() or not os.access(absolute.parent, os.W_OK):
         raise OutputError(f"{path} cannot be written: {absolute.parent} is not a writable directory")
@@ -141,7 +200,7 @@ def _reason(error: Exception) -> str:
 
 def _belongs_to(path: Path, output: Path) -> bool:
     """Whether a path is `output`, in it, above it, or in one of the hidden neighbours that become it."""
-    path, output = Path(os.path.abspath(path)), Path(os.path.abspath(output))
+    path, output = place_of(path), place_of(output)
     if path == output or path in output.parents:
         return True
     if output.parent not in path.parents:
@@ -150,67 +209,7 @@ def _belongs_to(path: Path, output: Path) -> bool:
     return beside == output.name or beside.startswith(f".{output.name}.")
 
 
-@contextmanager
-def staged_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield a new directory beside `output`, which is renamed to it at the end, and removed where the block raises.
-
-    With `force`, an existing `output` is replaced only at the very end. Errors of files are those of `disk_errors`;
-    OutputError is raised too where `output` has come into being meanwhile. A KvConvertError of the block that names the
-    new directory comes to name `output`, which is the place that people know.
-    """
-    named = output
-    output = Path(os.path.abspath(output))
-    staging = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    first_existing = existing_parent(output)
-    try:
-        with disk_errors(named):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir()
-            yield staging
-            _publish(staging, output, force=force)
-    except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        _remove_empty_parents(output.parent, first_existing)
-        if isinstance(error, KvConvertError):
-            error.args = (str(error).replace(str(staging), str(named)),)
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8 that is complete or absent: to a hidden file beside it, synced, then renamed."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _publish(staging: Path, output: Path, *, force: bool) -> None:
-    if not output.exists():
-        staging.rename(output)
-        return
-    if not force:
-        raise OutputError(f"{output} appeared while it was being written", hint=_ELSEWHERE, settings=("output",))
-    replaced = output.with_name(f".{output.name}.replaced-{os.getpid()}")
-    output.rename(replaced)
-    try:
-        staging.rename(output)
-    except BaseException:
-        replaced.rename(output)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _remove_empty_parents(directory: Path, keep: Path) -> None:
-    with suppress(OSError):
-        while keep in directory.parents:
-            directory.rmdir()
-            directory = directory.parent
-
-
 def existing_parent(path: Path) -> Path:
     """Return the nearest directory above `path` that exists."""
-    absolute = Path(os.path.abspath(path))
-    return next((parent for parent in absolute.parents if parent.exists()), absolute)
+    place = place_of(path)
+    return next((parent for parent in place.parents if os.path.lexists(parent)), place)

@@ -6,9 +6,7 @@ may no longer work with it; `refresh` replaces it by the installed code.
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..runtime import RUNTIME_CLASSES, RuntimeClass
+from .files import replaced_file
 from .remote_code import remote_code_allowed
 
 __all__ = ["BesideState", "CodeBeside", "code_beside", "copy_runtime_code", "replace_code"]
@@ -98,8 +97,8 @@ def copy_runtime_code(model_type: str, target: Path) -> None:
     """Copy the code of a `model_type` of kvconvert's beside its weights; nothing for any other `model_type`."""
     if model_type in RUNTIME_CLASSES:
         for code in RUNTIME_CLASSES[model_type].files:
-            (target / code.name).unlink(missing_ok=True)  # a rehearsal has links there
-            shutil.copyfile(code, target / code.name)
+            with replaced_file(target / code.name) as file:  # a rehearsal has links there
+                file.write(code.read_bytes())
 
 
 def replace_code(beside: CodeBeside) -> tuple[str, ...]:
@@ -113,12 +112,8 @@ def replace_code(beside: CodeBeside) -> tuple[str, ...]:
         target = beside.directory / file.name
         if target.exists() and _same(target, file):
             continue
-        partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-        try:
-            shutil.copyfile(file, partial)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replaced_file(target) as renewed:
+            renewed.write(file.read_bytes())
         replaced.append(file.name)
     return tuple(replaced)
 

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, UnsupportedError, in_one_line
 from .config_classes import full_config
@@ -18,6 +19,8 @@ from .finite import count_nonfinite
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .weights_file import Sink
 
 __all__ = ["DTYPE_BYTES", "OLD_BUFFERS", "Checkpoint", "TensorInfo", "tensor_bytes", "torch_dtype"]
 
@@ -105,6 +108,24 @@ class TensorInfo:
         return count
 
 
+class _Mapped:
+    """A file that is open, and its bytes in memory, which the kernel reads as they are looked at."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("rb")
+        self.bytes = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_SEQUENTIAL"):
+            self.bytes.madvise(mmap.MADV_SEQUENTIAL)
+
+    @property
+    def descriptor(self) -> int:
+        return self.file.fileno()
+
+    def close(self) -> None:
+        self.bytes.close()
+        self.file.close()
+
+
 @dataclass
 class Checkpoint:
     """An opened, read-only checkpoint: its config and headers are in memory, and tensors are read one at a time.
@@ -133,7 +154,8 @@ class Checkpoint:
     accepted: bool = False
     allow_nonfinite: bool = False
     nonfinite: dict[str, int] = field(default_factory=dict, repr=False)
-    _maps: dict[str, mmap.mmap] = field(default_factory=dict, repr=False)
+    _maps: dict[str, _Mapped] = field(default_factory=dict, repr=False)
+    _mapping: Lock = field(default_factory=Lock, repr=False)
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -232,7 +254,7 @@ class Checkpoint:
         if info.file in self.pickled:
             tensor = self.pickled[info.file][name].clone()
         else:
-            raw = bytearray(self._map(info.file)[info.begin : info.end])
+            raw = bytearray(self._map(info.file).bytes[info.begin : info.end])
             self._forget(info)
             tensor = torch.frombuffer(raw, dtype=torch_dtype(info.dtype)).reshape(info.shape)
         self._note_nonfinite(info, count_nonfinite(tensor))
@@ -247,7 +269,7 @@ class Checkpoint:
                 hint="convert a checkpoint whose attention weights are float32, float16 or bfloat16",
             )
 
-    def copy_bytes(self, name: str, target: IO[bytes]) -> None:
+    def copy_bytes(self, name: str, target: Sink) -> None:
         """Append the bytes of one tensor, of any dtype, to `target`.
 
         Raises CheckpointError for one with values that are not finite, where these are not allowed.
@@ -259,10 +281,11 @@ class Checkpoint:
             self._note_nonfinite(info, count_nonfinite(tensor) if info.dtype in TORCH_DTYPES else 0)
             return
         count = 0
-        with memoryview(self._map(info.file)) as view:
+        mapped = self._map(info.file)
+        with memoryview(mapped.bytes) as view:
             for begin in range(info.begin, info.end, _COPY_CHUNK_BYTES):
                 with view[begin : min(begin + _COPY_CHUNK_BYTES, info.end)] as chunk:
-                    target.write(chunk)
+                    target.copy(mapped.descriptor, begin, chunk)
                     count += _count_in_bytes(chunk, info.dtype)
         self._forget(info)
         self._note_nonfinite(info, count)
@@ -279,14 +302,14 @@ class Checkpoint:
                 settings=("allow_nonfinite",),
             )
 
-    def _map(self, file: str) -> mmap.mmap:
-        if file not in self._maps:
-            with (self.directory / file).open("rb") as handle:
-                self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._maps[file]
+    def _map(self, file: str) -> _Mapped:
+        with self._mapping:
+            if file not in self._maps:
+                self._maps[file] = _Mapped(self.directory / file)
+            return self._maps[file]
 
     def _forget(self, info: TensorInfo) -> None:
         """Let the kernel drop the tensor's pages, so that memory does not grow with the checkpoint."""
         if hasattr(mmap, "MADV_DONTNEED"):
             begin = info.begin // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map(info.file).madvise(mmap.MADV_DONTNEED, begin, info.end - begin)
+            self._map(info.file).bytes.madvise(mmap.MADV_DONTNEED, begin, info.end - begin)

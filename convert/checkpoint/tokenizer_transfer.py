@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, DataError, in_one_line, is_out_of_memory
+from .files import write_text
 from .loading import quiet_transformers
-from .output import write_text
 from .tokenizer import has_tokenizer, open_tokenizer
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..architectures.table import known_architecture
-from ..checkpoint.output import CARD_NAME, write_text
+from ..checkpoint.files import write_text
+from ..checkpoint.output import CARD_NAME
 from ..checkpoint.tensors import CONFIG_NAME
 from ..runtime import RUNTIME_CLASSES
 from .engines import engines_line, serving

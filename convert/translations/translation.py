@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.finite import check_computed
 from ..checkpoint.loading import other_head
@@ -17,6 +17,8 @@ from ..errors import CheckpointError, UnsupportedError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..checkpoint.weights_file import Sink
 
 __all__ = ["Derived", "TranslatedCheckpoint", "Translation"]
 
@@ -126,7 +128,7 @@ class TranslatedCheckpoint(Checkpoint):
         for source_name in self.derived[name].reads:
             self.source.check_readable(source_name)
 
-    def copy_bytes(self, name: str, target: IO[bytes]) -> None:
+    def copy_bytes(self, name: str, target: Sink) -> None:
         """Append the tensor's bytes to `target`, those of the source where nothing is computed."""
         derived = self.derived[name]
         if derived.compute is None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...convert.checkpoint.output import write_text
+from ...convert.checkpoint.files import write_text
 from ...convert.errors import DataError, InputError
 from ...convert.text.documents import describe_files, read_interleaved
 from ...convert.text.estimate import estimate_tokens

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...convert.checkpoint.output import write_text
+from ...convert.checkpoint.files import append_file, replaced_file, write_text
 from ...convert.errors import DataError, PreemptedError
 from .documents import Cursor, DocumentStream, Piece
 from .shards import (
@@ -158,8 +158,8 @@ class _ShardWriter:
             self._starts.frombytes(self._starts_path.read_bytes())
             self.end = partial.end
         else:
-            self._tokens_path.write_bytes(b"")
-        self._file = self._tokens_path.open("ab", _WRITE_BUFFER_BYTES)
+            self._tokens_path.unlink(missing_ok=True)
+        self._file = append_file(self._tokens_path)
 
     def __enter__(self) -> _ShardWriter:
         return self
@@ -184,10 +184,8 @@ class _ShardWriter:
         """Put what there is on the disk; its row."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        with self._starts_path.open("wb") as file:
+        with replaced_file(self._starts_path) as file:
             file.write(self._starts.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
         return Shard(
             num_blocks=self._num_tokens // self._layout.sequence_length,
             num_documents=len(self._starts),

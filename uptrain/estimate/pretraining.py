@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...configs import PRETRAINING_TOKENS
-from ...convert.checkpoint.output import PROVENANCE_NAME
+from ...convert.checkpoint.manifest import PROVENANCE_NAME
 from ...convert.checkpoint.tensors import Checkpoint
 from ...convert.errors import CheckpointError
 

@@ -8,7 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
-from ...convert.checkpoint.output import write_text
+from ...convert.checkpoint.files import write_text
 
 __all__ = ["MARKER_NAME", "finish_checkpoint", "last_complete", "remove_torn", "step_of"]
 

@@ -1,19 +1,17 @@
-"""Directories that a run holds for itself, and how they are given up."""
+"""Directories that a run holds for itself."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ...convert.checkpoint.output import existing_parent
+from ...convert.checkpoint.output import existing_parent, place_of
 from ...convert.errors import OutputError
 
-__all__ = ["discard", "sole_run_in"]
+__all__ = ["sole_run_in"]
 
 
 @contextmanager
@@ -23,7 +21,7 @@ def sole_run_in(directory: Path) -> Iterator[None]:
     The lock lies beside the directory, so that it stays held while the directory is replaced. The operating system lets
     go of it when the process ends, however that ends.
     """
-    place = Path(os.path.abspath(directory))
+    place = place_of(directory)
     first_existing = existing_parent(place)
     place.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(place.with_name(f".{place.name}.lock"))
@@ -41,16 +39,6 @@ def sole_run_in(directory: Path) -> Iterator[None]:
             Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: nobody else has locked this file yet
         lock.release()
         _remove_empty(place.parent, keep=first_existing)
-
-
-def discard(directory: Path) -> None:
-    """Remove a directory: its name is free at once, so that what cannot be deleted is never taken for a run."""
-    if not directory.exists():
-        return
-    removed = directory.with_name(f".{directory.name}.removed-{os.getpid()}")
-    shutil.rmtree(removed, ignore_errors=True)
-    directory.rename(removed)
-    shutil.rmtree(removed, ignore_errors=True)
 
 
 def _remove_empty(directory: Path, *, keep: Path) -> None:

@@ -6,14 +6,17 @@ import json
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from ...convert.checkpoint.output import check_free_space, staged_directory, write_text
+from ...convert.checkpoint.files import write_text
+from ...convert.checkpoint.output import check_free_space
+from ...convert.checkpoint.source_files import digest_weights
+from ...convert.checkpoint.staging import clear_leftovers, discard, staged_directory
 from ...convert.errors import InputError, PreemptedError
 from ..data.blocks import holds_shards, validation_blocks, validation_sources
 from ..data.packing import build
 from ..estimate.disk import disk_bytes, packed_tokens
 from ..job import UptrainJob
 from ..teacher import as_teacher, write_teacher
-from .directories import discard, sole_run_in
+from .directories import sole_run_in
 from .record import REPLACES_NAME, SETTINGS_NAME
 from .workdir import data_folder, translated_teacher
 
@@ -59,9 +62,12 @@ def prepare(
     for a trial, which `compares` by it, and for a user who asked for it (`wants_score`); else `remark` says so.
     """
     held.enter_context(sole_run_in(job.work))
+    for place in (job.work, job.output):
+        clear_leftovers(place, remark)
     if force:
         discard(job.work)
     created = not job.work.exists()
+    digest_weights(job.checkpoint)  # a damaged file is not trained on
     try:
         if created:
             _create(job, force=force)

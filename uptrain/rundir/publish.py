@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,12 @@ import torch
 from transformers import GenerationConfig
 
 from ...convert.checkpoint.companions import copy_companions, find_companions
+from ...convert.checkpoint.files import copy_file
 from ...convert.checkpoint.loading import check_opens, quiet_transformers
-from ...convert.checkpoint.output import PROVENANCE_NAME, read_provenance, staged_directory, write_text
+from ...convert.checkpoint.manifest import read_provenance, write_manifest
 from ...convert.checkpoint.runtime_code import copy_runtime_code
+from ...convert.checkpoint.source_files import digest_weights
+from ...convert.checkpoint.staging import staged_directory
 from ...convert.checkpoint.tensors import torch_dtype
 from ...convert.checkpoint.writer import write_config
 from ...convert.describe.card import write_card
@@ -74,23 +76,30 @@ def publish(
     `kept_step` is the step that the weights are of, None where they are the last step's.
     """
     source = job.checkpoint
-    provenance = read_provenance(source.directory)
+    # of what conversion made of each tensor nothing is true any more
+    untrue = ("files", "tensors", "operations", "route")
+    provenance = {key: value for key, value in read_provenance(source.directory).items() if key not in untrue}
     tokens = job.settings.steps * job.settings.tokens_per_step
-    provenance["uptraining"] = job.description | {"tokens": tokens, "passes": passes, "kept_step": kept_step}
+    provenance["uptraining"] = job.description | {
+        "model_files": [file.to_json() for file in digest_weights(source)],
+        "tokens": tokens,
+        "passes": passes,
+        "kept_step": kept_step,
+    }
     default = torch_dtype(source.dtype)
     dtypes = {name: torch_dtype(source.tensors[name].dtype) if name in source.tensors else default for name in weights}
-    with staged_directory(job.output, force=force) as staging:
+    with staged_directory(job.output, force=force, inputs=job.places_read) as staging:
         write_weights(model, weights, staging, dtypes)
         copy_companions(find_companions(source, same_attention=True), staging)
         copy_runtime_code(str(source.config.get("model_type")), staging)
         write_config(source.config, staging, source=source.directory)
-        shutil.copyfile(job.work / METRICS_NAME, staging / METRICS_NAME)
+        copy_file(job.work / METRICS_NAME, staging / METRICS_NAME)
         if (job.work / TRACKS_NAME).exists():
             shutil.copytree(job.work / TRACKS_NAME, staging / TRACKS_NAME)
-        write_text(staging / PROVENANCE_NAME, json.dumps(provenance, indent=2) + "\n")
         write_status(staging, status)
         sweep = sweep_that_chose(job)
         if sweep is not None:
-            shutil.copyfile(sweep / SWEEP_NAME, staging / SWEEP_NAME)
+            copy_file(sweep / SWEEP_NAME, staging / SWEEP_NAME)
         write_card(source.directory, staging, provenance)
+        write_manifest(staging, provenance)
         check_opens(staging)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...convert.checkpoint.output import read_provenance
+from ...convert.checkpoint.manifest import read_provenance
 from ...convert.errors import InputError, OutputError
 from ..data.identity import differences
 from ..job import UptrainJob

@@ -12,7 +12,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ...convert.checkpoint.output import disk_errors, write_text
+from ...convert.checkpoint.files import write_text
+from ...convert.checkpoint.output import disk_errors
 from ...convert.errors import DivergedError, InputError, KvConvertError, PreemptedError, is_out_of_memory
 
 __all__ = ["STATUS_NAME", "RunStatus", "StatusFile", "read_status", "status_of_error", "write_status"]

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...convert.checkpoint.output import write_text
+from ...convert.checkpoint.files import write_text
+from ...convert.checkpoint.staging import discard
 from ...convert.errors import DivergedError, InputError, OutputError
 from ..job import UptrainJob, sweep_directory
 from ..settings import RunSettings
-from .directories import discard
 from .record import REPLACES_NAME, changes
 
 __all__ = [

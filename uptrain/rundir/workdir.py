@@ -5,11 +5,11 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+from ...convert.checkpoint.staging import discard
 from ...convert.checkpoint.tensors import CONFIG_NAME
 from ..job import UptrainJob
 from ..recipe import Stage
 from .checkpoints import last_complete, step_of
-from .directories import discard
 from .trials import remove_sweep, sweep_that_chose
 
 __all__ = [

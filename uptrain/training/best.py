@@ -11,7 +11,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ...convert.checkpoint.output import staged_directory, write_text
+from ...convert.checkpoint.files import write_text
+from ...convert.checkpoint.staging import replaced_directory
 
 __all__ = ["Best", "keep_weights", "read_best", "read_weights"]
 
@@ -39,7 +40,7 @@ def read_best(folder: Path) -> Best | None:
 
 def keep_weights(folder: Path, best: Best, write: Callable[[Path], object]) -> None:
     """Keep weights, which `write` writes into a directory, in place of those in the folder, which stay until then."""
-    with staged_directory(folder / best.name, force=True) as staging:
+    with replaced_directory(folder / best.name) as staging:
         write(staging)
     write_text(folder / _RECORD_NAME, json.dumps(asdict(best)) + "\n")
     for other in folder.glob("step-*"):

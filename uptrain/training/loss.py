@@ -10,8 +10,8 @@ import torch
 from transformers import default_data_collator
 
 from ...convert.architectures.table import find_architecture
+from ...convert.checkpoint.files import write_text
 from ...convert.checkpoint.opening import open_checkpoint
-from ...convert.checkpoint.output import write_text
 from ...measure.finiteness import non_finite_logits
 from ..data.blocks import PackedBlocks
 from ..losses.attention_regression import AttentionRegression

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ...convert.checkpoint.output import write_text
+from ...convert.checkpoint.files import append_file, write_text
 from ..recipe import Stage
 
 __all__ = ["MetricsLog", "StepProgress", "Throughput"]
@@ -111,8 +111,8 @@ class MetricsLog(TrainerCallback):
             step = self._stage.first_step + state.global_step
             record = {"step": step, "tokens": step * self._tokens_per_step, "stage": self._stage.name, **logs}
             record["seconds"] = round(time.monotonic() - self._start, 1)
-            with self._path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            with append_file(self._path) as file:
+                file.write(json.dumps(record).encode() + b"\n")
             self._show(record)
 
 

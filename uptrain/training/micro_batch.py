@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from ...convert.checkpoint.output import write_text
+from ...convert.checkpoint.files import write_text
 from ...convert.errors import UnsupportedError
 from ...convert.runtime.transformers_interface import checkpoint_activations
 from ..launcher import count_local_processes

@@ -1,0 +1,311 @@
+"""Directories that appear whole or not at all: made beside their place, swapped in, and cleared up after a kill.
+
+A directory that is being made lies beside its place under a hidden name, `.NAME.partial-HOST-BOOT-RANDOM`. HOST and
+BOOT are digests of the machine's name and of its boot id, and its maker holds a lock (flock) on it, which the operating
+system lets go of when the process ends, however that ends. So a later run tells what a killed one has left from what is
+still at work, also where containers share process ids, and never touches what another machine may be writing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import platform
+import re
+import secrets
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from hashlib import sha256
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+from ..errors import KvConvertError, OutputError
+from .files import create_file, sync_directory, sync_tree
+from .manifest import UNFINISHED_NAME
+from .output import ELSEWHERE, check_output, check_replaceable, disk_errors, existing_parent, place_of
+
+__all__ = ["clear_leftovers", "discard", "replaced_directory", "scratch_directory", "signals_held", "staged_directory"]
+
+_KINDS = ("partial", "replaced", "removed", "scratch")
+_NAME = re.compile(rf"\.(?P<kind>{'|'.join(_KINDS)})-(?P<host>[0-9a-f]{{8}})-(?P<boot>[0-9a-f]{{8}})-[0-9a-f]{{8}}")
+_EMPTY_SECONDS = 60  # a directory that is locked gets its marker within that
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+_NOREPLACE, _EXCHANGE = 1, 2  # of renameat2
+_CANNOT = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
+
+State = Literal["ended", "at work", "unknown"]
+
+
+@contextmanager
+def staged_directory(output: Path, *, force: bool = False, inputs: Sequence[Path] = ()) -> Iterator[Path]:
+    """Yield a new directory beside `output`, which takes its place at the end, and is removed where the block raises.
+
+    With `force`, what `check_output` allows to be replaced is replaced, at the very end and in one step where the file
+    system can exchange two names (Linux's renameat2). The check is made before the block, and again of what was taken
+    out of its place, before that is removed. Signals that end the process wait while the two are exchanged. Errors of
+    files are those of `disk_errors`; OutputError is raised too where `output` has come into being meanwhile. A
+    KvConvertError of the block that names the new directory comes to name `output`, the place that people know.
+    """
+    place = place_of(output)
+    check_output(output, force=force, inputs=inputs)
+    with _staged(output, place) as staging:
+        yield staging
+        _publish(staging, place, output, check=check_replaceable if force else None)
+
+
+@contextmanager
+def replaced_directory(place: Path) -> Iterator[Path]:
+    """Yield a new directory as `staged_directory` does, in place of one of a run's own, which needs no check."""
+    with _staged(place, place_of(place)) as staging:
+        yield staging
+        _publish(staging, place_of(place), place, check=lambda directory, named: None)
+
+
+@contextmanager
+def scratch_directory(output: Path) -> Iterator[Path]:
+    """Yield a new hidden directory beside `output`, for what is needed only while that is made."""
+    place = place_of(output)
+    parent = existing_parent(place)
+    with disk_errors(output), ExitStack() as stack:
+        yield _new(stack, parent, place.name, "scratch")
+
+
+def discard(directory: Path) -> None:
+    """Remove a directory: its name is free at once, so that what cannot be deleted is never taken for a whole one."""
+    if not directory.exists():
+        return
+    place = place_of(directory)
+    removed = place.with_name(_name(place.name, "removed"))
+    place.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def clear_leftovers(output: Path, remark: Callable[[str], object]) -> None:
+    """Remove what killed runs have left beside `output`, or put back what one had moved out of its place.
+
+    What may be another run's that is still at work stays. `remark` is called with a line for each that is found.
+    """
+    place = place_of(output)
+    with suppress(FileNotFoundError, NotADirectoryError, PermissionError), os.scandir(place.parent) as entries:
+        found = sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
+        for path in map(Path, found):
+            match = _NAME.fullmatch(path.name.removeprefix(f".{place.name}"))
+            if match is not None and path.name.startswith(f".{place.name}."):
+                _clear(path, match["kind"], _state(path, match["host"], match["boot"]), place, output, remark)
+
+
+def _clear(path: Path, kind: str, state: State, place: Path, output: Path, remark: Callable[[str], object]) -> None:
+    if state == "at work":
+        return
+    if state == "unknown":
+        remark(f"{path.name} lies beside {output.name}: remove it, unless a run on another machine is at work there")
+        return
+    with suppress(OSError):
+        if kind == "replaced" and not os.path.lexists(place):
+            _rename_new(path, place)
+            sync_directory(place.parent)
+            remark(f"{output}: put back, after a run that was to replace it had been killed")
+        elif not any(path.iterdir()) and time.time() - path.stat().st_mtime < _EMPTY_SECONDS:
+            return  # its maker is about to lock it
+        elif kind in ("removed", "scratch") or (path / UNFINISHED_NAME).exists() or _is_replaceable(path):
+            shutil.rmtree(path)
+            remark(f"removed {path.name}, which a run that was killed had left beside {output.name}")
+        else:
+            remark(f"{path.name} lies beside {output.name}, and holds files that kvconvert did not write: look at it")
+
+
+def _is_replaceable(path: Path) -> bool:
+    try:
+        check_replaceable(path, path)
+    except OutputError:
+        return False
+    return True
+
+
+def _state(path: Path, host: str, boot: str) -> State:
+    """Whether the maker of a directory has ended: by its lock where it ran since this machine started, else by time."""
+    here, since = _machine()
+    if host != here:
+        return "unknown"
+    if boot != since:
+        last = max((entry.stat(follow_symlinks=False).st_mtime for entry in os.scandir(path)), default=0.0)
+        return "ended" if max(last, path.stat().st_mtime) < _started() else "unknown"
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.close(descriptor)
+    except BlockingIOError:
+        return "at work"
+    except OSError:  # a file system without locks
+        return "unknown"
+    return "ended"
+
+
+def _machine() -> tuple[str, str]:
+    """Eight hexadecimal digits for the machine's name, and eight for the time since when it is up."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    since = boot.read_text().strip() if boot.exists() else ""
+    return _digits(platform.node()), _digits(since)
+
+
+def _digits(text: str) -> str:
+    return sha256(text.encode()).hexdigest()[:8]
+
+
+def _started() -> float:
+    """When this machine started, in seconds of the epoch; 0 where the system does not say."""
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/stat").read_text().splitlines()
+        return float(next(line for line in lines if line.startswith("btime ")).split()[1])
+    return 0.0
+
+
+def _name(name: str, kind: str) -> str:
+    return f".{name}.{kind}-{'-'.join(_machine())}-{secrets.token_hex(4)}"
+
+
+def _new(stack: ExitStack, parent: Path, name: str, kind: str) -> Path:
+    """Make a directory that is locked and marked as unfinished, until the stack is closed, which removes it."""
+    path = parent / _name(name, kind)
+    path.mkdir()
+    stack.callback(_remove, path)
+    descriptor = os.open(path, os.O_RDONLY)
+    stack.callback(os.close, descriptor)
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with create_file(path / UNFINISHED_NAME) as file:
+        about = {"host": platform.node(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        file.write(json.dumps(about).encode())
+    return path
+
+
+def _remove(path: Path) -> None:
+    with signals_held(deliver=False):  # a second signal would leave half of it
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _staged(named: Path, place: Path) -> Iterator[Path]:
+    first_existing = existing_parent(place)
+    staging = place
+    try:
+        with disk_errors(named), ExitStack() as stack:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            staging = _new(stack, place.parent, place.name, "partial")
+            yield staging
+    except KvConvertError as error:
+        error.args = (str(error).replace(str(staging), str(named)),)
+        raise
+    finally:
+        _remove_empty_parents(place.parent, first_existing)
+
+
+def _publish(staging: Path, place: Path, named: Path, *, check: Callable[[Path, Path], object] | None) -> None:
+    """Move a directory to its place. With a `check`, one that is there is replaced, if that does not raise for it."""
+    sync_tree(staging)
+    with signals_held():
+        (staging / UNFINISHED_NAME).unlink()
+        try:
+            if not os.path.lexists(place):
+                _rename_new(staging, place)
+            elif check is None:
+                raise FileExistsError
+            else:
+                _swap(staging, place, named, check)
+        except FileExistsError as error:
+            raise OutputError(
+                f"{named} appeared while it was being written", hint=ELSEWHERE, settings=("output",)
+            ) from error
+        sync_directory(place.parent)
+
+
+def _swap(staging: Path, place: Path, named: Path, check: Callable[[Path, Path], object]) -> None:
+    """Put `staging` in the place of a directory, and remove that if `check` does not raise for it."""
+    check(place, named)
+    if _renameat2(staging, place, _EXCHANGE):
+        try:
+            check(staging, named)
+        except BaseException:
+            _renameat2(staging, place, _EXCHANGE)
+            raise
+        shutil.rmtree(staging, ignore_errors=True)
+        return
+    replaced = place.with_name(_name(place.name, "replaced"))
+    descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        place.rename(replaced)
+        try:
+            check(replaced, named)
+            _rename_new(staging, place)
+        except BaseException:
+            replaced.rename(place)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+def _rename_new(path: Path, place: Path) -> None:
+    """Rename a directory. Raises FileExistsError where the name is taken, if the operating system can tell."""
+    if not _renameat2(path, place, _NOREPLACE):
+        path.rename(place)
+
+
+def _renameat2(one: Path, other: Path, flags: int) -> bool:
+    """Call Linux's renameat2; False where the operating system or the file system has no such flags."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is None:
+        return False
+    here = -100  # AT_FDCWD
+    if function(here, os.fsencode(one), here, os.fsencode(other), flags) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _CANNOT:
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
+
+
+@contextmanager
+def signals_held(*, deliver: bool = True) -> Iterator[None]:
+    """Let signals that end the process wait until the block is done; without `deliver` they are dropped then.
+
+    Only the main thread can hold signals, since Python runs their handlers there; in another the block just runs.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+
+    previous = {number: signal.getsignal(number) for number in _SIGNALS}
+    held = {number: handler for number, handler in previous.items() if handler not in (signal.SIG_IGN, None)}
+    try:
+        for number in held:
+            signal.signal(number, hold)
+        yield
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
+        if caught and deliver:
+            signal.raise_signal(caught[0])
+
+
+def _remove_empty_parents(directory: Path, keep: Path) -> None:
+    with suppress(OSError):
+        while keep in directory.parents:
+            directory.rmdir()
+            directory = directory.parent

@@ -1,0 +1,76 @@
+"""What kvconvert.json says of a conversion: source, method, every option, and what each tensor was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .checkpoint.foreign import cached_repository
+from .checkpoint.manifest import FileDigest
+from .checkpoint.tensors import Checkpoint
+from .plan import ConversionPlan, Step
+
+__all__ = ["conversion_record"]
+
+_LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers")
+
+
+def conversion_record(
+    plan: ConversionPlan,
+    source: Checkpoint,
+    source_files: Sequence[FileDigest],
+    *,
+    options: Mapping[str, Any],
+    calibration: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Return the record, from which `verify` can compute the result anew where the method is exact.
+
+    `tensors` maps each tensor of the result to what it is: "copied" bytes of the source's tensor of that name, those of
+    another (`copied_from`), or what one of the `operations` made of tensors of the source (`computed_from`), or what
+    the method prepared (`prepared`). Where the source was translated, these are tensors of the last class of `route`.
+    Nothing in it says where or when the conversion was run.
+    """
+    place = Path(source.name)
+    repository, commit = cached_repository(source.path) or (None, None) if source.path else (None, None)
+    name = repository or (place.resolve().name if place.is_dir() else source.name)
+    before, after = plan.cache_bytes_per_token
+    operations: list[dict[str, Any]] = []
+    tensors = {step.writes.name: _tensor(step, operations) for step in plan.steps}
+    return {
+        "kvconvert_version": version("kvconvert"),
+        "versions": {library: version(library) for library in _LIBRARIES},
+        "source": name,
+        **({} if commit is None else {"source_revision": commit}),
+        "source_files": [file.to_json() for file in source_files],
+        "target": plan.target,
+        "method": plan.method,
+        "options": dict(options),
+        **({} if calibration is None else {"calibration": dict(calibration)}),
+        "cache_bytes_per_token": {"source": before, "result": after},
+        "num_key_value_heads": {"source": plan.source.num_key_value_heads, "result": plan.result.num_key_value_heads},
+        "num_key_value_layers": {
+            "source": plan.source.num_key_value_layers,
+            "result": plan.result.num_key_value_layers,
+        },
+        "kv_source_layers": list(plan.result.layer_grouping.sources) if plan.result.layer_grouping else None,
+        "latent": asdict(plan.result.latent) if plan.result.latent else None,
+        **({"nonfinite_values": nonfinite} if (nonfinite := source.original.nonfinite) else {}),
+        "route": list(plan.route),
+        "operations": operations,
+        "tensors": tensors,
+    }
+
+
+def _tensor(step: Step, operations: list[dict[str, Any]]) -> Any:
+    """What a tensor is made of; its operation is added to the list of them if it is not in there."""
+    if step.overlay:
+        return {"prepared": list(step.reads)}
+    operation = step.operation_json()
+    if operation is None:
+        return "copied" if step.reads[0] == step.writes.name else {"copied_from": step.reads[0]}
+    if operation not in operations:
+        operations.append(operation)
+    return {"operation": operations.index(operation), "computed_from": list(step.reads)}
