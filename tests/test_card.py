@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
 from conftest import CheckpointFactory, Command, RunHere
 from huggingface_hub import ModelCard
 from kvconvert.convert.checkpoint.loading import load_model
+from kvconvert.convert.describe import card as card_module
 from kvconvert.convert.describe.card import write_card
 
 PROVENANCE = {
@@ -106,24 +107,45 @@ def test_a_licence_that_cannot_be_read_is_said_to_be_missing(metadata: str, tmp_
 
 
 def test_a_card_that_cannot_be_opened_is_said_to_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, **options: object) -> str:
+    def refuse(path: Path) -> BinaryIO:
         raise PermissionError(13, "Permission denied", str(path))
 
+    monkeypatch.setattr(card_module, "open_regular", refuse)
     source, target = tmp_path / "source", tmp_path / "target"
     for directory in (source, target):
         directory.mkdir()
     (source / "README.md").touch()
     (target / "config.json").write_text('{"model_type": "llama"}')
-    read = Path.read_text
-    monkeypatch.setattr(
-        Path, "read_text", lambda path, **options: (refuse if path.parent == source else read)(path, **options)
-    )
     write_card(source, target, PROVENANCE)
-    monkeypatch.undo()
     assert (
         "The original's model card could not be read (Permission denied), so no licence"
         in (target / "README.md").read_text()
     )
+
+
+def test_a_card_behind_a_link_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_text("---\nlicense: mit\n---\n")
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/README.md").symlink_to(tmp_path / "elsewhere")
+    inherited, problem = card_module._inherited(tmp_path / "source/README.md")
+    assert inherited == {}
+    assert problem is not None
+    assert problem.startswith("The original's model card could not be read (a link that leads out of the checkpoint)")
+
+
+def test_a_card_shows_names_as_text(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    write_card(tmp_path, tmp_path, PROVENANCE | {"source": "org/a\x1b[2J\nb\u202e"})
+    text = (tmp_path / "README.md").read_text()
+    assert "# org/a\\x1b[2J\\x0ab\\u202e, with a smaller K/V cache" in text
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+
+
+@pytest.mark.parametrize("licence", ["[[mit]]", "{a: b}", "3", '"\\e[2J"'])
+def test_a_licence_that_is_no_text_is_not_inherited(licence: str, tmp_path: Path) -> None:
+    card = card_after(f"---\nlicense: {licence}\nlanguage: en\n---\n", tmp_path)
+    assert (card.data.license, card.data.language) == (None, "en")
 
 
 def test_remote_code_runs_only_if_it_is_trusted(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,8 +11,11 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..errors import CheckpointError
 from ..runtime import RUNTIME_CLASSES
 from .files import copy_file
+from .input_files import is_file, leads_outside, open_regular
+from .json_files import read_json
 from .layout import WEIGHT_SUFFIXES
 from .manifest import PROVENANCE_NAME, FileDigest, digest_file
 from .output import CARD_NAME
@@ -25,6 +27,7 @@ _ADAPTER = "an adapter, which is not merged into the weights"
 _ATTENTION = "says how many heads the source has"
 _CODE = "code of the source's class"
 _HIDDEN = "hidden, of the repository"
+_LINK = "a link that leads out of the checkpoint"
 _MISSING = "named by modules.json, and not there"
 _TRAINING = "of a training run"
 _UNKNOWN = "not known to belong to the model"
@@ -59,7 +62,9 @@ _ATTENTION_KEYS = frozenset(
     {"num_attention_heads", "num_key_value_heads", "num_kv_heads", "multi_query", "num_query_groups", "n_query_groups"}
     | {"n_head", "n_heads", "n_head_kv", "n_kv_heads", "num_heads"}
 )
-_YAML_KEY = re.compile(r"^\s*(\w+)\s*:", re.MULTILINE)
+# of one line each: white space that may hold line breaks would be searched again from every line
+_YAML_KEY = re.compile(r"^[ \t]*(\w+)[ \t]*:", re.MULTILINE)
+_RELATIVE_IMPORT = re.compile(r"^[ \t]*(?:import[ \t]+\.(\S+)[ \t]*$|from[ \t]+\.(\S+)[ \t]+import)", re.MULTILINE)
 _LARGEST_CONFIG_BYTES = 2**20
 _LARGEST_CONFIG_KEYS = 500  # an object with more is a vocabulary
 _LOOKED_AT = 1000  # files of a directory, which may hold a data set
@@ -95,7 +100,8 @@ def find_companions(checkpoint: Checkpoint, *, same_attention: bool = False) -> 
 
     Left behind is what is untrue of a result: other weights, adapters, the state of a training run, the code of the
     source's class, and, unless the result has the `same_attention`, files that say how many heads the source has. So is
-    what kvconvert does not know to belong to the model. Raises CheckpointError where only headers were fetched.
+    what kvconvert does not know to belong to the model, and what a link leads to outside of it. Raises CheckpointError
+    where only headers were fetched.
     """
     source = checkpoint.directory
     weights = {info.file for info in checkpoint.tensors.values()}
@@ -107,7 +113,11 @@ def find_companions(checkpoint: Checkpoint, *, same_attention: bool = False) -> 
         if path.name in weights | _REPLACED or _is_index_of(path, weights):
             continue
         is_module = any(PurePosixPath(name).parts[0] == path.name for name in modules)
-        reason = None if is_module else _reason(path, code, same_attention=same_attention)
+        reason = _unsafe(path, source)
+        if reason is None and not is_module:
+            reason = _reason(path, code, same_attention=same_attention)
+        if reason is None and path.is_dir():
+            reason = _holds_unsafe(path, source)
         if reason is None:
             copied.append(path.name)
         else:
@@ -134,6 +144,23 @@ def link_companions(companions: Companions, target: Path) -> None:
         (target / name).symlink_to((companions.source / name).absolute())
 
 
+def _unsafe(path: Path, source: Path) -> str | None:
+    """Why a file or directory must not be copied, whatever it is called: it is not the checkpoint's, or never ends."""
+    if leads_outside(path, source) is not None:
+        return _LINK
+    return None if path.is_dir() or is_file(path) else _UNREADABLE
+
+
+def _holds_unsafe(folder: Path, source: Path) -> str | None:
+    """Why a directory must not be copied with all that is in it."""
+    for path in folder.rglob("*"):
+        is_loop = path.is_symlink() and path.is_dir()  # or might be one: copying would follow it
+        reason = "a link to a directory" if is_loop else _unsafe(path, source)
+        if reason is not None:
+            return f"holds {path.relative_to(folder)}, {reason}"
+    return None
+
+
 def _reason(path: Path, code: set[str], *, same_attention: bool) -> str | None:
     """Why a file or directory does not go with the weights, None if it does."""
     name = path.name
@@ -150,8 +177,6 @@ def _reason(path: Path, code: set[str], *, same_attention: bool) -> str | None:
             return None
         first = islice(path.rglob("*"), _LOOKED_AT)
         return _WEIGHTS if any(_matches(file.name, _WEIGHT_NAMES) for file in first) else _UNKNOWN
-    if not path.is_file():
-        return _UNREADABLE
     if name in code:
         return _CODE
     return _ATTENTION if not same_attention and _describes_attention(path) else None
@@ -221,29 +246,35 @@ def _auto_map_files(source: Path, config_name: str) -> set[str]:
 
 def _with_imports(source: Path, names: Iterable[str]) -> set[str]:
     """Files and all that they import from beside them, directly or not."""
-    from transformers.dynamic_module_utils import get_relative_imports
-
     found: set[str] = set()
     waiting = list(names)
     while waiting:
         name = waiting.pop()
-        if name not in found and (source / name).is_file():
+        if name not in found and is_file(source / name) and leads_outside(source / name, source) is None:
             found.add(name)
-            waiting += [f"{module}.py" for module in get_relative_imports(source / name)]
+            waiting += [f"{module}.py" for module in _relative_imports(source / name)]
     return found
 
 
+def _relative_imports(path: Path) -> set[str]:
+    """The modules beside a file of Python that it imports, as transformers looks for them."""
+    return {name for names in _RELATIVE_IMPORT.findall(_read_text(path)) for name in names if name}
+
+
 def _read_json(path: Path) -> Any:
-    """The content of a JSON file, None where there is none that can be read."""
+    """The content of a JSON file, None where there is none that can be read, or only behind a link to elsewhere."""
+    if leads_outside(path, path.parent) is not None:
+        return None
     try:
-        return json.loads(_read_text(path))
-    except ValueError:
+        return read_json(path)
+    except CheckpointError:
         return None
 
 
 def _read_text(path: Path) -> str:
-    """The text of a file, "" of one that cannot be read: copying it says why."""
+    """The beginning of a file as text, "" of one that cannot be read: copying it says why."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        with open_regular(path) as file:
+            return file.read(_LARGEST_CONFIG_BYTES).decode(errors="replace")
     except OSError:
         return ""

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import CheckpointError
+from .json_files import shortened
 from .tensors import CONFIG_NAME, INDEX_NAME, PICKLE_INDEX_NAME, PICKLE_NAME, WEIGHTS_NAME
 
 __all__ = ["WEIGHT_SUFFIXES", "Listing", "WeightFiles", "choose_weights", "goes_with_weights", "read_config"]
@@ -67,11 +68,17 @@ def read_config(listing: Listing) -> dict[str, Any]:
     versions = config.get("configuration_files")
     if versions is None:
         return config
+    if not isinstance(versions, list) or not all(isinstance(name, str) for name in versions):
+        raise CheckpointError(
+            f"{listing.place}: {CONFIG_NAME} has configuration_files = {shortened(versions)}, expected a list of names"
+        )
     from transformers.configuration_utils import get_configuration_file
 
     name = get_configuration_file(versions)
     if name == CONFIG_NAME:
         return {key: value for key, value in config.items() if key != "configuration_files"}
+    if not _is_below(name):
+        raise CheckpointError(f"{listing.place}: {CONFIG_NAME} names {shortened(name)}, which is not in that directory")
     if not listing.has(name):
         raise CheckpointError(f"{listing.place}: {name} is missing ({CONFIG_NAME} names it)", hint=_DOWNLOAD_AGAIN)
     return listing.read_json(name)
@@ -111,8 +118,22 @@ def _files_of(listing: Listing, name: str) -> WeightFiles:
         return WeightFiles((name,))
     weight_map = listing.read_json(name).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{listing.place}/{name}: weight_map is missing or empty")
-    return WeightFiles(tuple(sorted(set(map(str, weight_map.values())))), name, weight_map)
+        found = "" if weight_map is None else f" ({shortened(weight_map)})"
+        raise CheckpointError(f"{listing.place}/{name}: weight_map is missing or empty{found}")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or not _is_below(file):
+            raise CheckpointError(
+                f"{listing.place}/{name}: weight_map has {shortened(tensor)} in {shortened(file)}, expected the name "
+                "of a file of that directory",
+                hint=_DOWNLOAD_AGAIN,
+            )
+    return WeightFiles(tuple(sorted(set(weight_map.values()))), name, weight_map)
+
+
+def _is_below(name: str) -> bool:
+    """Whether a name leads to a file of the directory, or of a folder in it, where transformers takes them too."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not PurePosixPath(name).is_absolute() and ".." not in parts and "\\" not in name
 
 
 def _is_part_of(listing: Listing, name: str, chosen: WeightFiles) -> bool:
@@ -125,10 +146,10 @@ def _is_part_of(listing: Listing, name: str, chosen: WeightFiles) -> bool:
 
 def _named(listing: Listing, name: object) -> str:
     """The file that config.json names. Raises CheckpointError for what transformers would not take."""
-    said = f"{listing.place}: {CONFIG_NAME} has transformers_weights = {name!r}"
+    said = f"{listing.place}: {CONFIG_NAME} has transformers_weights = {shortened(name)}"
     if not isinstance(name, str) or not name.endswith((".safetensors", ".safetensors.index.json")):
         raise CheckpointError(f"{said}, which is no safetensors file and no index of some")
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+    if not _is_below(name):
         raise CheckpointError(f"{said}, which is not in that directory")
     if not listing.has(name):
         raise CheckpointError(f"{said}, and there is no such file", hint=_DOWNLOAD_AGAIN)

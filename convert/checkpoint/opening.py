@@ -3,54 +3,50 @@
 from __future__ import annotations
 
 import glob
-import json
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+import os
+import re
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from ..errors import CheckpointError, InputError, KvConvertError, UnsupportedError, first_line, is_out_of_memory
+from ..errors import CheckpointError, InputError, KvConvertError, is_out_of_memory
 from .foreign import cached_repository, explanation, file_explanation, wrapped_names
+from .headers import checked_info, load_pickle, pickled_info, read_header, require_fetched
 from .hub import hub_refusal, is_unreachable
+from .input_files import is_file, leads_outside, require_regular
+from .json_files import DEPTH_KEYS, check_values, read_object
 from .layout import WEIGHT_SUFFIXES, Listing, WeightFiles, choose_weights, goes_with_weights, read_config
+from .output import PROVENANCE_NAME
 from .quantisation import BITSANDBYTES, declared_method, quantised_refusal
 from .tensors import (
     CONFIG_NAME,
-    DTYPE_BYTES,
     INDEX_NAME,
+    PICKLE_INDEX_NAME,
     PICKLE_NAME,
-    TORCH_DTYPES,
     WEIGHTS_NAME,
     Checkpoint,
     TensorInfo,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from .tokenizer import TOKENIZER_FILES
 
 __all__ = ["open_checkpoint"]
 
 _NUM_CONNECTIONS = 8
-_LFS_BEGINNING = b"version https://git-lfs.github.com/spec/"
-
 _QUANTISATION_KEYS = ("quantization_config", "_pre_quantization_dtype")
-_OTHER_DTYPES = {
-    "bool": "BOOL",
-    "complex64": "C64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
-    "float8_e8m0fnu": "F8_E8M0",
-    **{f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
-    **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
-}
 _MISSING_DIRECTORY_HINT = (
     "give a directory that holds config.json and safetensors files, or a hub id such as org/name "
     "(set HF_HUB_OFFLINE=1 to use only what is in the local cache)"
+)
+
+_PUT_THE_FILE = (
+    "put the file itself there, or a hard link to it; a directory that is a link is read, and so are links within it "
+    "and into the hub's cache"
+)
+# what is read of a directory whenever it is there; transformers would wait for a named pipe
+_READ_NAMES = frozenset(
+    {CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME, PICKLE_NAME, PICKLE_INDEX_NAME}
+    | {"generation_config.json", "adapter_config.json", "modules.json", PROVENANCE_NAME, *TOKENIZER_FILES}
 )
 
 
@@ -64,8 +60,8 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, headers_o
     one tensor, and where the hub does not give the model: not found, no permission, no network.
     """
     name = str(model)
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = _path(model)
+    if os.path.isdir(path):  # noqa: PTH112, as Path.is_dir raises OSError for a name that is too long
         if revision is not None:
             raise InputError(
                 f"{name} is a directory, which has no revisions, and {revision!r} was asked for",
@@ -79,7 +75,7 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, headers_o
                 hint=f"give {repository}, which comes from the cache with HF_HUB_OFFLINE=1, or one of its snapshots",
             )
         return _open_directory(path, name)
-    if path.exists():
+    if os.path.exists(path):  # noqa: PTH110, as above
         known = file_explanation(path.name)
         if known is not None:
             raise CheckpointError(f"{name}: {known[0]}", hint=known[1])
@@ -87,6 +83,13 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, headers_o
     if not _looks_like_hub_id(name):
         raise CheckpointError(f"{name}: no such directory", hint=_MISSING_DIRECTORY_HINT)
     return _open_hub(name, revision, headers_only)
+
+
+def _path(model: str | Path) -> Path:
+    try:
+        return Path(model).expanduser()
+    except RuntimeError:  # there is no such user
+        return Path(model)
 
 
 def _open_directory(path: Path, name: str) -> Checkpoint:
@@ -98,12 +101,15 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
     if adapters and listing.has("adapter_config.json"):
         checkpoint.notes += (f"{adapters[0]} in {path}: an adapter that is not merged, and no part of what is read",)
     for file in weights.files:
+        _require_inside(path / file, path)
         checkpoint.size_on_disk_bytes += (path / file).stat().st_size
         if file.endswith(".safetensors"):
-            infos = list(_read_header(path / file, file))
+            infos = list(read_header(path / file, file))
         else:
-            checkpoint.pickled[file] = _load_pickle(path / file)
-            infos = [_info(tensor_name, tensor, file) for tensor_name, tensor in checkpoint.pickled[file].items()]
+            checkpoint.pickled[file] = load_pickle(path / file)
+            infos = [
+                pickled_info(tensor_name, tensor, file) for tensor_name, tensor in checkpoint.pickled[file].items()
+            ]
         for info in infos:
             _add(checkpoint, info)
     _check(checkpoint, weights, listing)
@@ -112,7 +118,9 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
 
 def _config(listing: Listing, folders: Iterable[str]) -> dict[str, Any]:
     if listing.has(CONFIG_NAME):
-        return read_config(listing)
+        config = read_config(listing)
+        check_values(config, f"{listing.place}: {CONFIG_NAME}")
+        return config
     what, hint = explanation(listing, folders) or (f"no {CONFIG_NAME}", _MISSING_DIRECTORY_HINT)
     raise CheckpointError(f"{listing.place}: {what}", hint=hint)
 
@@ -160,6 +168,7 @@ def _check(checkpoint: Checkpoint, weights: WeightFiles, listing: Listing) -> No
     if wrapped is not None:
         raise CheckpointError(f"{checkpoint.name}: {wrapped[0]}", hint=wrapped[1])
     _require_gathered(checkpoint)
+    _require_layers(checkpoint)
     _compare(checkpoint, weights)
     _judge_dtype(checkpoint, listing)
 
@@ -174,6 +183,20 @@ def _require_gathered(checkpoint: Checkpoint) -> None:
             hint="DeepSpeed ZeRO-3 leaves sharded weights so: gather them with its zero_to_fp32.py, or save them with "
             "stage3_gather_16bit_weights_on_model_save",
         )
+
+
+def _require_layers(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError where config.json says more layers than there are tensors, before anybody builds them."""
+    sections = (checkpoint.config, checkpoint.config.get("text_config"))
+    num_tensors = len(checkpoint.tensors)
+    found = [item for section in sections if isinstance(section, dict) for item in section.items()]
+    for key, number in found:
+        if re.fullmatch(DEPTH_KEYS, key) and isinstance(number, int) and number > num_tensors:
+            raise CheckpointError(
+                f"{checkpoint.name}: {CONFIG_NAME} has {key} = {number}, and there are {num_tensors} tensors, of "
+                "which every layer needs one at least",
+                hint="config.json and the weights belong to different models, or one of them was edited",
+            )
 
 
 def _compare(checkpoint: Checkpoint, weights: WeightFiles) -> None:
@@ -213,79 +236,34 @@ def _local_listing(path: Path) -> tuple[Listing, list[str]]:
         entries = list(path.iterdir())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})", hint="check its permissions") from error
+
+    def read(name: str) -> dict[str, Any]:
+        _require_inside(path / name, path)
+        return _read_json(path / name)
+
     names = frozenset(entry.name for entry in entries if entry.is_file())
-    listing = Listing(str(path), names, lambda name: (path / name).is_file(), lambda name: _read_json(path / name))
-    return listing, [entry.name for entry in entries if entry.is_dir()]
+    _require_readable(path, entries)
+    return Listing(str(path), names, lambda name: is_file(path / name), read), [
+        entry.name for entry in entries if entry.is_dir()
+    ]
 
 
-def _load_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pytorch_model.bin, mapped, not read. Code in the pickle is refused, never run."""
-    import torch
-
-    _require_fetched(path)
-    try:
-        is_zip = zipfile.is_zipfile(path)  # torch before 1.6 wrote a format that cannot be mapped
-        state = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
-    except Exception as error:  # zip, pickle and torch each have errors of their own
-        if is_out_of_memory(error):
-            raise
-        raise CheckpointError(
-            f"{path}: not a file of tensors that torch reads without running code ({first_line(error)[:200]})",
-            hint="download it again, or save the model as safetensors",
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise CheckpointError(f"{path}: holds something else than named tensors")
-    return state
+def _require_readable(path: Path, entries: Iterable[Path]) -> None:
+    """Raise CheckpointError where a name that is always read is no regular file, or leads out of the checkpoint."""
+    for entry in sorted(entries):
+        if entry.name in _READ_NAMES and not entry.is_dir():
+            _require_inside(entry, path)
+            try:
+                require_regular(entry)
+            except OSError as error:
+                raise CheckpointError(f"{entry}: cannot be read ({error.strerror})", hint=_PUT_THE_FILE) from error
 
 
-def _info(name: str, tensor: Tensor, file: str) -> TensorInfo:
-    dtypes = {torch_name: name for name, torch_name in TORCH_DTYPES.items()} | _OTHER_DTYPES
-    dtype = dtypes.get(str(tensor.dtype).removeprefix("torch."))
-    if dtype is None:
-        raise UnsupportedError(f"{name} has dtype {tensor.dtype}, which safetensors cannot hold ({file})")
-    return TensorInfo(name, dtype, tuple(tensor.shape), file, 0, tensor.nbytes)
-
-
-def _read_header(path: Path, name: str) -> Iterator[TensorInfo]:
-    """Tensor infos of one safetensors file, in file order; safetensors itself validates header and length."""
-    _require_fetched(path)
-    try:
-        with safe_open(path, framework="numpy"):
-            pass
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(header_bytes))
-    except PermissionError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})", hint="check its permissions") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        strange = _strange_dtype(path)
-        if strange is not None:
-            raise CheckpointError(
-                f"{path}: {strange[0]} has dtype {strange[1]!r}, which safetensors does not have",
-                hint="save the model again without it, or with a newer version of what wrote it",
-            ) from error
-        raise CheckpointError(
-            f"{path}: not a valid safetensors file, or truncated ({first_line(error)})",
-            hint="download the file again",
-        ) from error
-    header.pop("__metadata__", None)
-    for tensor, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, end = entry["data_offsets"]
-        start = 8 + header_bytes
-        yield TensorInfo(tensor, entry["dtype"], tuple(entry["shape"]), name, start + begin, start + end)
-
-
-def _strange_dtype(path: Path) -> tuple[str, object] | None:
-    """A tensor in the header of a file that safetensors refused, and its dtype, if that is none of safetensors'."""
-    try:
-        with path.open("rb") as file:
-            num_bytes = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(num_bytes, path.stat().st_size)))
-        dtypes = {name: entry.get("dtype") for name, entry in header.items() if name != "__metadata__"}
-    except (OSError, ValueError, AttributeError):
-        return None
-    known = {*DTYPE_BYTES, "F4", "F6_E2M3", "F6_E3M2"}
-    return next(((name, dtype) for name, dtype in dtypes.items() if dtype not in known), None)
+def _require_inside(file: Path, directory: Path) -> None:
+    """Raise CheckpointError for a link that leads out of the checkpoint: what a result holds is in its source."""
+    outside = leads_outside(file, directory)
+    if outside is not None:
+        raise CheckpointError(f"{file}: a link to {outside}, outside of the checkpoint", hint=_PUT_THE_FILE)
 
 
 def _open_hub(repo_id: str, revision: str | None, headers_only: bool) -> Checkpoint:
@@ -347,7 +325,7 @@ def _read_remote_headers(checkpoint: Checkpoint, weights: WeightFiles, revision:
     with ThreadPoolExecutor(max_workers=_NUM_CONNECTIONS) as pool:
         for file, metadata in zip(weights.files, pool.map(header, weights.files), strict=True):
             for name, info in metadata.tensors.items():
-                _add(checkpoint, TensorInfo(name, info.dtype, tuple(info.shape), file, *info.data_offsets))
+                _add(checkpoint, checked_info(name, info.dtype, info.shape, info.data_offsets, file))
     checkpoint.size_on_disk_bytes = sum(info.num_bytes for info in checkpoint.tensors.values())
     return checkpoint
 
@@ -357,26 +335,6 @@ def _looks_like_hub_id(name: str) -> bool:
     return len(parts) <= 2 and all(parts) and not name.startswith((".", "/", "~")) and "\\" not in name
 
 
-def _require_fetched(path: Path) -> None:
-    """Raise CheckpointError for what Git leaves in place of a large file that was not fetched."""
-    try:
-        with path.open("rb") as file:
-            is_pointer = file.read(len(_LFS_BEGINNING)) == _LFS_BEGINNING
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})", hint="check its permissions") from error
-    if is_pointer:
-        raise CheckpointError(
-            f"{path}: a pointer of Git LFS ({path.stat().st_size} bytes), not the file itself",
-            hint=f"fetch the files with `git lfs pull` in {path.parent}, or download the model with `hf download`",
-        )
-
-
 def _read_json(path: Path) -> dict[str, Any]:
-    _require_fetched(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({first_line(error)})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return content
+    require_fetched(path)
+    return read_object(path)

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError, in_one_line, is_out_of_memory
+from ..errors import CheckpointError, DataError, in_one_line, is_out_of_memory
+from .input_files import NotRegularError, require_regular
+from .json_files import read_object
 from .remote_code import remote_code_allowed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TokenIdCheck", "has_tokenizer", "load_tokenizer", "open_tokenizer", "vocabulary_size"]
+__all__ = [
+    "TOKENIZER_FILES",
+    "TokenIdCheck",
+    "has_tokenizer",
+    "load_tokenizer",
+    "open_tokenizer",
+    "tokenizer_errors",
+    "vocabulary_size",
+]
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -28,6 +38,13 @@ _TOKENIZER_FILES = (
     "tokenizer.tiktoken",
     "qwen.tiktoken",
 )
+# with what else transformers reads of one
+TOKENIZER_FILES = frozenset(
+    {*_TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"}
+    | {"chat_template.jinja", "chat_template.json", "processor_config.json"}
+)
+_MAX_ID = 2**31
+_READ_SUFFIXES = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
 
 
 @dataclass(frozen=True)
@@ -90,13 +107,14 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     only if the tokenizer puts this very token before a text. Raises DataError as `open_tokenizer` does.
     """
     tokenizer = open_tokenizer(model)
-    if tokenizer.special_tokens_map.get("eos_token") is None:
-        tokens = tokenizer.convert_ids_to_tokens(_configured_ids(model, "eos_token_id"))
-        tokenizer.eos_token = next((token for token in tokens if token is not None), None)
-    if tokenizer.special_tokens_map.get("bos_token") is None:
-        begins = tokenizer("a")["input_ids"][:1]
-        if begins and begins[0] in _configured_ids(model, "bos_token_id"):
-            tokenizer.bos_token = tokenizer.convert_ids_to_tokens(begins[0])
+    with tokenizer_errors(f"{model}: the tokenizer is of no use"):
+        if tokenizer.special_tokens_map.get("eos_token") is None:
+            tokens = tokenizer.convert_ids_to_tokens(_configured_ids(model, "eos_token_id"))
+            tokenizer.eos_token = next((token for token in tokens if token is not None), None)
+        if tokenizer.special_tokens_map.get("bos_token") is None:
+            begins = tokenizer("a")["input_ids"][:1]
+            if begins and begins[0] in _configured_ids(model, "bos_token_id"):
+                tokenizer.bos_token = tokenizer.convert_ids_to_tokens(begins[0])
     return tokenizer
 
 
@@ -108,18 +126,46 @@ def open_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     directory = Path(model)
-    if directory.is_dir() and not has_tokenizer(directory):
-        raise DataError(
-            f"{model}: no tokenizer ({', '.join(_TOKENIZER_FILES[:3])} …) beside the weights",
-            hint="copy the tokenizer files of the original model into this directory",
-        )
-    try:
+    if directory.is_dir():
+        if not has_tokenizer(directory):
+            raise DataError(
+                f"{model}: no tokenizer ({', '.join(_TOKENIZER_FILES[:3])} …) beside the weights",
+                hint="copy the tokenizer files of the original model into this directory",
+            )
+        _require_regular(directory)
+    with tokenizer_errors(f"{model}: the tokenizer cannot be loaded"):
         place = directory if directory.is_dir() else str(model)
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=remote_code_allowed())
-    except Exception as error:  # the files of a tokenizer can be wrong in more ways than its library has words for
-        if is_out_of_memory(error):
+        opened: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, trust_remote_code=remote_code_allowed())
+    return opened
+
+
+@contextmanager
+def tokenizer_errors(what: str) -> Iterator[None]:
+    """Raise DataError for whatever a tokenizer's library raises: files are wrong in more ways than it has words for.
+
+    A panic of the tokenizers library, which Python does not count among its exceptions, is one of these errors.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"
+        if is_out_of_memory(error) or not (is_panic or isinstance(error, Exception)):
             raise
-        raise DataError(f"{model}: the tokenizer cannot be loaded ({in_one_line(error)})") from error
+        raise DataError(f"{what} ({in_one_line(error)})") from error
+
+
+def _require_regular(directory: Path) -> None:
+    """Raise DataError where what a tokenizer may be read from is no regular file, which transformers would wait for."""
+    for path in sorted(directory.iterdir()):
+        try:
+            if not path.is_dir() and path.suffix in _READ_SUFFIXES:
+                require_regular(path)
+        except NotRegularError as error:
+            raise DataError(f"{path}: {error.strerror}", hint="put the file itself there, or remove it") from error
+        except OSError:  # a link that leads nowhere, which transformers does not find either
+            continue
 
 
 def _configured_ids(model: str | Path, key: str) -> list[int]:
@@ -130,7 +176,7 @@ def _configured_ids(model: str | Path, key: str) -> list[int]:
         section = config.get("text_config")
         value = config.get(key, section.get(key) if isinstance(section, dict) else None)
         ids = value if isinstance(value, list) else [value]
-        found += [number for number in ids if isinstance(number, int) and number >= 0]
+        found += [number for number in ids if type(number) is int and 0 <= number < _MAX_ID]
     return found
 
 
@@ -140,12 +186,14 @@ def vocabulary_size(model: str | Path) -> int | None:
 
     config = _read_config(model, "config.json")
     for section in (config, config.get("text_config")):
-        if isinstance(section, dict) and isinstance(section.get("vocab_size"), int):
+        if isinstance(section, dict) and type(section.get("vocab_size")) is int:
             return int(section["vocab_size"])
     try:
         loaded = AutoConfig.from_pretrained(model, trust_remote_code=remote_code_allowed())
         return int(loaded.get_text_config().vocab_size)
-    except (AttributeError, OSError, ValueError):
+    except Exception as error:  # a config can be wrong in more ways than transformers has words for
+        if is_out_of_memory(error):
+            raise
         return None
 
 
@@ -155,7 +203,6 @@ def _read_config(model: str | Path, name: str) -> dict[str, Any]:
 
     try:
         path = cached_file(str(model), name, _raise_exceptions_for_missing_entries=False)
-        content = json.loads(Path(path).read_text(encoding="utf-8")) if path is not None else {}
-    except (OSError, ValueError):
+        return {} if path is None else read_object(Path(path))
+    except (CheckpointError, OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}

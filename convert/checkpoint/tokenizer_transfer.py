@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, DataError, in_one_line, is_out_of_memory
+from ..errors import CheckpointError, DataError
 from .files import write_text
+from .json_files import read_object
 from .loading import quiet_transformers
-from .tokenizer import has_tokenizer, open_tokenizer
+from .tokenizer import has_tokenizer, open_tokenizer, tokenizer_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,7 +68,7 @@ def transfer_tokenizer(source: Path, target: Path, *, name: str) -> str | None:
 def _ways(tokenizer: PreTrainedTokenizerBase, target: Path) -> Iterator[Callable[[], object]]:
     """What may be written into `target` to get this tokenizer, the way that changes least first."""
     path = target / _CONFIG_NAME
-    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    config = read_object(path) if path.exists() else {}
     if "tokenizer_class" in config:
         yield lambda: None
     backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
@@ -109,14 +110,10 @@ def _difference(expected: Mapping[str, Any], target: Path, texts: tuple[str, ...
 
 def _behaviour(tokenizer: PreTrainedTokenizerBase, texts: tuple[str, ...]) -> dict[str, Any]:
     """What a tokenizer does, by the name of each part. Raises DataError where it cannot encode."""
-    try:
+    with tokenizer_errors("the tokenizer cannot encode a text"):
         plain = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         encoded = [dict(tokenizer(text)) for text in texts]
         decoded = [tokenizer.decode(ids) for ids in plain]
-    except Exception as error:  # a tokenizer can be wrong in more ways than its library has words for
-        if is_out_of_memory(error):
-            raise
-        raise DataError(f"the tokenizer cannot encode a text ({in_one_line(error)})") from error
     return {
         "encoding of text": plain,
         "encoding of text with special tokens": encoded,

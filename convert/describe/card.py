@@ -10,15 +10,20 @@ from typing import Any
 
 from ..architectures.table import known_architecture
 from ..checkpoint.files import write_text
+from ..checkpoint.input_files import leads_outside, open_regular
 from ..checkpoint.output import CARD_NAME
 from ..checkpoint.tensors import CONFIG_NAME
+from ..printable import printable
 from ..runtime import RUNTIME_CLASSES
 from .engines import engines_line, serving
 
 __all__ = ["write_card"]
 
 _INHERITED = ("license", "license_name", "license_link", "language", "datasets")  # of the source's card
-_METADATA = re.compile(r"\A\s*---\s*\n(.*?)^---\s*$", re.DOTALL | re.MULTILINE)
+_METADATA = re.compile(r"\A\s*---[ \t]*\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
+_MAX_CARD_BYTES = 2**20
+_MAX_METADATA = 2**18  # characters; the parser of YAML takes a second for a hundred thousand
+_MAX_ENTRIES = 1000
 _ENTRY = re.compile(r"^(?=[A-Za-z_][\w-]*\s*:)", re.MULTILINE)  # where a key of the outermost level begins
 
 
@@ -32,7 +37,7 @@ def write_card(source: Path, target: Path, provenance: Mapping[str, Any]) -> Non
     from huggingface_hub import ModelCardData
 
     config = json.loads((target / CONFIG_NAME).read_text(encoding="utf-8"))
-    name = str(provenance.get("source", source.name))
+    name = printable(str(provenance.get("source", source.name)))
     inherited, problem = _inherited(source / CARD_NAME)
     data = ModelCardData(
         base_model=name if "/" in name else None,
@@ -45,22 +50,32 @@ def write_card(source: Path, target: Path, provenance: Mapping[str, Any]) -> Non
 
 def _inherited(card: Path) -> tuple[dict[str, Any], str | None]:
     """What the source's card declares of licence, language and datasets, and a sentence where not all could be read."""
-    if not card.is_file():
+    if not card.exists():
         return {}, None
+    if leads_outside(card, card.parent) is not None:
+        return {}, _unread("The original's model card could not be read (a link that leads out of the checkpoint)", {})
     try:
-        text = card.read_text(encoding="utf-8", errors="replace")
+        with open_regular(card) as file:
+            text = file.read(_MAX_CARD_BYTES).decode(errors="replace").replace("\r\n", "\n")
     except OSError as error:
         return {}, _unread(f"The original's model card could not be read ({error.strerror})", {})
     block = _METADATA.match(text)
     if block is None:
         return {}, None
-    declared = _parsed(block[1])
+    declared = _parsed(block[1]) if len(block[1]) <= _MAX_METADATA else None
     if declared is not None:
-        return {key: declared[key] for key in _INHERITED if key in declared}, None
+        return {key: declared[key] for key in _INHERITED if _is_plain(declared.get(key))}, None
     # one wrong entry makes the whole unreadable: each is read by itself
-    entries = [entry for entry in map(_parsed, _ENTRY.split(block[1])) if entry]
-    found = {key: entry[key] for key in _INHERITED for entry in entries if key in entry}
+    named = [entry for entry in _ENTRY.split(block[1]) if entry.startswith(_INHERITED) and len(entry) <= _MAX_METADATA]
+    entries = [entry for entry in map(_parsed, named[:_MAX_ENTRIES]) if entry]
+    found = {key: entry[key] for key in _INHERITED for entry in entries if _is_plain(entry.get(key))}
     return found, _unread("The metadata of the original's model card could not be read as a whole", found)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is what a licence, a language or a data set is called: a short text, or some of them."""
+    texts = value if isinstance(value, list) else [value]
+    return len(texts) <= _MAX_ENTRIES and all(isinstance(text, str) and printable(text) == text for text in texts)
 
 
 def _parsed(metadata: str) -> dict[str, Any] | None:
@@ -109,7 +124,7 @@ def _text(name: str, config: Mapping[str, Any], provenance: Mapping[str, Any], p
         lines += [problem, ""]
     if architecture is not None:
         lines += [f"Served by: {engines_line(serving(model_type, config))}.", ""]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _changes(provenance: Mapping[str, Any]) -> list[str]:

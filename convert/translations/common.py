@@ -60,8 +60,11 @@ def present_prefix(checkpoint: Checkpoint, prefix: str, name: str) -> str:
 
 
 def same(checkpoint: Checkpoint, name: str, compute: Compute | None = None) -> Derived:
-    """Return a tensor of the source, unchanged or changed by a `compute` that keeps its shape."""
-    return Derived((name,), checkpoint.tensors[name].shape if name in checkpoint.tensors else (1,), compute)
+    """Return a tensor of the source, unchanged or changed by a `compute` that keeps its shape.
+
+    One that the source lacks gets the shape of a matrix, and is missed where the checkpoint is checked.
+    """
+    return Derived((name,), checkpoint.tensors[name].shape if name in checkpoint.tensors else (1, 1), compute)
 
 
 def linear(
