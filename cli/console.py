@@ -8,14 +8,19 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["Terminal", "human_bytes", "human_count", "show_left_behind"]
+from ..convert.errors import OutputError
+from ..convert.printable import printable
 
+__all__ = ["Terminal", "human_bytes", "human_count", "say", "show_left_behind", "stdout_errors"]
+
+_NOBODY_READS = 141  # as of a program that SIGPIPE ends
 _SECONDS_BETWEEN_LINES = 10.0
 _NAMES_OF_A_LINE = 6
 
@@ -33,17 +38,21 @@ class Terminal:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         self.as_json = as_json
         self.quiet = quiet
-        self.results = Console(highlight=False, soft_wrap=True, markup=False)
-        self.remarks = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, quiet=quiet)
+        self.results = _Results(highlight=False, soft_wrap=True, markup=False)
+        self.remarks = _Remarks(stderr=True, highlight=False, soft_wrap=True, markup=False, quiet=quiet)
 
     def result(self, data: dict[str, Any], show: Callable[[Console], object]) -> None:
-        """Print the result once, as JSON or as `show` draws it."""
+        """Print the result once, as JSON or as `show` draws it. Raises as `stdout_errors` does.
+
+        JSON is of ASCII, so that no terminal obeys what is in a name, and a reader finds the name as it is.
+        """
         if not self.is_first_process:
             return
-        if self.as_json:
-            sys.stdout.write(json.dumps(_json_ready(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-        else:
-            show(self.results)
+        with stdout_errors():
+            if not self.as_json:
+                show(self.results)
+            elif sys.stdout is not None:  # else it was closed before the command began
+                sys.stdout.write(json.dumps(_json_ready(data), indent=2, allow_nan=False) + "\n")
 
     def remark(self, text: str) -> None:
         self.remarks.print(text)
@@ -55,7 +64,7 @@ class Terminal:
             yield lambda count: None
         elif self.remarks.is_terminal:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TaskProgressColumn(),
                 TimeElapsedColumn(),
@@ -66,6 +75,64 @@ class Terminal:
                 yield lambda count: bar.advance(task, count)
         else:
             yield _PlainProgress(self.remarks, description, total)
+
+
+class _Results(Console):
+    """Prints lines as a terminal may show them, and leaves errors of stdout to `stdout_errors`."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(printable(each) if isinstance(each, str) else each for each in objects), **options)
+
+    def on_broken_pipe(self) -> None:
+        raise  # rich calls it where it has caught the error
+
+
+class _Remarks(_Results):
+    """Drops what cannot be printed: no conversion ends for a remark."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            self.quiet = True
+
+
+@contextmanager
+def stdout_errors() -> Iterator[None]:
+    """Write to stdout inside the block, and find out there whether it can be written.
+
+    Raises typer.Exit with 141, as SIGPIPE gives, where nobody reads any more, and OutputError where it is full.
+    """
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        _discard_stdout()
+        raise typer.Exit(_NOBODY_READS) from error
+    except OSError as error:
+        if error.filename is not None:  # of a file
+            raise
+        _discard_stdout()
+        raise OutputError(
+            f"what the command prints cannot be written ({error.strerror})",
+            hint="all else is done, and complete; print to another place",
+        ) from error
+
+
+def _discard_stdout() -> None:
+    """Let what is still held go nowhere, since Python would write it once more when it ends."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def say(line: str) -> None:
+    """Print a line on stderr, if there is one that takes it."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(printable(line), file=sys.stderr, flush=True)
 
 
 class _PlainProgress:

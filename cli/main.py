@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 import traceback
@@ -15,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..convert.errors import InputError, KvConvertError, first_line, is_out_of_memory
+from .console import say, stdout_errors
 from .demo import demo
 from .evaluate import evaluate
 from .inspect import inspect
@@ -34,6 +36,13 @@ _TERMINATED = 143
 
 class _Commands(TyperGroup):
     """Turns errors into one line on stderr, an optional hint, and the documented exit code."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):  # an arrow in a message is no reason to fail
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        with _errors_for_people(debug=False, flags=list), stdout_errors():  # of --help and --version
+            return super().make_context(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
         with _errors_for_people(debug=bool(ctx.params.get("debug")), flags=lambda names: self._flags(ctx, names)):
@@ -86,8 +95,9 @@ def _errors_for_people(*, debug: bool, flags: Callable[[Sequence[str]], list[str
         _fail("interrupted", None, _INTERRUPTED, debug)
     except (typer.Exit, typer.Abort, SystemExit):
         raise
-    except Exception as error:
-        if _is_usage_error(error):
+    except BaseException as error:
+        # a panic in a library of Rust is none of Python's exceptions
+        if _is_usage_error(error) or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
         if is_out_of_memory(error):
             during = " ".join(["", *getattr(error, "__notes__", [])])
@@ -111,7 +121,7 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(_TERMINATED)
 
 
-def _is_usage_error(error: Exception) -> bool:
+def _is_usage_error(error: BaseException) -> bool:
     """Whether typer itself knows how to show it: a wrong option, a missing argument."""
     return hasattr(error, "exit_code") and hasattr(error, "show")
 
@@ -119,7 +129,7 @@ def _is_usage_error(error: Exception) -> bool:
 def _fail(message: str, hint: str | None, exit_code: int, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    say(f"error: {' '.join(message.split())}")
     if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+        say(f"hint: {' '.join(hint.split())}")
     raise typer.Exit(exit_code)

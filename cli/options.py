@@ -15,6 +15,7 @@ from typing_extensions import Doc
 
 from ..convert.checkpoint.remote_code import allow_remote_code
 from ..convert.device import default_precision
+from .console import stdout_errors
 
 __all__ = [
     "BatchSize",
@@ -97,6 +98,10 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Sequences per forward pass.
 
 class Command(TyperCommand):
     """Its help lists options in groups, each under the name of its panel."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with stdout_errors():  # of --help
+            return super().make_context(*arguments, **options)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
