@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -371,7 +372,9 @@ _REFUSALS = {
 _OPENS = """
 import json, sys
 from kvconvert.convert import open_checkpoint
+from kvconvert.convert.checkpoint import hub, opening
 from kvconvert.convert.errors import CheckpointError
+exec(sys.argv[2])
 said = {}
 for name, headers_only in json.loads(sys.argv[1]):
     try:
@@ -382,17 +385,21 @@ print(json.dumps(said))
 """
 
 
-def opened_in_a_process(names: Iterable[str], **environment: str) -> dict[str, tuple[str, str]]:
-    """What opening these hub ids says, by headers only and whole; the hub's address is read when a process starts."""
+def opened_in_a_process(names: Iterable[str], before: str = "", **environment: str) -> dict[str, tuple[str, str]]:
+    """What opening these hub ids says, by headers only and whole, and nothing else.
+
+    In a process of its own, since the hub's address is read when one starts; `before` is run there first.
+    """
     asked = json.dumps([(name, headers_only) for name in names for headers_only in (True, False)])
     outcome = subprocess.run(
-        [sys.executable, "-c", _OPENS, asked],
+        [sys.executable, "-c", _OPENS, asked, before],
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "0", **environment},
         check=False,
     )
     assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stderr == ""
     return {name: (message, hint) for name, (message, hint) in json.loads(outcome.stdout).items()}
 
 
@@ -420,6 +427,16 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
     for message, hint in said.values():
         assert re.fullmatch(r"org/any: the hub cannot be reached \(.*\); there is no directory of .*", message)
         assert hint.startswith("check the network")
+
+
+def test_a_hub_that_does_not_answer(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections and says nothing
+        environment = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"}
+        said = opened_in_a_process(
+            ["org/any"], before="hub.ANSWER_SECONDS = opening.ANSWER_SECONDS = 0.1", **environment
+        )
+    for message, _ in said.values():
+        assert message.startswith("org/any: the hub cannot be reached (no answer within 0.1 s); ")
 
 
 def test_a_hub_id_that_is_not_cached_fails_offline(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ..errors import first_line
 
-__all__ = ["hub_refusal", "is_final_refusal", "is_unreachable"]
+__all__ = ["ANSWER_SECONDS", "hub_refusal", "is_final_refusal", "is_unreachable", "quiet_hub"]
+
+ANSWER_SECONDS = 10.0  # without an answer, after which the hub counts as out of reach
 
 _ACCESS_HINT = "ask for access on its page, and log in with `hf auth login` or set HF_TOKEN"
 # huggingface_hub's classes, the more special ones first: what each means, and what to do
@@ -44,11 +47,28 @@ def hub_refusal(error: BaseException, kind: str, revision: str | None = None) ->
     if status is not None:
         return _meaning_of(status, kind, first_line(error))
     if is_unreachable(error):
+        silent = any(_is_timeout(cause) for cause in causes)
+        why = f"no answer within {ANSWER_SECONDS:g} s" if silent else first_line(causes[-1])
         return (
-            f"the hub cannot be reached ({first_line(causes[-1])})",
+            f"the hub cannot be reached ({why})",
             "check the network and its proxy, or bring it into the cache of this machine",
         )
     return f"the hub did not give it ({first_line(error)})", None
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Keep what huggingface_hub says of retries off stderr inside the block: callers say what came of them."""
+    import logging as levels
+
+    from huggingface_hub.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(levels.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def is_unreachable(error: BaseException) -> bool:
@@ -92,3 +112,8 @@ def _is_network(error: BaseException) -> bool:
     """Whether no answer came. The HTTP library's classes are known by name: huggingface_hub changes that library."""
     names = {base.__name__ for base in type(error).__mro__}
     return isinstance(error, ConnectionError | TimeoutError) or bool(names & {"TransportError", "ConnectionError"})
+
+
+def _is_timeout(error: BaseException) -> bool:
+    names = {base.__name__ for base in type(error).__mro__}
+    return isinstance(error, TimeoutError) or bool(names & {"TimeoutException", "Timeout"})

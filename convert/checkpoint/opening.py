@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import CheckpointError, InputError, KvConvertError, is_out_of_memory
 from .foreign import cached_repository, explanation, file_explanation, wrapped_names
 from .headers import checked_info, load_pickle, pickled_info, read_header, require_fetched
-from .hub import hub_refusal, is_unreachable
+from .hub import ANSWER_SECONDS, hub_refusal, is_unreachable, quiet_hub
 from .input_files import is_file, leads_outside, require_regular
 from .json_files import DEPTH_KEYS, check_values, read_object
 from .layout import WEIGHT_SUFFIXES, Listing, WeightFiles, choose_weights, goes_with_weights, read_config
@@ -82,7 +82,8 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None, headers_o
         raise CheckpointError(f"{name} is a file, not a checkpoint directory", hint=_MISSING_DIRECTORY_HINT)
     if not _looks_like_hub_id(name):
         raise CheckpointError(f"{name}: no such directory", hint=_MISSING_DIRECTORY_HINT)
-    return _open_hub(name, revision, headers_only)
+    with quiet_hub():
+        return _open_hub(name, revision, headers_only)
 
 
 def _path(model: str | Path) -> Path:
@@ -275,7 +276,7 @@ def _open_hub(repo_id: str, revision: str | None, headers_only: bool) -> Checkpo
     try:
         if constants.HF_HUB_OFFLINE:  # where snapshot_download would miss the files that nobody wanted
             return _open_cached(Path(hf_hub_download(repo_id, CONFIG_NAME, revision=revision)).parent, repo_id)
-        info = HfApi().model_info(repo_id, revision=revision)
+        info = HfApi().model_info(repo_id, revision=revision, timeout=ANSWER_SECONDS)
         names = frozenset(file.rfilename for file in info.siblings or [])
         listing = Listing(repo_id, names, names.__contains__, read_json)
         folders = {name.partition("/")[0] for name in names if "/" in name}

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.hub import hub_refusal, is_final_refusal
+from ..checkpoint.hub import ANSWER_SECONDS, hub_refusal, is_final_refusal, quiet_hub
 from ..errors import DataError, first_line, is_out_of_memory
 from .formats import file_kind
 from .sources import TextSource
@@ -18,7 +18,6 @@ __all__ = ["check_dataset", "is_dataset_name", "pin_revision", "read_dataset_row
 _NAME = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
 # endings of files, which no name of a dataset has
 _ENDING = re.compile(r"\.(gz|zst|xz|bz2|zip|tar|csv|tsv|html?|xml|ya?ml|pdf|bin|npy|text|log)", re.IGNORECASE)
-_SECONDS = 10
 
 
 def is_dataset_name(location: str) -> bool:
@@ -33,7 +32,7 @@ def check_dataset(source: TextSource) -> None:
     from huggingface_hub import HfApi
 
     try:
-        HfApi().dataset_info(source.location, revision=source.revision, timeout=_SECONDS)
+        HfApi().dataset_info(source.location, revision=source.revision, timeout=ANSWER_SECONDS)
     except Exception as error:  # the HTTP library behind the hub has errors of its own
         if is_out_of_memory(error):
             raise
@@ -52,7 +51,8 @@ def pin_revision(source: TextSource, *, remark: Callable[[str], object] = lambda
     from huggingface_hub import HfApi
 
     try:
-        return replace(source, revision=HfApi().dataset_info(source.location, revision=source.revision).sha)
+        info = HfApi().dataset_info(source.location, revision=source.revision, timeout=ANSWER_SECONDS)
+        return replace(source, revision=info.sha)
     except Exception as error:  # as above
         if is_out_of_memory(error):
             raise
@@ -66,10 +66,11 @@ def read_dataset_rows(source: TextSource) -> Iterator[tuple[str, Any]]:
     import datasets
 
     try:
-        dataset: Any = datasets.load_dataset(
-            source.location, source.config, split=source.chosen_split, revision=source.revision, streaming=True
-        )
-        rows = iter(dataset)
+        with quiet_hub():
+            dataset: Any = datasets.load_dataset(
+                source.location, source.config, split=source.chosen_split, revision=source.revision, streaming=True
+            )
+            rows = iter(dataset)
     except Exception as error:
         raise _unreadable(source, error) from error
     number = 0
