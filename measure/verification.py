@@ -18,7 +18,7 @@ from ..convert.checkpoint.opening import open_checkpoint
 from ..convert.checkpoint.source_files import digest_source_file, weight_files
 from ..convert.checkpoint.tensors import Checkpoint, tensor_bytes
 from ..convert.checkpoint.tokenizer import load_tokenizer
-from ..convert.errors import CheckpointError, DataError, InputError, in_one_line
+from ..convert.errors import CheckpointError, DataError, InputError
 from ..convert.plan import operation_from_json
 from ..convert.translations.routes import translated
 
@@ -238,10 +238,7 @@ class _Subject:
 
 def _record(directory: Path) -> dict[str, Any]:
     hint = "only what kvconvert wrote can be verified; convert it again if an earlier version did"
-    try:
-        record = read_provenance(directory)
-    except ValueError as error:
-        raise CheckpointError(f"{directory / PROVENANCE_NAME}: cannot be read ({in_one_line(error)})") from error
+    record = read_provenance(directory)
     if listed_files(record) is None:
         what = "lists no files" if record else "there is none"
         raise CheckpointError(f"{directory / PROVENANCE_NAME}: {what}", hint=hint)

@@ -14,7 +14,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from ..errors import CheckpointError
 from .files import write_text
+from .json_files import read_object
 
 __all__ = [
     "PROVENANCE_NAME",
@@ -50,9 +52,12 @@ class FileDigest:
 
 
 def read_provenance(directory: Path) -> dict[str, Any]:
-    """Return the content of kvconvert.json, which says how a checkpoint was made; {} for one without the file."""
+    """Return the content of kvconvert.json, which says how a checkpoint was made; {} for one without the file.
+
+    Raises CheckpointError for a file that holds no JSON object.
+    """
     path = directory / PROVENANCE_NAME
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    return read_object(path) if path.exists() else {}
 
 
 def write_manifest(directory: Path, record: Mapping[str, Any], known: Sequence[FileDigest] = ()) -> None:
@@ -101,8 +106,8 @@ def unlike_manifest(directory: Path, *, digests: bool) -> list[str]:
     """
     try:
         listed = listed_files(read_provenance(directory))
-    except (OSError, ValueError, TypeError) as error:
-        return [f"{PROVENANCE_NAME} cannot be read ({type(error).__name__})"]
+    except CheckpointError as error:
+        return [str(error)]
     if listed is None:
         what = "does not list its files" if (directory / PROVENANCE_NAME).exists() else "is missing"
         return [f"{PROVENANCE_NAME} {what}"]

@@ -17,7 +17,7 @@ from .hub import ANSWER_SECONDS, hub_refusal, is_unreachable, quiet_hub
 from .input_files import is_file, leads_outside, require_regular
 from .json_files import DEPTH_KEYS, check_values, read_object
 from .layout import WEIGHT_SUFFIXES, Listing, WeightFiles, choose_weights, goes_with_weights, read_config
-from .output import PROVENANCE_NAME
+from .manifest import PROVENANCE_NAME
 from .quantisation import BITSANDBYTES, declared_method, quantised_refusal
 from .tensors import (
     CONFIG_NAME,
