@@ -31,7 +31,7 @@ from .verify import verify
 __all__ = ["app"]
 
 _INTERRUPTED = 130
-_TERMINATED = 143
+_ENDING = (signal.SIGTERM, signal.SIGHUP) if hasattr(signal, "SIGHUP") else (signal.SIGTERM,)
 
 
 class _Commands(TyperGroup):
@@ -86,13 +86,18 @@ def kvconvert(
 
 @contextmanager
 def _errors_for_people(*, debug: bool, flags: Callable[[Sequence[str]], list[str]]) -> Iterator[None]:
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    ours = {number: signal.getsignal(number) for number in _ENDING if signal.getsignal(number) == signal.SIG_DFL}
+    for number in ours:  # what nohup ignores stays ignored
+        signal.signal(number, _end)
     try:
         yield
     except KvConvertError as error:
         _fail(str(error), _hint(error.hint, flags(error.settings)), error.exit_code, debug)
-    except KeyboardInterrupt:
-        _fail("interrupted", None, _INTERRUPTED, debug)
+    except KeyboardInterrupt as error:
+        _fail("; ".join(["interrupted", *getattr(error, "__notes__", [])]), None, _INTERRUPTED, debug)
+    except _EndedError as error:
+        name = signal.Signals(error.number).name
+        _fail("; ".join([f"ended by {name}", *getattr(error, "__notes__", [])]), None, 128 + error.number, debug)
     except (typer.Exit, typer.Abort, SystemExit):
         raise
     except BaseException as error:
@@ -106,7 +111,8 @@ def _errors_for_people(*, debug: bool, flags: Callable[[Sequence[str]], list[str
         hint = "this is a bug: run again with `kvconvert --debug …` and report the traceback"
         _fail(f"unexpected {type(error).__name__}: {error}", None if debug else hint, 1, debug)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in ours.items():
+            signal.signal(number, handler)
 
 
 def _hint(hint: str | None, flags: Sequence[str]) -> str | None:
@@ -116,9 +122,16 @@ def _hint(hint: str | None, flags: Sequence[str]) -> str | None:
     return f"{hint} ({', '.join(flags)})"
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    """Unwind on SIGTERM, so that staged output is removed."""
-    raise SystemExit(_TERMINATED)
+class _EndedError(SystemExit):
+    """Unwinds the program after a signal, so that what is half made is removed."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    raise _EndedError(number)
 
 
 def _is_usage_error(error: BaseException) -> bool:

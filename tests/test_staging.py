@@ -13,9 +13,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pkgutil import resolve_name as resolve
 from typing import Any
 
 import pytest
+from conftest import CheckpointFactory, Command
 from kvconvert.convert.checkpoint import staging
 from kvconvert.convert.checkpoint.files import append_file, copy_file, create_file, replaced_file, write_text
 from kvconvert.convert.checkpoint.manifest import unlike_manifest, write_manifest
@@ -412,6 +414,38 @@ def test_a_signal_does_not_come_between_two_names(
     assert list(tmp_path.iterdir()) == [output]
     assert (output / "model").read_text() == content
     assert unlike_manifest(output, digests=True) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("at", "said"),
+    [
+        ("kvconvert.convert.checkpoint.staging.sync_tree", "nothing was written to {}"),
+        ("kvconvert.convert.checkpoint.staging._rename_new", "{} is complete"),
+    ],
+)
+def test_a_command_that_a_signal_ends_says_what_it_did(
+    number: signal.Signals,
+    at: str,
+    said: str,
+    make_checkpoint: CheckpointFactory,
+    invoke: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    function, output = resolve(at), tmp_path / "out"
+
+    def end(*arguments: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return function(*arguments)
+
+    monkeypatch.setattr(at, end)
+    outcome = invoke("mha2mqa", make_checkpoint(), "--output", output, "--quiet")
+    assert outcome.returncode == 128 + number
+    how = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+    assert outcome.stderr == f"error: {how}; {said.format(output)}\n"
+    assert output.exists() == ("complete" in said)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".out")]
 
 
 @contextmanager

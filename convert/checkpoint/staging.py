@@ -206,6 +206,10 @@ def _staged(named: Path, place: Path) -> Iterator[Path]:
     except KvConvertError as error:
         error.args = (str(error).replace(str(staging), str(named)),)
         raise
+    except (KeyboardInterrupt, SystemExit) as error:
+        if not getattr(error, "__notes__", None):
+            error.add_note(f"nothing was written to {named}")
+        raise
     finally:
         _remove_empty_parents(place.parent, first_existing)
 
@@ -213,20 +217,26 @@ def _staged(named: Path, place: Path) -> Iterator[Path]:
 def _publish(staging: Path, place: Path, named: Path, *, check: Callable[[Path, Path], object] | None) -> None:
     """Move a directory to its place. With a `check`, one that is there is replaced, if that does not raise for it."""
     sync_tree(staging)
-    with signals_held():
-        (staging / UNFINISHED_NAME).unlink()
-        try:
+    published = False
+    try:
+        with signals_held():
+            (staging / UNFINISHED_NAME).unlink()
             if not os.path.lexists(place):
                 _rename_new(staging, place)
             elif check is None:
                 raise FileExistsError
             else:
                 _swap(staging, place, named, check)
-        except FileExistsError as error:
-            raise OutputError(
-                f"{named} appeared while it was being written", hint=ELSEWHERE, settings=("output",)
-            ) from error
-        sync_directory(place.parent)
+            published = True
+            sync_directory(place.parent)
+    except FileExistsError as error:
+        raise OutputError(
+            f"{named} appeared while it was being written", hint=ELSEWHERE, settings=("output",)
+        ) from error
+    except (KeyboardInterrupt, SystemExit) as error:
+        if published:
+            error.add_note(f"{named} is complete")
+        raise
 
 
 def _swap(staging: Path, place: Path, named: Path, check: Callable[[Path, Path], object]) -> None:
