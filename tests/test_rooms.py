@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 TOP = ("convert", "measure", "uptrain", "cli")
 CONVERT = (
     "errors",
+    "printable",
     "runtime",
     "device",
     "parallel",

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -290,3 +291,49 @@ def test_a_long_text_comes_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "".join(part.text for part in found) == "x" * 50
     assert [part.ends for part in found] == [False] * (len(found) - 1) + [True]
     assert max(len(part.text) for part in found) == 8
+
+
+def test_a_row_that_is_too_long_is_one_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_rows, "_MAX_ROW", 40)
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"text": "{text}"}}\n' for text in ("a", "b" * 200, "c")))
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: longer than the 40 bytes"):
+        list(read_documents(TextSource(str(path))))
+    assert list(read_documents(TextSource(str(path), skip_bad_lines=True))) == ["a", "c"]
+    num_bytes = path.stat().st_size
+    with path.open("ab") as file:
+        file.write(b"\xff\n")
+    with path.open("rb") as file:
+        *_, (_, error) = read_json_rows(file, "a.jsonl")
+    assert str(error) == f"a.jsonl, line 4: not UTF-8 (byte {num_bytes} of the file)"
+
+
+def test_a_value_over_several_lines_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_rows, "_MAX_ROW", 2**21)
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a"}, {"text": "' + "b" * 2**23 + '"}]')
+    with pytest.raises(DataError, match=r"a\.json, line 1: not JSON \(a value of more than 2097152 characters\)"):
+        list(read_documents(TextSource(str(path))))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.arrow", "a.txt.gz"])
+def test_a_named_pipe_is_no_text(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=f"{name}: cannot be read \\(a named pipe, not a regular file\\)"):
+        list(read_documents(TextSource(str(tmp_path / name))))
+
+
+def test_a_name_that_is_too_long_is_no_text() -> None:
+    with pytest.raises(DataError, match="no such file"):
+        list(read_documents(TextSource("/" + "a" * 5000 + ".txt")))
+
+
+@pytest.mark.parametrize("content", ["[" * 10**5, "3", '{"_data_files": 3}', '{"_data_files": [{"filename": "../a"}]}'])
+def test_what_save_to_disk_does_not_write(content: str, tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "state.json").write_text(content)
+    with pytest.raises(DataError, match=r"state\.json: "):
+        list(read_documents(TextSource(str(tmp_path))))
+    (tmp_path / "dataset_dict.json").write_text(content.replace("_data_files", "splits"))
+    with pytest.raises(DataError, match=r"dataset_dict\.json: "):
+        list(read_documents(TextSource(str(tmp_path))))

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from ..algebra.attention_shape import AttentionShape
 from ..architectures.source import Source
 from ..checkpoint.files import replaced_file
+from ..checkpoint.input_files import require_regular
 from ..checkpoint.output import disk_errors
 from ..checkpoint.tensors import tensor_bytes
 from ..checkpoint.writer import TensorSpec, write_safetensors
@@ -78,17 +79,17 @@ def save_statistics(path: Path, statistics: LayerStatistics, shape: AttentionSha
 def open_statistics(path: Path, source: Source) -> LayerStatistics:
     """Statistics from a file, read layer by layer. Raises DataError if they are not of this checkpoint."""
     try:
+        require_regular(path)
         with safe_open(path, "pt") as file:
-            record = json.loads((file.metadata() or {})[_METADATA_KEY])
+            origin = StatisticsOrigin(**json.loads((file.metadata() or {})[_METADATA_KEY]))
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: not a file of statistics",
             hint="a conversion keeps one where that is asked for",
             settings=("save_statistics",),
         ) from error
-    origin = StatisticsOrigin(**record)
     if origin.model != fingerprint(source):
         raise DataError(
             f"{path}: these statistics are of another model than {source.name}",

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import CheckpointError, first_line
 from .input_files import open_regular
 
-__all__ = ["DEPTH_KEYS", "check_values", "parse_json", "read_json", "read_object", "shortened"]
+__all__ = ["DEPTH_KEYS", "check_values", "has_too_many_values", "parse_json", "read_json", "read_object", "shortened"]
 
 _MAX_BYTES = 2**26  # the index of a model with a hundred thousand tensors has 10 MB
 _MAX_VALUES = 2_000_000  # of lists, objects and their elements, which take a hundred times their bytes as objects
@@ -74,7 +74,7 @@ def parse_json(raw: bytes, where: str, *, unique: bool = False) -> Any:
     model, or has half a character (a lone surrogate), which no other file can hold. An object that has a key twice is
     read as other programs read it if both values are equal, or refused; with `unique` it always is.
     """
-    problem = _too_large(raw)
+    problem = f"more than {_MAX_VALUES} values" if has_too_many_values(raw) else None
     if problem is None:
         try:
             value = json.loads(raw.decode(), object_pairs_hook=_object_with_unique_keys if unique else _object)
@@ -89,11 +89,9 @@ def parse_json(raw: bytes, where: str, *, unique: bool = False) -> Any:
     return value
 
 
-def _too_large(raw: bytes) -> str | None:
-    """Why JSON would take too much memory as objects, by what stands before its values, as far as bytes tell."""
-    if len(raw) > _MAX_VALUES and sum(1 for _ in _OPENING.finditer(raw)) > _MAX_VALUES:
-        return f"more than {_MAX_VALUES} values"
-    return None
+def has_too_many_values(raw: bytes) -> bool:
+    """Return whether JSON would take too much memory as objects, told by what stands before a value."""
+    return len(raw) > _MAX_VALUES and sum(1 for _ in _OPENING.finditer(raw)) > _MAX_VALUES
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

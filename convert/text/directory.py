@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
-from ..errors import DataError, first_line
+from ..checkpoint.json_files import read_object, shortened
+from ..errors import CheckpointError, DataError, first_line
 from .formats import ENDINGS, file_kind
 from .sources import TextSource
 
@@ -55,7 +55,9 @@ def find_files(directory: Path, source: TextSource) -> FoundFiles:
     to folders are followed. Raises DataError where no file, split or configuration is what was asked for.
     """
     if (directory / _SAVED_DICT).is_file():
-        names = json.loads((directory / _SAVED_DICT).read_text()).get("splits", [])
+        names = _saved_json(directory / _SAVED_DICT).get("splits")
+        if not isinstance(names, list) or not all(_is_plain_name(name) for name in names):
+            raise DataError(f"{directory / _SAVED_DICT}: not what save_to_disk writes (splits = {shortened(names)})")
         chosen = _choose(source, {name: [name] for name in names})[0]
         return _saved(directory / chosen, chosen)
     if (directory / _SAVED_STATE).is_file() and (directory / _SAVED_INFO).is_file():
@@ -234,12 +236,27 @@ def _refuse_split(source: TextSource, only: str) -> None:
 def _saved(directory: Path, split: str | None) -> FoundFiles:
     """What `save_to_disk` wrote into a directory."""
     state = directory / _SAVED_STATE
+    content = _saved_json(state)
+    listed = content.get("_data_files")
+    names = [each.get("filename") for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
+    files = tuple(directory / name for name in names if _is_plain_name(name))
+    if not isinstance(listed, list) or len(files) < len(listed):
+        raise DataError(f"{state}: not what save_to_disk writes (_data_files = {shortened(listed)})")
+    kept = content.get("_split")
+    return FoundFiles(files, split=split or (kept if _is_plain_name(kept) else None))
+
+
+def _saved_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of save_to_disk's. Raises DataError where there is none."""
     try:
-        content = json.loads(state.read_text())
-        files = [directory / each["filename"] for each in content["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{state}: not what save_to_disk writes ({first_line(error)})") from error
-    return FoundFiles(tuple(files), split=split or content.get("_split"))
+        return read_object(path)
+    except CheckpointError as error:
+        raise DataError(str(error)) from error
+
+
+def _is_plain_name(name: object) -> TypeGuard[str]:
+    """Whether a name is that of an entry of the directory itself."""
+    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name
 
 
 def _instead(left_out: Sequence[tuple[str, str]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from collections import deque
@@ -10,6 +11,7 @@ from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.input_files import require_regular
 from ..errors import DataError
 from .directory import FoundFiles, find_files
 from .formats import ENDINGS, file_kind, open_binary, reading_errors
@@ -41,9 +43,11 @@ _MAX_PLACES = 64
 def find_text(source: TextSource) -> FoundFiles | None:
     """Find the files of a source, None for the name of a dataset. Raises DataError where there is nothing to read."""
     path = source.path
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112, as Path.is_dir raises OSError for a name that is too long
         return find_files(path, source)
-    if path.exists():
+    if os.path.exists(path):  # noqa: PTH110, as above
+        with reading_errors(path):
+            require_regular(path)
         if file_kind(path) is None:
             raise DataError(f"{path}: unknown kind of file", hint=f"text has the endings {ENDINGS}")
         if source.split not in (None, "train"):
@@ -154,6 +158,7 @@ def _not_empty(source: TextSource, parts: Iterable[TextPart]) -> Iterator[TextPa
 def _of_file(path: Path, source: TextSource, reading: Reading) -> Iterator[TextPart]:
     kind = file_kind(path)
     with reading_errors(path):
+        require_regular(path)
         if kind == "plain":
             with open_binary(path) as file:
                 yield from _of_plain(decode_file(file, str(path)), source, reading)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+from ..checkpoint.input_files import NotRegularError
 from ..errors import DataError
 
 __all__ = ["ENDINGS", "file_kind", "is_compressed", "open_binary", "reading_errors"]
@@ -65,5 +66,7 @@ def reading_errors(path: Path) -> Iterator[None]:
 
     try:
         yield
+    except NotRegularError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from io import BufferedReader
 from typing import Any
 
+from ..checkpoint.json_files import has_too_many_values
 from ..errors import DataError
 from .parts import decode_file, not_utf8, without_mark
 
@@ -14,6 +15,7 @@ __all__ = ["read_json_rows"]
 
 _SPACE = " \t\r\n"
 _PEEKED_BYTES = 8192
+_MAX_ROW = 2**25  # bytes of a line, and characters of a value over several; a long book has a fifth of that
 
 
 def read_json_rows(file: BufferedReader[Any], name: str) -> Iterator[tuple[str, Any]]:
@@ -45,10 +47,17 @@ def _goes_on(line: bytes) -> bool:
 
 def _lines(file: BufferedReader[Any], name: str) -> Iterator[tuple[str, Any]]:
     num_bytes = 0
-    for number, line in enumerate(file, start=1):
+    for number, (line, line_bytes) in enumerate(_bounded_lines(file), start=1):
         where = f"{name}, line {number}"
+        if len(line) > _MAX_ROW or has_too_many_values(line):
+            yield (
+                where,
+                DataError(f"{where}: longer than the {_MAX_ROW} bytes, or with more values, than a row may have"),
+            )
+            num_bytes += line_bytes
+            continue
         text = without_mark(line, name) if number == 1 else line
-        begin, num_bytes = num_bytes + len(line) - len(text), num_bytes + len(line)
+        begin, num_bytes = num_bytes + line_bytes - len(text), num_bytes + line_bytes
         try:
             if text.strip():
                 yield where, json.loads(text.decode())
@@ -56,6 +65,16 @@ def _lines(file: BufferedReader[Any], name: str) -> Iterator[tuple[str, Any]]:
             yield where, not_utf8(name, number, begin + error.start)
         except (ValueError, RecursionError) as error:
             yield where, DataError(f"{where}: not JSON ({error})")
+
+
+def _bounded_lines(file: BufferedReader[Any]) -> Iterator[tuple[bytes, int]]:
+    """Each line of a file with its bytes in it; of one that is too long only so much that it shows."""
+    while line := file.readline(_MAX_ROW + 1):
+        rest, num_bytes = line, len(line)
+        while len(rest) > _MAX_ROW and not rest.endswith(b"\n"):
+            rest = file.readline(_MAX_ROW + 1)
+            num_bytes += len(rest)
+        yield line, num_bytes
 
 
 def _values(texts: Iterator[str], name: str) -> Iterator[tuple[str, Any]]:
@@ -115,7 +134,10 @@ class _Values:
                 value, end = self._decoder.raw_decode(self._held, self._place)
             except json.JSONDecodeError as error:
                 is_cut = error.msg.startswith("Unterminated string") or error.pos > len(self._held) - 8
-                if is_cut and self._read(len(self._held) - self._place):
+                num_held = len(self._held) - self._place
+                if is_cut and num_held > _MAX_ROW:
+                    raise self.error(f"a value of more than {_MAX_ROW} characters") from error
+                if is_cut and self._read(num_held):
                     continue
                 line = self.line + self._held.count("\n", self._place, error.pos)
                 raise DataError(f"{self._name}, line {line}: not JSON ({error.msg})") from error
