@@ -217,7 +217,7 @@ class TransportError(Exception):
 
 def test_a_dataset_is_pinned_to_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Api:
-        def dataset_info(self, name: str, *, revision: str | None) -> SimpleNamespace:
+        def dataset_info(self, name: str, *, revision: str | None, timeout: float) -> SimpleNamespace:
             if name == "unreachable":
                 raise TransportError("no route to host")
             if name == "hub/none":

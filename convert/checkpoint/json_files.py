@@ -26,7 +26,7 @@ _OPENING = re.compile(rb"[\[{,:]")
 
 _MAX_NUMBER = 2**53  # what doubles count to, which other programs read JSON into
 _MAX_LAYERS = 100_000
-_MAX_PARTS = 65_536  # heads, or experts, of a layer
+_MAX_PARTS = 65_536  # heads, or experts, of a layer, and numbers of a head
 _MAX_LABELS = 100_000
 _SHORTENED = reprlib.Repr()
 _SHORTENED.maxstring = _SHORTENED.maxother = 60
@@ -218,7 +218,7 @@ _RULES = tuple(
         ),
         (".*_layers?", lambda value: _is_small(value, _MAX_LAYERS), f"no number above {_MAX_LAYERS}", False),
         (
-            ".*(heads?|experts?|groups?)(_.*)?",
+            ".*(heads?|experts?|groups?|(head|rotary|rope|nope)_dim|rank|d_kv)(_.*)?",
             lambda value: _is_small(value, _MAX_PARTS),
             f"no number above {_MAX_PARTS}",
             False,
