@@ -118,6 +118,7 @@ def test_values_are_short_in_messages() -> None:
         ({"model_type": {}}, "model_type = {}, expected a text"),
         ({"num_hidden_layers": 90_000}, "num_hidden_layers = 90000, and there are 21 tensors"),
         ({"head_dim": LONG}, "head_dim = 10"),
+        ({"model_type": "xglm", "max_position_embeddings": 65536}, "= 65536, expected at most 16384, since xglm has"),
         ({"hidden_size": "64"}, "hidden_size = '64', which the class of llama does not take"),
         ({"rope_parameters": 3}, "rope_parameters"),
         ({"configuration_files": [3]}, "configuration_files"),

@@ -6,9 +6,17 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
-__all__ = ["class_config", "full_config", "knows_class", "quiet_transformers"]
+__all__ = ["MOST_POSITIONS", "class_config", "full_config", "knows_class", "quiet_transformers"]
+
+# Classes that compute a table of all positions when they are built, or that are translated to one which does: a mask of
+# positions × positions (gpt_bigcode has one, gpt_neo one in each layer), or the sines of each position. Published
+# models of these classes have at most 8192 positions, gpt_neo 2048.
+MOST_POSITIONS: Mapping[str, int] = MappingProxyType(
+    dict.fromkeys(("biogpt", "codegen", "gpt2", "gpt_bigcode", "gptj", "opt", "xglm"), 2**14) | {"gpt_neo": 2**12}
+)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, InputError, KvConvertError, is_out_of_memory
+from .config_classes import MOST_POSITIONS
 from .foreign import cached_repository, explanation, file_explanation, wrapped_names
 from .headers import checked_info, load_pickle, pickled_info, read_header, require_fetched
 from .hub import ANSWER_SECONDS, hub_refusal, is_unreachable, quiet_hub
@@ -39,6 +41,7 @@ _MISSING_DIRECTORY_HINT = (
     "(set HF_HUB_OFFLINE=1 to use only what is in the local cache)"
 )
 
+_POSITION_KEYS = ("max_position_embeddings", "n_positions")
 _PUT_THE_FILE = (
     "put the file itself there, or a hard link to it; a directory that is a link is read, and so are links within it "
     "and into the hub's cache"
@@ -169,7 +172,7 @@ def _check(checkpoint: Checkpoint, weights: WeightFiles, listing: Listing) -> No
     if wrapped is not None:
         raise CheckpointError(f"{checkpoint.name}: {wrapped[0]}", hint=wrapped[1])
     _require_gathered(checkpoint)
-    _require_layers(checkpoint)
+    _require_buildable(checkpoint)
     _compare(checkpoint, weights)
     _judge_dtype(checkpoint, listing)
 
@@ -186,18 +189,26 @@ def _require_gathered(checkpoint: Checkpoint) -> None:
         )
 
 
-def _require_layers(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError where config.json says more layers than there are tensors, before anybody builds them."""
+def _require_buildable(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError where building what config.json says would take all time or memory.
+
+    Every layer has a tensor at least, and some classes compute a table of all positions.
+    """
     sections = (checkpoint.config, checkpoint.config.get("text_config"))
     num_tensors = len(checkpoint.tensors)
-    found = [item for section in sections if isinstance(section, dict) for item in section.items()]
-    for key, number in found:
-        if re.fullmatch(DEPTH_KEYS, key) and isinstance(number, int) and number > num_tensors:
+    model_type = checkpoint.config.get("model_type")
+    most_positions = MOST_POSITIONS.get(model_type, math.inf) if isinstance(model_type, str) else math.inf
+    for key, number in (item for section in sections if isinstance(section, dict) for item in section.items()):
+        said = f"{checkpoint.name}: {CONFIG_NAME} has {key} = {number}"
+        if not isinstance(number, int):
+            continue
+        if re.fullmatch(DEPTH_KEYS, key) and number > num_tensors:
             raise CheckpointError(
-                f"{checkpoint.name}: {CONFIG_NAME} has {key} = {number}, and there are {num_tensors} tensors, of "
-                "which every layer needs one at least",
+                f"{said}, and there are {num_tensors} tensors, of which every layer needs one at least",
                 hint="config.json and the weights belong to different models, or one of them was edited",
             )
+        if key in _POSITION_KEYS and number > most_positions:
+            raise CheckpointError(f"{said}, expected at most {most_positions}, since {model_type} has a table of them")
 
 
 def _compare(checkpoint: Checkpoint, weights: WeightFiles) -> None:
