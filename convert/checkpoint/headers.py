@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
 from safetensors import SafetensorError, safe_open
 
@@ -97,7 +97,7 @@ def _strange_dtype(raw: bytes, where: str) -> tuple[str, object] | None:
     entries = header.items() if isinstance(header, dict) else ()
     dtypes = {name: entry["dtype"] for name, entry in entries if isinstance(entry, dict) and "dtype" in entry}
     known = {*DTYPE_BYTES, *_PACKED_DTYPES}
-    return next(((name, dtype) for name, dtype in dtypes.items() if dtype not in known), None)
+    return next((item for item in dtypes.items() if not isinstance(item[1], str) or item[1] not in known), None)
 
 
 def checked_info(name: str, dtype: Any, shape: Any, offsets: Any, file: str) -> TensorInfo:
@@ -174,7 +174,7 @@ def _problem_of_zip(path: Path) -> str | None:
         for entry in entries:
             if entry.filename.endswith("/data.pkl"):
                 with archive.open(entry) as file:
-                    return _problem_of_pickle(file, num_bytes)
+                    return _problem_of_pickle(file, entry.file_size, num_bytes)
     return None
 
 
@@ -183,15 +183,28 @@ def _problem_of_pickles(path: Path) -> str | None:
     num_bytes = path.stat().st_size
     with open_regular(path) as file:
         for _ in range(_NUM_PREAMBLES):
-            problem = _problem_of_pickle(file, None)
+            problem = _problem_of_pickle(file, num_bytes, None)
             if problem is not None:
                 return problem
-        return _problem_of_pickle(file, num_bytes)
+        return _problem_of_pickle(file, num_bytes, num_bytes)
 
 
-def _problem_of_pickle(file: Any, most: int | None) -> str | None:
+class _Remainder:
+    """What is left of a file, where a text that says it is longer is read to the end and takes no more memory."""
+
+    def __init__(self, file: BinaryIO | IO[bytes], num_bytes: int) -> None:
+        self._file = file
+        self._num_bytes = num_bytes
+        self.readline = file.readline
+        self.tell = file.tell
+
+    def read(self, num_bytes: int) -> bytes:
+        return self._file.read(min(num_bytes, self._num_bytes))
+
+
+def _problem_of_pickle(file: BinaryIO | IO[bytes], num_bytes: int, most: int | None) -> str | None:
     """Why a pickle should not be loaded: too many operations, or a number above `most`, which no size in it can be."""
-    operations = pickletools.genops(file)
+    operations = pickletools.genops(cast("IO[bytes]", _Remainder(file, num_bytes)))
     for operation, argument, _ in islice(operations, _MAX_PICKLE_OPERATIONS):
         if most is not None and isinstance(argument, int) and abs(argument) > most:
             return f"says that a tensor has {shortened(argument)} values or bytes, and the file has {most} bytes"
