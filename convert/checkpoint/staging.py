@@ -177,8 +177,8 @@ def _name(name: str, kind: str) -> str:
 def _new(stack: ExitStack, parent: Path, name: str, kind: str) -> Path:
     """Make a directory that is locked and marked as unfinished, until the stack is closed, which removes it."""
     path = parent / _name(name, kind)
+    stack.callback(_remove, path)  # before it is made, so that no signal comes between
     path.mkdir()
-    stack.callback(_remove, path)
     descriptor = os.open(path, os.O_RDONLY)
     stack.callback(os.close, descriptor)
     with suppress(OSError):  # a file system without locks
