@@ -39,6 +39,18 @@ def test_every_file_of_configs_is_package_data() -> None:
     assert (kvconvert.configs.DEMO / "model" / "model.safetensors").exists()
 
 
+def test_data_beside_code_is_package_data() -> None:
+    """What is missing from the list works in an editable install and is absent from the wheel."""
+    listed = {
+        ROOT / package.removeprefix("kvconvert.").replace(".", "/") / name
+        for package, names in PROJECT["tool"]["setuptools"]["package-data"].items()
+        for name in names
+    }
+    found = {path for folder in FOLDERS if folder != "configs" for path in (ROOT / folder).rglob("*.json")}
+    assert found
+    assert found <= listed
+
+
 def test_demo_sizes() -> None:
     """The checkpoint stays under 12 MB, its texts together under 4 MB."""
     sizes = {path.name: path.stat().st_size for path in (ROOT / "configs" / "demo").rglob("*") if path.is_file()}

@@ -8,10 +8,11 @@ from typing import Any
 
 from ..algebra.attention_shape import AttentionShape
 from ..algebra.rotations import Rotary
+from ..checkpoint.known_classes import known_frequencies
 from ..checkpoint.loading import empty_model
 from ..checkpoint.tensors import Checkpoint
 from ..errors import CheckpointError, UnsupportedError
-from .architecture import Architecture
+from .architecture import Architecture, every_layer_rotates
 from .attention import read_attention
 from .context import context_of
 from .rotary import read_rotary
@@ -63,6 +64,21 @@ class Source:
     def rotary(self) -> tuple[Rotary, ...]:
         """How the keys of each layer rotate, with the frequencies that its class computes."""
         return tuple(read_rotary(self.checkpoint, self.architecture, self.shape, self.empty_model))
+
+    @cached_property
+    def nominal_frequencies(self) -> tuple[float, ...] | None:
+        """The frequencies of `rotary` to about six digits, where they are known without its class; otherwise None.
+
+        They do for what is decided before anything is computed.
+        """
+        every_layer = self.architecture.rotates is every_layer_rotates
+        return known_frequencies(self.checkpoint.config) if every_layer else None
+
+    @cached_property
+    def rotary_dims(self) -> int:
+        """The number of dims of a head that rotate, in the first layer."""
+        frequencies = self.nominal_frequencies
+        return self.rotary[0].dims if frequencies is None else 2 * len(frequencies)
 
     @cached_property
     def empty_model(self) -> Any:

@@ -9,7 +9,9 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
-__all__ = ["MOST_POSITIONS", "class_config", "full_config", "knows_class", "quiet_transformers"]
+from .known_classes import is_known, known_config
+
+__all__ = ["MOST_POSITIONS", "class_config", "class_values", "full_config", "knows_class", "quiet_transformers"]
 
 # Classes that compute a table of all positions when they are built, or that are translated to one which does: a mask of
 # positions × positions (gpt_bigcode has one, gpt_neo one in each layer), or the sines of each position. Published
@@ -55,6 +57,12 @@ def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not knows_class(config.get("model_type")):
         return dict(config)
+    known = known_config(config)
+    return class_values(config) if known is None else known
+
+
+def class_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `full_config` does, as the class itself says it, whose import takes seconds."""
     values: dict[str, Any] = class_config(config).to_dict()
     return {
         name: value
@@ -73,6 +81,8 @@ def _of_every_class() -> Mapping[str, Any]:
 
 def knows_class(model_type: object) -> bool:
     """Return whether transformers has a class for this `model_type`."""
+    if is_known(model_type):
+        return True
     from transformers import CONFIG_MAPPING
 
     return model_type in CONFIG_MAPPING

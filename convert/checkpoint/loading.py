@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import CheckpointError, UnsupportedError, in_one_line, is_out_of_memory
 from ..runtime import RUNTIME_CLASSES
 from .config_classes import class_config, knows_class, quiet_transformers
+from .known_classes import Header, known_class, known_generation
 from .opening import open_checkpoint
 from .quantisation import declared_method
 from .remote_code import remote_code_allowed
-from .tensors import CONFIG_NAME, OLD_BUFFERS, Checkpoint
+from .tensors import CONFIG_NAME, INDEX_NAME, OLD_BUFFERS, Checkpoint
 
 # the value head of TRL, which its own class adds to a language model; transformers leaves it aside
 _VALUE_HEAD = re.compile(r"^v_head\.")
@@ -52,35 +54,57 @@ _PROBLEMS = {
 }
 
 
-class Header(Protocol):
-    """What is known of a tensor before it is read or written."""
-
-    @property
-    def name(self) -> str:
-        """Its name in the state dict."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its size in every dimension."""
-
-
 def check_opens(directory: Path) -> str:
-    """Open a checkpoint in its class on the meta device, without loading a weight, and return the name of the class.
+    """Check that a checkpoint opens in its class, without loading a weight, and return the name of the class.
 
-    transformers reads the directory itself, as whoever opens the model later will. Raises CheckpointError where the
-    class cannot be built, or a tensor is missing, unexpected or of the wrong shape.
+    Where the data of `known_classes` covers all that the directory says, the headers are compared with that. Otherwise
+    transformers opens the directory itself on the meta device, as whoever opens the model later will. Raises
+    CheckpointError where the class cannot be built, or a tensor is missing, unexpected or of the wrong shape.
     """
+    known = _known_directory(directory)
+    if known is not None:
+        return known
     model, info = _opened(directory, device_map="meta", dtype="auto")
     _require_accepted(str(directory), model, info, with_value_head=True)
     return type(model).__name__
 
 
-def check_accepts(config: Mapping[str, Any], tensors: Iterable[Header], name: str) -> str:
-    """Build the class of a config on the meta device, and return its name if it takes tensors with these headers.
+def _known_directory(directory: Path) -> str | None:
+    """The name of the class that opens a directory, None where the data does not cover all that transformers reads."""
+    if remote_code_allowed() or (directory / "adapter_config.json").exists():
+        return None
+    generation = directory / "generation_config.json"
+    try:
+        if generation.exists() and not known_generation(json.loads(generation.read_bytes())):
+            return None
+        with open_checkpoint(directory) as checkpoint:
+            config, tensors = checkpoint.config, list(checkpoint.tensors.values())
+            is_plain = config == json.loads((directory / CONFIG_NAME).read_bytes()) and not checkpoint.pickled
+        has_code = "auto_map" in config and config.get("model_type") not in RUNTIME_CLASSES
+        index = directory / INDEX_NAME
+        if index.exists() and not isinstance(json.loads(index.read_bytes()).get("metadata"), dict):
+            return None
+    except (CheckpointError, OSError, ValueError):  # the class says it in its words
+        return None
+    return known_class(config, tensors, ignored=_is_ignored) if is_plain and not has_code else None
 
-    No file is read, so that what is checked is what was read, or what will be written. The `model_type` must be one
-    that `knows_class`. Raises CheckpointError as `check_opens` does, with `name` in place of the directory.
+
+def _is_ignored(name: str) -> bool:
+    """Whether a tensor may lie beside those of the class."""
+    return bool(OLD_BUFFERS.search(name) or _VALUE_HEAD.search(name))
+
+
+def check_accepts(config: Mapping[str, Any], tensors: Iterable[Header], name: str) -> str:
+    """Return the name of the class of a config if it takes tensors with these headers.
+
+    The data of `known_classes` says so where it covers the config, and otherwise the class, which is built on the meta
+    device. No file is read, so that what is checked is what was read, or what will be written. The `model_type` must be
+    one that `knows_class`. Raises CheckpointError as `check_opens` does, with `name` in place of the directory.
     """
+    tensors = list(tensors)
+    known = known_class(config, tensors, ignored=_is_ignored)
+    if known is not None:
+        return known
     model, info = _built(config, tensors, name)
     _require_accepted(name, model, info, with_value_head=True)
     return type(model).__name__
@@ -290,8 +314,8 @@ def _require_accepted(name: str, model: Any, info: Mapping[str, Any], *, with_va
     for problem, hint in _PROBLEMS.items():
         keys = sorted(_described(key) for key in info[problem])
         if problem == "unexpected_keys":
-            keys = [key for key in keys if not OLD_BUFFERS.search(key)]
-            keys = [key for key in keys if not (with_value_head and _VALUE_HEAD.search(key))]
+            ignored = _is_ignored if with_value_head else OLD_BUFFERS.search
+            keys = [key for key in keys if not ignored(key)]
         if keys:
             found = f"{len(keys)} {problem.replace('_', ' ')}, first {keys[0]}"
             reason = f"{absent}{type(model).__name__} does not accept its weights: {found}"

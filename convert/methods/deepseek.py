@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..algebra.attention_shape import LatentSizes
 from ..algebra.latent import LatentAttention, RopePair
-from ..algebra.rotations import Rotary
 from ..architectures.source import Source
 from ..checkpoint.tensors import torch_dtype
 
@@ -98,7 +97,10 @@ def class_refusal(source: Source) -> str | None:
 def result_config(source: Source, layout: LatentLayout, rope_pairs: Sequence[RopePair]) -> dict[str, Any]:
     """config.json of the result, whose rotary key has these pairs."""
     config, shape, sizes = source.checkpoint.full_config, source.shape, layout.sizes
-    parameters = rope_parameters(config, source.rotary[0], rope_pairs)
+    nominal = source.nominal_frequencies
+    parameters = None if nominal is None else rope_parameters(config, nominal, rope_pairs)
+    if parameters is None or parameters["rope_type"] != "default":  # written are the frequencies that the class has
+        parameters = rope_parameters(config, source.rotary[0].frequencies, rope_pairs)
     older = {"rope_theta": parameters["rope_theta"]}
     if parameters["rope_type"] != "default":
         older["rope_scaling"] = {name: value for name, value in parameters.items() if name != "rope_theta"}
@@ -147,11 +149,13 @@ def attention_shapes(source: Source, layout: LatentLayout) -> dict[str, tuple[in
     return shapes
 
 
-def rope_parameters(config: Mapping[str, Any], rotary: Rotary, rope_pairs: Sequence[RopePair]) -> dict[str, Any]:
+def rope_parameters(
+    config: Mapping[str, Any], source_frequencies: Sequence[float], rope_pairs: Sequence[RopePair]
+) -> dict[str, Any]:
     """RoPE settings with the frequencies of `rope_pairs`: DeepSeek's own kind if a base gives them, else one by one."""
-    frequencies = [rotary.frequencies[frequency] for frequency, _ in rope_pairs]
+    frequencies = [source_frequencies[frequency] for frequency, _ in rope_pairs]
     theta = float(config["rope_parameters"]["rope_theta"])
-    base = theta ** (len(frequencies) / len(rotary.frequencies))
+    base = theta ** (len(frequencies) / len(source_frequencies))
     natural = [base ** (-index / len(frequencies)) for index in range(len(frequencies))]
     if all(math.isclose(*pair, rel_tol=_SAME_FREQUENCY) for pair in zip(frequencies, natural, strict=True)):
         return {"rope_type": "default", "rope_theta": base}

@@ -201,7 +201,7 @@ class Mla(Method):
         return "o_proj has a bias, which deepseek_v3 holds only where latent_norm is exact"
 
     def _check_sizes(self, source: Source) -> None:
-        name, shape, rotary = source.name, source.shape, source.rotary[0]
+        name, shape, rotary_dims = source.name, source.shape, source.rotary_dims
         rank, rope_dim = self.kv_lora_rank, self.qk_rope_head_dim
         if self.v_head_dim is not None and self.v_head_dim < shape.head_dim:
             raise UnsupportedError(
@@ -214,12 +214,12 @@ class Mla(Method):
                 hint=f"use an even number, for example {max(2, rope_dim - rope_dim % 2)}",
             )
         per_frequency = 1 if self.rope_selection == "high" else shape.num_key_value_heads
-        if rope_dim > rotary.dims * per_frequency:
-            most = rotary.dims * shape.num_key_value_heads
+        if rope_dim > rotary_dims * per_frequency:
+            most = rotary_dims * shape.num_key_value_heads
             more = f", or {most} where rope_selection is gain" if per_frequency < shape.num_key_value_heads else ""
             raise UnsupportedError(
-                f"{name}: qk_rope_head_dim = {rope_dim}, and its heads have {rotary.dims} rotary dims",
-                hint=f"use up to {rotary.dims * per_frequency}{more}",
+                f"{name}: qk_rope_head_dim = {rope_dim}, and its heads have {rotary_dims} rotary dims",
+                hint=f"use up to {rotary_dims * per_frequency}{more}",
             )
         most = min(shape.hidden_size, 2 * shape.num_key_value_heads * shape.head_dim) + self.constant
         least = 1 + self.constant
