@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -120,20 +120,25 @@ def random_model(config: Any, device: str) -> Any:
     return model.eval()
 
 
-def save_checkpoint(shape: Shape, folder: Path, options: argparse.Namespace) -> Path:
-    """A checkpoint of the shape, with a tokenizer of a few words, and beside it a text for that."""
+def save_checkpoint(shape: Shape, folder: Path, *, device: str, lines: Iterable[str]) -> Path:
+    """A checkpoint of the shape, with a tokenizer of the lines' words, and beside it a text of a document a line."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {word: number for number, word in enumerate(["<unk>", "<s>", "</s>", *dict.fromkeys(TEXT.split())])}
+    lines = list(lines)
+    words = dict.fromkeys(word for line in lines for word in line.split())
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "<s>", "</s>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    random_model(config_of("MHA", shape), options.device).cpu().save_pretrained(folder / "model")
+    random_model(config_of("MHA", shape), device).cpu().save_pretrained(folder / "model")
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder / "model")
-    line = json.dumps({"text": " ".join([TEXT] * 40)})
-    (folder / "text.jsonl").write_text(f"{line}\n" * options.settings["text_lines"])
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     return folder / "model"
+
+
+def text(options: argparse.Namespace) -> list[str]:
+    return [" ".join([TEXT] * 40)] * options.settings["text_lines"]
 
 
 def tests(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -156,7 +161,7 @@ def uptraining(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     sizes = {"steps": steps, "warm-up": warm_up, "sequence-length": length, "sequences-per-step": sequences}
     for name in ("1B", "135M"):
         with tempfile.TemporaryDirectory() as folder:
-            model = save_checkpoint(options.shapes[name], Path(folder), options)
+            model = save_checkpoint(options.shapes[name], Path(folder), device=options.device, lines=text(options))
             data = Path(folder) / "text.jsonl"
             for run in options.settings["runs"]:
                 command = [sys.executable, str(ROOT / "benchmarks/measure_training.py"), str(model), str(data)]
@@ -256,7 +261,7 @@ def conversion(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     shape = Shape(**asdict(options.shapes["7B"]) | {"num_hidden_layers": 2})
     with tempfile.TemporaryDirectory() as folder:
-        model = save_checkpoint(shape, Path(folder), options)
+        model = save_checkpoint(shape, Path(folder), device=options.device, lines=text(options))
         for groups in (8, 1):
             number = min(groups, shape.num_attention_heads // 2)
             command = ["mha2gqa", "--groups", str(number), str(model), "--method", "svd", "--device", options.device]

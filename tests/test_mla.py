@@ -23,7 +23,6 @@ from kvconvert.convert.algebra.latent import (
     latent_attention,
     normalised,
     rope_pair_gains,
-    top_rows,
     without_constant,
 )
 from kvconvert.convert.algebra.merge import ExpectedRotations, Merged, merge_at_distances
@@ -642,8 +641,10 @@ def test_a_shared_key_of_other_frequencies_is_a_least_squares_over_distances(sti
         expected_rotation_between(shared_rotary, 6, rotary, 6, centred=still),
         expected_rotation_between(rotary, 6, rotary, 6, centred=still),
     )
-    start = Merged(torch.randn(6, 25, generator=generator, dtype=torch.float64), [], 0.0, 0.0)
-    merged = merge_at_distances(start, heads, weights, gram, rotations)
+    start = Merged(torch.randn(6, 12, generator=generator, dtype=torch.float64), torch.zeros(2, 6, 6), 0.0, 0.0)
+    stacked = torch.stack(heads)
+    covariances = torch.einsum("gax,xy,hby->ghab", stacked, gram, stacked)
+    merged = merge_at_distances(start, covariances, torch.stack(weights), rotations).over(stacked)
 
     def rotation(angles: tuple[float, ...], distance: int) -> torch.Tensor:
         turn = torch.eye(6, dtype=torch.float64)
@@ -656,7 +657,7 @@ def test_a_shared_key_of_other_frequencies_is_a_least_squares_over_distances(sti
     likely = [1 / (distance + 1) for distance in range(32)]
     likely = [value / sum(likely) for value in likely]
 
-    def error(shared: torch.Tensor, readers: list[torch.Tensor]) -> float:
+    def error(shared: torch.Tensor, readers: torch.Tensor) -> float:
         total = 0.0
         for head, reader, weight in zip(heads, readers, weights, strict=True):
             differences = [
@@ -676,8 +677,7 @@ def test_a_shared_key_of_other_frequencies_is_a_least_squares_over_distances(sti
     for attempt in range(10):
         noise = torch.Generator().manual_seed(attempt)
         change = 0.01 * torch.randn(2, 6, 6, generator=noise, dtype=torch.float64)
-        readers = [reader * (1 + part) for reader, part in zip(merged.readers, change, strict=True)]
-        assert error(merged.shared, readers) > least
+        assert error(merged.shared, merged.readers * (1 + change)) > least
         rows = sum(part @ head for part, head in zip(change, heads, strict=True))
         assert error(merged.shared + 0.1 * rows, merged.readers) > least * (1 - 1e-3)
 
@@ -758,17 +758,33 @@ def test_values_alone_keep_what_the_best_low_rank_map_keeps() -> None:
 
 
 def test_a_latent_does_not_depend_on_the_side_that_it_is_computed_from() -> None:
-    """More rows than inputs, and the same rows in a space with inputs that nothing reads."""
-    generator = torch.Generator().manual_seed(8)
-    parts = torch.randn(4, 6, 12, generator=generator, dtype=torch.float64)
-    weights = torch.eye(6, dtype=torch.float64).expand(4, -1, -1)
-    gram = torch.diag(torch.rand(12, generator=generator, dtype=torch.float64) + 0.1)
-    wide = torch.cat([parts, torch.zeros(4, 6, 28, dtype=torch.float64)], dim=2)
-    found = top_rows(parts, weights, gram, 5)
-    expected = top_rows(wide, weights, torch.block_diag(gram, torch.eye(28, dtype=torch.float64)), 5)
-    signs = (found * expected[:, :12]).sum(1).sign()
-    torch.testing.assert_close(signs[:, None] * found, expected[:, :12])
-    torch.testing.assert_close(found @ gram @ found.T, torch.eye(5, dtype=torch.float64))
+    """More rows than inputs, and the same layer with inputs that nothing reads, so that there are fewer rows."""
+    projections, inputs = random_layer(8)  # 24 rows of keys and values
+    x = inputs[:, :12]
+    few = replace(projections, **{side: getattr(projections, side)[:, :12] for side in "qkv"})
+    unread = torch.zeros(1, 28, dtype=torch.float64)
+
+    def widened(rows: torch.Tensor) -> torch.Tensor:
+        return torch.cat([rows[:, :11], unread.expand(len(rows), -1), rows[:, 11:]], dim=1)
+
+    noise = torch.randn(len(x), 28, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    wide = replace(few, **{side: widened(getattr(few, side)) for side in "qkv"})
+    x = torch.cat([x[:, :11], torch.ones(len(x), 1, dtype=torch.float64)], dim=1)
+    beside = torch.cat([x[:, :11], noise, x[:, 11:]], dim=1)
+    made = [
+        latent_attention(
+            projections, SHAPE, ROTARY, x.T @ x / len(x), rope_pairs=[(0, 0)], kv_lora_rank=5, constant=True
+        )
+        for projections, x in ((few, x), (wide, beside))
+    ]
+    found, expected = (layer.latent for layer in made)
+    assert not expected[:, 11:-1].abs().max() > 1e-9
+    expected = torch.cat([expected[:, :11], expected[:, -1:]], dim=1)
+    signs = (found * expected).sum(1).sign()
+    torch.testing.assert_close(signs[:, None] * found, expected)
+    channels = x @ found.T
+    expected = torch.diag(torch.tensor([1.0, 1, 1, 1, 0], dtype=torch.float64))  # the last channel is constant
+    torch.testing.assert_close(channels.T.cov(correction=0), expected)
 
 
 def test_gain_of_a_pair_is_what_a_key_without_position_would_lose() -> None:

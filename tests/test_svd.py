@@ -21,6 +21,7 @@ from kvconvert.convert.algebra.attention_shape import AttentionShape
 from kvconvert.convert.algebra.head_merge import FreeTransformations, Heads, LayerInput
 from kvconvert.convert.algebra.merge import (
     ExpectedRotations,
+    Merged,
     merge_at_distances,
     merge_linear,
     merge_mean,
@@ -298,6 +299,10 @@ def random_matrix(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def covariances(heads: list[torch.Tensor], gram: torch.Tensor) -> torch.Tensor:
+    return torch.stack([torch.stack([one @ gram @ other.T for other in heads]) for one in heads])
+
+
 def error(heads: list[torch.Tensor], merged: Any, weights: list[torch.Tensor], gram: torch.Tensor) -> float:
     total = 0.0
     for head, reader, weight in zip(heads, merged.readers, weights, strict=True):
@@ -312,15 +317,17 @@ def test_no_other_shared_value_loses_less(seed: int, num_heads: int) -> None:
     roots = [random_matrix(seed + 50 + i, 5, 4) for i in range(num_heads)]
     weights, x = [root.T @ root for root in roots], random_matrix(seed + 99, 30, 7)
     gram = x.T @ x / 30
-    merged = merge_linear(heads, weights, gram, 4)
+    merged = merge_linear(covariances(heads, gram), torch.stack(weights), 4).over(torch.stack(heads))
+    mean = merge_mean(covariances(heads, gram), torch.stack(weights)).over(torch.stack(heads))
+    assert error(heads, mean, weights, gram) == pytest.approx(mean.total - mean.kept, rel=1e-6, abs=1e-9)
     least = error(heads, merged, weights, gram)
     assert least == pytest.approx(merged.total - merged.kept, rel=1e-6, abs=1e-9)
-    assert least <= error(heads, merge_mean(heads, weights, gram), weights, gram) + 1e-9
+    assert least <= error(heads, mean, weights, gram) + 1e-9
     for attempt in range(5):
         moved = random_matrix(seed + 1000 + attempt, *merged.shared.shape) * 0.01
         changed = type(merged)(merged.shared + moved, merged.readers, 0.0, 0.0)
         assert error(heads, changed, weights, gram) >= least - 1e-9
-        readers = [r + 0.01 * random_matrix(seed + 2000 + attempt, *r.shape) for r in merged.readers]
+        readers = merged.readers + 0.01 * random_matrix(seed + 2000 + attempt, *merged.readers.shape)
         assert error(heads, type(merged)(merged.shared, readers, 0.0, 0.0), weights, gram) >= least - 1e-9
 
 
@@ -330,7 +337,7 @@ def test_no_other_shared_rotary_key_loses_less(seed: int, num_heads: int) -> Non
     powers = [random_matrix(seed + 50 + i, 3).abs() + 0.1 for i in range(num_heads)]
     weights, x = [torch.diag(power.repeat(2)) for power in powers], random_matrix(seed + 99, 30, 7)
     gram = x.T @ x / 30
-    merged = merge_rotary(heads, powers, gram)
+    merged = merge_rotary(covariances(heads, gram), torch.stack(powers)).over(torch.stack(heads))
     least = error(heads, merged, weights, gram)
     assert least == pytest.approx(merged.total - merged.kept, rel=1e-6, abs=1e-9)
     rotation = torch.block_diag(*[torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)] * 3)
@@ -450,19 +457,28 @@ def test_keys_that_rotate_at_an_unknown_speed_are_refused(make_checkpoint: Check
             _ = Source(checkpoint, architecture).rotary
 
 
+def merged_at_distances(
+    heads: list[torch.Tensor], weights: list[torch.Tensor], gram: torch.Tensor
+) -> tuple[Merged, Merged]:
+    """The merge, and before it the one that it starts from."""
+    parts = covariances(heads, gram), torch.stack(weights)
+    start = merge_linear(*parts, 6)
+    merged = merge_at_distances(start, *parts, ExpectedRotations.same(expected_rotation(ROTARY, 6)))
+    return start.over(torch.stack(heads)), merged.over(torch.stack(heads))
+
+
 @given(seed=st.integers(0, 10**6), num_heads=st.integers(1, 4))
 def test_merges_at_distances_lose_what_they_say_and_less_than_where_they_started(seed: int, num_heads: int) -> None:
     heads = [random_matrix(seed + i, 6, 7) for i in range(num_heads)]
     roots = [random_matrix(seed + 50 + i, 8, 6) for i in range(num_heads)]
     weights, x = [root.T @ root for root in roots], random_matrix(seed + 99, 30, 7)
     gram = x.T @ x / 30
-    start = merge_linear(heads, weights, gram, 6)
-    merged = merge_at_distances(start, heads, weights, gram, ExpectedRotations.same(expected_rotation(ROTARY, 6)))
+    start, merged = merged_at_distances(heads, weights, gram)
     least = error_at_distances(heads, merged, weights, gram, ROTARY)
     assert least == pytest.approx(merged.total - merged.kept, rel=1e-6, abs=1e-9 * merged.total)
     assert least <= error_at_distances(heads, start, weights, gram, ROTARY) + 1e-9 * merged.total
     for attempt in range(3):
-        readers = [r + 0.01 * random_matrix(seed + 2000 + attempt, *r.shape) for r in merged.readers]
+        readers = merged.readers + 0.01 * random_matrix(seed + 2000 + attempt, *merged.readers.shape)
         changed = type(merged)(merged.shared, readers, 0.0, 0.0)
         assert error_at_distances(heads, changed, weights, gram, ROTARY) >= least - 1e-9 * merged.total
 
@@ -473,8 +489,7 @@ def test_merges_at_distances_end_where_no_key_nearby_loses_less() -> None:
     heads = [base + 0.3 * random_matrix(1 + i, 6, 7) for i in range(3)]
     roots, x = [random_matrix(50 + i, 8, 6) for i in range(3)], random_matrix(99, 30, 7)
     weights, gram = [root.T @ root for root in roots], x.T @ x / 30
-    start = merge_linear(heads, weights, gram, 6)
-    merged = merge_at_distances(start, heads, weights, gram, ExpectedRotations.same(expected_rotation(ROTARY, 6)))
+    _, merged = merged_at_distances(heads, weights, gram)
     least = error_at_distances(heads, merged, weights, gram, ROTARY)
     for attempt in range(20):
         moved = merged.shared + 0.01 * random_matrix(1000 + attempt, *merged.shared.shape)
@@ -487,24 +502,13 @@ def test_losses_of_pairs_are_those_of_their_merges_or_less(seed: int) -> None:
     heads = [random_matrix(seed + i, 6, 7) for i in range(3)]
     roots, x = [random_matrix(seed + 50 + i, 8, 6) for i in range(3)], random_matrix(seed + 99, 30, 7)
     weights, gram = [root.T @ root for root in roots], x.T @ x / 30
-    covariances = torch.stack([torch.stack([one @ gram @ other.T for other in heads]) for one in heads])
-    still, turned = pair_losses(covariances, weights), pair_losses(covariances, weights, expected_rotation(ROTARY, 6))
-    energy = merge_linear(heads, weights, gram, 6).total
-    all_rotated = merge_at_distances(
-        merge_linear(heads, weights, gram, 6),
-        heads,
-        weights,
-        gram,
-        ExpectedRotations.same(expected_rotation(ROTARY, 6)),
-    )
+    parts = covariances(heads, gram), torch.stack(weights)
+    still, turned = pair_losses(*parts), pair_losses(*parts, expected_rotation(ROTARY, 6))
+    all_linear, all_rotated = merged_at_distances(heads, weights, gram)
     for i, j in product(range(3), range(3)):
-        pair, pair_weights = [heads[i], heads[j]], [weights[i], weights[j]]
-        linear = merge_linear(pair, pair_weights, gram, 6)
-        expected = 0.0 if i == j else (linear.total - linear.kept) / energy
+        linear, merged = merged_at_distances([heads[i], heads[j]], [weights[i], weights[j]], gram)
+        expected = 0.0 if i == j else (linear.total - linear.kept) / all_linear.total
         assert still[i, j].item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
-        merged = merge_at_distances(
-            linear, pair, pair_weights, gram, ExpectedRotations.same(expected_rotation(ROTARY, 6))
-        )
         assert 0 <= turned[i, j].item() <= (merged.total - merged.kept) / all_rotated.total + 1e-9
 
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from .attention_shape import AttentionShape
 from .heads import HeadGrouping
-from .linear import solve_ridge
-from .merge import ExpectedRotations, Merged, merge_at_distances, merge_linear, merge_mean, merge_rotary, pair_losses
+from .linear import WhiteInputs, solve_ridge
+from .merge import (
+    ExpectedRotations,
+    Merged,
+    covariances_of,
+    joint,
+    merge_at_distances,
+    merge_linear,
+    merge_mean,
+    merge_rotary,
+    pair_losses,
+)
 from .projections import Projections
 from .rotations import ExpectedRotation, Rotary, expected_rotation
 
@@ -80,17 +90,18 @@ def merge_layers(heads: Heads, grouping: HeadGrouping) -> LayerMerge:
     """
     import torch
 
-    groups = [(group, heads.merged_keys(group), heads.merged_values(group)) for group in grouping.groups]
+    groups = [(list(group), heads.merged_keys(group), heads.merged_values(group)) for group in grouping.groups]
     k, v = torch.cat([keys.shared for _, keys, _ in groups]), torch.cat([values.shared for _, _, values in groups])
     merged = []
     for layer in range(heads.num_layers):
         q, o = [], []
         for group, keys, values in groups:
-            for head, read_key, read_value in zip(group, keys.readers, values.readers, strict=True):
-                if heads.layer(head) == layer:
-                    q += [read_key.T @ query for query in heads.queries[head]]
-                    o += [output @ read_value for output in heads.outputs[head]]
-        merged.append(Projections(torch.cat(q), k, v, torch.cat(o, dim=1)))
+            own = [place for place, head in enumerate(group) if heads.layer(head) == layer]
+            chosen = [group[place] for place in own]
+            q.append(keys.readers[own].mT[:, None] @ heads.queries[chosen])  # (m, size, D, E + 1)
+            o.append(heads.outputs[chosen] @ values.readers[own][:, None])  # (m, size, E, D)
+        outputs = torch.cat(o).flatten(0, 1).transpose(0, 1).flatten(1)
+        merged.append(Projections(torch.cat(q).flatten(0, 2), k, v, outputs))
     return LayerMerge(
         tuple(merged),
         grouping,
@@ -102,10 +113,10 @@ def merge_layers(heads: Heads, grouping: HeadGrouping) -> LayerMerge:
 class Heads:
     """The K/V heads of one layer, or of several that are to share keys and values, numbered layer after layer.
 
-    queries[h] and outputs[h] list the query heads that read K/V head h: their rows of q_proj, (head_dim,
-    hidden_size + 1), and their columns of o_proj, (hidden_size, head_dim). Keys and values of the layers after the
-    first are linear predictions from the attention input of the first (`predicted_input`, with `prediction_pull`). The
-    covariances of all keys and of all values, which every candidate group needs, are computed once. Without
+    queries[h] and outputs[h] are of the query heads that read K/V head h: their rows of q_proj, (size, head_dim,
+    hidden_size + 1), and their columns of o_proj, (size, hidden_size, head_dim). Keys and values of the layers after
+    the first are linear predictions from the attention input of the first (`predicted_input`, with `prediction_pull`).
+    The covariances of all keys and of all values, which every candidate group needs, are computed once. Without
     `at_distances`, keys that rotate are merged as if all angles between query and key were equally likely.
 
     A query head whose output is zero, because its values or its columns of o_proj are, counts for nothing: it takes no
@@ -124,48 +135,29 @@ class Heads:
     ) -> None:
         import torch
 
-        size = shape.num_attention_heads // shape.num_key_value_heads
-        gram, rotary = layers[0].gram, free.rotary
+        rotary, white = free.rotary, [WhiteInputs.of(layer.gram) for layer in layers]
+        parts = [
+            _LayerHeads.of(layer.projections, inputs, shape, free) for layer, inputs in zip(layers, white, strict=True)
+        ]
         self.num_layers = len(layers)
-        self.queries: list[list[Tensor]] = []
-        self.outputs: list[list[Tensor]] = []
+        self.queries = torch.cat([part.queries for part in parts])
+        self.outputs = torch.cat([part.outputs for part in parts])
         self.free = free
         self._at_distances = at_distances
         self._rotation_of_keys = expected_rotation(rotary, shape.head_dim) if rotary.dims and free.keys else None
-        self._key_weights: list[Tensor] = []
-        self._key_weights_of_all: list[Tensor] = []  # silent query heads counted too
-        keys, values = [], []
-        self._key_moments: list[_HeadMoments] = []
-        self._value_moments: list[_HeadMoments] = []
-        for layer in layers:
-            source = layer.projections
-            queries = source.q.unflatten(0, (shape.num_key_value_heads, size, shape.head_dim))
-            outputs = source.o.unflatten(1, (shape.num_key_value_heads, size, shape.head_dim))
-            self.queries += [list(group) for group in queries]
-            self.outputs += [list(group) for group in outputs.permute(1, 2, 0, 3)]
-            values.append(source.v.unflatten(0, (-1, shape.head_dim)))
-            for group, value, read in zip(queries, values[-1], self.outputs[-len(queries) :], strict=True):
-                weights = [rotary.half_split(query) @ layer.gram @ rotary.half_split(query).T for query in group]
-                spread = value @ layer.gram @ value.T
-                heard = [
-                    weight
-                    for weight, output in zip(weights, read, strict=True)
-                    if not free.values or (output @ spread).any()  # what is not linear may mix heads
-                ]
-                self._key_weights_of_all.append(_sum(weights))
-                self._key_weights.append(_sum(heard or [torch.zeros_like(spread)]))
-            heads = source.k.unflatten(0, (-1, shape.head_dim)).transpose(0, 1)
-            keys.append(rotary.half_split(heads).transpose(0, 1))  # (heads, head_dim, hidden_size + 1)
-            if len(layers) > 1:
-                self._key_moments += _moments(keys[-1], layer, gram)
-                self._value_moments += _moments(values[-1], layer, gram)
-            if layer.cross is not None:
-                predicted = predicted_input(layer.cross, gram, prediction_pull)
-                keys[-1], values[-1] = keys[-1] @ predicted, values[-1] @ predicted
-        self._keys, self._values, self._gram = torch.cat(keys), torch.cat(values), gram
-        self._key_covariances = _covariances(self._keys, gram)
-        self._value_covariances = _covariances(self._values, gram)
-        self._value_weights = [_sum(output.T @ output for output in group) for group in self.outputs]
+        self._key_weights = torch.cat([part.key_weights for part in parts])
+        self._key_weights_of_all = torch.cat([part.key_weights_of_all for part in parts])
+        self._value_weights = torch.cat([part.value_weights for part in parts])
+        predictions = [_Prediction.of(layer, layers[0], prediction_pull) for layer in layers]
+        self._keys, self._values = (
+            _Side.of(
+                [getattr(part, side) for part in parts],
+                [getattr(part, f"white_{side}") for part in parts],
+                predictions,
+                white[0],
+            )
+            for side in ("keys", "values")
+        )
 
     def layer(self, head: int) -> int:
         """Return the layer of a head: 0 for the first of these layers."""
@@ -181,23 +173,21 @@ class Heads:
 
     def __len__(self) -> int:
         """Return the number of K/V heads of all layers."""
-        return len(self._keys)
+        return len(self.queries)
 
     def merged_values(self, group: tuple[int, ...]) -> Merged:
         """Merge the values of a group's heads: in closed form (`merge_linear`), or by their mean."""
         import torch
 
-        weights = [self._value_weights[head] for head in group]
-        covariance, rows = _within(self._value_covariances, group)
+        chosen = list(group)
+        weights, covariances = self._value_weights[chosen], self._values.covariances[chosen][:, chosen]
         if self.free.values:
-            alike = [torch.eye(len(weight), dtype=weight.dtype) for weight in weights]
-            merged = _counted(weights, alike, lambda chosen: merge_linear(rows, chosen, covariance, len(rows[0])))
+            alike = torch.eye(weights.shape[-1], dtype=weights.dtype).expand_as(weights)
+            rank = weights.shape[-1]
+            merged = _counted(weights, alike, lambda counted: merge_linear(covariances, counted, rank))
         else:
-            merged = merge_mean(rows, weights, covariance)
-        merged = _of_rows(merged, self._values[list(group)])
-        if self.num_layers > 1:
-            merged = _measured(merged, [self._value_moments[head] for head in group], weights, self._gram)
-        return merged
+            merged = merge_mean(covariances, weights)
+        return self._values.measured(merged, chosen, weights)
 
     def merged_keys(self, group: tuple[int, ...]) -> Merged:
         """Merge the keys of a group's heads, whose dims have the class's own order of rotary pairs in the result.
@@ -205,45 +195,170 @@ class Heads:
         Keys that rotate are merged by `merge_at_distances`, others by `merge_linear`, and by their mean where a norm or
         a clip follows the projection.
         """
-        rotary = self.free.rotary
-        weights = [self._key_weights[head] for head in group]
-        covariance, rows = _within(self._key_covariances, group)
+        chosen, rotary = list(group), self.free.rotary
+        weights, covariances = self._key_weights[chosen], self._keys.covariances[chosen][:, chosen]
         if self.free.keys:
-            of_all = [self._key_weights_of_all[head] for head in group]
-            merged = _counted(weights, of_all, lambda chosen: self._merged_free_keys(rows, chosen, covariance))
+            of_all = self._key_weights_of_all[chosen]
+            merged = _counted(weights, of_all, lambda counted: self._merged_free_keys(covariances, counted))
         else:
-            merged = merge_mean(rows, weights, covariance)
-        merged = _of_rows(merged, self._keys[list(group)])
-        if self.num_layers > 1:
-            merged = _measured(
-                merged, [self._key_moments[head] for head in group], weights, self._gram, self._rotation_of_keys
-            )
-        readers = [rotary.original(rotary.original(reader).T).T for reader in merged.readers]
-        return Merged(rotary.original(merged.shared), readers, merged.kept, merged.total)
+            merged = merge_mean(covariances, weights)
+        merged = self._keys.measured(merged, chosen, weights, self._rotation_of_keys)
+        readers = merged.readers.permute(1, 2, 0)  # (d, r, m)
+        readers = rotary.original(rotary.original(readers).transpose(0, 1)).permute(2, 1, 0)
+        return replace(merged, shared=rotary.original(merged.shared), readers=readers)
 
-    def _merged_free_keys(self, rows: Sequence[Tensor], weights: Sequence[Tensor], covariance: Tensor) -> Merged:
+    def _merged_free_keys(self, covariances: Tensor, weights: Tensor) -> Merged:
         if self._rotation_of_keys is None:
-            return merge_linear(rows, weights, covariance, len(rows[0]))
-        merged = _at_any_angle(rows, weights, covariance, self.free.rotary.dims)
+            return merge_linear(covariances, weights, weights.shape[-1])
+        merged = _at_any_angle(covariances, weights, self.free.rotary.dims)
         if self._at_distances:
-            rotations = ExpectedRotations.same(self._rotation_of_keys)
-            merged = merge_at_distances(merged, rows, weights, covariance, rotations)
+            merged = merge_at_distances(merged, covariances, weights, ExpectedRotations.same(self._rotation_of_keys))
         return merged
 
     def pair_losses(self) -> Tensor:
         """Return what merging two heads loses, (heads, heads): the fraction of keys' energy plus that of values'."""
-        keys = pair_losses(self._key_covariances, self._key_weights, self._rotation_of_keys)
-        return keys + pair_losses(self._value_covariances, self._value_weights)
+        keys = pair_losses(self._keys.covariances, self._key_weights, self._rotation_of_keys)
+        return keys + pair_losses(self._values.covariances, self._value_weights)
 
 
-def _counted(
-    weights: Sequence[Tensor], otherwise: Sequence[Tensor], merge: Callable[[Sequence[Tensor]], Merged]
-) -> Merged:
+class _Prediction(NamedTuple):
+    """How a layer's input x is predicted from that of the first layer, x': A x', as `predicted_input` says."""
+
+    matrix: Tensor  # A, (E + 1, E + 1)
+    cross: Tensor  # E[x x'ᵀ]
+
+    @classmethod
+    def of(cls, layer: LayerInput, first: LayerInput, pull: float) -> _Prediction | None:
+        """None for the first layer itself."""
+        return None if layer.cross is None else cls(predicted_input(layer.cross, first.gram, pull), layer.cross)
+
+
+class _LayerHeads(NamedTuple):
+    """The heads of one layer, and how much errors of their keys and values count. Keys are half-split.
+
+    What a layer's keys and values are as rows over white inputs follows from `white_keys` and `white_values`.
+    """
+
+    queries: Tensor  # (K, size, D, E + 1)
+    outputs: Tensor  # (K, size, E, D)
+    keys: Tensor  # (K, D, E + 1)
+    values: Tensor  # (K, D, E + 1)
+    white_keys: Tensor  # (K, D, E + 1)
+    white_values: Tensor  # (K, D, E + 1)
+    key_weights: Tensor  # (K, D, D)
+    key_weights_of_all: Tensor  # the same with silent query heads counted
+    value_weights: Tensor  # (K, D, D)
+
+    @classmethod
+    def of(
+        cls, source: Projections, white: WhiteInputs, shape: AttentionShape, free: FreeTransformations
+    ) -> _LayerHeads:
+        import torch
+
+        rotary = free.rotary
+        heads = (shape.num_key_value_heads, shape.num_attention_heads // shape.num_key_value_heads, shape.head_dim)
+        outputs = source.o.unflatten(1, heads).permute(1, 2, 0, 3)
+        keys, values = (rows.unflatten(0, (-1, shape.head_dim)) for rows in (source.k, source.v))
+        keys = rotary.half_split(keys.transpose(0, 1)).transpose(0, 1)
+        white_queries, white_keys, white_values = (
+            white.rows(source.q).unflatten(0, heads),
+            white.rows(keys),
+            white.rows(values),
+        )
+        order = rotary.half_split(torch.arange(shape.head_dim))
+        weights = (white_queries @ white_queries.mT)[..., order[:, None], order]  # (K, size, D, D)
+        output_weights = outputs.mT @ outputs
+        heard = torch.ones(heads[:2], dtype=torch.bool)
+        if free.values:  # what is not linear may mix heads
+            spread = white_values @ white_values.mT
+            heard = (output_weights @ spread[:, None]).flatten(2).any(2)
+        return cls(
+            source.q.unflatten(0, heads),
+            outputs,
+            keys,
+            values,
+            white_keys,
+            white_values,
+            (weights * heard[..., None, None]).sum(1),
+            weights.sum(1),
+            output_weights.sum(1),
+        )
+
+
+class _Side(NamedTuple):
+    """The keys or the values of all heads, N, as functions of the first layer's input x': predictions for other layers.
+
+    covariances: of these, of every two heads. own: E[z zᵀ] of each head's key or value z as its layer computes it.
+    cross: E[z x'ᵀ] for the heads of layers after the first.
+    """
+
+    rows: Tensor  # (N, D, E + 1)
+    covariances: Tensor  # (N, N, D, D)
+    own: Tensor  # (N, D, D)
+    cross: Tensor  # (N - K, D, E + 1)
+
+    @classmethod
+    def of(
+        cls,
+        heads: Sequence[Tensor],
+        white: Sequence[Tensor],
+        predictions: Sequence[_Prediction | None],
+        first: WhiteInputs,
+    ) -> _Side:
+        """Of each layer the heads, (K, D, E + 1), and the same over white inputs of their own layer."""
+        import torch
+
+        rows = [part if one is None else part @ one.matrix for part, one in zip(heads, predictions, strict=True)]
+        over_first = [
+            part if one is None else first.rows(row) for part, row, one in zip(white, rows, predictions, strict=True)
+        ]
+        cross = [part @ one.cross for part, one in zip(heads, predictions, strict=True) if one is not None]
+        return cls(
+            torch.cat(rows),
+            covariances_of(torch.cat(over_first)),
+            torch.cat([part @ part.mT for part in white]),
+            torch.cat(cross) if cross else rows[0][:0],
+        )
+
+    def measured(
+        self, merged: Merged, group: Sequence[int], weights: Tensor, rotation: ExpectedRotation | None = None
+    ) -> Merged:
+        """The merge of a group with its shared rows as weights over x'.
+
+        Its energies are measured against what the heads compute in their layers, not against predictions.
+        """
+        import torch
+
+        result = merged.over(self.rows[group])
+        if not len(self.cross):
+            return result
+
+        def mean(matrix: Tensor) -> Tensor:
+            return matrix if rotation is None else rotation.mean(matrix)
+
+        together = joint(self.covariances[group][:, group])
+        of_shared = merged.shared @ together
+        power = mean(of_shared @ merged.shared.T)
+        num_first = len(self.rows) - len(self.cross)
+        with_heads = of_shared.unflatten(1, (len(group), -1)).transpose(0, 1)  # E[shared zᵀ], (m, r, D)
+        read = torch.stack(
+            [
+                with_heads[place] if head < num_first else result.shared @ self.cross[head - num_first].T
+                for place, head in enumerate(group)
+            ]
+        )
+        covariance, read, readers = mean(self.own[group]), merged.readers @ mean(read), merged.readers
+        total = float((weights * covariance).sum())
+        error = float((weights * (covariance - 2 * read + readers @ power @ readers.mT)).sum())
+        return replace(result, kept=max(total - error, 0.0), total=total)
+
+
+def _counted(weights: Tensor, otherwise: Tensor, merge: Callable[[Tensor], Merged]) -> Merged:
     """What `merge` makes of heads that count as `weights` say, or, where all of these are zero, as `otherwise` says.
 
     In the second case nothing of the heads is heard, so that nothing can be lost.
     """
-    if any(weight.any() for weight in weights):
+    if weights.any():
         return merge(weights)
     return replace(merge(otherwise), kept=0.0, total=0.0)
 
@@ -264,84 +379,20 @@ def predicted_input(cross: Tensor, gram: Tensor, pull: float) -> Tensor:
     return solve_ridge(cross + strength * torch.diag(cross.diagonal() / power), gram, strength)
 
 
-class _HeadMoments(NamedTuple):
-    """Of a key or value z as the head's layer computes it, before any prediction from the first layer's input x'.
-
-    covariance: E[z zᵀ], (head_dim, head_dim). cross: E[z x'ᵀ], (head_dim, hidden_size + 1).
-    """
-
-    covariance: Tensor
-    cross: Tensor
-
-
-def _moments(heads: Tensor, layer: LayerInput, gram: Tensor) -> list[_HeadMoments]:
-    """The moments of a layer's keys or values, (heads, head_dim, hidden_size + 1)."""
-    cross = heads @ (gram if layer.cross is None else layer.cross)
-    return [_HeadMoments(*parts) for parts in zip(heads @ layer.gram @ heads.mT, cross, strict=True)]
-
-
-def _measured(
-    merged: Merged,
-    moments: Sequence[_HeadMoments],
-    weights: Sequence[Tensor],
-    gram: Tensor,
-    rotation: ExpectedRotation | None = None,
-) -> Merged:
-    """The merge with its energies measured against what the heads compute in their layers, not against predictions."""
-
-    def mean(matrix: Tensor) -> Tensor:
-        return matrix if rotation is None else rotation.mean(matrix)
-
-    power = mean(merged.shared @ gram @ merged.shared.T)
-    total = error = 0.0
-    for reader, head, weight in zip(merged.readers, moments, weights, strict=True):
-        covariance, read = mean(head.covariance), reader @ mean(merged.shared @ head.cross.T)
-        total += float((weight * covariance).sum())
-        error += float((weight * (covariance - 2 * read + reader @ power @ reader.T)).sum())
-    return replace(merged, kept=max(total - error, 0.0), total=total)
-
-
-def _covariances(heads: Tensor, gram: Tensor) -> Tensor:
-    """E[z_i z_jᵀ] of the keys or values of every two heads, (heads, heads, head_dim, head_dim)."""
-    num_heads, head_dim, _ = heads.shape
-    rows = heads.flatten(0, 1)
-    blocks: Tensor = (rows @ gram @ rows.T).view(num_heads, head_dim, num_heads, head_dim).transpose(1, 2)
-    return blocks
-
-
-def _within(covariances: Tensor, group: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
-    """The joint covariance of a group's m heads, (m · head_dim) squared, and each head's rows of the identity."""
-    import torch
-
-    chosen = covariances[list(group)][:, list(group)].transpose(1, 2).flatten(2, 3).flatten(0, 1)
-    return chosen, list(torch.eye(len(chosen), dtype=chosen.dtype).chunk(len(group)))
-
-
-def _of_rows(merged: Merged, heads: Tensor) -> Merged:
-    """The merge with its shared head as a weight: a combination of `heads`, (m, head_dim, D + 1), as its rows say."""
-    return Merged(merged.shared @ heads.flatten(0, 1), merged.readers, merged.kept, merged.total)
-
-
-def _at_any_angle(heads: Sequence[Tensor], weights: Sequence[Tensor], gram: Tensor, rotating: int) -> Merged:
+def _at_any_angle(covariances: Tensor, weights: Tensor, rotating: int) -> Merged:
     """The merge whose readers commute with every rotation: the rotating dims, the first ones, apart from the others."""
     import torch
 
-    powers = [weight.diagonal()[:rotating].unflatten(0, (2, -1)).sum(0) for weight in weights]
-    parts = [merge_rotary([head[:rotating] for head in heads], powers, gram)]
+    num_heads, size = weights.shape[:2]
+    powers = weights.diagonal(dim1=1, dim2=2)[:, :rotating].unflatten(1, (2, -1)).sum(1)  # (m, F)
+    parts = [merge_rotary(covariances[..., :rotating, :rotating], powers)]
     # at a random angle each dim of a pair meets half of the power of the queries' pair
     parts[0] = replace(parts[0], kept=parts[0].kept / 2, total=parts[0].total / 2)
-    if rotating < len(heads[0]):
-        blocks = [weight[rotating:, rotating:] for weight in weights]
-        parts.append(merge_linear([head[rotating:] for head in heads], blocks, gram, len(heads[0]) - rotating))
-    return Merged(
-        torch.cat([part.shared for part in parts]),
-        [torch.block_diag(*(part.readers[head] for part in parts)) for head in range(len(heads))],
-        sum(part.kept for part in parts),
-        sum(part.total for part in parts),
-    )
-
-
-def _sum(tensors: Iterable[Tensor]) -> Tensor:
-    import torch
-
-    return torch.stack(list(tensors)).sum(0)
+    if rotating < size:
+        rest = slice(rotating, size)
+        parts.append(merge_linear(covariances[..., rest, rest], weights[..., rest, rest], size - rotating))
+    shared, readers = covariances.new_zeros(size, num_heads, size), torch.zeros_like(weights)
+    for part, dims in zip(parts, (slice(0, rotating), slice(rotating, size)), strict=False):
+        shared[dims, :, dims] = part.shared.unflatten(1, (num_heads, -1))
+        readers[:, dims, dims] = part.readers
+    return Merged(shared.flatten(1), readers, sum(part.kept for part in parts), sum(part.total for part in parts))

@@ -10,13 +10,34 @@ of a layer are so, they count alike, so that training can still wake them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from .attention_shape import AttentionShape
-from .linear import TOLERANCE, align_phase, floored_roots, pseudo_inverse, root_and_inverse, scale_between, solve_ridge
-from .merge import ExpectedRotations, Merged, merge_at_distances
+from .linear import (
+    TOLERANCE,
+    WhiteInputs,
+    align_phase,
+    floored_roots,
+    pseudo_inverse,
+    root_and_inverse,
+    scale_between,
+    solve_ridge,
+    symmetric_product,
+    top_eigenvectors,
+)
+from .merge import (
+    ExpectedRotations,
+    Merged,
+    complex_covariances,
+    covariances_of,
+    joint,
+    merge_at_distances,
+    own_covariances,
+)
 from .projections import Projections
 from .rotations import Rotary, expected_rotation, expected_rotation_between, mean_phases, mean_rotation
 
@@ -29,9 +50,9 @@ __all__ = [
     "RopePair",
     "constant_norm",
     "latent_attention",
+    "latent_attentions",
     "normalised",
     "rope_pair_gains",
-    "top_rows",
     "without_constant",
 ]
 
@@ -67,34 +88,99 @@ class LatentAttention:
 
 
 @dataclass(frozen=True)
-class _Heads:
-    """The heads of a layer, queries and keys half-split, and how much errors of their keys and values count.
+class _Rows:
+    """Rows over x, and the same over white inputs (`WhiteInputs`), (…, D + 1) each."""
 
-    key_weights: Σ over the query heads of a K/V head of E[q qᵀ] times the power of that query head's output over d, so
-    that keys count in the same unit as values. value_weights: Σ W_oᵀ W_o. powers: the mean key weight of each pair.
-    heard: whether the output of any head is other than zero.
-    """
+    over_x: Tensor
+    white: Tensor
 
-    queries: Tensor  # (H, d, D + 1)
-    keys: Tensor  # (G, d, D + 1)
-    values: Tensor  # (G, d, D + 1)
-    key_weights: Tensor  # (G, d, d)
-    value_weights: Tensor  # (G, d, d)
-    powers: Tensor  # (F, G)
-    heard: bool
+    @classmethod
+    def of(cls, rows: Tensor, inputs: WhiteInputs) -> _Rows:
+        return cls(rows, inputs.rows(rows))
 
 
 @dataclass(frozen=True)
-class _Shared:
-    """The principal components of the heads' keys, for each frequency apart: the candidates for shared keys.
+class _Weights:
+    """How much errors of keys and of values count.
 
-    keys: the heads' keys as complex numbers, weighted by the root of their powers. directions: eigenvectors in columns,
-    of which the first combines the keys into the shared key that keeps most. energies: what each keeps, descending.
+    keys: Σ over the query heads of a K/V head of E[q qᵀ] times the power of that query head's output over d, so that
+    keys count in the same unit as values. values: Σ W_oᵀ W_o.
     """
 
-    keys: Tensor  # (F, G, D + 1), complex
-    directions: Tensor  # (F, G, G), complex
-    energies: Tensor  # (F, G)
+    keys: Tensor  # (G, d, d)
+    values: Tensor  # (G, d, d)
+
+    def powers(self, num_pairs: int) -> Tensor:
+        """The mean weight of each rotary pair of keys, which are half-split, (F, G)."""
+        diagonal = self.keys.diagonal(dim1=1, dim2=2)[:, : 2 * num_pairs]
+        powers: Tensor = diagonal.unflatten(1, (2, -1)).mean(1).T
+        return powers
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """The heads of a layer, queries and keys half-split, and what errors of their keys and values count.
+
+    heard: as they add to the layer's output. counted: the same or, where the output of every head is zero, as if all
+    were heard alike.
+    """
+
+    inputs: WhiteInputs
+    queries: Tensor  # (H, d, D + 1)
+    keys: _Rows  # (G, d, D + 1)
+    values: _Rows  # (G, d, D + 1)
+    heard: _Weights
+    counted: _Weights
+
+
+@dataclass(frozen=True)
+class _RopeKey:
+    """The shared rotary key, heads' maps of it, and the keys that it leaves to the latent, less their means.
+
+    error: the weighed energy that neither it nor any key without position can make up for.
+    """
+
+    key: Tensor  # (2 S, D + 1)
+    readers: Tensor  # (G, d, 2 S)
+    left: _Rows  # (G, d, D + 1)
+    error: Tensor
+
+
+@dataclass(frozen=True)
+class _Weighed:
+    """Heads' keys or values times the roots of how much errors of their dims count, centred or not."""
+
+    rows: _Rows  # (n, d, D + 1)
+    roots: Tensor  # (n, d, d)
+    centred: bool
+
+    @property
+    def num_rows(self) -> int:
+        """n · d."""
+        return self.roots.shape[0] * self.roots.shape[1]
+
+    @property
+    def num_inputs(self) -> int:
+        """How many white inputs the rows vary with: D if they are centred, or else D + 1."""
+        return self.rows.white.shape[-1] - self.centred
+
+    @property
+    def white(self) -> Tensor:
+        """Rows over white inputs, (num_rows, num_inputs)."""
+        white: Tensor = (self.roots @ _varying(self.rows.white, self.centred)).flatten(0, 1)
+        return white
+
+    @cached_property
+    def inner(self) -> Tensor:
+        """The product of the transpose of `white` and itself."""
+        columns = self.white.T
+        return symmetric_product(columns, columns)
+
+    def combined(self, rows: Tensor) -> Tensor:
+        """Return combinations, (r, n · d), of the weighed rows, over x: (r, D + 1)."""
+        unweighed = rows.unflatten(1, self.roots.shape[:2]).transpose(0, 1) @ self.roots  # (n, r, d)
+        combined: Tensor = unweighed.transpose(0, 1).flatten(1) @ self.rows.over_x.flatten(0, 1)
+        return combined
 
 
 def rope_pair_gains(projections: Projections, shape: AttentionShape, rotary: Rotary, gram: Tensor) -> Tensor:
@@ -106,10 +192,10 @@ def rope_pair_gains(projections: Projections, shape: AttentionShape, rotary: Rot
     import torch
 
     heads = _heads(projections, shape, rotary, gram)
-    if not heads.powers.any():
-        return torch.zeros_like(heads.powers)
-    centred = gram - torch.outer(gram[:, -1], gram[:, -1])
-    energies = _shared_keys(heads, centred).energies
+    powers = heads.heard.powers(len(rotary.frequencies))
+    if not powers.any():
+        return torch.zeros_like(powers)
+    energies, _ = _shared_keys(covariances_of(heads.keys.white[:, : rotary.dims, :-1]), powers)
     lost = 1 - mean_phases(rotary).abs().square()
     gains: Tensor = energies * lost[:, None] / energies.sum().clamp(min=1e-300)
     return gains
@@ -151,56 +237,78 @@ def latent_attention(
     standard deviation of 1. Without it, projections are those that `without_constant` gives. Queries are scaled by
     √((d + 2 S) / d), since DeepSeek's class divides scores by the root of more dims.
     """
+    candidates = latent_attentions(
+        projections,
+        shape,
+        rotary,
+        gram,
+        rope_pairs=rope_pairs,
+        kv_lora_rank=kv_lora_rank,
+        constant=constant,
+        objectives=(objective,),
+    )
+    return next(candidates)
+
+
+def latent_attentions(
+    projections: Projections,
+    shape: AttentionShape,
+    rotary: Rotary,
+    gram: Tensor,
+    *,
+    rope_pairs: Sequence[RopePair],
+    kv_lora_rank: int,
+    constant: bool,
+    objectives: Sequence[LatentObjective],
+) -> Iterator[LatentAttention]:
+    """Yield what `latent_attention` returns for each of the objectives, which share all that is the same for them.
+
+    Each is made when it is asked for: of a large model it takes gigabytes.
+    """
     import torch
 
-    # 1. and 2. the rotary key, and what it leaves of keys to the latent
     heads = _heads(projections, shape, rotary, gram)
-    counted = heads if heads.heard else _heads(projections, shape, rotary, gram, alike=True)
+    covariances = covariances_of(heads.keys.white)
+    values = _Weighed(heads.values, root_and_inverse(heads.counted.values)[0], constant)
     shared = Rotary(tuple(rotary.frequencies[frequency] for frequency, _ in rope_pairs), longest=rotary.longest)
-    rope_key, readers, keys = _rope_key(
-        counted, rotary, shared, gram, rope_pairs, mean_in_latent=objective.mean_in_latent
-    )
-    means = gram[:, -1]
-    centred = gram - torch.outer(means, means)
-    # the mean key of all tokens adds the same to all scores of a query, which softmax ignores
-    keys[..., -1] -= keys @ means
-    # 3. the latent, and the maps from it
-    parts = torch.cat([keys, heads.values])
-    weights = torch.cat([objective.key_weight * counted.key_weights, counted.value_weights])
-    value_gram = centred if constant else gram
-    latent = top_rows(parts, weights, value_gram, kv_lora_rank - constant)
-    latent[:, -1] = 0
-    key_up, value_up = _best_ups(keys, latent, centred), _best_ups(heads.values, latent, value_gram)
-    if constant:
-        key_up, value_up = (
-            torch.cat([up, ((part - up @ latent) @ means)[..., None]], dim=2)
-            for up, part in ((key_up, keys), (value_up, heads.values))
-        )
-        one = torch.zeros(1, latent.shape[1], dtype=latent.dtype)
-        one[0, -1] = 1
-        latent = torch.cat([latent, one])
-    # the energies that are lost, and those of the whole
-    key_error = _rotation_error(heads, rotary, shared, rope_key, readers, gram)
-    key_error += _energy(keys - key_up @ latent, heads.key_weights, centred)
-    value_error = _energy(heads.values - value_up @ latent, heads.value_weights, gram)
-    rotated = expected_rotation(rotary, shape.head_dim).mean(heads.keys @ gram @ heads.keys.mT)
-    key_energy = (heads.key_weights * rotated).sum().clamp(min=1e-300)
-    value_energy = _energy(heads.values, heads.value_weights, gram).clamp(min=1e-300)
-
+    rotated = expected_rotation(rotary, shape.head_dim).mean(own_covariances(covariances))
+    key_energy = (heads.heard.keys * rotated).sum().clamp(min=1e-300)
+    value_energy = _energy(heads.values.white, heads.heard.values).clamp(min=1e-300)
     per_head = shape.num_attention_heads // shape.num_key_value_heads
-    queries = readers.mT.repeat_interleave(per_head, dim=0) @ heads.queries  # (H, 2 S, D + 1)
     # the class divides scores by the root of more dims
     scale = ((shape.head_dim + 2 * len(rope_pairs)) / shape.head_dim) ** 0.5
-    return LatentAttention(
-        q=torch.cat([heads.queries, queries], dim=1) * scale,
-        rope_key=rope_key,
-        latent=latent,
-        key_up=key_up,
-        value_up=value_up,
-        o=projections.o,
-        keys_retained=max(0.0, 1 - float(key_error / key_energy)),
-        values_retained=max(0.0, 1 - float(value_error / value_energy)),
-    )
+    for mean_in_latent, alike in groupby(objectives, lambda objective: objective.mean_in_latent):
+        # 1. and 2. the rotary key, and what it leaves of keys to the latent
+        rope = _rope_key(heads, covariances, rotary, shared, rope_pairs, mean_in_latent=mean_in_latent)
+        keys = _Weighed(rope.left, root_and_inverse(heads.counted.keys)[0], constant)
+        queries = rope.readers.mT.repeat_interleave(per_head, dim=0) @ heads.queries  # (H, 2 S, D + 1)
+        for objective in alike:
+            # 3. the latent, and the maps from it
+            found = _top_rows([(objective.key_weight, keys), (1.0, values)], kv_lora_rank - constant)
+            found[:, -1] = 0
+            latent = _Rows.of(found, heads.inputs)
+            key_up, value_up = _best_ups(rope.left, latent, True), _best_ups(heads.values, latent, constant)
+            if constant:
+                key_up, value_up = (
+                    torch.cat([up, part.white[..., -1:] - up @ latent.white[:, -1:]], dim=2)
+                    for up, part in ((key_up, rope.left), (value_up, heads.values))
+                )
+                one = torch.zeros(1, found.shape[1], dtype=found.dtype)
+                one[0, -1] = 1
+                latent = _Rows.of(torch.cat([found, one]), heads.inputs)
+            # the energies that are lost
+            key_error = rope.error + _energy(_varying(rope.left.white - key_up @ latent.white, True), heads.heard.keys)
+            value_error = _energy(heads.values.white - value_up @ latent.white, heads.heard.values)
+            yield LatentAttention(
+                q=torch.cat([heads.queries, queries], dim=1) * scale,
+                rope_key=rope.key,
+                latent=latent.over_x,
+                key_up=key_up,
+                value_up=value_up,
+                o=projections.o,
+                keys_retained=max(0.0, 1 - float(key_error / key_energy)),
+                values_retained=max(0.0, 1 - float(value_error / value_energy)),
+            )
 
 
 def without_constant(projections: Projections, gram: Tensor) -> Projections:
@@ -210,6 +318,8 @@ def without_constant(projections: Projections, gram: Tensor) -> Projections:
     """
     import torch
 
+    if not any(rows[:, -1].any() for rows in (projections.q, projections.k, projections.v)):
+        return projections
     predicted = pseudo_inverse(gram[:-1, :-1]) @ gram[:-1, -1]  # (D,)
 
     def without(rows: Tensor) -> Tensor:
@@ -282,78 +392,103 @@ def constant_norm(tokens: Tensor, weights: Tensor, start: Tensor) -> Tensor:
     return best
 
 
-def _heads(
-    projections: Projections, shape: AttentionShape, rotary: Rotary, gram: Tensor, *, alike: bool = False
-) -> _Heads:
-    """The heads of a layer with their weights: those of what is heard of them, or the same for all if `alike`."""
+def _heads(projections: Projections, shape: AttentionShape, rotary: Rotary, gram: Tensor) -> _Heads:
+    """The heads of a layer, and what errors of them count."""
     import torch
 
+    inputs = WhiteInputs.of(gram)
     size, num_heads, num_shared = shape.head_dim, shape.num_attention_heads, shape.num_key_value_heads
-    queries = torch.stack([rotary.half_split(head) for head in projections.q.split(size)])
-    keys = torch.stack([rotary.half_split(head) for head in projections.k.split(size)])
-    values = projections.v.unflatten(0, (num_shared, size))
-    outputs = projections.o.unflatten(1, (num_heads, size)).transpose(0, 1)  # (H, D, d)
-    output_weights = outputs.mT @ outputs
-    spread = values @ gram @ values.mT
     per_head = num_heads // num_shared
-    power = (output_weights * spread.repeat_interleave(per_head, dim=0)).sum((1, 2)) / size  # (H,)
-    if alike:
-        power, output_weights = torch.ones_like(power), torch.eye(size, dtype=power.dtype).expand_as(output_weights)
-    query_weights = power[:, None, None] * (queries @ gram @ queries.mT)
-    key_weights = query_weights.unflatten(0, (num_shared, per_head)).sum(1)
-    diagonal = key_weights.diagonal(dim1=1, dim2=2)[:, : rotary.dims]
-    return _Heads(
-        queries,
-        keys,
-        values,
-        key_weights,
-        output_weights.unflatten(0, (num_shared, per_head)).sum(1),
-        diagonal.unflatten(1, (2, -1)).mean(1).T,
-        bool(power.any()),
+    queries, keys = (
+        rotary.half_split(rows.unflatten(0, (-1, size)).transpose(0, 1)).transpose(0, 1)
+        for rows in (projections.q, projections.k)
     )
+    values = _Rows.of(projections.v.unflatten(0, (num_shared, size)), inputs)
+    outputs = projections.o.unflatten(1, (num_heads, size)).transpose(0, 1)  # (H, D, d)
+    white_queries = inputs.rows(queries)
+    query_moments = white_queries @ white_queries.mT  # (H, d, d)
+    output_weights = outputs.mT @ outputs
+    spread = values.white @ values.white.mT
+    power = (output_weights * spread.repeat_interleave(per_head, dim=0)).sum((1, 2)) / size  # (H,)
+
+    def of_shared(weights: Tensor) -> Tensor:
+        shared: Tensor = weights.unflatten(0, (num_shared, per_head)).sum(1)
+        return shared
+
+    heard = _Weights(of_shared(power[:, None, None] * query_moments), of_shared(output_weights))
+    alike = torch.eye(size, dtype=power.dtype).expand_as(output_weights)
+    counted = heard if power.any() else _Weights(of_shared(query_moments), of_shared(alike))
+    return _Heads(inputs, queries, _Rows.of(keys, inputs), values, heard, counted)
 
 
-def _shared_keys(heads: _Heads, gram: Tensor) -> _Shared:
-    """The candidates for shared keys, by an eigendecomposition for each frequency."""
+def _shared_keys(covariances: Tensor, powers: Tensor) -> tuple[Tensor, Tensor]:
+    """The principal components of the heads' keys, for each frequency apart: the candidates for shared keys.
+
+    covariances: (G, G, 2 F, 2 F). Keys are weighted by the roots of `powers`, (F, G). Returns what each component
+    keeps, (F, G) in descending order, and the directions, (F, G, G) complex: eigenvectors in columns, of which the
+    first combines the weighted keys, as complex numbers, into the shared key that keeps most.
+    """
     import torch
 
-    num_pairs = len(heads.powers)
-    keys = torch.complex(heads.keys[:, :num_pairs], heads.keys[:, num_pairs : 2 * num_pairs]).transpose(0, 1)
-    keys = floored_roots(heads.powers)[..., None] * keys
-    energies, directions = torch.linalg.eigh(keys @ gram.to(keys.dtype) @ keys.mH)
-    return _Shared(keys, directions.flip(2), energies.flip(1).clamp(min=0))
+    roots = floored_roots(powers)
+    energies, directions = torch.linalg.eigh(roots[:, :, None] * complex_covariances(covariances) * roots[:, None])
+    return energies.flip(1).clamp(min=0), directions.flip(2)
 
 
 def _rope_key(
-    heads: _Heads, rotary: Rotary, shared: Rotary, gram: Tensor, rope_pairs: Sequence[RopePair], *, mean_in_latent: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The rotary key, (2 S, D + 1), heads' maps of it, (G, d, 2 S), and the keys that it leaves, (G, d, D + 1)."""
+    heads: _Heads,
+    covariances: Tensor,
+    rotary: Rotary,
+    shared: Rotary,
+    rope_pairs: Sequence[RopePair],
+    *,
+    mean_in_latent: bool,
+) -> _RopeKey:
+    """The rotary key, and the keys that it leaves; `covariances` are those of the heads' keys, (G, G, d, d)."""
     import torch
 
     dims = rotary.dims  # the others do not rotate, and need no position
     rotations = _expected_rotations(shared, rotary, dims, centred=1 - _NOT_KEPT if mean_in_latent else 0.0)
-    keys, weights = heads.keys[:, :dims], heads.key_weights[:, :dims, :dims]
+    weights = heads.counted.keys[:, :dims, :dims]
     if not weights.any():  # no query asks for the keys, which training may change
         weights = torch.eye(dims, dtype=weights.dtype).expand_as(weights)
-    merged = merge_at_distances(_start(heads, gram, rope_pairs), list(keys), list(weights), gram, rotations)
-    readers = torch.stack(merged.readers)
-    left = mean_rotation(rotary, dims) @ keys - readers @ (mean_rotation(shared, shared.dims) @ merged.shared)
-    unread = readers.new_zeros(len(readers), heads.keys.shape[1] - dims, shared.dims)
-    return merged.shared, torch.cat([readers, unread], dim=1), torch.cat([left, heads.keys[:, dims:]], dim=1)
+    rotating = covariances[..., :dims, :dims]
+    start = _start(rotating, heads.counted.powers(dims // 2), rope_pairs)
+    merged = merge_at_distances(start, rotating, weights, rotations)
+    readers = merged.readers.new_zeros(*covariances.shape[1:3], shared.dims)  # (G, d, 2 S)
+    readers[:, :dims] = merged.readers
+    turn, shared_turn = mean_rotation(rotary, dims), mean_rotation(shared, shared.dims)
+
+    def split(keys: Tensor) -> tuple[Tensor, Tensor]:
+        """The rotary key, and the rest of the keys, over the inputs that `keys`, (G, d, D + 1), are over."""
+        key = merged.over(keys[:, :dims]).shared
+        return key, torch.cat([turn @ keys[:, :dims] - merged.readers @ (shared_turn @ key), keys[:, dims:]], dim=1)
+
+    (key, over_x), (_, white) = split(heads.keys.over_x), split(heads.keys.white)
+    # the mean key of all tokens adds the same to all scores of a query, which softmax ignores
+    over_x[..., -1] -= white[..., -1]
+    white[..., -1] = 0
+    error = _rotation_error(heads.heard.keys, covariances, rotary, shared, merged.shared, readers)
+    return _RopeKey(key, readers, _Rows(over_x, white), error)
 
 
 def _rotation_error(
-    heads: _Heads, rotary: Rotary, shared: Rotary, rope_key: Tensor, readers: Tensor, gram: Tensor
+    weights: Tensor, covariances: Tensor, rotary: Rotary, shared: Rotary, rope_key: Tensor, readers: Tensor
 ) -> Tensor:
-    """Σ_h E tr(weights_h e_h gram e_hᵀ), where e_h is what the rotary key leaves of head h's key at a random distance,
-    less its mean over the distances: the part that no key without position can make up for.
+    """Σ_h E tr(weights_h e_h e_hᵀ), where e_h is what the rotary key leaves of head h's key at a random distance, less
+    its mean over the distances: the part that no key without position can make up for.
+
+    `rope_key` combines the rotating dims of the heads' keys, (2 S, G · rotary.dims).
     """
-    rotations = _expected_rotations(shared, rotary, heads.keys.shape[1], centred=1.0)
-    power = rotations.shared.mean(rope_key @ gram @ rope_key.T)  # (2 S, 2 S)
-    cross = rotations.cross.mean(rope_key @ gram @ heads.keys.mT)  # (G, 2 S, d)
-    keys = rotations.heads.mean(heads.keys @ gram @ heads.keys.mT)  # (G, d, d)
-    errors = keys - 2 * readers @ cross + readers @ power @ readers.mT  # as their trace with symmetric weights counts
-    error: Tensor = (heads.key_weights * errors).sum()
+    num_heads, size = covariances.shape[1:3]
+    rotations = _expected_rotations(shared, rotary, size, centred=1.0)
+    cross = rope_key @ joint(covariances[:, :, : rotary.dims])  # (2 S, G · d)
+    power = cross.unflatten(1, (num_heads, size))[..., : rotary.dims].flatten(1) @ rope_key.T  # (2 S, 2 S)
+    cross = rotations.cross.mean(cross.unflatten(1, (num_heads, size)).transpose(0, 1))  # (G, 2 S, d)
+    keys = rotations.heads.mean(own_covariances(covariances))  # (G, d, d)
+    # as their trace with symmetric weights counts
+    errors = keys - 2 * readers @ cross + readers @ rotations.shared.mean(power) @ readers.mT
+    error: Tensor = (weights * errors).sum()
     return error
 
 
@@ -366,56 +501,66 @@ def _expected_rotations(shared: Rotary, rotary: Rotary, dims: int, centred: floa
     )
 
 
-def _start(heads: _Heads, gram: Tensor, rope_pairs: Sequence[RopePair]) -> Merged:
-    """The best shared key for rotations by any angle, (2 S, D + 1), with their rms; no head reads it yet."""
-    import torch
+def _start(covariances: Tensor, powers: Tensor, rope_pairs: Sequence[RopePair]) -> Merged:
+    """The best shared key for rotations by any angle, with the heads' rms; no head reads it yet.
 
-    num_pairs = len(heads.powers)
-    shared, roots = _shared_keys(heads, gram), floored_roots(heads.powers)
-    frequencies, ranks = [frequency for frequency, _ in rope_pairs], [rank for _, rank in rope_pairs]
-    directions = align_phase(shared.directions[frequencies, :, ranks])  # (S, G)
-    weighted = shared.keys[frequencies]  # (S, G, D + 1)
-    keys = (directions.conj()[..., None] * weighted).sum(1)
-    unweighted = weighted / roots[frequencies][..., None]
-    complex_gram = gram.to(keys.dtype)
-    power = ((keys @ complex_gram) * keys.conj()).sum(1).real
-    wanted = ((unweighted @ complex_gram) * unweighted.conj()).sum(2).real.mean(1)
-    keys = scale_between(wanted, power)[:, None] * keys
-    unread = [keys.real.new_zeros(2 * num_pairs, 2 * len(keys)) for _ in range(shared.keys.shape[1])]
-    return Merged(torch.cat([keys.real, keys.imag]), unread, 0.0, 0.0)
-
-
-def _best_ups(parts: Tensor, latent: Tensor, gram: Tensor) -> Tensor:
-    """For each part, (d, D + 1), the least-squares map of the latent to it, (d, R), under the moments `gram`."""
-    ups: Tensor = parts @ gram @ latent.T @ pseudo_inverse(latent @ gram @ latent.T)
-    return ups
-
-
-def top_rows(parts: Tensor, weights: Tensor, gram: Tensor, rank: int) -> Tensor:
-    """Return the combinations of the rows of `parts`, (n, d, D + 1), that keep most of their energy: (rank, D + 1).
-
-    `weights`, (n, d, d), say how much an error of each row counts. Each combination has an rms of 1, or is 0 where
-    there are fewer independent directions.
+    covariances: (G, G, 2 F, 2 F) of keys whose dims all rotate. powers: (F, G). Returns 2 S shared rows.
     """
     import torch
 
-    rows = torch.cat([root_and_inverse(weight)[0] @ part for part, weight in zip(parts, weights, strict=True)])
-    if len(rows) > len(gram):  # the same from the other side, where that is smaller
-        root = root_and_inverse(gram)[0]
-        inner = rows.T @ rows
-        values, vectors = torch.linalg.eigh(root @ inner @ root)
-        combined, powers = vectors.T @ root @ inner, -1.0
+    energies, directions = _shared_keys(covariances, powers)
+    num_pairs, num_heads = powers.shape
+    frequencies, ranks = [frequency for frequency, _ in rope_pairs], [rank for _, rank in rope_pairs]
+    own = own_covariances(covariances).diagonal(dim1=1, dim2=2).unflatten(1, (2, num_pairs)).sum(1)  # E|z|², (G, F)
+    scales = scale_between(own.mean(0)[frequencies], energies[frequencies, ranks])
+    mixes = align_phase(directions[frequencies, :, ranks]).conj() * floored_roots(powers)[frequencies]
+    mixes = scales[:, None] * mixes  # (S, G): the shared key is Σ mixes · z
+    pairs = torch.arange(len(rope_pairs))
+    shared = covariances.new_zeros(2, len(pairs), num_heads, 2, num_pairs)
+    for row, column, part in ((0, 0, mixes.real), (0, 1, -mixes.imag), (1, 0, mixes.imag), (1, 1, mixes.real)):
+        shared[row, pairs, :, column, frequencies] = part
+    unread = covariances.new_zeros(num_heads, 2 * num_pairs, 2 * len(pairs))
+    return Merged(shared.flatten(2).flatten(0, 1), unread, 0.0, 0.0)
+
+
+def _best_ups(parts: _Rows, latent: _Rows, centred: bool) -> Tensor:
+    """For each part, (d, D + 1), the least-squares map of the latent to it, (d, R), of what varies if `centred`."""
+    channels = _varying(latent.white, centred)
+    ups: Tensor = _varying(parts.white, centred) @ channels.T @ pseudo_inverse(channels @ channels.T)
+    return ups
+
+
+def _top_rows(parts: Sequence[tuple[float, _Weighed]], rank: int) -> Tensor:
+    """Return the combinations of all rows that keep most of their energy, times a factor for each part: (rank, D + 1).
+
+    Each combination has an rms of 1, or is 0 where there are fewer independent directions.
+    """
+    import torch
+
+    sizes = [part.num_rows for _, part in parts]
+    if sum(sizes) > parts[0][1].num_inputs:  # the same from the other side, where that is smaller
+        inner = torch.stack([factor * part.inner for factor, part in parts]).sum(0)
+        values, vectors = top_eigenvectors(inner, rank)
+        combined = sum(factor * part.combined((part.white @ vectors).T) for factor, part in parts)
+        powers = -1.0
     else:
-        values, vectors = torch.linalg.eigh(rows @ gram @ rows.T)
-        combined, powers = vectors.T @ rows, -0.5
-    values, combined = values.flip(0)[:rank], combined.flip(0)[:rank]
+        white = torch.cat([factor**0.5 * part.white for factor, part in parts])
+        values, vectors = top_eigenvectors(symmetric_product(white, white), rank)
+        split = vectors.split(sizes)
+        combined = sum(factor**0.5 * part.combined(rows.T) for (factor, part), rows in zip(parts, split, strict=True))
+        powers = -0.5
     present = values > TOLERANCE * values[:1].clamp(min=1e-300)
     scales = torch.where(present, values.clamp(min=1e-300) ** powers, torch.zeros_like(values))
     top = scales[:, None] * combined
     return torch.cat([top, top.new_zeros(rank - len(top), top.shape[1])])
 
 
-def _energy(parts: Tensor, weights: Tensor, gram: Tensor) -> Tensor:
-    """The energy Σ tr(weight · part · gram · partᵀ) of parts, (n, d, D + 1), with weights, (n, d, d)."""
-    energy: Tensor = (weights * (parts @ gram @ parts.mT)).sum()
+def _varying(white: Tensor, centred: bool) -> Tensor:
+    """Rows over white inputs without their mean, the last entry, if they are to be centred."""
+    return white[..., :-1] if centred else white
+
+
+def _energy(white: Tensor, weights: Tensor) -> Tensor:
+    """The energy Σ E tr(weight · z zᵀ) of z, rows over white inputs, (n, d, D + 1), with weights, (n, d, d)."""
+    energy: Tensor = ((weights @ white) * white).sum()
     return energy

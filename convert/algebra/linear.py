@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,17 +10,23 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TOLERANCE",
+    "WhiteInputs",
     "align_phase",
     "floored_roots",
     "pseudo_inverse",
     "root_and_inverse",
     "scale_between",
     "solve_ridge",
+    "symmetric_product",
+    "top_eigenvectors",
 ]
 
 TOLERANCE = 1e-12
 """The fraction of the largest eigenvalue below which one counts as zero: where an (n, n) matrix in float64 has a zero,
 rounding leaves about 1e-16 · n of the largest there."""
+
+
+_BLOCKS = 8  # of rows: 9 / 16 of the products of a symmetric matrix are computed, and each is large
 
 
 def pseudo_inverse(matrix: Tensor) -> Tensor:
@@ -34,17 +41,78 @@ def pseudo_inverse(matrix: Tensor) -> Tensor:
 
 
 def root_and_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the symmetric square root of a positive semidefinite matrix, (n, n), and the root's pseudo-inverse.
+    """Return the symmetric square roots of positive semidefinite matrices, (…, n, n), and the roots' pseudo-inverses.
 
-    Eigenvalues of `matrix` below TOLERANCE times the largest are left out of the pseudo-inverse.
+    Eigenvalues of a matrix below TOLERANCE times its largest are left out of the pseudo-inverse.
     """
     import torch
 
     values, vectors = torch.linalg.eigh(matrix)
-    roots = values.clamp(min=0).sqrt()
-    present = roots > TOLERANCE**0.5 * roots.max()
+    roots = values.clamp(min=0).sqrt()[..., None, :]
+    present = roots > TOLERANCE**0.5 * roots.amax(-1, keepdim=True)
     inverse = torch.where(present, 1 / roots.clamp(min=1e-300), torch.zeros_like(roots))
-    return vectors * roots @ vectors.T, vectors * inverse @ vectors.T
+    return vectors * roots @ vectors.mT, vectors * inverse @ vectors.mT
+
+
+@dataclass(frozen=True)
+class WhiteInputs:
+    """Inputs x with a 1 appended as a linear map of inputs whose second moments are the identity.
+
+    Rows w over x become rows over those, of the same length, so that E[(w · x) (w' · x)] is a product of rows without
+    the moments in between. The last entry is the mean of w · x, the others are what varies.
+    """
+
+    factor: Tensor  # (n, n), whose product with its transpose is the covariance of x without the 1
+    triangular: bool  # whether `factor` is lower triangular, as it is but for inputs that do not span all dims
+    means: Tensor  # (n + 1,)
+
+    @classmethod
+    def of(cls, gram: Tensor) -> WhiteInputs:
+        """From E[x xᵀ] with a 1 appended to x, or another constant, (n + 1, n + 1), float64."""
+        import torch
+
+        means = gram[:, -1] / gram[-1, -1].sqrt()
+        covariance = gram[:-1, :-1] - torch.outer(means[:-1], means[:-1])
+        factor, failed = torch.linalg.cholesky_ex(covariance)
+        if failed:
+            return cls(root_and_inverse(covariance)[0], False, means)
+        return cls(factor, True, means)
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """Return rows over x, (…, n + 1), as rows over white inputs, in the same shape."""
+        white = rows.new_empty(rows.shape)
+        white[..., -1] = rows @ self.means
+        size = len(self.factor)
+        step = -(-size // _BLOCKS) if self.triangular else size
+        for start in range(0, size, step):
+            first = start if self.triangular else 0
+            white[..., start : min(start + step, size)] = (
+                rows[..., first:-1] @ self.factor[first:, start : start + step]
+            )
+        return white
+
+
+def top_eigenvectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the `rank` largest eigenvalues, (rank,) from the largest on, of a symmetric (n, n), and their vectors.
+
+    The vectors are orthonormal columns, (n, rank).
+    """
+    import torch
+
+    values, vectors = torch.linalg.eigh(matrix)
+    return values.flip(0)[:rank], vectors.flip(1)[:, :rank]
+
+
+def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return left · rightᵀ, (n, n) from two (n, k), where that is known to be symmetric: for little more than half."""
+    rows = len(left)
+    product = left.new_empty(rows, rows)
+    size = max(-(-rows // _BLOCKS), 1)
+    for start in range(0, rows, size):
+        block = left[start : start + size] @ right[start:].T
+        product[start : start + size, start:] = block
+        product[start:, start : start + size] = block.T
+    return product
 
 
 def floored_roots(powers: Tensor) -> Tensor:

@@ -26,13 +26,14 @@ _DISTANCES_AT_ONCE = 8192
 class ExpectedRotation:
     """The expectation over random distances of R M Sᵀ, with R and S the rotations of two kinds of key by a distance.
 
-    R and S are diagonal in the bases `left` and `right`, which are unitary, with entries e^{iωn} for the distance n.
-    coherence[a, b] is E e^{i (ω_a − ω_b) n}, by which the entry (a, b) of M in these bases is multiplied, less a part
-    of the product of the means where it is centred.
+    Their first `left_pairs` and `right_pairs` dims, and as many after those, are rotary pairs, the rest does not
+    rotate. A pair is the complex number a + ib, which a distance n multiplies by e^{−iωn}. coherence[a, b] is
+    E e^{i (ω_a − ω_b) n} for ω_a and ω_b in −ω of the pairs, ω of the pairs, and 0 for the rest, less a part of the
+    product of the means where it is centred.
     """
 
-    left: Tensor  # (m, m), complex
-    right: Tensor  # (n, n), complex
+    left_pairs: int
+    right_pairs: int
     coherence: Tensor  # (m, n), complex
 
     def mean(self, matrix: Tensor) -> Tensor:
@@ -44,8 +45,29 @@ class ExpectedRotation:
         return self._mean(matrix, self.coherence.conj())
 
     def _mean(self, matrix: Tensor, coherence: Tensor) -> Tensor:
-        rotated = coherence * (self.left @ matrix.to(self.left.dtype) @ self.right.mH)
-        mean: Tensor = (self.left.mH @ rotated @ self.right).real
+        """A 2 × 2 block of two pairs is c z + a z̄ for two complex c and a, which a distance multiplies."""
+        import torch
+
+        left, right = self.left_pairs, self.right_pairs
+        upper, lower, still = matrix.tensor_split([left, 2 * left], dim=-2)
+        mean = torch.empty_like(matrix)
+        linear = torch.complex(
+            upper[..., :right] + lower[..., right : 2 * right], lower[..., :right] - upper[..., right : 2 * right]
+        )
+        conjugate = torch.complex(
+            upper[..., :right] - lower[..., right : 2 * right], lower[..., :right] + upper[..., right : 2 * right]
+        )
+        linear = linear * (coherence[:left, :right] / 2)
+        conjugate = conjugate * (coherence[:left, right : 2 * right] / 2)
+        mean[..., :left, :right] = linear.real + conjugate.real
+        mean[..., left : 2 * left, right : 2 * right] = linear.real - conjugate.real
+        mean[..., left : 2 * left, :right] = linear.imag + conjugate.imag
+        mean[..., :left, right : 2 * right] = conjugate.imag - linear.imag
+        beside = torch.complex(upper[..., 2 * right :], lower[..., 2 * right :]) * coherence[:left, 2 * right :]
+        mean[..., :left, 2 * right :], mean[..., left : 2 * left, 2 * right :] = beside.real, beside.imag
+        below = torch.complex(still[..., :right], -still[..., right : 2 * right]) * coherence[2 * left :, :right]
+        mean[..., 2 * left :, :right], mean[..., 2 * left :, right : 2 * right] = below.real, -below.imag
+        mean[..., 2 * left :, 2 * right :] = still[..., 2 * right :] * coherence[2 * left :, 2 * right :].real
         return mean
 
 
@@ -111,7 +133,7 @@ def expected_rotation_between(
         coherence += (phases * likelihood) @ torch.exp(1j * others[:, None] * distances).mH
     if centred:
         coherence -= centred * torch.outer(_mean_in_basis(one, one_dim), _mean_in_basis(other, other_dim).conj())
-    return ExpectedRotation(_basis(one, one_dim), _basis(other, other_dim), coherence)
+    return ExpectedRotation(len(one.frequencies), len(other.frequencies), coherence)
 
 
 def _mean_in_basis(rotary: Rotary, head_dim: int) -> Tensor:

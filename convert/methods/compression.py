@@ -11,7 +11,7 @@ from ..algebra.latent import (
     LatentAttention,
     LatentObjective,
     RopePair,
-    latent_attention,
+    latent_attentions,
     normalised,
     rope_pair_gains,
     without_constant,
@@ -139,21 +139,20 @@ def _report(index: int, source: Source, layer: LatentAttention) -> LayerReport:
 def _candidates(
     projections: Projections, source: Source, gram: Tensor, compression: Compression
 ) -> Iterator[LatentAttention]:
-    """The layer with each objective, made when it is asked for: of a large model it takes gigabytes."""
+    """The layer with each objective, made when it is asked for."""
     layout = compression.layout
     if not layout.constant:
         projections = without_constant(projections, gram)
-    for objective in OBJECTIVES:
-        yield latent_attention(
-            projections,
-            source.shape,
-            source.rotary[0],  # the same in all layers of the classes that a latent holds
-            gram,
-            rope_pairs=compression.rope_pairs,
-            kv_lora_rank=layout.sizes.kv_lora_rank,
-            constant=layout.constant,
-            objective=objective,
-        )
+    return latent_attentions(
+        projections,
+        source.shape,
+        source.rotary[0],  # the same in all layers of the classes that a latent holds
+        gram,
+        rope_pairs=compression.rope_pairs,
+        kv_lora_rank=layout.sizes.kv_lora_rank,
+        constant=layout.constant,
+        objectives=OBJECTIVES,
+    )
 
 
 def _attention_scaling(source: Source) -> float:
