@@ -217,5 +217,6 @@ def candidate_error(
         hook = norm.register_forward_hook(lambda norm, inputs, _: norm.weight / norm.weight[0] * inputs[0])
         cross, normal = student.output_moments(module, layer, wanted, _CHOICE_BATCHES)
         hook.remove()
-    fitted = refitted(original, tensors[o_proj], cross, normal, ridge).double()
-    return float(((fitted @ normal - 2 * original.double() @ cross) * fitted).sum())
+    fitted = refitted(original, tensors[o_proj], cross, normal, ridge).float()
+    misfit = fitted @ normal.float() - 2 * original.float() @ cross.float()
+    return float((misfit.double() * fitted).sum())
