@@ -2,13 +2,13 @@
 
     python benchmarks/measure_copying.py FOLDER [--shape llama|mixtral|layer-70b] [--layers N] [--repeats 3] [--peer]
 
-Writes into FOLDER a checkpoint of random bfloat16 weights, in shards of up to 5 GB, and removes it again. `copy` is `cp
---reflink=never`, `convert` is `kvconvert mha2gqa`, with the digests of its manifest and without (SHA-256 is replaced for
-the measurement), and `peer` is what others do: load the model in bfloat16 with transformers, pool its heads, save it. All
-are made in turn, repeat by repeat, warm (after the files were read once) and, as root, cold (the page cache is dropped).
-Times are wall seconds, of the least of the repeats, and of conversions beyond `python -c "import torch"`. With `synced`,
-`sync` follows the copy, as kvconvert syncs what it writes. Memory is the peak of RssAnon, sampled every 20 ms: pages of
-mapped files do not count. Prints a Markdown table.
+Writes into FOLDER a checkpoint of random bfloat16 weights, in shards of up to 5 GB, and removes it again. `copy` is
+`cp --reflink=never`, `convert` is `kvconvert mha2gqa`, with the digests of its manifest and without (SHA-256 is
+replaced for the measurement), and `peer` is what others do: load the model in bfloat16 with transformers, pool its
+heads, save it. All are made in turn, repeat by repeat, warm (after the files were read once) and, as root, cold (the
+page cache is dropped). Times are wall seconds, of the least of the repeats, and of conversions beyond `python -c
+"import torch"`. With `synced`, `sync` follows the copy, as kvconvert syncs what it writes. Memory is the peak of
+RssAnon, sampled every 20 ms: pages of mapped files do not count. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def write_checkpoint(folder: Path, shape: str, num_layers: int) -> Path:
 
     sizes = SHAPES[shape]
     hidden, inner, words = (sizes[name] for name in ("hidden_size", "intermediate_size", "vocab_size"))
-    layer = {f"self_attn.{name}_proj": (hidden, hidden) for name in "kqvo"}
+    layer: dict[str, tuple[int, ...]] = {f"self_attn.{name}_proj": (hidden, hidden) for name in "kqvo"}
     layer |= {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
     config: dict[str, Any] = {**sizes, "num_hidden_layers": num_layers, "max_position_embeddings": 4096}
     if shape == "mixtral":
@@ -83,7 +83,11 @@ def write_checkpoint(folder: Path, shape: str, num_layers: int) -> Path:
     else:
         layer |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
         config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
-    names = {"lm_head": (words, hidden), "model.embed_tokens": (words, hidden), "model.norm": (hidden,)}
+    names: dict[str, tuple[int, ...]] = {
+        "lm_head": (words, hidden),
+        "model.embed_tokens": (words, hidden),
+        "model.norm": (hidden,),
+    }
     names |= {f"model.layers.{index}.{name}": size for index in range(num_layers) for name, size in layer.items()}
     specs = [TensorSpec(f"{name}.weight", "BF16", size) for name, size in names.items()]
 

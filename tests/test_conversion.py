@@ -45,7 +45,7 @@ for folder in map(Path, sys.argv[1:]):
     record = json.loads((folder / "record.json").read_text())
     with open_checkpoint(folder / "source") as checkpoint:
         overlay = Overlay.open(folder / "overlay")
-        execute(plan, checkpoint, folder / "there", overlay, max_shard_bytes=60_000, calibration=record)
+        execute(plan, checkpoint, folder / "there", overlay, max_shard_bytes=60_000, **record)
 """
 
 
@@ -67,7 +67,8 @@ def test_plans_written_as_json_give_the_same_bytes_in_another_process(
             prepared = method.resolve(view).prepare(view, Preparation(folder / "overlay", text))
         assert isinstance(prepared, Prepared)
         (folder / "plan.json").write_text(json.dumps(here.plan.to_json()))
-        (folder / "record.json").write_text(json.dumps(here.calibration))
+        options = json.loads((here.output / "kvconvert.json").read_text())["options"]
+        (folder / "record.json").write_text(json.dumps({"calibration": here.calibration, "options": options}))
     subprocess.run([sys.executable, "-c", PROGRAM, *(tmp_path / name for name in METHODS)], check=True)
     for name in METHODS:
         expected = files(tmp_path / name / "here")
