@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +103,34 @@ def beside_an_adapter(source: Path) -> None:
     save_file({"lora": torch.zeros(1)}, source / "adapter_model.safetensors")
 
 
+def linked_licence(source: Path) -> None:
+    (source.parent / "elsewhere").write_text("secret")
+    (source / "LICENSE").symlink_to(source.parent / "elsewhere")
+
+
+def linked_weights(source: Path) -> None:
+    (source / "model.safetensors").rename(source.parent / "model.safetensors")
+    (source / "model.safetensors").symlink_to(source.parent / "model.safetensors")
+
+
+def named_pipe(source: Path) -> None:
+    os.mkfifo(source / "tokenizer.json")
+
+
+def index_of_elsewhere(source: Path) -> None:
+    (source / "model.safetensors").rename(source.parent / "model.safetensors")
+    index = {"weight_map": {"lm_head.weight": "../model.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def edited(**changes: object) -> Build:
+    def edit(source: Path) -> None:
+        config = json.loads((source / "config.json").read_text()) | changes
+        (source / "config.json").write_text(json.dumps(config))
+
+    return edit
+
+
 def adapter_alone(source: Path) -> None:
     beside_an_adapter(source)
     (source / "model.safetensors").unlink()
@@ -182,6 +211,12 @@ CHECKPOINTS: dict[str, Build] = {
     "a block whose o_proj and down_proj are zero": silent_block,
     "a reward model (LlamaForSequenceClassification)": reward_model,
     "an adapter beside the weights": beside_an_adapter,
+    "a LICENSE that is a link to a file elsewhere": linked_licence,
+    "weights that are a link to a file elsewhere": linked_weights,
+    "a named pipe in the place of tokenizer.json": named_pipe,
+    "an index that names ../model.safetensors": index_of_elsewhere,
+    "a model_type that is a number": edited(model_type=3),
+    "more layers in config.json than there are tensors": edited(num_hidden_layers=1000),
     "an adapter alone": adapter_alone,
     "a GGUF file": gguf,
     "a pointer of Git LFS": pointer,
@@ -293,6 +328,13 @@ def split_of_a_file(folder: Path) -> TextSource:
 
 
 ARRAY = [{"text": text} for text in TEXTS]
+
+
+def text_pipe(folder: Path) -> TextSource:
+    os.mkfifo(folder / "a.txt")
+    return TextSource(str(folder / "a.txt"))
+
+
 TEXT_PLACES: dict[str, Callable[[Path], TextSource]] = {
     "a.txt": file("a.txt", b"one\ntwo\n"),
     "a.md": file("a.md", b"# one\n"),
@@ -318,6 +360,7 @@ TEXT_PLACES: dict[str, Callable[[Path], TextSource]] = {
     "a.jsonl, asked for the split test": split_of_a_file,
     "a.jsonl, with a byte of Latin-1 in line 2": file("a.jsonl", ROWS.replace(b"two", b"tw\xf3")),
     "a.jsonl, with a line that is no JSON": file("a.jsonl", ROWS.replace(b'"two days"}', b'"two days"')),
+    "a named pipe called a.txt": text_pipe,
     "a.txt, in UTF-16": file("a.txt", "größe".encode("utf-16")),
     "a.pdf": file("a.pdf", b"%PDF"),
     "a path that is not there": lambda folder: TextSource(str(folder / "absent" / "a.jsonl")),

@@ -85,7 +85,7 @@ def parse_json(raw: bytes, where: str, *, unique: bool = False) -> Any:
         else:
             problem = _problem_of(value, check_strings=_SURROGATE.search(raw) is not None)
     if problem is not None:
-        raise CheckpointError(f"{where}: not readable as JSON ({problem})")
+        raise CheckpointError(f"{where}: not readable as JSON ({problem})", hint="download it again")
     return value
 
 
@@ -153,7 +153,10 @@ def check_values(config: Mapping[str, Any], where: str) -> None:
     for key, value in config.items():
         rule = next((rule for rule in _RULES if rule.name.fullmatch(key)), _ANY_NUMBER)
         if value is not None and not rule.accepts(value):
-            raise CheckpointError(f"{where} has {_shortened_key(key)} = {shortened(value)}, expected {rule.expected}")
+            raise CheckpointError(
+                f"{where} has {_shortened_key(key)} = {shortened(value)}, expected {rule.expected}",
+                hint="compare it with the config.json that was published with the weights",
+            )
         if isinstance(value, dict) and not rule.is_table:
             check_values(value, f"{where}: {_shortened_key(key)}")
 
