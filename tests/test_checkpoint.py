@@ -439,6 +439,12 @@ def test_a_hub_that_does_not_answer(tmp_path: Path) -> None:
         assert message.startswith("org/any: the hub cannot be reached (no answer within 0.1 s); ")
 
 
+@pytest.mark.parametrize("name", ["x\x1b[31m", "a" * 200, "org/-a"])
+def test_a_name_that_no_model_can_have(name: str) -> None:
+    with pytest.raises(CheckpointError, match="this is no name of a model on the hub"):
+        open_checkpoint(name)
+
+
 def test_a_hub_id_that_is_not_cached_fails_offline(
     invoke: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

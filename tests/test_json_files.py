@@ -132,3 +132,32 @@ def test_a_checkpoint_says_which_value_is_wrong(
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=message):
         inspect(source)
+
+
+RECORD = {
+    **dict.fromkeys(("kvconvert_version", "source", "target", "method"), "x"),
+    **{key: {"source": 8, "result": 2} for key in ("num_key_value_heads", "cache_bytes_per_token")},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": 3}, "source = 3, expected a text"),
+        ({"num_key_value_heads": {"source": 8}}, "expected an object with the numbers source and result"),
+        ({"latent": [1]}, r"latent = \[1\], expected an object with the numbers kv_lora_rank and qk_rope_head_dim"),
+        ({"uptraining": {"tokens": "1"}}, "expected an object with the numbers tokens"),
+        ({"cache_bytes_per_token": None}, "has num_key_value_heads, and no cache_bytes_per_token"),
+        ({"target": None}, "has num_key_value_heads, and no target"),
+    ],
+)
+def test_a_record_that_kvconvert_did_not_write(
+    changes: dict[str, Any], message: str, make_checkpoint: CheckpointFactory
+) -> None:
+    """What a training run says in its card, hours later, is looked at when the checkpoint is opened."""
+    source = make_checkpoint()
+    (source / "kvconvert.json").write_text(json.dumps(RECORD))
+    inspect(source)
+    (source / "kvconvert.json").write_text(json.dumps(RECORD | changes))
+    with pytest.raises(CheckpointError, match=rf"kvconvert\.json .*{message}"):
+        inspect(source)

@@ -14,7 +14,16 @@ from typing import Any
 from ..errors import CheckpointError, first_line
 from .input_files import open_regular
 
-__all__ = ["DEPTH_KEYS", "check_values", "has_too_many_values", "parse_json", "read_json", "read_object", "shortened"]
+__all__ = [
+    "DEPTH_KEYS",
+    "check_provenance",
+    "check_values",
+    "has_too_many_values",
+    "parse_json",
+    "read_json",
+    "read_object",
+    "shortened",
+]
 
 _MAX_BYTES = 2**26  # the index of a model with a hundred thousand tensors has 10 MB
 _MAX_VALUES = 2_000_000  # of lists, objects and their elements, which take a hundred times their bytes as objects
@@ -232,3 +241,33 @@ _RULES = tuple(
 _ANY_NUMBER = _Rule(
     re.compile(".*"), _is_number_of_this_world, f"a finite number, a whole one of at most {_MAX_NUMBER}"
 )
+
+_PAIR = ("source", "result")
+_PROVENANCE_NUMBERS = {
+    "num_key_value_heads": _PAIR,
+    "num_key_value_layers": _PAIR,
+    "cache_bytes_per_token": _PAIR,
+    "latent": ("kv_lora_rank", "qk_rope_head_dim"),
+    "uptraining": ("tokens",),
+}
+_PROVENANCE_TEXTS = ("kvconvert_version", "source", "target", "method")
+
+
+def check_provenance(content: Mapping[str, Any], where: str) -> None:
+    """Raise CheckpointError for a value of kvconvert.json, the file at `where`, that kvconvert would not have written.
+
+    What else stands in it is nobody's concern here: the card of a result and a training run read these values.
+    """
+    for key in _PROVENANCE_TEXTS:
+        if not isinstance(content.get(key), str | None):
+            raise CheckpointError(f"{where} has {key} = {shortened(content[key])}, expected a text")
+    for key, names in _PROVENANCE_NUMBERS.items():
+        value = content.get(key)
+        numbers = [value.get(name) for name in names] if isinstance(value, dict) else [None]
+        if value is not None and not all(isinstance(number, int) for number in numbers):
+            said = f"{where} has {key} = {shortened(value)}"
+            raise CheckpointError(f"{said}, expected an object with the numbers {' and '.join(names)}")
+    described = [key for key in _PROVENANCE_NUMBERS if content.get(key) is not None and key != "uptraining"]
+    missing = [key for key in ("cache_bytes_per_token", *_PROVENANCE_TEXTS) if described and content.get(key) is None]
+    if missing:
+        raise CheckpointError(f"{where} has {described[0]}, and no {missing[0]}")

@@ -17,7 +17,7 @@ from .foreign import cached_repository, explanation, file_explanation, wrapped_n
 from .headers import checked_info, load_pickle, pickled_info, read_header, require_fetched
 from .hub import ANSWER_SECONDS, hub_refusal, is_unreachable, quiet_hub
 from .input_files import is_file, leads_outside, require_regular
-from .json_files import DEPTH_KEYS, check_values, read_object
+from .json_files import DEPTH_KEYS, check_provenance, check_values, read_object
 from .layout import WEIGHT_SUFFIXES, Listing, WeightFiles, choose_weights, goes_with_weights, read_config
 from .manifest import PROVENANCE_NAME
 from .quantisation import BITSANDBYTES, declared_method, quantised_refusal
@@ -43,8 +43,8 @@ _MISSING_DIRECTORY_HINT = (
 
 _POSITION_KEYS = ("max_position_embeddings", "n_positions")
 _PUT_THE_FILE = (
-    "put the file itself there, or a hard link to it; a directory that is a link is read, and so are links within it "
-    "and into the hub's cache"
+    "give the directory in which the files really are, or put the file itself, or a hard link to it, there; a "
+    "directory that is a link is read, and so are links within it and into the hub's cache"
 )
 # what is read of a directory whenever it is there; transformers would wait for a named pipe
 _READ_NAMES = frozenset(
@@ -100,6 +100,8 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
     listing, folders = _local_listing(path)
     config = _config(listing, folders)
     weights = _weights(listing, config, folders)
+    if listing.has(PROVENANCE_NAME):
+        check_provenance(listing.read_json(PROVENANCE_NAME), str(path / PROVENANCE_NAME))
     checkpoint = _checkpoint(name, path, config, weights)
     adapters = sorted(file for file in listing.names if file.startswith("adapter_model."))
     if adapters and listing.has("adapter_config.json"):
@@ -304,8 +306,8 @@ def _open_hub(repo_id: str, revision: str | None, headers_only: bool) -> Checkpo
     except Exception as error:  # the HTTP library behind the hub has errors of its own
         if is_out_of_memory(error):
             raise
-        cached = try_to_load_from_cache(repo_id, CONFIG_NAME, revision=revision)
-        if isinstance(cached, str) and is_unreachable(error):
+        cached = try_to_load_from_cache(repo_id, CONFIG_NAME, revision=revision) if is_unreachable(error) else None
+        if isinstance(cached, str):
             checkpoint = _open_cached(Path(cached).parent, repo_id)
             checkpoint.notes += (
                 f"the hub cannot be reached: {repo_id} is commit {Path(cached).parent.name}, from this machine's cache",
