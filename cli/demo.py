@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -137,6 +136,8 @@ def _show_plan(plan: dict[str, Any], console: Console) -> None:
 
 def _settings_of(variants: tuple[_Variant, ...], size: _Size) -> dict[str, Any]:
     """What decides the results: equal settings, equal results."""
+    from importlib.metadata import version
+
     return {
         "kvconvert_version": version("kvconvert"),
         "uptrained": [variant.name for variant in variants if variant.uptrained],

@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -70,6 +69,8 @@ for command in (inspect, mha2gqa, mha2mqa, mha2cla, mha2mla, uptrain, evaluate, 
 
 def _print_version(value: bool) -> None:
     if value:
+        from importlib.metadata import version
+
         typer.echo(f"kvconvert {version('kvconvert')}")
         raise typer.Exit
 

@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import psutil
 import typer
 from rich.console import Console
 
@@ -199,6 +198,8 @@ def take_over_fsdp() -> bool:
 
 def resume_command() -> str:
     """What a person types to go on, with the launcher that started this process, if one did."""
+    import psutil
+
     from ..uptrain.launcher import count_processes
 
     arguments = sys.argv[1:]

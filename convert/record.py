@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,8 @@ def conversion_record(
     the method prepared (`prepared`). Where the source was translated, these are tensors of the last class of `route`.
     Nothing in it says where or when the conversion was run.
     """
+    from importlib.metadata import version
+
     place = Path(source.name)
     repository, commit = cached_repository(source.path) or (None, None) if source.path else (None, None)
     name = repository or (place.resolve().name if place.is_dir() else source.name)

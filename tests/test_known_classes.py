@@ -194,7 +194,7 @@ def test_another_version_of_transformers_is_asked_itself(monkeypatch: pytest.Mon
     config = json.loads((DEMO / "config.json").read_bytes())
     assert known_config(config) is not None
     known_classes._entry.cache_clear()
-    monkeypatch.setattr(known_classes, "version", lambda name: "5.17.0.dev0")
+    monkeypatch.setattr(known_classes, "installed", lambda: "5.17.0.dev0")
     try:
         assert known_config(config) is None
         assert known_frequencies(config) is None

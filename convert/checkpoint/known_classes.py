@@ -14,8 +14,7 @@ import json
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import cache
-from importlib.metadata import version
-from importlib.resources import files
+from pathlib import Path
 from typing import Any, Protocol
 
 __all__ = [
@@ -223,15 +222,22 @@ def _is_plain(name: str, value: object) -> bool:
 
 @cache
 def _data() -> Any:
-    return json.loads((files(__package__) / DATA_NAME).read_text(encoding="utf-8"))
+    return json.loads(Path(__file__).with_name(DATA_NAME).read_text(encoding="utf-8"))
+
+
+@cache
+def installed() -> str:
+    """Return the version of transformers, without importing it."""
+    from importlib.metadata import version  # 40 ms, which a command that reads no checkpoint does without
+
+    return version("transformers")
 
 
 @cache
 def _entry(model_type: object) -> Any:
     """What the data says of a `model_type`, None where it says nothing of the installed version of transformers."""
-    installed = version("transformers")
     entries = _data()["classes"].get(model_type, ()) if isinstance(model_type, str) else ()
-    return next((entry for entry in entries if installed in entry["versions"]), None)
+    return next((entry for entry in entries if installed() in entry["versions"]), None)
 
 
 def _full(config: Values, entry: Values) -> dict[str, Any]:
@@ -328,7 +334,7 @@ def _others(stated: Mapping[str, Any], entry: Values) -> dict[str, Any]:
             values["dtype"] = stated.get("dtype", value)
         elif name == "transformers_version":
             _require(type(value) is str, name)
-            values[name] = version("transformers")
+            values[name] = installed()
         elif name in _data()["dropped"]:
             _require(value is None or type(value) in (bool, int, float, str), name)
         else:
