@@ -120,7 +120,7 @@ class Conversion:
     """A conversion that was carried out, or with a dry run planned.
 
     `reports` says what merged heads kept, `calibration` what they were measured on and how they were made, and
-    `opened_as` names the class that opened the result, None after a dry run. `left_behind` maps what lies beside the
+    `opened_as` names the class that opens the result, None after a dry run. `left_behind` maps what lies beside the
     source's weights, and does not go with them, to the reason, in words; None where only headers were fetched.
     `unchecked_tokenizer` says why the tokenizer of a result in another class could not be compared with the source's,
     if it could not. `shared_bytes` counts bytes of weights whose place on the disk the source has too (reflinks).

@@ -39,7 +39,7 @@ DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class ExecutionResult:
-    """A checkpoint that was written to `output`, and opened in its class, whose name is `opened_as`.
+    """A checkpoint that was written to `output`, and that opens in the class `opened_as` (`check_opens`).
 
     `left_behind` maps what lies beside the source's weights, and is not true of the result or not known to belong to
     it, to the reason, in words. `unchecked_tokenizer` says why the tokenizer of a result in another class could not be
