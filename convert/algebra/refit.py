@@ -31,7 +31,6 @@ def refitted(original: Tensor, closed_form: Tensor, cross: Tensor, normal: Tenso
     The moments are sums of products in float32, and so is the fit done in float32 where λ is large enough for that: the
     objective is the same but for rounding (`test_a_fit_in_float32_loses_nothing`).
     """
-
     decided = (closed_form.count_nonzero(0) > 0) & (normal.diagonal() > 0)
     if not decided.all():
         fitted = closed_form.clone()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from ..algebra.linear import symmetric_product
 from .layerwise import LayerwiseModel
 
 if TYPE_CHECKING:
@@ -20,7 +21,10 @@ def with_one(states: Tensor) -> Tensor:
 
 
 class SecondMoment:
-    """E[a bᵀ] over tokens, (tokens, …), given in parts: products in float32 on `device`, sums in float64."""
+    """E[a bᵀ] over tokens, (tokens, …), given in parts: products in float32 on `device`, sums in float64.
+
+    Of parts that are the same tensor twice little more than half is computed, since the result is symmetric.
+    """
 
     def __init__(self, device: str = "cpu") -> None:
         self._device = device
@@ -28,8 +32,9 @@ class SecondMoment:
         self._count = 0
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        product = a.to(self._device).float().T @ b.to(self._device).float()
-        self._total = self._total + product.cpu().double()
+        left = a.to(self._device).float().T
+        product = symmetric_product(left, left) if a is b else left @ b.to(self._device).float()
+        self._total += product.cpu().double()
         self._count += len(a)
 
     @property
