@@ -133,21 +133,20 @@ class Heads:
         prediction_pull: float = PREDICTION_PULL,
         at_distances: bool = True,
     ) -> None:
-        import torch
 
         rotary, white = free.rotary, [WhiteInputs.of(layer.gram) for layer in layers]
         parts = [
             _LayerHeads.of(layer.projections, inputs, shape, free) for layer, inputs in zip(layers, white, strict=True)
         ]
         self.num_layers = len(layers)
-        self.queries = torch.cat([part.queries for part in parts])
-        self.outputs = torch.cat([part.outputs for part in parts])
+        self.queries = _together([part.queries for part in parts])
+        self.outputs = _together([part.outputs for part in parts])
         self.free = free
         self._at_distances = at_distances
         self._rotation_of_keys = expected_rotation(rotary, shape.head_dim) if rotary.dims and free.keys else None
-        self._key_weights = torch.cat([part.key_weights for part in parts])
-        self._key_weights_of_all = torch.cat([part.key_weights_of_all for part in parts])
-        self._value_weights = torch.cat([part.value_weights for part in parts])
+        self._key_weights = _together([part.key_weights for part in parts])
+        self._key_weights_of_all = _together([part.key_weights_of_all for part in parts])
+        self._value_weights = _together([part.value_weights for part in parts])
         predictions = [_Prediction.of(layer, layers[0], prediction_pull) for layer in layers]
         self._keys, self._values = (
             _Side.of(
@@ -314,8 +313,8 @@ class _Side(NamedTuple):
         ]
         cross = [part @ one.cross for part, one in zip(heads, predictions, strict=True) if one is not None]
         return cls(
-            torch.cat(rows),
-            covariances_of(torch.cat(over_first)),
+            _together(rows),
+            covariances_of(_together(over_first)),
             torch.cat([part @ part.mT for part in white]),
             torch.cat(cross) if cross else rows[0][:0],
         )
@@ -351,6 +350,13 @@ class _Side(NamedTuple):
         total = float((weights * covariance).sum())
         error = float((weights * (covariance - 2 * read + readers @ power @ readers.mT)).sum())
         return replace(result, kept=max(total - error, 0.0), total=total)
+
+
+def _together(layers: Sequence[Tensor]) -> Tensor:
+    """What layers have of each head, one layer after the other; of one layer no copy is made."""
+    import torch
+
+    return layers[0] if len(layers) == 1 else torch.cat(list(layers))
 
 
 def _counted(weights: Tensor, otherwise: Tensor, merge: Callable[[Tensor], Merged]) -> Merged:

@@ -79,8 +79,11 @@ def merge_heads(
             at_distances=merge.at_distances,
         )
         result = merge_layers(heads, _choose_grouping(source, merge, heads))
+        outputs = [layer_input.projections.o for layer_input in inputs]
+        kept_grams = [layer_input.gram for layer_input in inputs] if keep_gram else []
+        del inputs, heads  # gigabytes of a large model, beside what a pass needs
         # 3. the refit, and the way to the next layers
-        for layer, before, after in zip(layers, inputs, result.projections, strict=True):
+        for place, (layer, original_output, after) in enumerate(zip(layers, outputs, result.projections, strict=True)):
             fitted: dict[str, Tensor] = {}
             head_outputs: list[Tensor] | None = None if converted is None else []
             if original is not None:
@@ -94,7 +97,7 @@ def merge_heads(
                     layer,
                     tensors,
                     o_proj,
-                    before.projections.o,
+                    original_output,
                     head_outputs,
                     ridge=merge.refit_ridge,
                     kv_source_layers=None if merge.layers is None else merge.layers.sources,
@@ -106,10 +109,10 @@ def merge_heads(
                 tensors = {name: tensors[name] for part, name in parts.items() if part[0] not in "kv"}
             overlay.store(tensors, f"layer-{layer:05d}.safetensors")
             if keep_gram:
-                grams.store({_gram_name(layer): before.gram}, f"gram-{layer:05d}.safetensors")
+                grams.store({_gram_name(layer): kept_grams[place]}, f"gram-{layer:05d}.safetensors")
             preparation.progress(1)
         reports.append(LayerReport(layers, result.grouping.groups, result.keys_retained, result.values_retained))
-        del inputs, heads, result, before, after, tensors, fitted  # gigabytes of a large model, beside the next layer's
+        del outputs, kept_grams, result, original_output, after, tensors, fitted  # as much, beside the next layer's
     return Prepared(overlay, tuple(reports), (lambda layer: grams.read(_gram_name(layer))) if keep_gram else None)
 
 
