@@ -22,7 +22,7 @@ from .checkpoint.source_files import check_manifest, digest_source_file, weight_
 from .checkpoint.staging import staged_directory
 from .checkpoint.tensors import Checkpoint, tensor_bytes
 from .checkpoint.tokenizer_transfer import transfer_tokenizer
-from .checkpoint.weights_file import WeightsFile
+from .checkpoint.weights_file import BLOCK_BYTES, WeightsFile
 from .checkpoint.writer import Shard, plan_shards, write_config, write_index
 from .describe.card import write_card
 from .errors import CheckpointError
@@ -132,7 +132,7 @@ class _Transfer:
 
     def _write(self, shard: Shard, go_on: Callable[[], None]) -> FileDigest:
         with WeightsFile(self._staging / shard.name) as file:
-            for spec in shard.write_tensors(file):
+            for spec in shard.write_tensors(file, data_begin=self._data_begin(shard)):
                 go_on()
                 self._write_tensor(self._steps[spec.name], file)
                 with self._lock:
@@ -140,6 +140,18 @@ class _Transfer:
         with self._lock:
             self.shared_bytes += file.shared_bytes
         return file.digest
+
+    def _data_begin(self, shard: Shard) -> int:
+        """Where tensors of a file have to begin for its blocks to be the source's; 0 where that does not matter."""
+        before = 0
+        for spec in shard.specs:
+            step = self._steps[spec.name]
+            if step.op is None and not step.overlay and spec.num_bytes >= BLOCK_BYTES:
+                position = self._checkpoint.position(step.reads[0])
+                if position is not None and (position - before) % 8 == 0:
+                    return (position - before) % BLOCK_BYTES or BLOCK_BYTES
+            before += spec.num_bytes
+        return 0
 
     def _write_tensor(self, step: Step, file: WeightsFile) -> None:
         name, checkpoint = step.writes.name, self._checkpoint

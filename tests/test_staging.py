@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 from conftest import CheckpointFactory, Command
+from kvconvert.convert import Gqa, convert
 from kvconvert.convert.checkpoint import staging
 from kvconvert.convert.checkpoint.files import append_file, copy_file, create_file, replaced_file, write_text
 from kvconvert.convert.checkpoint.manifest import unlike_manifest, write_manifest
@@ -117,6 +119,35 @@ with staged_directory(Path({str(tmp_path / "out")!r})) as staging, (staging / "b
     assert "OutputError" in outcome.stderr
     assert "the disk is full" in outcome.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """Have the operating system refuse what is written beyond so many bytes of a file, as a full disk does."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_disk_that_fills_up_at_any_write_leaves_what_was_there(
+    make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    source = make_checkpoint(with_tokenizer=True)
+    output = convert(source, Gqa(2), tmp_path / "out").output
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    sizes = sorted({len(content) for content in before.values()})
+    assert len(sizes) > 4
+    for size in [0, *(size - 1 for size in sizes)]:  # each of the files is one that cannot be written
+        with largest_file(size), pytest.raises(OutputError, match="the disk is full"):
+            convert(source, Gqa(2, merge="first"), output, force=True)
+        assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["out", source.name])
+    with largest_file(sizes[-1]):  # the control
+        convert(source, Gqa(2), output, force=True)
 
 
 @pytest.mark.parametrize(
@@ -337,6 +368,7 @@ def write_replaced(path: Path) -> None:
 RUN = """
 import os, shutil, signal, sys
 from pathlib import Path
+from kvconvert.convert import Gqa, convert
 from kvconvert.convert.checkpoint import staging
 from kvconvert.convert.checkpoint.manifest import write_manifest
 

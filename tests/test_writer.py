@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import CheckpointFactory
+from kvconvert.convert import Gqa, convert
 from kvconvert.convert.checkpoint.manifest import FileDigest
 from kvconvert.convert.checkpoint.opening import open_checkpoint
 from kvconvert.convert.checkpoint.weights_file import WeightsFile
@@ -136,6 +138,26 @@ def test_blocks_are_shared_where_the_file_system_can(
     file = copied(tmp_path / "model", source, header)
     assert file.shared_bytes == shared
     assert (shared > 0) == (header % 4096 == 100)
+
+
+def test_a_conversion_shares_what_it_does_not_change(
+    make_checkpoint: CheckpointFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The header is as long as it has to be, so that blocks of the result are blocks of the source."""
+    source = make_checkpoint(hidden_size=128, intermediate_size=512, vocab_size=2048, max_shard_size="2MB")
+
+    def clone(target: int, request: int, what: bytes) -> None:
+        descriptor, begin, count, to = struct.unpack("=qQQQ", what)
+        os.pwrite(target, os.pread(descriptor, count, begin), to)
+
+    plain = convert(source, Gqa(2), tmp_path / "plain", max_shard_bytes=2_000_000)
+    monkeypatch.setattr(fcntl, "ioctl", clone)
+    shared = convert(source, Gqa(2), tmp_path / "shared", max_shard_bytes=2_000_000)
+    assert plain.shared_bytes == 0
+    assert 0.9 < shared.shared_bytes / shared.plan.bytes_out < 1
+    assert {path.name: path.read_bytes() for path in shared.output.iterdir()} == {
+        path.name: path.read_bytes() for path in plain.output.iterdir()
+    }
 
 
 def test_a_source_that_becomes_shorter_is_named_and_not_waited_for(tmp_path: Path) -> None:

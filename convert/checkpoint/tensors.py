@@ -290,6 +290,11 @@ class Checkpoint:
         self._forget(info)
         self._note_nonfinite(info, count)
 
+    def position(self, name: str) -> int | None:
+        """Where the bytes of a tensor begin in the file that they are copied from; None where they are made."""
+        info = self.tensors[name]
+        return None if info.file in self.pickled else info.begin
+
     def _note_nonfinite(self, info: TensorInfo, count: int) -> None:
         if not count or OLD_BUFFERS.search(info.name):
             return

@@ -14,10 +14,10 @@ from ..errors import CheckpointError
 from .files import create_file
 from .manifest import FileDigest
 
-__all__ = ["Sink", "WeightsFile"]
+__all__ = ["BLOCK_BYTES", "Sink", "WeightsFile"]
 
 _FICLONERANGE = 0x4020940D  # linux/fs.h: have a range of one file share the blocks of another
-_BLOCK_BYTES = 4096
+BLOCK_BYTES = 4096  # of file systems that share blocks
 _MOVED_TOGETHER = 2**20
 _READ_BYTES = 16 * 2**20
 _CANNOT = frozenset(
@@ -99,8 +99,8 @@ class WeightsFile:
         self._waiting = None
         shift = self._size - end
         # blocks can be shared where a block of one file is a block of the other
-        first, last = -(-begin // _BLOCK_BYTES) * _BLOCK_BYTES, end // _BLOCK_BYTES * _BLOCK_BYTES
-        if shift % _BLOCK_BYTES == 0 and first < last and self._share(descriptor, first, last, shift):
+        first, last = -(-begin // BLOCK_BYTES) * BLOCK_BYTES, end // BLOCK_BYTES * BLOCK_BYTES
+        if shift % BLOCK_BYTES == 0 and first < last and self._share(descriptor, first, last, shift):
             self._move(descriptor, begin, first, shift)
             begin = last
         self._move(descriptor, begin, end, shift)

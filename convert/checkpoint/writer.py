@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from .files import replaced_file, write_text
 from .tensors import CONFIG_NAME, DTYPE_BYTES, INDEX_NAME, WEIGHTS_NAME
-from .weights_file import WeightsFile
+from .weights_file import BLOCK_BYTES, WeightsFile
 
 __all__ = ["Shard", "TensorSpec", "plan_shards", "write_config", "write_index", "write_safetensors"]
 
@@ -42,9 +42,9 @@ class Shard:
     name: str
     specs: tuple[TensorSpec, ...]
 
-    def write_tensors(self, file: IO[bytes] | WeightsFile) -> Iterator[TensorSpec]:
-        """Write the file from its beginning: yield each spec, in order, whose bytes the caller then appends."""
-        return write_safetensors(file, self.specs, {"format": "pt"})
+    def write_tensors(self, file: IO[bytes] | WeightsFile, *, data_begin: int = 0) -> Iterator[TensorSpec]:
+        """Write the file as `write_safetensors` does: yield each spec whose bytes the caller then appends."""
+        return write_safetensors(file, self.specs, {"format": "pt"}, data_begin=data_begin)
 
 
 def plan_shards(specs: Sequence[TensorSpec], *, max_shard_bytes: int) -> tuple[Shard, ...]:
@@ -91,13 +91,15 @@ def write_config(config: Mapping[str, Any], directory: Path, *, source: Path) ->
 
 
 def write_safetensors(
-    file: IO[bytes] | WeightsFile, specs: Sequence[TensorSpec], metadata: Mapping[str, str]
+    file: IO[bytes] | WeightsFile, specs: Sequence[TensorSpec], metadata: Mapping[str, str], *, data_begin: int = 0
 ) -> Iterator[TensorSpec]:
     """Write a safetensors file from its beginning: yield each spec, in order, whose bytes the caller then appends.
 
-    Raises AssertionError where the caller appends another number of bytes than the spec says.
+    With `data_begin`, tensors begin at that position or whole blocks of 4096 bytes after it, so that blocks of another
+    file may be blocks of this one; it has to be a multiple of 8. Raises AssertionError where the caller appends another
+    number of bytes than the spec says.
     """
-    file.write(_header(specs, metadata))
+    file.write(_header(specs, metadata, data_begin))
     for spec in specs:
         expected = file.tell() + spec.num_bytes
         yield spec
@@ -105,8 +107,8 @@ def write_safetensors(
             raise AssertionError(f"{spec.name}: {expected - file.tell()} bytes missing")
 
 
-def _header(shard: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """The safetensors header: its length (8 bytes, little endian), then JSON padded with spaces to 8 bytes."""
+def _header(shard: Sequence[TensorSpec], metadata: Mapping[str, str], data_begin: int) -> bytes:
+    """The safetensors header: its length (8 bytes, little endian), then JSON padded with spaces."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for spec in shard:
@@ -114,5 +116,5 @@ def _header(shard: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
         entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, end]}
         offset = end
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)
+    header += b" " * ((data_begin - 8 - len(header)) % (BLOCK_BYTES if data_begin else 8))
     return len(header).to_bytes(8, "little") + header

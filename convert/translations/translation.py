@@ -128,6 +128,11 @@ class TranslatedCheckpoint(Checkpoint):
         for source_name in self.derived[name].reads:
             self.source.check_readable(source_name)
 
+    def position(self, name: str) -> int | None:
+        """Where the bytes of a tensor begin in the source's file; None where they are computed."""
+        derived = self.derived[name]
+        return self.source.position(derived.reads[0]) if derived.compute is None else None
+
     def copy_bytes(self, name: str, target: Sink) -> None:
         """Append the tensor's bytes to `target`, those of the source where nothing is computed."""
         derived = self.derived[name]
