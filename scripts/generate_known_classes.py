@@ -175,7 +175,8 @@ def _rules(base: Mapping[str, Any], declared: Mapping[str, list[Any]]) -> list[s
         used = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
         variants += [used, {**used, "sliding_window": None}, {**used, "use_sliding_window": False}]
     unstated = {key: value for key, value in base.items() if key not in ("num_key_value_heads", "head_dim")}
-    numbers: list[dict[str, Any]] = [{"num_key_value_heads": 1, **({"head_dim": 14} if "head_dim" in base else {})}]
+    numbers: list[dict[str, Any]] = [{"num_key_value_heads": 1}]
+    numbers += [{"num_key_value_heads": 1, "head_dim": 14}] if "head_dim" in base else []
     taken, default = declared["num_key_value_heads"]
     numbers += [{}] if default is None else []
     numbers += [{"num_key_value_heads": None}] if "None" in taken else []

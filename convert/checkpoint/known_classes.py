@@ -275,12 +275,13 @@ def _is_of(name: str, value: Any, types: Iterable[str]) -> bool:
         return "None" in types
     if type(value) is bool:
         return "bool" in types
+    if name.endswith(_FRACTIONS):
+        return type(value).__name__ in types and type(value) in (int, float) and 0 <= value <= 1
     if type(value) is int:
         least = 0 if name.endswith(_MAY_BE_ZERO) else 1
         return "int" in types and least <= value < _LARGEST
     if type(value) is float:
-        most = 1.0 if name.endswith(_FRACTIONS) else float(_LARGEST)
-        return "float" in types and math.isfinite(value) and 0 <= value <= most
+        return "float" in types and 0 <= value < _LARGEST
     if type(value) is str:
         return "str" in types and name in ("hidden_act", "hidden_activation") and value in _data()["activations"]
     if type(value) is list:
