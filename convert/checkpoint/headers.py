@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickletools
+import warnings
 import zipfile
 from collections.abc import Iterator
 from itertools import islice
@@ -128,7 +129,8 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
         problem = _problem_of_zip(path) if is_zip else _problem_of_pickles(path)
         if problem is not None:
             raise CheckpointError(f"{path}: {problem}", hint=_PICKLE_HINT)
-        state = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of a protocol that the file claims, for example
+            state = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
     except CheckpointError:
         raise
     except Exception as error:  # zip, pickle and torch each have errors of their own
