@@ -81,6 +81,11 @@ VALUES: list[tuple[dict[str, Any], str]] = [
     ({"num_attention_heads": 2**40}, "num_attention_heads = 1099511627776, expected no number above 65536"),
     ({"n_routed_experts": 10**6}, "n_routed_experts = 1000000, expected no number above 65536"),
     ({"hidden_size": LONG}, r"hidden_size = 1000000000000000\d*\.\.\.0+, expected a finite number"),
+    ({"hidden_size": 2**25}, "hidden_size = 33554432, expected a finite number of at most 16777216"),
+    (
+        {"rope_parameters": {"partial_rotary_factor": 2**53}},
+        "rope_parameters has partial_rotary_factor = 9007199254740992, expected a number from 0 to 1",
+    ),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan, expected a finite number"),
     ({"text_config": {"rope_theta": float("inf")}}, r"x: text_config has rope_theta = inf, expected a finite number"),
 ]

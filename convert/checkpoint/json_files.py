@@ -37,6 +37,7 @@ _MAX_NUMBER = 2**53  # what doubles count to, which other programs read JSON int
 _MAX_LAYERS = 100_000
 _MAX_PARTS = 65_536  # heads, or experts, of a layer, and numbers of a head
 _MAX_LABELS = 100_000
+_MAX_SIZE = 2**24  # of a vector, or a vocabulary
 _SHORTENED = reprlib.Repr()
 _SHORTENED.maxstring = _SHORTENED.maxother = 60
 _SHORTENED.maxlong = 40
@@ -233,6 +234,18 @@ _RULES = tuple(
             ".*(heads?|experts?|groups?|(head|rotary|rope|nope)_dim|rank|d_kv)(_.*)?",
             lambda value: _is_small(value, _MAX_PARTS),
             f"no number above {_MAX_PARTS}",
+            False,
+        ),
+        (
+            "partial_rotary_factor|rotary_pct|rope_pct",
+            lambda value: isinstance(value, int | float) and 0 <= value <= 1,
+            "a number from 0 to 1",
+            False,
+        ),
+        (
+            ".*_(size|dim)|n_embd|n_inner|d_model|d_ff",
+            lambda value: _is_number_of_this_world(value) and _is_small(value, _MAX_SIZE),
+            f"a finite number of at most {_MAX_SIZE}",
             False,
         ),
         (".*max_length", lambda value: True, "a number", False),  # tokenizers write 10**30 for "no limit"
