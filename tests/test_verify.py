@@ -18,6 +18,9 @@ from kvconvert.convert.checkpoint.manifest import unlike_manifest, write_manifes
 from kvconvert.convert.errors import CheckpointError
 from kvconvert.measure import verify
 from safetensors.torch import load_file, save_file
+from test_seq2seq import T5
+from test_seq2seq import make as make_seq2seq
+from test_translations import GPTJ
 
 SOURCE_TENSORS = 2 * 9 + 3
 
@@ -88,6 +91,26 @@ def test_what_was_made_is_verified(method: Gqa | Cla, source: Path, tmp_path: Pa
     found = verify(output, against=source)
     assert found.ok
     assert [check.name for check in found.checks] == ["files", "opens", "weights", "cache", "runs", "source", "tensors"]
+
+
+@pytest.mark.parametrize("model_type", ["t5", "gptj"])
+def test_other_classes_are_verified(model_type: str, make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    """An encoder-decoder in a class of ours, and a source that was translated."""
+    t5 = model_type == "t5"
+    source = make_seq2seq(tmp_path / "model", "t5", T5) if t5 else make_checkpoint("gptj", **GPTJ)
+    found = verify(convert(source, Gqa(1), tmp_path / "out").output, against=source)
+    assert found.ok, found.problems
+
+
+def test_weights_that_may_be_infinite_are_counted(source: Path, tmp_path: Path) -> None:
+    (path,) = source.glob("*.safetensors")
+    tensors = load_file(path)
+    tensors["model.norm.weight"][0] = float("inf")
+    save_file(tensors, path, metadata={"format": "pt"})
+    output = convert(source, Gqa(2), tmp_path / "out", allow_nonfinite=True).output
+    assert verify(output).ok
+    rewrite(output, lambda record: record.pop("nonfinite_values"))
+    assert failed(output) == ("weights", ["model.norm.weight has 1 values that are not finite, and the manifest 0"])
 
 
 def test_tensors_are_counted_by_what_they_are(source: Path, result: Path) -> None:
