@@ -21,6 +21,7 @@ from ..convert.checkpoint.tensors import Checkpoint, tensor_bytes
 from ..convert.checkpoint.tokenizer import load_tokenizer
 from ..convert.errors import CheckpointError, DataError, InputError, UnsupportedError
 from ..convert.plan import operation_from_json
+from ..convert.runtime.transformers_interface import cache_of
 from ..convert.translations.routes import translated
 
 __all__ = ["CheckResult", "Verification", "verify"]
@@ -200,7 +201,7 @@ class _Subject:
         count = int((~output.logits.isfinite()).sum())
         if count and not self.record.get("nonfinite_values"):
             problems.append(f"{count} of {output.logits.numel()} logits of {ids.shape[1]} tokens are not finite")
-        live = None if self.promised is None else _live_cache_bytes(output.past_key_values, ids.shape[1])
+        live = None if self.promised is None else _live_cache_bytes(cache_of(output), ids.shape[1])
         latent = Source.of(self.checkpoint).shape.latent  # transformers' class keeps what is expanded from it
         if live is not None and latent is None and live != self.promised:
             problems.append(f"a live cache takes {live:g} bytes per token, and {self.promised} were promised")

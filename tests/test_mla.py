@@ -6,8 +6,10 @@ import json
 import math
 import re
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from kvconvert.convert.algebra.latent import (
     LatentObjective,
     constant_norm,
     latent_attention,
+    latent_attentions,
     normalised,
     rope_pair_gains,
     without_constant,
@@ -331,17 +334,22 @@ def test_one_candidate_is_held_beside_the_best_and_head_outputs_only_for_the_ref
     collected: list[bool] = []
     run = LayerwiseModel.run
 
-    def counted(*arguments: Any, **named: Any) -> LatentAttention:
-        before.append(len(alive))
-        layer = latent_attention(*arguments, **named)
-        alive.add(layer)
-        return layer
+    def counted(*arguments: Any, **named: Any) -> Iterator[LatentAttention]:
+        candidates = latent_attentions(*arguments, **named)
+        while True:
+            held = len(alive)
+            made = [*islice(candidates, 1)]
+            if not made:
+                return
+            before.append(held)
+            alive.add(made[0])
+            yield made.pop()
 
     def noted(*arguments: Any, **named: Any) -> torch.Tensor:
         collected.append(len(arguments) > 4 and arguments[4] is not None)
         return run(*arguments, **named)
 
-    monkeypatch.setattr("kvconvert.convert.methods.compression.latent_attention", counted)
+    monkeypatch.setattr("kvconvert.convert.methods.compression.latent_attentions", counted)
     monkeypatch.setattr(LayerwiseModel, "run", noted)
     convert(make_checkpoint(), tmp_path / "mla", Mla(24, 8, rope_selection="gain"), refit=refit)
     assert before == ([0, 1, 1, 1] * 2 if refit else [0, 0])
@@ -393,11 +401,11 @@ def test_candidates_are_compared_without_the_norm_of_their_latents(
     errors: dict[str, list[float]] = {"as-it-is": [], "resized": []}
     error = candidate_error
 
-    def resized(*arguments: Any, **named: Any) -> LatentAttention:
-        layer, sizes = latent_attention(*arguments, **named), torch.logspace(0, 1, 24, dtype=torch.float64)
-        return replace(
-            layer, latent=sizes[:, None] * layer.latent, key_up=layer.key_up / sizes, value_up=layer.value_up / sizes
-        )
+    def resized(*arguments: Any, **named: Any) -> Iterator[LatentAttention]:
+        sizes = torch.logspace(0, 1, 24, dtype=torch.float64)
+        for layer in latent_attentions(*arguments, **named):
+            latent = sizes[:, None] * layer.latent
+            yield replace(layer, latent=latent, key_up=layer.key_up / sizes, value_up=layer.value_up / sizes)
 
     for name, found in errors.items():
 
@@ -407,7 +415,7 @@ def test_candidates_are_compared_without_the_norm_of_their_latents(
 
         monkeypatch.setattr("kvconvert.convert.methods.compression.candidate_error", recorded)
         convert(source, tmp_path / name, mla)
-        monkeypatch.setattr("kvconvert.convert.methods.compression.latent_attention", resized)
+        monkeypatch.setattr("kvconvert.convert.methods.compression.latent_attentions", resized)
     assert len(set(errors["as-it-is"])) == 4
     assert errors["resized"] == pytest.approx(errors["as-it-is"], rel=1e-4)
 

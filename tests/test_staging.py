@@ -466,13 +466,17 @@ def test_a_command_that_a_signal_ends_says_what_it_did(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     function, output = resolve(at), tmp_path / "out"
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # which processes of pytest-xdist ignore
 
     def end(*arguments: Any) -> Any:
         os.kill(os.getpid(), number)
         return function(*arguments)
 
     monkeypatch.setattr(at, end)
-    outcome = invoke("mha2mqa", make_checkpoint(), "--output", output, "--quiet")
+    try:
+        outcome = invoke("mha2mqa", make_checkpoint(), "--output", output, "--quiet")
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert outcome.returncode == 128 + number
     how = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
     assert outcome.stderr == f"error: {how}; {said.format(output)}\n"

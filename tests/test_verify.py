@@ -16,6 +16,7 @@ from conftest import TOKENS, CheckpointFactory, Command
 from kvconvert.convert import Cla, Gqa, convert
 from kvconvert.convert.checkpoint.manifest import unlike_manifest, write_manifest
 from kvconvert.convert.errors import CheckpointError
+from kvconvert.convert.runtime.transformers_interface import cache_of
 from kvconvert.measure import verify
 from safetensors.torch import load_file, save_file
 from test_seq2seq import T5
@@ -264,6 +265,6 @@ def test_a_result_runs_as_verified(result: Path) -> None:
     """The control of `runs`: the class itself, on the same weights."""
     from transformers import AutoModelForCausalLM
 
-    cache = AutoModelForCausalLM.from_pretrained(result)(TOKENS, use_cache=True).past_key_values
+    cache = cache_of(AutoModelForCausalLM.from_pretrained(result)(TOKENS, use_cache=True))
     live = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) * 2 / TOKENS.numel()
     assert live == json.loads((result / "kvconvert.json").read_text())["cache_bytes_per_token"]["result"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import mmap
+import os
 import re
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -112,18 +114,15 @@ class _Mapped:
     """A file that is open, and its bytes in memory, which the kernel reads as they are looked at."""
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("rb")
-        self.bytes = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._close = weakref.finalize(self, os.close, self.descriptor)  # where nobody closes a checkpoint
+        self.bytes = mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_READ)
         if hasattr(mmap, "MADV_SEQUENTIAL"):
             self.bytes.madvise(mmap.MADV_SEQUENTIAL)
 
-    @property
-    def descriptor(self) -> int:
-        return self.file.fileno()
-
     def close(self) -> None:
         self.bytes.close()
-        self.file.close()
+        self._close()
 
 
 @dataclass
