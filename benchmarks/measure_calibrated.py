@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
@@ -43,7 +43,7 @@ STEPS = {  # where the library looks a step's function up, in the order of the t
     "convert.methods.merging.best_grouping": "search for groups",
     "convert.methods.merging.merge_layers": "merge",
     "convert.methods.compression.without_constant": "biases without a constant",
-    "convert.methods.compression.latent_attention": "latents",
+    "convert.methods.compression.latent_attentions": "latents",
     "convert.calibration.streams.Stream.advance": "pass of the original *",
     "convert.methods.compression.candidate_error": CHOICE,
     "convert.methods.compression.normalised": "norm of the latent",
@@ -88,9 +88,20 @@ class Meter:
         @wraps(function, updated=())
         def measured(*arguments: Any, **named: Any) -> Any:
             with self.step(name):
-                return function(*arguments, **named)
+                result = function(*arguments, **named)
+            return self._each(result, name) if isinstance(result, Generator) else result
 
         return measured
+
+    def _each(self, results: Generator[Any], name: str) -> Iterator[Any]:
+        """The results of a generator, which does its work when one is asked for."""
+        while True:
+            with self.step(name):
+                try:
+                    result = next(results)
+                except StopIteration:
+                    return
+            yield result
 
     def _count(self) -> None:
         now = time.perf_counter(), time.process_time()

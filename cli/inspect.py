@@ -16,6 +16,8 @@ from .options import Json, Model, Quiet, Revision
 
 __all__ = ["inspect"]
 
+_MOST_TOKENS = 2**40
+
 
 def inspect(
     model: Model,
@@ -23,6 +25,7 @@ def inspect(
         int | None,
         typer.Option(
             min=1,
+            max=_MOST_TOKENS,
             help="Context length for the cache figure. Default: the model's longest, or 2048 where nothing limits it.",
             show_default=False,
         ),

@@ -148,15 +148,13 @@ class Heads:
         self._key_weights_of_all = _together([part.key_weights_of_all for part in parts])
         self._value_weights = _together([part.value_weights for part in parts])
         predictions = [_Prediction.of(layer, layers[0], prediction_pull) for layer in layers]
-        self._keys, self._values = (
-            _Side.of(
-                [getattr(part, side) for part in parts],
-                [getattr(part, f"white_{side}") for part in parts],
-                predictions,
-                white[0],
-            )
-            for side in ("keys", "values")
-        )
+        sides = [
+            ([part.keys for part in parts], [part.white_keys for part in parts]),
+            ([part.values for part in parts], [part.white_values for part in parts]),
+        ]
+        del parts  # of several layers gigabytes, which each side lets go of when it is done
+        self._keys = _Side.of(*sides.pop(0), predictions, white[0])
+        self._values = _Side.of(*sides.pop(0), predictions, white[0])
 
     def layer(self, head: int) -> int:
         """Return the layer of a head: 0 for the first of these layers."""
@@ -311,11 +309,13 @@ class _Side(NamedTuple):
         over_first = [
             part if one is None else first.rows(row) for part, row, one in zip(white, rows, predictions, strict=True)
         ]
+        covariances, own = covariances_of(_together(over_first)), torch.cat([part @ part.mT for part in white])
+        del over_first
         cross = [part @ one.cross for part, one in zip(heads, predictions, strict=True) if one is not None]
         return cls(
             _together(rows),
-            covariances_of(_together(over_first)),
-            torch.cat([part @ part.mT for part in white]),
+            covariances,
+            own,
             torch.cat(cross) if cross else rows[0][:0],
         )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...configs import PRETRAINING_TOKENS
+from ...convert.checkpoint.json_files import read_json
 from ...convert.checkpoint.manifest import PROVENANCE_NAME
 from ...convert.checkpoint.tensors import Checkpoint
 from ...convert.errors import CheckpointError
@@ -126,10 +127,7 @@ def _beside(checkpoint: Checkpoint) -> PretrainingTokens | None:
 def _json_beside(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     if checkpoint.path is None or not (checkpoint.path / name).is_file():
         return {}
-    try:
-        content = json.loads((checkpoint.path / name).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{checkpoint.path / name}: not readable as JSON ({error})") from error
+    content = read_json(checkpoint.path / name)
     return content if isinstance(content, dict) else {}
 
 
