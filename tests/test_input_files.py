@@ -108,6 +108,20 @@ def test_a_tokenizer_is_not_waited_for(make_checkpoint: CheckpointFactory) -> No
         open_tokenizer(source)
 
 
+@pytest.mark.parametrize("place", ["vocab", "added_tokens"])
+def test_a_token_id_that_would_take_all_memory(place: str, make_checkpoint: CheckpointFactory) -> None:
+    """The tokenizers library makes a list of 2 147 483 649 tokens, 8 GB, for one."""
+    path = make_checkpoint(with_tokenizer=True) / "tokenizer.json"
+    content = json.loads(path.read_text())
+    if place == "vocab":
+        content["model"]["vocab"]["x"] = 2**31
+    else:
+        content["added_tokens"][0]["id"] = 2**31
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"tokenizer\.json: has the token id 2147483648, expected at most 16777216"):
+        open_tokenizer(path.parent)
+
+
 def test_nothing_from_elsewhere_comes_into_a_result(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
     source = make_checkpoint()
     (tmp_path / "token").write_text("hf_secret")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, DataError, in_one_line, is_out_of_memory
-from .input_files import NotRegularError, require_regular
+from .input_files import NotRegularError, open_regular, require_regular
 from .json_files import read_object
 from .remote_code import remote_code_allowed
 
@@ -43,7 +44,9 @@ TOKENIZER_FILES = frozenset(
     {*_TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"}
     | {"chat_template.jinja", "chat_template.json", "processor_config.json"}
 )
-_MAX_ID = 2**31
+_MAX_ID = 2**24
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")
+_LARGE_NUMBER = re.compile(rb":\s*\d{8,}\s*[,}]")
 _READ_SUFFIXES = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
 
 
@@ -133,6 +136,7 @@ def open_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
                 hint="copy the tokenizer files of the original model into this directory",
             )
         _require_regular(directory)
+        _require_ids(directory)
     with tokenizer_errors(f"{model}: the tokenizer cannot be loaded"):
         place = directory if directory.is_dir() else str(model)
         opened: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, trust_remote_code=remote_code_allowed())
@@ -166,6 +170,31 @@ def _require_regular(directory: Path) -> None:
             raise DataError(f"{path}: {error.strerror}", hint="put the file itself there, or remove it") from error
         except OSError:  # a link that leads nowhere, which transformers does not find either
             continue
+
+
+def _require_ids(directory: Path) -> None:
+    """Raise DataError for a token id so large that the list of all tokens, which the library makes, takes all memory.
+
+    A vocabulary without a large number is not parsed here a second time.
+    """
+    for name in _VOCABULARIES:
+        path = directory / name
+        if not path.is_file():
+            continue
+        try:
+            with open_regular(path) as file:
+                large = _LARGE_NUMBER.search(file.read())
+            content = read_object(path) if large else {}
+        except (OSError, CheckpointError):
+            continue  # the library says what is wrong
+        model = content.get("model")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else content
+        added = content.get("added_tokens")
+        ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+        ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+        largest = max((number for number in ids if isinstance(number, int)), default=0)
+        if largest > _MAX_ID:
+            raise DataError(f"{path}: has the token id {largest}, expected at most {_MAX_ID}", hint="download it again")
 
 
 def _configured_ids(model: str | Path, key: str) -> list[int]:
