@@ -38,10 +38,11 @@ def main() -> int:
         "--save", action="store_true", help="fuzz nothing, choose from --keep what goes to tests/corpus"
     )
     parser.add_argument("--in-process", help=argparse.SUPPRESS)
+    parser.add_argument("--room", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("targets", nargs="*", default=TARGETS)
     arguments = parser.parse_args()
     if arguments.in_process:
-        _fuzz(arguments.in_process, arguments.seconds, arguments.keep)
+        _fuzz(arguments.in_process, arguments.seconds, arguments.keep, arguments.room)
         return 0
     with tempfile.TemporaryDirectory(prefix="kvconvert-fuzz-") as scratch:
         keep = arguments.keep or Path(scratch)
@@ -55,7 +56,9 @@ def main() -> int:
 def _supervise(target: str, seconds: int, keep: Path) -> int:
     """Fuzz one target, print how many inputs there were, and return 1 if one of them came out wrong."""
     command = [sys.executable, __file__, "--in-process", target, "--seconds", str(seconds), "--keep", str(keep)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    with tempfile.TemporaryDirectory(prefix="kvconvert-fuzz-", dir=_fast_place()) as room:
+        command += ["--room", room]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
     printed = done.stdout.decode(errors="replace")
     counted = re.findall(r"stat::number_of_executed_units:\s*(\d+)", printed) or re.findall(r"^#(\d+)", printed, re.M)
     found = sorted((keep / "found" / target).glob("*.txt"))
@@ -87,13 +90,12 @@ def _save(target: str, keep: Path, room: Path) -> None:
     print(f"{target}: {len(chosen)} inputs, {sum(map(len, chosen.values()))} bytes")
 
 
-def _fuzz(target: str, seconds: int, keep: Path) -> None:
+def _fuzz(target: str, seconds: int, keep: Path, room: Path) -> None:
     """Fuzz one target in this process until its time is over; libFuzzer then ends the process."""
     import atheris
 
     sys.path += [str(ROOT / "scripts"), str(ROOT / "tests")]
     sys.dont_write_bytecode = True  # it would be written outside of the room
-    room = Path(tempfile.mkdtemp(prefix=f"kvconvert-fuzz-{target}-", dir=_fast_place()))
     os.environ |= {"HF_HOME": str(room / "home"), "TMPDIR": str(room)}
     tempfile.tempdir = str(room)
     with atheris.instrument_imports(include=["kvconvert.convert"]):
