@@ -53,9 +53,10 @@ import torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 groups, config = int(sys.argv[3]), model.config
+head_dim = config.hidden_size // config.num_attention_heads
 for layer in model.model.layers:
     for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
-        heads = projection.weight.data.view(groups, -1, config.head_dim, config.hidden_size)
+        heads = projection.weight.data.view(groups, -1, head_dim, config.hidden_size)
         projection.weight.data = heads.float().mean(1).to(torch.bfloat16).reshape(-1, config.hidden_size)
 config.num_key_value_heads = groups
 model.save_pretrained(sys.argv[2], max_shard_size="5GB")

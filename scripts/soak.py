@@ -33,7 +33,7 @@ from kvconvert.convert.checkpoint.manifest import unlike_manifest, write_manifes
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TRACED = {staging.__file__, files.__file__}
 NO_SUCH_LINE = 2
-COMMAND = (sys.executable, "-m", "kvconvert.cli", "mha2mqa")
+COMMAND = (str(Path(sys.executable).with_name("kvconvert")), "mha2mqa")
 
 
 def make(output: Path, content: str) -> None:
