@@ -142,11 +142,11 @@ def command_at_random(folder: Path, runs: int, source: Path, draw: random.Random
     output = folder / "out"
     arguments = [*COMMAND, str(source), "--output", str(output), "--force", "--quiet"]
     started = time.monotonic()
-    subprocess.run(arguments, check=True)
+    subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
     takes = time.monotonic() - started
     for index in range(runs):
         number = SIGNALS[index % len(SIGNALS)]
-        with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
             time.sleep(draw.uniform(0, 1.05 * takes))
             process.send_signal(number)
             errors = process.communicate()[1]
