@@ -44,7 +44,8 @@ def run_side_by_side(tasks: Sequence[Callable[[Callable[[], None]], Result]], jo
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
-            stopped.set() if any(not future.done() for future in futures) else None
+            if not all(future.done() for future in futures):
+                stopped.set()
             for future in futures:
                 future.cancel()
     failures = [future.exception() for future in futures if not future.cancelled() and future.exception() is not None]

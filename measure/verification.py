@@ -87,6 +87,16 @@ class _Digest:
         return digest._sha256.digest()
 
 
+class _Nowhere:
+    """Takes the bytes of a tensor and drops them."""
+
+    def write(self, data: bytes) -> None:
+        pass
+
+    def copy(self, descriptor: int, begin: int, data: memoryview) -> None:
+        pass
+
+
 def verify(
     directory: str | Path,
     *,
@@ -171,7 +181,7 @@ class _Subject:
 
     def weights(self) -> Found:
         for name in self.checkpoint.tensors:
-            _Digest.of(self.checkpoint, name)
+            self.checkpoint.copy_bytes(name, _Nowhere())  # which counts what is not finite
         found, expected = self.checkpoint.nonfinite, self.record.get("nonfinite_values", {})
         return f"{len(self.checkpoint.tensors)} tensors, finite" + (" but for those listed" if expected else ""), [
             f"{name} has {found.get(name, 0)} values that are not finite, and the manifest {expected.get(name, 0)}"
