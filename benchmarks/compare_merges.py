@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kvconvert.convert import HeadGrouping, Source, TextSource, open_checkpoint
+from kvconvert.convert import Gqa, HeadGrouping, Source, TextSource, open_checkpoint
 from kvconvert.convert.algebra.attention_shape import AttentionShape
 from kvconvert.convert.algebra.projections import Projections
 from kvconvert.convert.architectures.projections import projection_names, projection_tensors, read_projections
+from kvconvert.convert.calibration.fitting import Fit
 from kvconvert.convert.calibration.streams import Hardware
 from kvconvert.convert.calibration.text import CalibrationText, read_calibration_text
 from kvconvert.convert.checkpoint.loading import load_model
@@ -130,6 +131,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "svd, no refit, keys as if at any angle": {"refit": False, "at_distances": False},
     "svd, no refit, neighbours": {"refit": False, "grouping": "contiguous"},
     "svd, no refit": {"refit": False},
+    "svd, o_proj alone refitted": {"fit": Fit(0)},
     "svd": {},
 }
 
@@ -194,7 +196,8 @@ def main() -> None:
             merge = HeadMerge(groups, **{"refit": measured_on is not None} | options)
             with tempfile.TemporaryDirectory() as scratch:
                 hardware = Hardware(precision=arguments.precision)
-                prepared = merge_heads(whole, merge, Preparation(Path(scratch), measured_on, hardware, keep_gram=True))
+                preparation = Preparation(Path(scratch), measured_on, hardware, keep_gram=True)
+                prepared = merge_heads(whole, merge, preparation, Gqa(groups).result_config(whole))
                 seconds = time.monotonic() - begin
                 report(name, groups, expanded(whole, prepared), seconds)
                 if name != "svd" or prepared.gram is None:

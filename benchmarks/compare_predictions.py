@@ -50,7 +50,7 @@ def main() -> None:
     for pull in arguments.pull:
         merge = HeadMerge(source.shape.num_key_value_heads, layers, prediction_pull=pull)
         with tempfile.TemporaryDirectory() as folder:
-            prepared = merge_heads(source, merge, Preparation(Path(folder), text, hardware))
+            prepared = merge_heads(source, merge, Preparation(Path(folder), text, hardware), plan.config)
             execute(plan, source.checkpoint, Path(folder) / "out", prepared.overlay)
             model = load_model(Path(folder) / "out", dtype=torch.float32, device="cpu")
         print(f"| {pull:g} | {evaluate(model, windows).nats_per_token - original:.4f} |", flush=True)

@@ -25,7 +25,7 @@ _CLA = SettingsOptions(
         "merge": ("--method",),
         "refit": ("--no-refit",),
     },
-    help={"refit": "svd: keep the closed form; do not fit o_proj to the text."},
+    help={"refit": "svd: keep the closed form; fit nothing to the text."},
     bounds={"num_key_value_heads": 1, "num_key_value_layers": 1, "share": 2, "keep_first": 0, "keep_last": 0},
     omit=("layers", "refit_ridge"),
 )
@@ -61,7 +61,7 @@ def _check(cla: Given[Cla], text: Given[Calibration], kv_source_layers: str | No
     """Raise InputError for options that contradict each other, or that the method would ignore."""
     values = cla.values
     if values["merge"] != "svd":
-        refuse(cla.typed(["grouping", "refit"]), "--method svd")
+        refuse(cla.typed(["fit_steps", "grouping", "refit"]), "--method svd")
         if values["pairs"] != "auto":
             refuse(text.typed(), "--method svd")
     if values["pairs"] != "auto":

@@ -18,7 +18,7 @@ _FLAGS = {
     "refit": ("--no-refit",),
 }
 _HELP = {
-    "refit": "svd: keep the closed form; do not fit o_proj to the text.",
+    "refit": "svd: keep the closed form; fit nothing to the text.",
     "allow_same": "Accept as many heads as the source has; none is pooled then.",
 }
 _GQA = SettingsOptions(
@@ -52,7 +52,7 @@ def mha2mqa(model: Model, gqa: Given[Gqa], text: Given[Calibration], request: Co
 def _check(gqa: Given[Gqa], text: Given[Calibration]) -> None:
     """Raise InputError for options that the method would ignore."""
     if gqa.values["merge"] != "svd":
-        of_svd = [name for name in ("grouping", "refit") if name in gqa.values]
+        of_svd = [name for name in ("fit_steps", "grouping", "refit") if name in gqa.values]
         refuse(sorted([*gqa.typed(of_svd), *text.typed()]), "--method svd")
     for flag, name in (("--no-calibration", "weights_only"), ("--statistics", "statistics")):
         if text.values[name]:

@@ -26,7 +26,7 @@ _MLA = SettingsOptions(
     types={"rope_interleave": RopeLayout},
     defaults={"rope_interleave": RopeLayout.interleaved},
     help={
-        "refit": "Keep the closed form; do not fit o_proj to the text.",
+        "refit": "Keep the closed form; fit nothing to the text.",
         "rope_interleave": "Order of rotary pairs. half-split is for transformers and vLLM's Transformers backend.",
     },
     bounds={"kv_lora_rank": 1, "qk_rope_head_dim": 1, "v_head_dim": 1},
@@ -43,7 +43,7 @@ def mha2mla(model: Model, mla: Given[Mla], text: Given[Calibration], request: Co
     """
     if text.values["weights_only"]:
         of_text = [name for name in text.values if name != "weights_only"]
-        for option in sorted([*mla.typed(["refit"]), *text.typed(of_text)]):
+        for option in sorted([*mla.typed(["fit_steps", "refit"]), *text.typed(of_text)]):
             raise InputError(
                 f"{option} is about a calibration text, and --no-calibration rules one out",
                 hint=f"leave out {option} or --no-calibration",

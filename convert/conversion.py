@@ -315,8 +315,8 @@ def _check_calibration(method: Method, calibration: Calibration | None, source: 
         raise InputError("this conversion needs a text, and statistics of one do not do", hint="give a text")
     if calibration.save_statistics is not None and not method.takes_statistics:
         raise InputError("statistics of this conversion cannot be used again", hint="do not save them")
-    if calibration.weights_only and method.needs_text:
-        raise InputError("layers that share keys and values are merged on a text", hint="give a text")
+    if (calibration.weights_only or calibration.statistics is not None) and method.text_need:
+        raise InputError(method.text_need, hint="give a text")
     length = calibration.sequence_length
     if length is not None:
         check_context(source.longest_context, length, name=source.name, what="sequence length")

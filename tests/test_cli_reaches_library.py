@@ -70,6 +70,7 @@ def of(name: str) -> Look:
 MHA2GQA: dict[str, Row] = {
     "merge": (["--method", "first"], of("merge"), "first"),
     "refit": (["--method", "svd", "--no-refit"], of("refit"), False),
+    "fit_steps": (["--method", "svd", "--fit-steps", "3"], of("fit_steps"), 3),
     "seed": (["--method", "random", "--seed", "5"], of("seed"), 5),
     "allow_same": (["--allow-same"], of("allow_same"), True),
 }
@@ -94,6 +95,7 @@ COMMANDS: dict[str, tuple[list[str], list[str], type, dict[str, Row]]] = {
         {
             "merge": (["--method", "first"], of("merge"), "first"),
             "refit": (["--method", "svd", "--no-refit"], of("refit"), False),
+            "fit_steps": (["--method", "svd", "--fit-steps", "3"], of("fit_steps"), 3),
             "grouping": (["--method", "svd", "--grouping", "contiguous"], of("grouping"), "contiguous"),
             "share": ([], of("share"), 3),
             "num_key_value_heads": (["--groups", "2"], of("num_key_value_heads"), 2),
@@ -117,6 +119,7 @@ COMMANDS: dict[str, tuple[list[str], list[str], type, dict[str, Row]]] = {
             "rope_interleave": (["--rope-layout", "half-split"], of("rope_interleave"), False),
             "v_head_dim": (["--v-head-dim", "16"], of("v_head_dim"), 16),
             "refit": (["--no-refit"], of("refit"), False),
+            "fit_steps": (["--fit-steps", "3"], of("fit_steps"), 3),
         },
     ),
 }

@@ -8,7 +8,6 @@ from importlib.metadata import entry_points
 from types import ModuleType
 
 import pytest
-
 from kvconvert.cli import entry
 
 

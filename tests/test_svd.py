@@ -209,7 +209,7 @@ def test_as_many_groups_as_heads_change_nothing(
     source = make_checkpoint(model_type, **overrides)
     model = load_model(source, dtype=torch.float32, device="cpu")
     with open_checkpoint(source) as checkpoint:
-        prepared = merge_heads(Source.of(checkpoint), HeadMerge(8, refit=False), Preparation(tmp_path, TEXT))
+        prepared = merge_heads(Source.of(checkpoint), HeadMerge(8, refit=False), Preparation(tmp_path, TEXT), {})
     assert prepared.overlay is not None
     for name in prepared.overlay.files:
         model.get_parameter(name).data = prepared.overlay.read(name)
@@ -409,7 +409,8 @@ def test_one_layer_is_held_at_a_time(
     monkeypatch.setattr("kvconvert.convert.methods.merging.read_projections", counted)
     text = CalibrationText(torch.arange(64).view(2, 32) % VOCAB_SIZE, "text")
     with open_checkpoint(make_checkpoint(num_hidden_layers=3)) as checkpoint:
-        merge_heads(Source.of(checkpoint), HeadMerge(2), Preparation(tmp_path, text))
+        source = Source.of(checkpoint)
+        merge_heads(source, HeadMerge(2), Preparation(tmp_path, text), Gqa(2).result_config(source))
     assert before == [0, 0, 0]
 
 

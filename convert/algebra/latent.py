@@ -366,7 +366,7 @@ def constant_norm(tokens: Tensor, weights: Tensor, start: Tensor) -> Tensor:
     import torch
 
     held_out = torch.arange(len(tokens)) % 8 == 0
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.enable_grad():
         fitted = tokens[~held_out].clone(), weights[~held_out].clone()
         kept = tokens[held_out].clone(), torch.ones_like(weights[held_out])
         chosen = start.clone().requires_grad_()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Projections", "repeat_key_value_heads"]
+__all__ = ["Projections"]
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,3 @@ class Projections:
     k: Tensor  # (num_key_value_heads · head_dim, hidden_size + 1)
     v: Tensor  # (num_key_value_heads · head_dim, hidden_size + 1)
     o: Tensor  # (hidden_size, num_attention_heads · head_dim)
-
-
-def repeat_key_value_heads(projections: Projections, num_key_value_heads: int, head_dim: int) -> Projections:
-    """Return projections that compute the same with `num_key_value_heads` K/V heads, each repeated in a row."""
-
-    def repeated(rows: Tensor) -> Tensor:
-        heads = rows.unflatten(0, (-1, head_dim))  # (K, D, E + 1)
-        result: Tensor = heads.repeat_interleave(num_key_value_heads // len(heads), dim=0).flatten(0, 1)
-        return result
-
-    return replace(projections, k=repeated(projections.k), v=repeated(projections.v))

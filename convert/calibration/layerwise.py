@@ -72,6 +72,11 @@ class LayerwiseModel:
         self._calls.setdefault(len(token_ids), calls)
         return hidden_states.cpu()
 
+    def learn_calls(self, token_ids: Tensor) -> None:
+        """Learn how layers are called for batches as large as this one, (batch, length), where that is not known."""
+        if len(token_ids) not in self._calls:
+            self.embed(token_ids)
+
     @contextmanager
     def layer(
         self, index: int, replaced: Mapping[str, Tensor] | None = None, kv_source_layer: int | None = None
@@ -135,6 +140,32 @@ class LayerwiseModel:
     ) -> Tensor:
         """What the output projection reads, (tokens, num_attention_heads · head_dim); `shared` stays as it is."""
         return self._peek(module, self._outputs, index, hidden_states, None if shared is None else dict(shared))
+
+    def projected_outputs(
+        self, module: Module, index: int, hidden_states: Tensor, shared: SharedStates | None = None
+    ) -> Tensor:
+        """What the output projection gives, (tokens, hidden_size), on `device`; gradients reach the module's weights.
+
+        `shared` stays as it is.
+        """
+        given: list[Tensor] = []
+
+        def note(_: Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+            given.append(output.flatten(0, -2))
+            raise _EnoughError
+
+        hook = module.get_submodule(self._outputs).register_forward_hook(note)
+        try:
+            with suppress(_EnoughError):
+                self.run(module, index, hidden_states, shared=None if shared is None else dict(shared))
+        finally:
+            hook.remove()
+        return given[0].float()
+
+    def output_bias(self, module: Module) -> Tensor | None:
+        """A copy of the bias of the layer's output projection, (hidden_size,), if it has one."""
+        bias = getattr(module.get_submodule(self._outputs), "bias", None)
+        return None if bias is None else bias.detach().clone()
 
     def require_finite(self, moments: Tensor, index: int) -> None:
         """Raise UnsupportedError, with the cause, where moments of what a layer computed of a text are not finite."""

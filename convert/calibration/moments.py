@@ -72,7 +72,7 @@ def layer_moments(
     crosses: list[Tensor | None] = []
     first: list[Tensor] = []
     states = list(batches)
-    with torch.inference_mode():
+    with torch.no_grad():
         for layer in layers:
             gram, cross = SecondMoment(device), SecondMoment(device)
             with model.layer(layer) as module:

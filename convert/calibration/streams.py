@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..algebra.refit import refitted
 from ..architectures.source import Source
+from .fitting import STEP_TOKENS, Fit, fit_parameters, relative_error
 from .layerwise import LayerwiseModel
 from .moments import layer_moments, second_moment
 from .text import CalibrationText
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from .layerwise import SharedStates
 
-__all__ = ["CPU", "Hardware", "Stream"]
+__all__ = ["CPU", "Hardware", "OriginalAttention", "Stream"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,20 @@ class Hardware:
 
 
 CPU = Hardware()
+
+
+@dataclass
+class OriginalAttention:
+    """What the attention of a layer of the original read and gave on a text, for another to be fitted to.
+
+    o_proj: (hidden_size, H), float64, with H = num_attention_heads · head_dim. Of each batch, `entered` holds the
+    hidden states before the layer, (sequences, sequence_length, hidden_size), and `head_outputs` what o_proj read,
+    (tokens, H).
+    """
+
+    o_proj: Tensor
+    entered: list[Tensor]
+    head_outputs: list[Tensor]
 
 
 class Stream:
@@ -51,14 +66,11 @@ class Stream:
         import torch
 
         model = LayerwiseModel(source, device=hardware.device, precision=hardware.precision)
-        with torch.inference_mode():
+        with torch.no_grad():  # and not in inference mode, whose tensors nothing can be fitted on
             states = [model.embed(batch) for batch in text.batches]
+            model.learn_calls(text.token_ids[: max(STEP_TOKENS // text.token_ids.shape[1], 1)])
         model.release_embeddings()
         return cls(model, states, hardware.device)
-
-    def fork(self) -> Stream:
-        """A second stream from here on, for a model of the same class with other weights in its layers."""
-        return Stream(self.model, self._states, self._device)
 
     def states(self, num_batches: int | None = None) -> list[Tensor]:
         """The hidden states of the first batches, or of all, each (sequences, sequence_length, hidden_size)."""
@@ -83,7 +95,7 @@ class Stream:
         """
         import torch
 
-        with torch.inference_mode(), self.model.layer(layer) as module:
+        with torch.no_grad(), self.model.layer(layer) as module:
             self._states = [self.model.run(module, layer, states, head_outputs) for states in self._states]
 
     def output_moments(
@@ -108,33 +120,96 @@ class Stream:
         layer: int,
         tensors: dict[str, Tensor],
         o_proj: str,
-        original: Tensor,
-        wanted: list[Tensor],
+        original: OriginalAttention,
         *,
         ridge: float,
-        kv_source_layers: Sequence[int] | None = None,
+        fit: Fit,
+        fixed: Collection[str] = (),
+        is_read: bool = False,
     ) -> None:
-        """Fit tensors[o_proj] to the original's attention output, then take the hidden states through the layer.
+        """Fit a layer's new weights to the original's attention, then take the hidden states through the layer.
 
-        The fit is that of `refitted`, with z' of this stream. `tensors` are the layer's new weights, among which the
-        fitted one is put. `original` is the original's o_proj, (hidden_size, H) in float64, and `wanted` what it read,
-        (tokens, H) for each batch; the list is cleared. `ridge` is that of `refitted`. `kv_source_layers` names for
-        each layer the layer whose keys and values it reads, in a class with cross-layer attention.
+        First tensors[o_proj] is fitted in closed form, as `refitted` says, with z' of this stream and with `ridge`;
+        then all of `tensors`, the layer's new weights, but for `fixed`, by the gradient steps of `fit`, so that hidden
+        states are the original's once attention is added. Fitted tensors are put back into `tensors`, in the dtype of
+        each. The lists of `original` are cleared. `is_read` says that layers that follow read the keys and values of
+        this one.
         """
         import torch
 
-        kv_source_layer = None
-        if kv_source_layers is not None:
-            kv_source_layer = kv_source_layers[layer]
-            if kv_source_layer == layer:  # what the layers before have computed is not read again
-                is_read = kv_source_layers.count(layer) > 1
-                self._shared = [{} if is_read else None for _ in self._states]
-        with torch.inference_mode(), self.model.layer(layer, tensors, kv_source_layer) as module:
-            cross, normal = self.output_moments(module, layer, wanted)
-            wanted.clear()  # gigabytes of a large model, and of no use any more
-            tensors[o_proj] = refitted(original, tensors[o_proj], cross, normal, ridge)
+        if is_read:
+            self._shared = [{} for _ in self._states]
+        with torch.no_grad(), self.model.layer(layer, tensors) as module:
+            cross, normal = self.output_moments(module, layer, original.head_outputs)
+            tensors[o_proj] = refitted(original.o_proj, tensors[o_proj], cross, normal, ridge)
             module.get_parameter(self.model.local_name(o_proj, layer)).copy_(tensors[o_proj])
+            self._fit(module, layer, tensors, [name for name in tensors if name not in fixed], original, fit)
+            original.entered.clear()  # gigabytes of a large model, and of no use any more
+            original.head_outputs.clear()
             self._states = [
                 self.model.run(module, layer, states, shared=shared)
                 for states, shared in zip(self._states, self._shared, strict=True)
             ]
+
+    def _fit(
+        self,
+        module: Module,
+        layer: int,
+        tensors: dict[str, Tensor],
+        names: Sequence[str],
+        original: OriginalAttention,
+        fit: Fit,
+    ) -> None:
+        """The gradient steps of `refit`, on weights of `module`, and then in `tensors`, where they are `names`."""
+        model, device = self.model, self._device
+        parameters = [module.get_parameter(model.local_name(name, layer)) for name in names]
+        bias = model.output_bias(module)
+        weight = original.o_proj.float().to(device)
+
+        def loss(part: _Part) -> Tensor:
+            wanted = original.head_outputs[part.batch][part.tokens].to(device) @ weight.T
+            entered, entering = (
+                states[part.batch][part.sequences].flatten(0, 1).to(device)
+                for states in (original.entered, self._states)
+            )
+            shared = self._shared[part.batch]
+            kept = None if shared is None else {source: part.of(states) for source, states in shared.items()}
+            found = model.projected_outputs(module, layer, self._states[part.batch][part.sequences], kept)
+            return relative_error(entering + found, entered + wanted if bias is None else entered + wanted + bias)
+
+        if fit_parameters(parameters, loss, self._parts(), fit):
+            for name, parameter in zip(names, parameters, strict=True):
+                tensors[name] = parameter.detach().to(tensors[name].dtype).cpu()
+                parameter.copy_(tensors[name])
+
+    def _parts(self) -> list[_Part]:
+        """The text in parts of one step, of equally many sequences; what is left over of a batch is in none."""
+        length = self._states[0].shape[1]
+        size = min(max(STEP_TOKENS // length, 1), len(self._states[0]))
+        return [
+            _Part(batch, first, size, length)
+            for batch, states in enumerate(self._states)
+            for first in range(0, len(states) - size + 1, size)
+        ]
+
+
+class _Part(NamedTuple):
+    """Some sequences of a batch."""
+
+    batch: int
+    first: int
+    size: int
+    length: int
+
+    @property
+    def sequences(self) -> slice:
+        return slice(self.first, self.first + self.size)
+
+    @property
+    def tokens(self) -> slice:
+        return slice(self.first * self.length, (self.first + self.size) * self.length)
+
+    def of(self, states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Of the keys and values of a batch those of these sequences."""
+        keys, values = states
+        return keys[self.sequences], values[self.sequences]

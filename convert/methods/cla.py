@@ -17,7 +17,7 @@ from ..checkpoint.writer import TensorSpec
 from ..errors import InputError, UnsupportedError
 from ..plan import AverageLayers, ConversionPlan, KeepSilent, MoveGain, PoolHeads, Step
 from ..translations.routes import as_cross_layer
-from .choices import Grouping, require_choice, require_ridge
+from .choices import FitSteps, Grouping, require_choice, require_fit, require_ridge
 from .method import Method
 from .prepared import CPU, Hardware, Measurements, Preparation, Prepared
 
@@ -65,12 +65,14 @@ class Cla(Method):
     refit_ridge: Annotated[
         float, Doc("svd: how strongly that fit is pulled to the closed form, in parts of the mean squared head output.")
     ] = 0.2
+    fit_steps: FitSteps = None
 
     def __post_init__(self) -> None:
         require_choice("method", self.merge, _METHODS)
         require_choice("grouping", self.grouping, get_args(Grouping))
         require_choice("choice of pairs", self.pairs, _PAIRS)
         require_ridge(self.refit_ridge)
+        require_fit(self.fit_steps, refit=self.refit)
         if sum(given is not None for given in (self.layers, self.share, self.num_key_value_layers)) != 1:
             raise InputError(
                 "say which layers share, by one of layers, share and, where pairs is auto, num_key_value_layers",
@@ -87,9 +89,9 @@ class Cla(Method):
         return self.merge == "svd" or self.needs_choice
 
     @property
-    def needs_text(self) -> bool:
-        """Whether statistics of a text, or the weights alone, do not do: a layer's input is predicted on it."""
-        return self.needs_measurements
+    def text_need(self) -> str | None:
+        """Why statistics of a text, or the weights alone, do not do: a layer's input is predicted on the text."""
+        return "layers that share keys and values are merged on a text" if self.needs_measurements else None
 
     @property
     def needs_choice(self) -> bool:
@@ -154,7 +156,7 @@ class Cla(Method):
             return Prepared()
         from .merging import merge_heads
 
-        return merge_heads(source, self._head_merge(source), preparation)
+        return merge_heads(source, self._head_merge(source), preparation, self.result_config(source))
 
     def record(self, measurements: Measurements, hardware: Hardware) -> dict[str, Any]:
         """How the merge was made, for the manifest: nothing, where a text only chose the layers."""
@@ -186,14 +188,18 @@ class Cla(Method):
             route=checkpoint.route,
             source=shape,
             result=replace(shape, num_key_value_heads=number, layer_grouping=layers),
-            config={
-                **checkpoint.config,
-                "num_key_value_heads": number,
-                "kv_source_layers": list(layers.sources),
-            },
+            config=self.result_config(source),
             steps=tuple(steps.values()),
             bytes_in=sum(info.num_bytes for info in checkpoint.tensors.values()),
         )
+
+    def result_config(self, source: Source) -> dict[str, Any]:
+        """config.json of the result."""
+        return {
+            **source.checkpoint.config,
+            "num_key_value_heads": self.num_key_value_heads or source.shape.num_key_value_heads,
+            "kv_source_layers": list(self._layers(source).sources),
+        }
 
     def _grouping(self, source: Source) -> HeadGrouping:
         """How heads are pooled within a layer."""
@@ -232,9 +238,10 @@ class Cla(Method):
         return self._head_merge_of(self._layers(source), self.num_key_value_heads or source.shape.num_key_value_heads)
 
     def _head_merge_of(self, layers: LayerGrouping, number: int) -> HeadMerge:
+        from ..calibration.fitting import Fit
         from .merging import HeadMerge
 
-        return HeadMerge(number, layers, self.grouping, self.refit, self.refit_ridge)
+        return HeadMerge(number, layers, self.grouping, self.refit, self.refit_ridge, Fit(self.fit_steps))
 
     def _share(self, steps: dict[str, Step], source: Source, grouping: HeadGrouping, group: tuple[int, ...]) -> None:
         """Replace the copies of the keys and values of the group's layers, and of norms of queries and keys."""

@@ -21,10 +21,11 @@ from ..algebra.refit import refitted
 from ..architectures.projections import read_finite, read_projections
 from ..architectures.source import Source
 from ..architectures.table import LATENT_ARCHITECTURES
-from ..calibration.streams import Stream
+from ..calibration.fitting import DEFAULT_FIT, Fit
+from ..calibration.streams import OriginalAttention, Stream
 from ..calibration.text import CalibrationText
 from ..checkpoint.overlay import Overlay
-from .deepseek import LatentLayout, latent_tensors, result_config
+from .deepseek import LatentLayout, fixed_tensors, latent_tensors, result_config
 from .prepared import Hardware, LayerReport, Measurements, Preparation, Prepared
 
 if TYPE_CHECKING:
@@ -44,15 +45,16 @@ falls back on (arXiv 2309.17453), count as much as all others."""
 
 @dataclass(frozen=True)
 class Compression:
-    """The latent that is made of a layer, the pairs of its rotary key, and whether o_proj is fitted to a text after it.
+    """The latent that is made of a layer, the pairs of its rotary key, and whether it is fitted to a text after it.
 
-    `refit_ridge` is a fraction of the mean diagonal of the normal equations.
+    `refit_ridge` and `fit` are those of `Stream.refit`.
     """
 
     layout: LatentLayout
     rope_pairs: tuple[RopePair, ...]
     refit: bool = True
     refit_ridge: float = 0.2
+    fit: Fit = DEFAULT_FIT
 
 
 def compress_layers(
@@ -81,7 +83,7 @@ def compress_layers(
         gram, sample = _moments(source, original, index, hardware)
         candidates = _candidates(read_projections(source, index), source, gram, compression)
         made = partial(latent_tensors, layout=layout, source=source, index=index, scaling=scaling)
-        head_outputs: list[Tensor] = []
+        entered, head_outputs = [] if original is None else original.states(), list["Tensor"]()
         if original is not None:
             original.advance(index, None if student is None else head_outputs)
         # 2. the best of them
@@ -96,10 +98,19 @@ def compress_layers(
         # 3. the refit, and the way to the next layer
         tensors = made(layer)
         if student is not None:
-            student.refit(index, tensors, o_proj, layer.o, head_outputs, ridge=compression.refit_ridge)
+            attention = OriginalAttention(layer.o, entered, head_outputs)
+            student.refit(
+                index,
+                tensors,
+                o_proj,
+                attention,
+                ridge=compression.refit_ridge,
+                fit=compression.fit,
+                fixed=[f"{o_proj.removesuffix('o_proj.weight')}{name}" for name in fixed_tensors(layout)],
+            )
         overlay.store(tensors, f"layer-{index:05d}.safetensors")
         reports.append(_report(index, source, layer))
-        del candidates, head_outputs, layer, tensors  # gigabytes of a large model, beside the next layer's
+        del candidates, entered, head_outputs, layer, tensors  # gigabytes of a large model, beside the next layer's
         preparation.progress(1)
     return Prepared(overlay, tuple(reports))
 
@@ -210,7 +221,7 @@ def candidate_error(
     import torch
 
     original, tensors = candidate.o, made(candidate)
-    with torch.inference_mode(), student.model.layer(layer, tensors) as module:
+    with torch.no_grad(), student.model.layer(layer, tensors) as module:
         norm = module.get_submodule("self_attn.kv_a_layernorm")
         # no candidate is fitted to the norm yet: it shall not divide. Its gains, relative to an ordinary channel's,
         # are 1, but for a constant channel, which they bring from what the bias holds it at to 1

@@ -20,6 +20,7 @@ __all__ = [
     "LatentLayout",
     "attention_shapes",
     "class_refusal",
+    "fixed_tensors",
     "latent_tensors",
     "result_config",
     "rope_parameters",
@@ -147,6 +148,18 @@ def attention_shapes(source: Source, layout: LatentLayout) -> dict[str, tuple[in
     if layout.constant:
         shapes["o_proj.bias"] = (hidden_size,)
     return shapes
+
+
+def fixed_tensors(layout: LatentLayout) -> tuple[str, ...]:
+    """The tensors of one layer's attention that a fit leaves as they are, by their names within the attention module.
+
+    They make a channel constant, where the layout has one, and weigh it against the others.
+    """
+    if not layout.constant:
+        return ()
+    norms = ("kv_a_proj_with_mqa.bias", "kv_a_layernorm.weight")
+    queries = ("q_a_proj.weight", "q_a_proj.bias", "q_a_layernorm.weight")
+    return (*norms, *(queries if layout.query_bias else ()))
 
 
 def rope_parameters(

@@ -18,7 +18,7 @@ from ..errors import UnsupportedError
 from ..plan import ConversionPlan, PoolHeads, Step
 from ..runtime import RUNTIME_CLASSES
 from ..translations.routes import as_target
-from .choices import Grouping, require_choice, require_ridge
+from .choices import FitSteps, Grouping, require_choice, require_fit, require_ridge, text_of_fit
 from .method import Method
 from .prepared import Hardware, Measurements, Preparation, Prepared
 
@@ -49,6 +49,7 @@ class Gqa(Method):
     refit_ridge: Annotated[
         float, Doc("svd: how strongly that fit is pulled to the closed form, in parts of the mean squared head output.")
     ] = 0.2
+    fit_steps: FitSteps = None
     seed: Annotated[int, Doc("Seed of random heads.")] = 0
     allow_same: Annotated[bool, Doc("Accept the number of heads that the source has: none is pooled then.")] = False
 
@@ -56,11 +57,17 @@ class Gqa(Method):
         require_choice("method", self.merge, (*POOLING_METHODS, "svd"))
         require_choice("grouping", self.grouping, get_args(Grouping))
         require_ridge(self.refit_ridge)
+        require_fit(self.fit_steps, refit=self.refit)
 
     @property
     def needs_measurements(self) -> bool:
         """Whether the result depends on what is measured on a text."""
         return self.merge == "svd"
+
+    @property
+    def text_need(self) -> str | None:
+        """Why statistics of a text, or the weights alone, do not do, if they do not."""
+        return text_of_fit(self.fit_steps)
 
     @property
     def takes_statistics(self) -> bool:
@@ -100,7 +107,8 @@ class Gqa(Method):
             return Prepared()
         from .merging import merge_heads
 
-        return merge_heads(source, self._head_merge(preparation.measurements), preparation)
+        merge = self._head_merge(preparation.measurements)
+        return merge_heads(source, merge, preparation, self.result_config(source))
 
     def record(self, measurements: Measurements, hardware: Hardware) -> dict[str, Any]:
         """How the merge was made, for the manifest."""
@@ -124,10 +132,18 @@ class Gqa(Method):
             route=checkpoint.route,
             source=shape,
             result=replace(shape, num_key_value_heads=self.num_key_value_heads),
-            config=checkpoint.config if keeps_heads else self._result_config(source),
+            config=checkpoint.config if keeps_heads else self.result_config(source),
             steps=tuple(steps.values()),
             bytes_in=sum(info.num_bytes for info in checkpoint.tensors.values()),
         )
+
+    def result_config(self, source: Source) -> dict[str, Any]:
+        """config.json of the result."""
+        architecture = source.architecture
+        config = architecture.result_config(source.checkpoint, self.num_key_value_heads, source.shape.head_dim)
+        if architecture.model_type not in RUNTIME_CLASSES:
+            config.pop("auto_map", None)  # the result opens in the stock class; the source's own code knows no grouping
+        return config
 
     def _grouping(self, source: Source) -> HeadGrouping:
         return HeadGrouping.contiguous(source.shape.num_key_value_heads, self.num_key_value_heads)
@@ -139,11 +155,12 @@ class Gqa(Method):
         return self.merge == "svd" and not self._keeps_heads(source)
 
     def _head_merge(self, measurements: Measurements) -> HeadMerge:
+        from ..calibration.fitting import Fit
         from ..calibration.text import CalibrationText
         from .merging import HeadMerge
 
         refit = self.refit and isinstance(measurements, CalibrationText)
-        return HeadMerge(self.num_key_value_heads, None, self.grouping, refit, self.refit_ridge)
+        return HeadMerge(self.num_key_value_heads, None, self.grouping, refit, self.refit_ridge, Fit(self.fit_steps))
 
     def _pool_layer(self, steps: dict[str, Step], source: Source, layer: int) -> None:
         """Replace the copy steps of a layer's K/V heads, and of the norms that belong to them."""
@@ -188,13 +205,6 @@ class Gqa(Method):
             std=std,
             seed=seed,
         )
-
-    def _result_config(self, source: Source) -> dict[str, Any]:
-        architecture = source.architecture
-        config = architecture.result_config(source.checkpoint, self.num_key_value_heads, source.shape.head_dim)
-        if architecture.model_type not in RUNTIME_CLASSES:
-            config.pop("auto_map", None)  # the result opens in the stock class; the source's own code knows no grouping
-        return config
 
 
 def _tensor_seed(seed: int, name: str) -> int:

@@ -87,7 +87,7 @@ def _trial(original: Stream, layers: range, merged: Mapping[int, dict[str, Tenso
     model, wanted = original.model, original.states(_TRIAL_PASSES)
     found = wanted
     shared: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in found]
-    with torch.inference_mode():
+    with torch.no_grad():
         for layer in layers:
             with model.layer(layer) as module:
                 wanted = [model.run(module, layer, batch) for batch in wanted]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..algebra.head_merge import PREDICTION_PULL, FreeTransformations, Heads, LayerInput, merge_layers
 from ..algebra.head_search import best_grouping
 from ..algebra.heads import HeadGrouping
 from ..algebra.layer_grouping import LayerGrouping
-from ..algebra.projections import repeat_key_value_heads
 from ..architectures.projections import projection_names, projection_tensors, read_projections
 from ..architectures.source import Source
+from ..calibration.fitting import DEFAULT_FIT, Fit
 from ..calibration.statistics import LayerStatistics
-from ..calibration.streams import Stream
+from ..calibration.streams import OriginalAttention, Stream
 from ..calibration.text import CalibrationText
 from ..checkpoint.overlay import Overlay
 from ..errors import UnsupportedError
@@ -31,9 +31,10 @@ class HeadMerge:
     """How many K/V heads a layer keeps, which heads form a group, and what is fitted afterwards.
 
     `layers` says which layers share keys and values; without it none do. `grouping` is "similarity" (the groups that
-    lose least) or "contiguous" (neighbours). `refit` fits each o_proj to the original's attention output on calibration
-    text, pulled towards the closed form by `refit_ridge`, a fraction of the mean diagonal of the normal equations.
-    `prediction_pull` and `at_distances` are those of `Heads`; benchmarks compare others.
+    lose least) or "contiguous" (neighbours). `refit` fits each layer's attention to the original's on calibration text:
+    o_proj in closed form, pulled towards that of the merge by `refit_ridge`, a fraction of the mean diagonal of the
+    normal equations, then all projections by the gradient steps of `fit`. `prediction_pull` and `at_distances` are
+    those of `Heads`; benchmarks compare others.
     """
 
     num_key_value_heads: int
@@ -41,6 +42,7 @@ class HeadMerge:
     grouping: str = "similarity"
     refit: bool = True
     refit_ridge: float = 0.2
+    fit: Fit = DEFAULT_FIT
     prediction_pull: float = PREDICTION_PULL
     at_distances: bool = True
 
@@ -49,12 +51,14 @@ def merge_heads(
     source: Source,
     merge: HeadMerge,
     preparation: Preparation,
+    result_config: Mapping[str, Any],
 ) -> Prepared:
     """Merge the heads of every layer, from calibration text, from statistics of one, or by the weights alone.
 
-    With text the model runs layer by layer: the original, and beside it, to refit the outputs, the merged one. Layers
-    that are to share keys and values need text: what one layer reads has to be predicted from another's. Raises
-    UnsupportedError for architectures that have no such merge.
+    With text the model runs layer by layer: the original, and beside it, to be fitted to it, the merged one, in the
+    source's class with `result_config`, the config of the result. Layers that are to share keys and values need text:
+    what one layer reads has to be predicted from another's. Raises UnsupportedError for architectures that have no such
+    merge.
     """
     check_mergeable(source)
     shape, measurements, keep_gram = source.shape, preparation.measurements, preparation.keep_gram
@@ -62,7 +66,9 @@ def merge_heads(
     original = converted = None
     if isinstance(measurements, CalibrationText):
         original = Stream.of(source, measurements, preparation.hardware)
-        converted = original.fork() if merge.refit else None
+        if merge.refit:
+            merged = replace(source, checkpoint=replace(source.checkpoint, config=dict(result_config)))
+            converted = Stream.of(merged, measurements, preparation.hardware)
     elif merge.layers is not None:
         raise ValueError("layers that share keys and values are merged on text")
     overlay, grams = Overlay(preparation.scratch), Overlay(preparation.scratch)
@@ -84,35 +90,30 @@ def merge_heads(
         del inputs, heads  # gigabytes of a large model, beside what a pass needs
         # 3. the refit, and the way to the next layers
         for place, (layer, original_output, after) in enumerate(zip(layers, outputs, result.projections, strict=True)):
-            fitted: dict[str, Tensor] = {}
-            head_outputs: list[Tensor] | None = None if converted is None else []
-            if original is not None:
-                original.advance(layer, head_outputs)
-            if converted is not None and head_outputs is not None:
-                o_proj = source.architecture.tensor_name(layer, "o_proj")
-                tensors = projection_tensors(
-                    repeat_key_value_heads(after, shape.num_key_value_heads, shape.head_dim), source, layer
-                )
-                converted.refit(
-                    layer,
-                    tensors,
-                    o_proj,
-                    original_output,
-                    head_outputs,
-                    ridge=merge.refit_ridge,
-                    kv_source_layers=None if merge.layers is None else merge.layers.sources,
-                )
-                fitted[o_proj] = tensors[o_proj]
-            tensors = projection_tensors(after, source, layer) | fitted
+            tensors = projection_tensors(after, source, layer)
             if layer != layers[0]:  # whose keys and values it reads
                 parts = projection_names(source, layer)
                 tensors = {name: tensors[name] for part, name in parts.items() if part[0] not in "kv"}
+            if original is not None:
+                attention = OriginalAttention(original_output, original.states(), [])
+                original.advance(layer, None if converted is None else attention.head_outputs)
+                if converted is not None:
+                    converted.refit(
+                        layer,
+                        tensors,
+                        source.architecture.tensor_name(layer, "o_proj"),
+                        attention,
+                        ridge=merge.refit_ridge,
+                        fit=merge.fit,
+                        is_read=layer == layers[0] and len(layers) > 1,
+                    )
+                del attention
             overlay.store(tensors, f"layer-{layer:05d}.safetensors")
             if keep_gram:
                 grams.store({_gram_name(layer): kept_grams[place]}, f"gram-{layer:05d}.safetensors")
             preparation.progress(1)
         reports.append(LayerReport(layers, result.grouping.groups, result.keys_retained, result.values_retained))
-        del outputs, kept_grams, result, original_output, after, tensors, fitted  # as much, beside the next layer's
+        del outputs, kept_grams, result, original_output, after, tensors  # as much, beside the next layer's
     return Prepared(overlay, tuple(reports), (lambda layer: grams.read(_gram_name(layer))) if keep_gram else None)
 
 
@@ -188,6 +189,7 @@ def merge_record(merge: HeadMerge, hardware: Hardware) -> dict[str, Any]:
         "grouping": merge.grouping,
         "refit": merge.refit,
         "refit_ridge": merge.refit_ridge,
+        "fit_steps": merge.fit.steps if merge.refit else 0,
         "precision": hardware.precision,
         "device": hardware.device,
     }

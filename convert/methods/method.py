@@ -28,9 +28,9 @@ class Method(ABC):
         return False
 
     @property
-    def needs_text(self) -> bool:
-        """Whether statistics of a text, or the weights alone, do not do in place of the text."""
-        return False
+    def text_need(self) -> str | None:
+        """Why statistics of a text, or the weights alone, do not do in place of the text, if they do not."""
+        return None
 
     @property
     def needs_choice(self) -> bool:

@@ -15,7 +15,7 @@ from ..checkpoint.tensors import Checkpoint
 from ..errors import UnsupportedError
 from ..plan import ConversionPlan, Step
 from ..translations.routes import as_latent_source
-from .choices import require_choice, require_ridge
+from .choices import FitSteps, require_choice, require_fit, require_ridge, text_of_fit
 from .deepseek import LatentLayout, attention_shapes, class_refusal, result_config
 from .method import Method
 from .prepared import CPU, Hardware, Measurements, Preparation, Prepared
@@ -58,12 +58,14 @@ class Mla(Method):
     refit_ridge: Annotated[
         float, Doc("How strongly that fit is pulled to the closed form, in parts of the mean squared head output.")
     ] = 0.2
+    fit_steps: FitSteps = None
     rope_pairs: tuple[RopePair, ...] | None = None
 
     def __post_init__(self) -> None:
         require_choice("latent norm", self.latent_norm, ("calibrated", "exact"))
         require_choice("RoPE selection", self.rope_selection, ("high", "gain"))
         require_ridge(self.refit_ridge)
+        require_fit(self.fit_steps, refit=self.refit)
 
     @property
     def constant(self) -> bool:
@@ -79,6 +81,11 @@ class Mla(Method):
     def needs_measurements(self) -> bool:
         """Whether the result depends on what is measured on a text: always."""
         return True
+
+    @property
+    def text_need(self) -> str | None:
+        """Why the weights alone do not do, if they do not."""
+        return text_of_fit(self.fit_steps)
 
     @property
     def needs_choice(self) -> bool:
@@ -119,11 +126,13 @@ class Mla(Method):
 
     def prepare(self, source: Source, preparation: Preparation) -> Prepared:
         """Compress keys and values, layer by layer, into files in the preparation's `scratch`."""
+        from ..calibration.fitting import Fit
         from .compression import Compression, compress_layers
 
         if self.rope_pairs is None:
             raise ValueError("the pairs of the rotary key are chosen first")
-        compression = Compression(self.layout(source), self.rope_pairs, self.refit, self.refit_ridge)
+        fit = Fit(self.fit_steps)
+        compression = Compression(self.layout(source), self.rope_pairs, self.refit, self.refit_ridge, fit)
         return compress_layers(source, compression, preparation)
 
     def record(self, measurements: Measurements, hardware: Hardware) -> dict[str, Any]:

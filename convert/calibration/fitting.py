@@ -1,0 +1,121 @@
+"""The attention of one layer, fitted to the original's by gradient steps on a text (docs/merging.md)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Parameter
+
+__all__ = ["DEFAULT_FIT", "STEP_TOKENS", "Fit", "fit_parameters", "relative_error"]
+
+STEP_TOKENS = 1024
+"""Tokens of a step, in whole sequences: one, where a sequence is longer."""
+_PASSES = 2  # over the text, where the number of steps is not given
+_WARM_UP = 0.05  # of the steps
+_BETAS = (0.9, 0.99)
+_HELD_OUT = 16  # of so many parts of the text one is not fitted to
+
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How many gradient steps, and how far one goes at most: `learning_rate`, in parts of a tensor's rms.
+
+    Without `steps` the fit goes over the text twice. The rate rises in the first twentieth of the steps, and falls to
+    zero along a cosine.
+    """
+
+    steps: int | None = None
+    learning_rate: float = 0.02
+    seed: int = 0
+
+    def num_steps(self, num_parts: int) -> int:
+        """The steps over a text of so many parts, of which each step reads one."""
+        return _PASSES * num_parts if self.steps is None else self.steps
+
+
+DEFAULT_FIT = Fit()
+
+
+def fit_parameters(
+    parameters: Sequence[Parameter],
+    loss: Callable[[Part], Tensor],
+    parts: Sequence[Part],
+    fit: Fit,
+) -> bool:
+    """Lower the mean of `loss` over the parts of a text, by Adam, in place; return whether that was done.
+
+    Each step takes one part; all are taken in a new random order, again and again. A tensor's rate is in proportion to
+    its rms, so that all change alike whatever their scale. An element that is zero stays zero: it pads a head, or
+    belongs to one that nothing reads. One part in sixteen is kept aside: where its loss does not fall the parameters
+    are put back, so that a text too short to fit to does no harm.
+    """
+    import torch
+
+    held_out, training = parts[::_HELD_OUT], [part for place, part in enumerate(parts) if place % _HELD_OUT]
+    if not training or not fit.num_steps(len(training)):
+        return False
+    before, start = _mean(loss, held_out), [parameter.detach().clone() for parameter in parameters]
+    _descend(parameters, loss, training, fit)
+    if _mean(loss, held_out) < before:
+        return True
+    with torch.no_grad():
+        for parameter, value in zip(parameters, start, strict=True):
+            parameter.copy_(value)
+    return False
+
+
+def _mean(loss: Callable[[Part], Tensor], parts: Sequence[Part]) -> float:
+    import torch
+
+    with torch.no_grad():
+        return sum(loss(part).item() for part in parts) / len(parts)
+
+
+def _descend(parameters: Sequence[Parameter], loss: Callable[[Part], Tensor], parts: Sequence[Part], fit: Fit) -> None:
+    import torch
+
+    generator = torch.Generator().manual_seed(fit.seed)
+    groups = [
+        {"params": [parameter.requires_grad_()], "rms": parameter.detach().square().mean().sqrt().item()}
+        for parameter in parameters
+    ]
+    zeros = [parameter.detach() == 0 for parameter in parameters]
+    optimizer = torch.optim.Adam(groups, betas=_BETAS)
+    steps, order = fit.num_steps(len(parts)), list[int]()
+    with torch.enable_grad():
+        for step in range(steps):
+            order = order or torch.randperm(len(parts), generator=generator).tolist()
+            rate = fit.learning_rate * _schedule(step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["rms"]
+            optimizer.zero_grad()
+            loss(parts[order.pop()]).backward()
+            for parameter, zero in zip(parameters, zeros, strict=True):
+                if parameter.grad is not None:
+                    parameter.grad.masked_fill_(zero, 0)
+            optimizer.step()
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
+    """The mean over tokens of ‖found − wanted‖² / ‖wanted‖², both (tokens, hidden_size).
+
+    Each token counts alike, as it does after the norm that reads it: the few whose hidden states are huge do not
+    outweigh all others.
+    """
+    power = wanted.square().sum(-1).clamp(min=1e-30)
+    return ((found - wanted).square().sum(-1) / power).mean()
+
+
+def _schedule(step: int, steps: int) -> float:
+    rising = min((step + 1) / max(_WARM_UP * steps, 1), 1.0)
+    return rising * 0.5 * (1 + math.cos(math.pi * step / steps))

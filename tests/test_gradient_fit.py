@@ -1,0 +1,194 @@
+"""Gradient steps that fit the attention of a layer to the original's (convert/calibration/fitting.py)."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import VOCAB_SIZE
+from kvconvert import configs
+from kvconvert.convert import Calibration, Cla, Gqa, Mla, convert, open_checkpoint
+from kvconvert.convert.calibration import streams
+from kvconvert.convert.calibration.fitting import Fit, fit_parameters, relative_error
+from kvconvert.convert.calibration.text import CalibrationText
+from kvconvert.convert.errors import InputError, UnsupportedError
+from kvconvert.convert.methods.prepared import Preparation
+from kvconvert.measure import EvaluationSettings, evaluate
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import Parameter
+
+CheckpointFactory = Callable[..., Path]
+
+
+def regression(noise: float = 0.0) -> tuple[Parameter, Tensor, Callable[[int], Tensor], list[int]]:
+    """A start, the W that made the targets, the squared error of a part, and the parts."""
+    generator = torch.Generator().manual_seed(0)
+    wanted = torch.randn(4, 6, generator=generator)
+    wanted[:, 5] = 0
+    inputs = torch.randn(32, 50, 6, generator=generator)
+    outputs = inputs @ wanted.T + noise * torch.randn(32, 50, 4, generator=generator)
+    start = Parameter(wanted + 0.3 * torch.randn(4, 6, generator=generator))
+    with torch.no_grad():
+        start[:, 5] = 0
+    return start, wanted, lambda part: (inputs[part] @ start.T - outputs[part]).square().mean(), list(range(32))
+
+
+def test_steps_lead_to_the_least_of_a_regression() -> None:
+    weight, wanted, loss, parts = regression()
+    before = (weight - wanted).norm().item()
+    assert fit_parameters([weight], loss, parts, Fit(steps=300))
+    assert (weight - wanted).norm().item() < 0.01 * before
+    assert not weight.requires_grad
+    assert weight.grad is None
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_others() -> None:
+    results = []
+    for seed in (0, 0, 1):
+        weight, _, loss, parts = regression(noise=1.0)
+        fit_parameters([weight], loss, parts, Fit(steps=40, seed=seed))
+        results.append(weight.detach().clone())
+    assert results[0].equal(results[1])
+    assert not results[0].equal(results[2])
+
+
+def test_what_is_zero_stays_zero() -> None:
+    weight, _, _, parts = regression()
+    inputs = torch.randn(32, 10, 6, generator=torch.Generator().manual_seed(1))
+
+    def loss(part: int) -> Tensor:  # whose least has no zeros
+        return (inputs[part] @ weight.T - 1).square().mean()
+
+    assert fit_parameters([weight], loss, parts, Fit(steps=40))
+    assert not weight[:, 5].any()
+    assert weight[:, :5].all()
+
+
+def test_a_rate_is_in_proportion_to_the_rms_of_a_tensor() -> None:
+    """Loss and gradient of a tensor a thousand times larger differ, its relative change does not."""
+    changes = []
+    for scale in (1.0, 1000.0):
+        weight = Parameter(torch.full((3, 3), scale))
+        parts = [(weight, scale)] * 32
+        fit_parameters([weight], lambda part: (part[0] / part[1]).square().sum(), parts, Fit(steps=10))
+        changes.append(weight.detach() / scale)
+    assert changes[0].max() < 0.95
+    torch.testing.assert_close(changes[0], changes[1])
+
+
+def test_a_fit_that_does_not_help_on_text_kept_aside_is_undone() -> None:
+    weight, _, loss, parts = regression()
+    start = weight.detach().clone()
+
+    def contrary(part: int) -> Tensor:  # what is fitted to leads away from what is kept aside
+        return loss(part) if part % 16 == 0 else (weight - 100).square().mean()
+
+    assert not fit_parameters([weight], contrary, parts, Fit(steps=20))
+    assert weight.equal(start)
+
+
+@pytest.mark.parametrize(("num_parts", "steps"), [(1, None), (0, None), (32, 0)])
+def test_without_text_or_steps_nothing_changes(num_parts: int, steps: int | None) -> None:
+    weight, _, loss, parts = regression()
+    start = weight.detach().clone()
+    assert not fit_parameters([weight], loss, parts[:num_parts], Fit(steps=steps))
+    assert weight.equal(start)
+
+
+def test_the_text_is_read_twice_unless_a_number_of_steps_is_asked_for() -> None:
+    assert Fit().num_steps(31) == 62
+    assert Fit(steps=5).num_steps(31) == 5
+
+
+def test_each_token_counts_alike() -> None:
+    wanted = torch.tensor([[3.0, 4.0], [300.0, 400.0]])
+    found = torch.tensor([[3.0, 4.5], [300.0, 400.0]])
+    assert relative_error(found, wanted).item() == pytest.approx(0.25 / 25 / 2)
+
+
+# of the whole command
+
+# the same sequences again and again, so that what is learned of them holds for those that are kept aside
+TOKENS = torch.randint(3, VOCAB_SIZE, (4, 32), generator=torch.Generator().manual_seed(0)).repeat(16, 1)
+
+
+@pytest.fixture
+def short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of two sequences of 32 tokens."""
+    monkeypatch.setattr(streams, "STEP_TOKENS", 64)
+
+
+METHODS: dict[str, Callable[..., Any]] = {
+    "gqa": lambda **options: Gqa(1, merge="svd", **options),
+    "cla": lambda **options: Cla(share=2, merge="svd", **options),
+    "mla": lambda **options: Mla(24, 4, **options),
+    "mla-exact": lambda **options: Mla(24, 4, latent_norm="exact", **options),
+}
+
+
+def tensors_of(source: Path, method: Any, scratch: Path) -> dict[str, Tensor]:
+    """What the method makes of the checkpoint, calibrated on TOKENS."""
+    scratch.mkdir()
+    with method.source(open_checkpoint(source)) as view:
+        resolved = method.resolve(view)
+        resolved.prepare(view, Preparation(scratch, CalibrationText(TOKENS, "random")))
+    return {name: tensor for file in scratch.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.usefixtures("short_steps")
+@pytest.mark.parametrize("kind", METHODS)
+def test_all_projections_are_fitted(kind: str, make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    source = make_checkpoint(num_key_value_heads=4, num_hidden_layers=2, dtype=torch.bfloat16)
+    closed = tensors_of(source, METHODS[kind](fit_steps=0), tmp_path / "closed")
+    fitted = tensors_of(source, METHODS[kind](fit_steps=40), tmp_path / "fitted")
+    again = tensors_of(source, METHODS[kind](fit_steps=40), tmp_path / "again")
+    assert {tensor.dtype for tensor in fitted.values()} == {torch.bfloat16}
+    assert all(fitted[name].equal(again[name]) for name in fitted)
+    changed = {name for name, tensor in closed.items() if not tensor.equal(fitted[name])}
+    constant = ("kv_a_proj_with_mqa.bias", "kv_a_layernorm.weight") if kind == "mla-exact" else ()
+    kept = {name for name in closed if name.endswith(("o_proj.bias", *constant))}  # the bias is zero
+    assert changed == set(closed) - kept
+    for name, tensor in closed.items():
+        assert not fitted[name][tensor == 0].any()
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (Gqa(1, merge="svd", fit_steps=3), {"weights_only": True}),
+        (Mla(24, 4, fit_steps=3), {"weights_only": True}),
+    ],
+)
+def test_steps_need_a_text(
+    method: Any, options: dict[str, Any], make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    source = make_checkpoint(num_key_value_heads=4)
+    with pytest.raises(InputError, match="gradient steps are taken on a text"):
+        convert(source, method, tmp_path / "out", calibration=Calibration(**options))
+
+
+@pytest.mark.parametrize("make", [METHODS["gqa"], METHODS["cla"], METHODS["mla"]])
+def test_steps_are_a_part_of_the_refit(make: Callable[..., Any]) -> None:
+    with pytest.raises(UnsupportedError, match="fit_steps = 3, and nothing is to be fitted"):
+        make(fit_steps=3, refit=False)
+    with pytest.raises(UnsupportedError, match="fit_steps = -1, expected a number from 0 on"):
+        make(fit_steps=-1)
+
+
+def test_the_fit_keeps_more_of_a_trained_model(tmp_path: Path) -> None:
+    """The demo's checkpoint with one K/V head, on text that was not fitted to; the manifest has the number of steps."""
+    text = Calibration(data=str(configs.DEMO / "uptrain.jsonl"), num_tokens=8192, sequence_length=256)
+    held_out, settings = configs.DEMO / "heldout.jsonl", EvaluationSettings(window=256, max_windows=8)
+    excess = []
+    for steps in (0, 30):
+        output = tmp_path / f"{steps}"
+        convert(configs.DEMO / "model", Gqa(1, merge="svd", fit_steps=steps), output, calibration=text)
+        record = json.loads((output / "kvconvert.json").read_text())
+        assert record["calibration"]["fit_steps"] == steps
+        compared = evaluate(output, held_out, against=configs.DEMO / "model", settings=settings).against
+        assert compared is not None
+        excess.append(compared.excess_nats_per_token)
+    assert 0 < excess[1] < 0.8 * excess[0]
