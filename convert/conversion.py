@@ -26,6 +26,7 @@ from .calibration.text import CalibrationText, read_calibration_text
 from .checkpoint.companions import find_companions
 from .checkpoint.foreign import cached_repository
 from .checkpoint.loading import check_source
+from .checkpoint.manifest import digest_file
 from .checkpoint.opening import open_checkpoint
 from .checkpoint.output import check_file, check_free_space, check_output, existing_parent
 from .checkpoint.staging import clear_leftovers, scratch_directory
@@ -40,6 +41,8 @@ from .methods.method import Method
 from .methods.mla import Mla
 from .methods.prepared import Hardware, LayerReport, Measurements, Preparation, Prepared
 from .plan import ConversionPlan
+from .record import place_name, text_record
+from .text.hub import pin_revision
 from .text.sources import DocumentSeparator, LineDocuments, SkipBadLines, TextField, TextSource, parse_text
 
 __all__ = ["Calibration", "Conversion", "Method", "Progress", "convert", "default_output", "no_progress"]
@@ -280,11 +283,11 @@ def _options(
 ) -> dict[str, Any]:
     """Every setting that the result depends on, for the manifest; where files lie is none."""
     places = ("data", "statistics", "save_statistics", "device")
-    measured = (
-        {}
-        if calibration is None
-        else {name: value for name, value in asdict(calibration).items() if name not in places}
-    )
+    measured: dict[str, Any] = {}
+    if calibration is not None:
+        measured = {name: value for name, value in asdict(calibration).items() if name not in places}
+    if calibration is not None and calibration.data is not None:  # the text may say some of it itself, in brackets
+        measured |= {name: getattr(calibration.source, name) for name in ("text_field", "split", "config")}
     settings = {} if method is None else asdict(method)  # type: ignore[call-overload]
     return settings | {"max_shard_bytes": max_shard_bytes, "allow_nonfinite": allow_nonfinite} | measured
 
@@ -396,20 +399,24 @@ class _Measuring:
             return None, {"data": None, "num_tokens": 0}
         if self.calibration.statistics is not None:
             self.remark("statistics hold no text to fit o_proj to, which text would allow")
-            statistics = open_statistics(self.calibration.statistics, self.source)
-            return statistics, asdict(statistics.origin)
-        text = self._text()
-        if not isinstance(method, Gqa | Cla) or method.merge != "svd":
-            return text, {"data": text.description, "num_tokens": text.num_tokens}
-        return text, asdict(StatisticsOrigin(fingerprint(self.source), text.description, text.num_tokens))
+            path = self.calibration.statistics
+            statistics = open_statistics(path, self.source)
+            origin = asdict(statistics.origin) | {"data": place_name(statistics.origin.data)}
+            return statistics, origin | {"statistics_file": digest_file(path.parent, path.name).to_json()}
+        source = pin_revision(self.calibration.source, remark=self.remark)  # what is read has the commit of the record
+        text = self._text(source)
+        record = text_record(source, text.files) | {"num_tokens": text.num_tokens}
+        if isinstance(method, Gqa | Cla) and method.merge == "svd":
+            record |= {"model": fingerprint(self.source)}
+        return text, record
 
-    def _text(self) -> CalibrationText:
+    def _text(self, source: TextSource) -> CalibrationText:
         wanted, data = self.calibration.num_tokens, self.calibration.data
         longest = self.source.longest_context or _LONGEST_SEQUENCE
         length = self.calibration.sequence_length or min(_LONGEST_SEQUENCE, longest)
         text = read_calibration_text(
             self.source.checkpoint,
-            self.calibration.source,
+            source,
             num_tokens=wanted,
             sequence_length=min(length, wanted),
             remark=self.remark,

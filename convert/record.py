@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .checkpoint.foreign import cached_repository
-from .checkpoint.manifest import FileDigest
+from .checkpoint.manifest import FileDigest, digest_file
 from .checkpoint.tensors import Checkpoint
 from .plan import ConversionPlan, Step
+from .text.sources import TextSource
 
-__all__ = ["conversion_record"]
+__all__ = ["conversion_record", "place_name", "text_record"]
 
 _LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers")
 
@@ -63,6 +65,31 @@ def conversion_record(
         "operations": operations,
         "tensors": tensors,
     }
+
+
+def text_record(source: TextSource, files: Iterable[Path]) -> dict[str, Any]:
+    """Return what identifies the text that a model was measured on: the digests of its files, or a dataset's commit.
+
+    `files` are those that were opened, which are read again, whole. The commit is None where the hub did not tell it.
+    """
+    place = source.path
+    if not place.exists():
+        return {"data": source.location, "data_revision": source.revision}
+    directory = place if place.is_dir() else place.parent
+    names = sorted({file.relative_to(directory).as_posix() for file in files})
+    return {
+        "data": place_name(source.location),
+        "data_files": [digest_file(directory, name).to_json() for name in names],
+    }
+
+
+def place_name(location: str) -> str:
+    """Return the name of a file or directory that is here, or of which the absolute path is given; else the location.
+
+    So the record says the same wherever it lies, and a dataset keeps its owner.
+    """
+    path = TextSource(location).path
+    return Path(os.path.abspath(path)).name if path.is_absolute() or path.exists() else location
 
 
 def _tensor(step: Step, operations: list[dict[str, Any]]) -> Any:

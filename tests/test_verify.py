@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import TOKENS, CheckpointFactory, Command
-from kvconvert.convert import Cla, Gqa, convert
+from kvconvert.convert import Calibration, Cla, Gqa, convert
 from kvconvert.convert.checkpoint.manifest import unlike_manifest, write_manifest
 from kvconvert.convert.errors import CheckpointError
+from kvconvert.convert.record import text_record
 from kvconvert.convert.runtime.transformers_interface import cache_of
+from kvconvert.convert.text.sources import TextSource
 from kvconvert.measure import verify
 from safetensors.torch import load_file, save_file
 from test_seq2seq import T5
@@ -268,3 +270,53 @@ def test_a_result_runs_as_verified(result: Path) -> None:
     cache = cache_of(AutoModelForCausalLM.from_pretrained(result)(TOKENS, use_cache=True))
     live = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) * 2 / TOKENS.numel()
     assert live == json.loads((result / "kvconvert.json").read_text())["cache_bytes_per_token"]["result"]
+
+
+def test_the_manifest_has_the_digest_of_text_and_of_statistics(
+    make_checkpoint: CheckpointFactory, prose_file: Path, tmp_path: Path
+) -> None:
+    """The same wherever they lie; what was not opened is not listed."""
+    source = make_checkpoint(with_tokenizer=True)
+    manifests = []
+    for place in (tmp_path / "one", tmp_path / "deep" / "two"):
+        text = place / "text"
+        (text / "more").mkdir(parents=True)
+        (text / "a.txt").write_bytes(prose_file.read_bytes())
+        (text / "more" / "b.txt").write_text("Another text, which is short. " * 20)
+        (text / "README.md").write_text("About the text.")
+        kept = place / "statistics"
+        measured: dict[str, Any] = {"num_tokens": 256, "sequence_length": 64, "device": "cpu", "precision": "fp32"}
+        on_text = Calibration(text, save_statistics=kept, **measured)
+        on_statistics = Calibration(statistics=kept)
+        for name, calibration in (("from-text", on_text), ("from-statistics", on_statistics)):
+            output = convert(source, Gqa(2, merge="svd"), place / name, calibration=calibration).output
+            manifests.append((output / "kvconvert.json").read_text())
+    assert manifests[:2] == manifests[2:]
+    assert str(tmp_path) not in "".join(manifests)
+    of_text, of_statistics = (json.loads(manifest)["calibration"] for manifest in manifests[:2])
+    assert [entry["name"] for entry in of_text["data_files"]] == ["a.txt", "more/b.txt"]
+    assert of_text["data"] == of_statistics["data"] == "text"
+    for folder, entry in (
+        *((text, entry) for entry in of_text["data_files"]),
+        (kept.parent, of_statistics["statistics_file"]),
+    ):
+        content = (folder / entry["name"]).read_bytes()
+        assert (entry["digest"], entry["size"]) == (hashlib.sha256(content).hexdigest(), len(content))
+
+
+def test_what_identifies_a_dataset_is_its_commit() -> None:
+    known = text_record(TextSource("org/name", revision="0123abc"), [])
+    assert known == {"data": "org/name", "data_revision": "0123abc"}
+
+
+def test_what_a_text_says_of_itself_is_an_option_of_the_manifest(
+    make_checkpoint: CheckpointFactory, prose_file: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"content": prose_file.read_text()}) + "\n")
+    calibration = Calibration(f"{rows}[field=content]", num_tokens=64, sequence_length=64, device="cpu")
+    source = make_checkpoint(with_tokenizer=True)
+    output = convert(source, Gqa(2, merge="svd"), tmp_path / "out", calibration=calibration).output
+    record = json.loads((output / "kvconvert.json").read_text())
+    assert record["options"]["text_field"] == "content"
+    assert record["calibration"]["data"] == "rows.jsonl"

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checkpoint.tensors import Checkpoint
@@ -30,10 +31,11 @@ _MAX_DOCUMENT_CHARACTERS = 2**24  # of a longer document only the beginning is d
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Token ids, (num_sequences, sequence_length), and where they come from."""
+    """Token ids, (num_sequences, sequence_length), where they come from, and the files that were opened for them."""
 
     token_ids: Tensor
     description: str
+    files: tuple[Path, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -93,7 +95,7 @@ def read_calibration_text(
     if num_sequences == 0:
         raise DataError(f"{source.location}: {len(ids)} tokens, fewer than one sequence of {sequence_length}")
     token_ids = torch.tensor(ids[: num_sequences * sequence_length]).view(num_sequences, sequence_length)
-    return CalibrationText(token_ids, source.location)
+    return CalibrationText(token_ids, source.location, tuple(reading.notes.files))
 
 
 def _beginnings(parts: Iterable[TextPart]) -> Iterator[str]:

@@ -159,6 +159,7 @@ def _of_file(path: Path, source: TextSource, reading: Reading) -> Iterator[TextP
     kind = file_kind(path)
     with reading_errors(path):
         require_regular(path)
+        reading.notes.files.append(path)
         if kind == "plain":
             with open_binary(path) as file:
                 yield from _of_plain(decode_file(file, str(path)), source, reading)

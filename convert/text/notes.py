@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 __all__ = ["ReadingNotes"]
 
@@ -13,7 +14,7 @@ class ReadingNotes:
     """Counts of what was read otherwise than it stands in the files. Readers add to them while they go.
 
     `first_skipped` and `first_surrogate` say what was met first, and where. `separators` are those at which
-    a text was split.
+    a text was split, and `files` what was opened, in that order.
     """
 
     num_skipped: int = 0
@@ -21,6 +22,7 @@ class ReadingNotes:
     num_surrogates: int = 0
     first_surrogate: str = ""
     separators: set[str] = field(default_factory=set)
+    files: list[Path] = field(default_factory=list)
 
     def skip(self, what: str) -> None:
         """Count a row that is left out."""
