@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import struct
+import tarfile
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from kvconvert.convert.checkpoint import headers
+from kvconvert.convert.checkpoint import pickle_check
 from kvconvert.convert.checkpoint.headers import checked_info, load_pickle, read_header
 from kvconvert.convert.errors import CheckpointError
 
@@ -153,7 +154,7 @@ def test_a_text_in_a_pickle_that_claims_to_be_longer_than_all_memory(tmp_path: P
 
 
 def test_a_pickle_with_more_operations_than_tensors_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(headers, "_MAX_PICKLE_OPERATIONS", 10)
+    monkeypatch.setattr(pickle_check, "_MAX_OPERATIONS", 10)
     assert refused(saved({"a": torch.ones(2)}), tmp_path) == "more operations than a file of tensors needs"
 
 
@@ -161,7 +162,10 @@ def test_a_pickle_with_more_operations_than_tensors_need(tmp_path: Path, monkeyp
     ("state", "problem"),
     [
         ({"a": torch.ones(1).expand(100)}, "a is 400 bytes, and the file has 4 of them"),
-        ({"a": torch.ones(2, device="meta")}, "holds something else than named tensors"),
+        (
+            {"a": torch.ones(2, device="meta")},
+            "calls 'torch._utils._rebuild_meta_tensor_no_storage', which no file of tensors does",
+        ),
         ({"a": torch.eye(2).to_sparse()}, "holds something else than named tensors"),
         ({3: torch.ones(2)}, "holds something else than named tensors"),
         ({"\ud800": torch.ones(2)}, "holds something else than named tensors"),
@@ -170,3 +174,98 @@ def test_a_pickle_with_more_operations_than_tensors_need(tmp_path: Path, monkeyp
 )
 def test_what_is_no_named_tensor(state: object, problem: str, tmp_path: Path) -> None:
     assert refused(saved(state), tmp_path) == problem
+
+
+BOMBS = {
+    # a tuple that holds the one before twice, as a key, whose hash takes 2**40 steps
+    "hash": (b"}" + b")" + b"q\x00h\x00\x86" * 40 + b"Ns.", "hold each other more often than tensors need"),
+    # the same of lists, as what is called, which the message of an error would print
+    "text": (b"]" + b"q\x00](h\x00h\x00e" * 40 + b")R.", "hold each other more often than tensors need"),
+    "late": (b"]q\x00]q\x01h\x01ah\x00Nah\x01h\x00a.", "is changed after another holds it"),
+    "bytes": (
+        b"(cbuiltins\nbytearray\nq\x00" + b"h\x00M\xff\xff\x85R" * 9 + b"t.",
+        "calls 'builtins.bytearray', which no",
+    ),
+    "new": (b"ctorch\nFloatTensor\nM\xff\xff\x85\x81.", "calls 'torch.FloatTensor', which no file of tensors does"),
+    "behind": (
+        b"ctorch._tensor\n_rebuild_from_type_v2\n(cbuiltins\nbytearray\nctorch\nTensor\nM\xff\xff\x85NtR.",
+        "calls 'builtins.bytearray', which no file of tensors does",
+    ),
+    "called by itself": (
+        b"ctorch._tensor\n_rebuild_from_type_v2\nq\x00(h\x00NNNtR.",
+        "calls what is no function, which no file of tensors does",
+    ),
+    "storage": (
+        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n)X\x03\x00\x00\x00cpuK\x01tQ.",
+        "names a storage otherwise",
+    ),
+    "storages": (
+        b"("
+        + b"".join(
+            b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x00%dX\x03\x00\x00\x00cpuM\xff\xfftQ"
+            % number
+            for number in range(9)
+        )
+        + b"t.",
+        "says that its storages have ",
+    ),
+}
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_pickle_that_would_make_more_than_it_holds(name: str, is_zip: bool, tmp_path: Path) -> None:
+    """Each takes a few hundred bytes beside a tensor's, and with more of the same hours or all memory."""
+    content, problem = BOMBS[name]
+    state = {"a": torch.ones(70_000)}
+    if is_zip:
+        data = _changed(saved(state), _pickle_of(saved(state)), b"\x80\x02" + content)
+    else:
+        preambles = saved({}, is_zip=False).rpartition(pickle.dumps({}, 2)[:-1])[0]
+        data = preambles + b"\x80\x02" + content + bytes(300_000)
+    assert problem in refused(data, tmp_path)
+
+
+def _pickle_of(data: bytes) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+
+
+def test_the_pickle_that_torch_takes_is_the_one_that_is_looked_at(tmp_path: Path) -> None:
+    """The folder of the first entry is what counts, not the first pickle."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("x/version", b"3\n")
+        archive.writestr("a/data.pkl", b"\x80\x02}.")
+        archive.writestr("x/data.pkl", b"\x80\x02" + BOMBS["bytes"][0])
+        archive.writestr("x/data/0", bytes(10**6))
+    assert "calls 'builtins.bytearray'" in refused(packed.getvalue(), tmp_path)
+
+
+def test_a_tar_file_that_looks_like_pickles_is_refused(tmp_path: Path) -> None:
+    """torch opens it as one, and what is in it has not been looked at."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(tarfile.TarInfo("N.N.N.N.N."))
+    assert refused(packed.getvalue(), tmp_path) == "a tar file, a format that torch left in 2017"
+
+
+def test_the_names_of_storages_behind_a_pickle_are_looked_at(tmp_path: Path) -> None:
+    data = saved({"a": torch.ones(2)}, is_zip=False)
+    names = data.rindex(b"\x80\x02]")  # the last pickle
+    changed = data[:names] + b"\x80\x02" + BOMBS["hash"][0] + bytes(10**6)
+    assert "hold each other more often" in refused(changed, tmp_path)
+
+
+def test_pickles_of_parameters_and_of_tensors_with_attributes_are_read(tmp_path: Path) -> None:
+    """What is refused by what it calls is not what real files call."""
+    parameter, tensor = torch.nn.Parameter(torch.ones(3)), torch.ones(2)
+    parameter.partition = tensor.partition = True  # type: ignore[attr-defined]
+    weight = torch.nn.Parameter(torch.ones(4))
+    state = OrderedDict(a=parameter, b=tensor, c=weight, d=weight, e=torch.ones(2, 3).T)
+    state._metadata = OrderedDict(a={"version": 1})  # type: ignore[attr-defined]
+    for is_zip in (True, False):
+        (tmp_path / "x").write_bytes(saved(state, is_zip=is_zip))
+        loaded = load_pickle(tmp_path / "x")
+        shapes = {name: tuple(tensor.shape) for name, tensor in loaded.items()}
+        assert shapes == {"a": (3,), "b": (2,), "c": (4,), "d": (4,), "e": (3, 2)}

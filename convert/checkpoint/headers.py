@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import pickletools
 import warnings
-import zipfile
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError, UnsupportedError, first_line, is_out_of_memory
 from .input_files import open_regular
 from .json_files import parse_json, shortened
+from .pickle_check import is_zip_of_torch, problem_of_pickles, problem_of_zip
 from .tensors import DTYPE_BYTES, TORCH_DTYPES, TensorInfo
 
 if TYPE_CHECKING:
@@ -36,8 +34,6 @@ _OTHER_DTYPES = {
     **{f"uint{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
 }
 _PACKED_DTYPES = ("F4", "F6_E2M3", "F6_E3M2")  # of less than a byte
-_MAX_PICKLE_OPERATIONS = 2**20  # a tensor takes about forty
-_NUM_PREAMBLES = 3  # of the format before torch 1.6: a magic number, the protocol and sizes of the machine's integers
 _PICKLE_HINT = "download it again, or save the model as safetensors"
 
 
@@ -119,14 +115,14 @@ def checked_info(name: str, dtype: Any, shape: Any, offsets: Any, file: str) -> 
 def load_pickle(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a pytorch_model.bin, mapped, not read. Code in the pickle is refused, never run.
 
-    Raises CheckpointError also for a pickle that says it holds more than is in the file.
+    Raises CheckpointError also for a pickle that says it holds more than is in the file, or would make more of it.
     """
     import torch
 
     require_fetched(path)
     try:
-        is_zip = zipfile.is_zipfile(path)  # torch before 1.6 wrote a format that cannot be mapped
-        problem = _problem_of_zip(path) if is_zip else _problem_of_pickles(path)
+        is_zip = is_zip_of_torch(path)  # torch before 1.6 wrote a format that cannot be mapped
+        problem = problem_of_zip(path) if is_zip else problem_of_pickles(path)
         if problem is not None:
             raise CheckpointError(f"{path}: {problem}", hint=_PICKLE_HINT)
         with warnings.catch_warnings(action="ignore"):  # of a protocol that the file claims, for example
@@ -160,59 +156,6 @@ def _is_named_tensor(name: object, tensor: object) -> bool:
         return False
     is_plain = tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
     return is_plain and not any("\ud800" <= character <= "\udfff" for character in name)
-
-
-def _problem_of_zip(path: Path) -> str | None:
-    """What is wrong with the sizes that the zip file of a newer pytorch_model.bin declares."""
-    num_bytes = path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        packed = next((entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
-        if packed is not None:
-            return f"{shortened(packed)} in it is compressed, which torch never writes"
-        declared = sum(entry.file_size for entry in entries)
-        if declared > num_bytes:
-            return f"says that it holds {declared} bytes, and has {num_bytes}"
-        for entry in entries:
-            if entry.filename.endswith("/data.pkl"):
-                with archive.open(entry) as file:
-                    return _problem_of_pickle(file, entry.file_size, num_bytes)
-    return None
-
-
-def _problem_of_pickles(path: Path) -> str | None:
-    """What is wrong with the sizes in the pickles that begin an older pytorch_model.bin."""
-    num_bytes = path.stat().st_size
-    with open_regular(path) as file:
-        for _ in range(_NUM_PREAMBLES):
-            problem = _problem_of_pickle(file, num_bytes, None)
-            if problem is not None:
-                return problem
-        return _problem_of_pickle(file, num_bytes, num_bytes)
-
-
-class _Remainder:
-    """What is left of a file, where a text that says it is longer is read to the end and takes no more memory."""
-
-    def __init__(self, file: BinaryIO | IO[bytes], num_bytes: int) -> None:
-        self._file = file
-        self._num_bytes = num_bytes
-        self.readline = file.readline
-        self.tell = file.tell
-
-    def read(self, num_bytes: int) -> bytes:
-        return self._file.read(min(num_bytes, self._num_bytes))
-
-
-def _problem_of_pickle(file: BinaryIO | IO[bytes], num_bytes: int, most: int | None) -> str | None:
-    """Why a pickle should not be loaded: too many operations, or a number above `most`, which no size in it can be."""
-    operations = pickletools.genops(cast("IO[bytes]", _Remainder(file, num_bytes)))
-    for operation, argument, _ in islice(operations, _MAX_PICKLE_OPERATIONS):
-        if most is not None and isinstance(argument, int) and abs(argument) > most:
-            return f"says that a tensor has {shortened(argument)} values or bytes, and the file has {most} bytes"
-        if operation.name == "STOP":
-            return None
-    return "more operations than a file of tensors needs"
 
 
 def pickled_info(name: str, tensor: Tensor, file: str) -> TensorInfo:
