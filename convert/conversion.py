@@ -29,7 +29,7 @@ from .checkpoint.loading import check_source
 from .checkpoint.manifest import digest_file
 from .checkpoint.opening import open_checkpoint
 from .checkpoint.output import check_file, check_free_space, check_output, existing_parent
-from .checkpoint.staging import clear_leftovers, scratch_directory
+from .checkpoint.staging import check_renames, clear_leftovers, scratch_directory
 from .checkpoint.tensors import Checkpoint
 from .describe.engines import latent_kernels
 from .device import default_device, default_precision
@@ -300,10 +300,15 @@ def _check_place(
     force: bool,
     remark: Callable[[str], object] | None,
 ) -> None:
-    """Raise OutputError unless the target can be written; a `remark` lets what a killed run left there be cleared."""
+    """Raise OutputError unless the target can be written.
+
+    With a `remark` what a killed run left there is cleared, and it is tried whether directories can be renamed there.
+    """
     if remark is not None:
         clear_leftovers(target, remark)
     check_output(target, force=force, inputs=[*([checkpoint.path] if checkpoint.path else []), *inputs])
+    if remark is not None:
+        check_renames(target)
 
 
 def _check_calibration(method: Method, calibration: Calibration | None, source: Source) -> None:

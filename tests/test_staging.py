@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +31,13 @@ from kvconvert.convert.checkpoint.output import (
     check_replaceable,
     disk_errors,
 )
-from kvconvert.convert.checkpoint.staging import clear_leftovers, discard, scratch_directory, staged_directory
+from kvconvert.convert.checkpoint.staging import (
+    check_renames,
+    clear_leftovers,
+    discard,
+    scratch_directory,
+    staged_directory,
+)
 from kvconvert.convert.errors import CheckpointError, InputError, KvConvertError, OutputError
 
 
@@ -316,6 +323,113 @@ def test_where_a_disk_is_mounted_is_refused_before_the_work() -> None:
         check_output(Path("/proc"), force=True)
 
 
+IN_A_NAMESPACE = """
+import os, subprocess, sys
+from pathlib import Path
+from kvconvert.convert.checkpoint.manifest import write_manifest
+from kvconvert.convert.checkpoint.staging import check_renames
+from kvconvert.convert.errors import OutputError
+
+def ours(directory):
+    directory.mkdir(parents=True)
+    (directory / "model").write_text("old")
+    write_manifest(directory, {})
+
+place = Path(sys.argv[1])
+for name in ("lower", "upper", "work", "merged", "elsewhere", "bound"):
+    (place / name).mkdir()
+ours(place / "lower" / "out")
+ours(place / "elsewhere" / "out")
+layers = ",".join(f"{name}dir={place / name}" for name in ("lower", "upper", "work"))
+(place / "bound" / "out").mkdir()
+mounts = (
+    ["-t", "overlay", "overlay", "-o", f"{layers},redirect_dir=off", place / "merged"],
+    ["--bind", place / "elsewhere" / "out", place / "bound" / "out"],
+)
+for mount in mounts:
+    if subprocess.run(["mount", *mount], capture_output=True).returncode:
+        sys.exit(77)
+ours(place / "merged" / "new")
+for name in ("merged/out", "bound/out", "merged/new", "merged/deep/absent"):
+    try:
+        check_renames(place / name)
+        print(name, "yes")
+    except OutputError as error:
+        print(name, str(error).rpartition("(")[2])
+print(sorted(path.name for path in (place / "merged").iterdir()), (place / "merged/out/model").read_text())
+"""
+
+
+def test_a_layer_of_an_image_and_a_bound_directory_are_told_before_the_work(tmp_path: Path) -> None:
+    """In a mount namespace of its own: what the file system itself refuses, and beside it what it does not."""
+    command = ["unshare", "--mount", sys.executable, "-c", IN_A_NAMESPACE, str(tmp_path)]
+    if shutil.which("unshare") is None:
+        pytest.skip("no unshare")
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+    if outcome.returncode == 77 or "unshare failed" in outcome.stderr:
+        pytest.skip("nothing can be mounted here")
+    assert outcome.stdout.splitlines() == [
+        "merged/out Invalid cross-device link)",
+        "bound/out Device or resource busy)",
+        "merged/new yes",
+        "merged/deep/absent yes",
+        "['new', 'out'] old",
+    ], outcome.stderr
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.EBUSY, errno.EPERM, errno.ENOSYS])
+def test_a_place_that_cannot_be_renamed_is_refused_before_the_work(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, rename = ours(tmp_path / "out"), Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path == output:
+            raise OSError(number, os.strerror(number), str(path))
+        return rename(path, target)
+
+    check_renames(output)
+    monkeypatch.setattr(Path, "rename", refuse)
+    said = re.escape(f"{output} cannot be put in place or replaced by renaming ({os.strerror(number)})")
+    with pytest.raises(OutputError, match=said):
+        check_renames(output)
+    with pytest.raises(OutputError, match=said), staged_directory(output, force=True):
+        pytest.fail("the work has begun")
+    check_renames(tmp_path / "another")  # the control: only what is there cannot be moved
+    assert list(tmp_path.iterdir()) == [output]
+    assert (output / "model").read_text() == "old"
+
+
+def test_a_place_that_came_to_be_mounted_during_the_work_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(one: Path, other: Path, flags: int) -> bool:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(one), None, str(other))
+
+    output = ours(tmp_path / "out")
+    monkeypatch.setattr(staging, "_renameat2", refuse)
+    with pytest.raises(
+        OutputError, match=r"cannot be put in place or replaced by renaming \(Device or resource busy\)"
+    ):
+        make(output)
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_a_file_system_that_moves_onto_what_is_not_empty_gets_it_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, rename = ours(tmp_path / "out"), Path.rename
+
+    def take(path: Path, target: Path) -> Path:
+        if target.is_dir():
+            rename(target, target.with_name("aside"))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", take)
+    check_renames(output)
+    assert (output / "model").read_text() == "old"
+
+
 def test_names_that_are_too_long_are_refused(tmp_path: Path) -> None:
     check_output(tmp_path / ("a" * 200), force=False)
     with pytest.raises(OutputError, match="a name is longer than 207 bytes"):
@@ -408,8 +522,8 @@ def run_and_end(output: Path, at: str, number: signal.Signals, *, exchanges: boo
     [
         ("sync_tree", 1, True, 1, "old"),  # before the exchange
         ("rmtree", 1, True, 1, "new"),  # after it
-        ("rename", 1, False, 1, "old"),  # before the first of two renames
-        ("rename", 2, False, 2, "old"),  # between them: the output is not there
+        ("rename", 3, False, 1, "old"),  # before the first of two, behind two that are tries
+        ("rename", 4, False, 2, "old"),  # between them: the output is not there
         ("rmtree", 1, False, 1, "new"),
     ],
 )
@@ -435,7 +549,7 @@ def test_a_run_that_was_killed_is_cleared_up_by_the_next(
         ("sync_tree", 1, True, "old"),
         ("_renameat2", 1, True, "new"),
         ("rmtree", 1, True, "new"),
-        ("rename", 2, False, "new"),
+        ("rename", 4, False, "new"),
     ],
 )
 def test_a_signal_does_not_come_between_two_names(
@@ -564,3 +678,21 @@ def test_scratch_and_what_is_discarded_leave_nothing(tmp_path: Path) -> None:
     discard(ours(tmp_path / "run"))
     discard(tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_needed_meanwhile_lies_beside_a_place_whose_parents_are_made(tmp_path: Path) -> None:
+    """There the next run looks for what a killed one left, and nothing stays but after a kill."""
+    output = tmp_path / "deep" / "deeper" / "out"
+    with scratch_directory(output) as scratch:
+        assert scratch.parent == output.parent
+    assert list(tmp_path.iterdir()) == []
+    child = os.fork()
+    if not child:
+        with scratch_directory(output) as scratch:
+            (scratch / "large").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    remarks: list[str] = []
+    clear_leftovers(output, remarks.append)
+    assert len(remarks) == 1
+    assert list(output.parent.iterdir()) == []

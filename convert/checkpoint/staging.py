@@ -32,7 +32,15 @@ from .files import create_file, sync_directory, sync_tree
 from .manifest import UNFINISHED_NAME
 from .output import ELSEWHERE, check_output, check_replaceable, disk_errors, existing_parent, place_of
 
-__all__ = ["clear_leftovers", "discard", "replaced_directory", "scratch_directory", "signals_held", "staged_directory"]
+__all__ = [
+    "check_renames",
+    "clear_leftovers",
+    "discard",
+    "replaced_directory",
+    "scratch_directory",
+    "signals_held",
+    "staged_directory",
+]
 
 _KINDS = ("partial", "replaced", "removed", "scratch")
 _NAME = re.compile(rf"\.(?P<kind>{'|'.join(_KINDS)})-(?P<host>[0-9a-f]{{8}})-(?P<boot>[0-9a-f]{{8}})-[0-9a-f]{{8}}")
@@ -57,6 +65,7 @@ def staged_directory(output: Path, *, force: bool = False, inputs: Sequence[Path
     place = place_of(output)
     check_output(output, force=force, inputs=inputs)
     with _staged(output, place) as staging:
+        _check_renames(staging, place, output)
         yield staging
         _publish(staging, place, output, check=check_replaceable if force else None)
 
@@ -72,10 +81,18 @@ def replaced_directory(place: Path) -> Iterator[Path]:
 @contextmanager
 def scratch_directory(output: Path) -> Iterator[Path]:
     """Yield a new hidden directory beside `output`, for what is needed only while that is made."""
-    place = place_of(output)
-    parent = existing_parent(place)
-    with disk_errors(output), ExitStack() as stack:
-        yield _new(stack, parent, place.name, "scratch")
+    with _beside(output, place_of(output), "scratch") as scratch:
+        yield scratch
+
+
+def check_renames(output: Path) -> None:
+    """Raise OutputError where the file system does not let directories come to `output`, or what is there be replaced.
+
+    It is tried with a hidden directory beside the place, and nothing is changed. A layer of a container image refuses
+    it (EXDEV), so does where a directory is mounted (EBUSY), and some network file systems cannot do it at all.
+    """
+    with scratch_directory(output) as scratch:
+        _check_renames(scratch, place_of(output), output)
 
 
 def discard(directory: Path) -> None:
@@ -195,13 +212,52 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def _staged(named: Path, place: Path) -> Iterator[Path]:
+def _beside(named: Path, place: Path, kind: str) -> Iterator[Path]:
+    """Yield a new directory beside a place, whose parents are made; it and they are gone at the end, if empty."""
     first_existing = existing_parent(place)
-    staging = place
     try:
         with disk_errors(named), ExitStack() as stack:
             place.parent.mkdir(parents=True, exist_ok=True)
-            staging = _new(stack, place.parent, place.name, "partial")
+            yield _new(stack, place.parent, place.name, kind)
+    finally:
+        _remove_empty_parents(place.parent, first_existing)
+
+
+def _check_renames(beside: Path, place: Path, named: Path) -> None:
+    """Raise OutputError unless directories can be renamed here, and what is at `place`, if anything.
+
+    That is renamed to a directory that is not empty, which every file system refuses for this reason, if not for one
+    that holds for the swap too.
+    """
+    one, other = beside / "one", beside / "other"
+    one.mkdir()
+    try:
+        one.rename(other)
+        if os.path.lexists(place):
+            place.rename(beside)
+            beside.rename(place)  # a file system that took it all the same
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise _cannot_replace(named, error) from error
+    finally:
+        for path in (one, other):
+            with suppress(FileNotFoundError):
+                path.rmdir()
+
+
+def _cannot_replace(named: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{named} cannot be put in place or replaced by renaming ({error.strerror})",
+        hint="choose another output, where no layer of an image and no mount comes in between",
+        settings=("output",),
+    )
+
+
+@contextmanager
+def _staged(named: Path, place: Path) -> Iterator[Path]:
+    staging = place
+    try:
+        with _beside(named, place, "partial") as staging:
             yield staging
     except KvConvertError as error:
         error.args = (str(error).replace(str(staging), str(named)),)
@@ -210,8 +266,6 @@ def _staged(named: Path, place: Path) -> Iterator[Path]:
         if not getattr(error, "__notes__", None):
             error.add_note(f"nothing was written to {named}")
         raise
-    finally:
-        _remove_empty_parents(place.parent, first_existing)
 
 
 def _publish(staging: Path, place: Path, named: Path, *, check: Callable[[Path, Path], object] | None) -> None:
@@ -229,7 +283,11 @@ def _publish(staging: Path, place: Path, named: Path, *, check: Callable[[Path, 
                 _swap(staging, place, named, check)
             published = True
             sync_directory(place.parent)
-    except FileExistsError as error:
+    except OSError as error:
+        if error.errno in (errno.EXDEV, errno.EBUSY):
+            raise _cannot_replace(named, error) from error
+        if not isinstance(error, FileExistsError):
+            raise
         raise OutputError(
             f"{named} appeared while it was being written", hint=ELSEWHERE, settings=("output",)
         ) from error

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from ...convert.checkpoint.files import write_text
 from ...convert.checkpoint.output import check_free_space
 from ...convert.checkpoint.source_files import digest_weights
-from ...convert.checkpoint.staging import clear_leftovers, discard, staged_directory
+from ...convert.checkpoint.staging import check_renames, clear_leftovers, discard, staged_directory
 from ...convert.errors import InputError, PreemptedError
 from ..data.blocks import holds_shards, validation_blocks, validation_sources
 from ..data.packing import build
@@ -64,6 +64,7 @@ def prepare(
     held.enter_context(sole_run_in(job.work))
     for place in (job.work, job.output):
         clear_leftovers(place, remark)
+    check_renames(job.output)
     if force:
         discard(job.work)
     created = not job.work.exists()
