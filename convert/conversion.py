@@ -388,6 +388,7 @@ class _Measuring:
         beside = plan.overlay_bytes + plan.bytes_out + find_companions(self.source.checkpoint.original).num_bytes
         save = self.calibration.save_statistics
         if save is not None:
+            clear_leftovers(save, self.remark)
             check_file(save, outside=self.target)
             here, there = existing_parent(self.target), existing_parent(save)
             kept = statistics_bytes(self.source.shape)

@@ -165,6 +165,10 @@ def test_a_disk_that_fills_up_at_any_write_leaves_what_was_there(
             "{}: the disk is full (No space ",
         ),
         (lambda place: RuntimeError(f"{place}/a: PytorchStreamWriter failed"), "{0}: the disk is full ({0}/a: Pytorch"),
+        (
+            lambda place: RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 61 vs 60"),
+            "{}: the disk is full ([enforce fail at ",
+        ),
         (lambda place: PermissionError(13, "Permission denied", f"{place}/a"), "{}: cannot be written (Permission den"),
         (lambda place: CheckpointError(f"{place}: LlamaModel does not accept"), "{}: LlamaModel does not accept"),
     ],
@@ -304,6 +308,38 @@ def test_what_appears_in_the_last_moment_is_put_back(
     assert list(tmp_path.iterdir()) == [output]
     assert (output / "model").read_text() == "old"
     assert (output / "precious").exists()
+
+
+def test_what_is_taken_out_is_not_cleared_up_by_another_run(
+    exchanges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the exchange and the last check it lies under the name of a leftover."""
+    output, check = ours(tmp_path / "out"), check_replaceable
+    looked_at: list[str] = []
+
+    def clear_and_check(directory: Path, named: Path) -> None:
+        clear_leftovers(output, pytest.fail)
+        check(directory, named)
+        looked_at.append(directory.name)
+
+    monkeypatch.setattr(staging, "check_replaceable", clear_and_check)
+    make(output)
+    assert looked_at[0] == "out"
+    assert looked_at[1].startswith(".out.")
+    assert (output / "model").read_text() == "new"
+
+
+def test_an_output_that_another_run_is_replacing_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = ours(tmp_path / "out")
+    monkeypatch.setattr(staging, "_SWAP_SECONDS", 0.1)
+    descriptor = os.open(output, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(OutputError, match="is being replaced by another run"):
+        make(output)
+    assert list(tmp_path.iterdir()) == [output]
+    os.close(descriptor)
+    make(output)
+    assert (output / "model").read_text() == "new"
 
 
 def test_a_way_through_a_link_is_followed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

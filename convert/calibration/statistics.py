@@ -13,9 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..algebra.attention_shape import AttentionShape
 from ..architectures.source import Source
-from ..checkpoint.files import replaced_file
 from ..checkpoint.input_files import require_regular
-from ..checkpoint.output import disk_errors
+from ..checkpoint.staging import staged_file
 from ..checkpoint.tensors import tensor_bytes
 from ..checkpoint.writer import TensorSpec, write_safetensors
 from ..errors import DataError
@@ -71,7 +70,7 @@ def save_statistics(path: Path, statistics: LayerStatistics, shape: AttentionSha
     """Write them to a safetensors file, one layer in memory at a time. Raises OutputError."""
     specs = [TensorSpec(_name(layer), "F64", (shape.hidden_size + 1,) * 2) for layer in range(shape.num_hidden_layers)]
     metadata = {_METADATA_KEY: json.dumps(asdict(statistics.origin))}
-    with disk_errors(path), replaced_file(path) as file:
+    with staged_file(path) as file:
         for layer, _ in enumerate(write_safetensors(file, specs, metadata)):
             file.write(tensor_bytes(statistics.gram(layer)))
 

@@ -15,6 +15,7 @@ from .manifest import unlike_manifest
 __all__ = [
     "CARD_NAME",
     "ELSEWHERE",
+    "at_work",
     "check_apart",
     "check_file",
     "check_free_space",
@@ -38,6 +39,7 @@ _DISK_FULL_TEXTS = (
     "No space left on device",
     "File too large",
     "PytorchStreamWriter failed",
+    "unexpected pos ",  # of torch.save, where the last bytes of a file did not reach the disk
 )
 
 
@@ -86,9 +88,12 @@ def check_replaceable(directory: Path, named: Path) -> None:
             hint="choose a directory in it",
             settings=("output",),
         )
-    if not any(directory.iterdir()):
-        return
-    strange = unlike_manifest(directory, digests=False)
+    try:
+        if not any(directory.iterdir()):
+            return
+        strange = unlike_manifest(directory, digests=False)
+    except FileNotFoundError as error:
+        raise at_work(named) from error
     if strange:
         more = f", and {len(strange) - 1} more" if len(strange) > 1 else ""
         raise OutputError(
@@ -96,6 +101,11 @@ def check_replaceable(directory: Path, named: Path) -> None:
             hint=f"remove it yourself, or {ELSEWHERE}",
             settings=("output",),
         )
+
+
+def at_work(named: Path) -> OutputError:
+    """Make the error of an output that another run is replacing."""
+    return OutputError(f"{named} is being replaced by another run", hint=ELSEWHERE, settings=("output",))
 
 
 def _check_name(place: Path, parent: Path, output: Path) -> None:
@@ -162,6 +172,7 @@ def check_file(path: Path, *, outside: Path) -> None:
         raise OutputError(f"{path} lies in {outside}, which is replaced", hint="choose another place for it")
     if not absolute.parent.is_dir() or not os.access(absolute.parent, os.W_OK):
         raise OutputError(f"{path} cannot be written: {absolute.parent} is not a writable directory")
+    _check_name(absolute, absolute.parent, path)
 
 
 @contextmanager

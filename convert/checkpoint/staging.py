@@ -22,15 +22,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import IO, Literal
 
 from ..errors import KvConvertError, OutputError
 from .files import create_file, sync_directory, sync_tree
 from .manifest import UNFINISHED_NAME
-from .output import ELSEWHERE, check_output, check_replaceable, disk_errors, existing_parent, place_of
+from .output import ELSEWHERE, at_work, check_output, check_replaceable, disk_errors, existing_parent, place_of
 
 __all__ = [
     "check_renames",
@@ -40,10 +41,13 @@ __all__ = [
     "scratch_directory",
     "signals_held",
     "staged_directory",
+    "staged_file",
 ]
 
 _KINDS = ("partial", "replaced", "removed", "scratch")
 _NAME = re.compile(rf"\.(?P<kind>{'|'.join(_KINDS)})-(?P<host>[0-9a-f]{{8}})-(?P<boot>[0-9a-f]{{8}})-[0-9a-f]{{8}}")
+_SWAP_SECONDS = 60  # that another run may take to remove what it has replaced
+_WAIT_SECONDS = 0.01
 _EMPTY_SECONDS = 60  # a directory that is locked gets its marker within that
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _NOREPLACE, _EXCHANGE = 1, 2  # of renameat2
@@ -85,6 +89,24 @@ def scratch_directory(output: Path) -> Iterator[Path]:
         yield scratch
 
 
+@contextmanager
+def staged_file(place: Path) -> Iterator[IO[bytes]]:
+    """Yield a new file that is synced and takes the name `place` at the end, where the block does not raise.
+
+    Until then it lies in a hidden directory beside it, as `scratch_directory` says, which the next run clears up after
+    a kill. Errors of files are those of `disk_errors`; OutputError is raised too where the name is taken meanwhile.
+    """
+    named = place_of(place)
+    with scratch_directory(place) as scratch:
+        whole = scratch / named.name
+        with create_file(whole) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        _rename_new(whole, named)
+        sync_directory(named.parent)
+
+
 def check_renames(output: Path) -> None:
     """Raise OutputError where the file system does not let directories come to `output`, or what is there be replaced.
 
@@ -120,7 +142,7 @@ def clear_leftovers(output: Path, remark: Callable[[str], object]) -> None:
 
 
 def _clear(path: Path, kind: str, state: State, place: Path, output: Path, remark: Callable[[str], object]) -> None:
-    if state == "at work":
+    if state == "at work" or not os.path.lexists(path):  # which another run has just removed
         return
     if state == "unknown":
         remark(f"{path.name} lies beside {output.name}: remove it, unless a run on another machine is at work there")
@@ -158,14 +180,11 @@ def _state(path: Path, host: str, boot: str) -> State:
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return "ended" if _lock(descriptor) else "at work"
         finally:
             os.close(descriptor)
-    except BlockingIOError:
-        return "at work"
     except OSError:  # a file system without locks
         return "unknown"
-    return "ended"
 
 
 def _machine() -> tuple[str, str]:
@@ -194,21 +213,27 @@ def _name(name: str, kind: str) -> str:
 def _new(stack: ExitStack, parent: Path, name: str, kind: str) -> Path:
     """Make a directory that is locked and marked as unfinished, until the stack is closed, which removes it."""
     path = parent / _name(name, kind)
-    stack.callback(_remove, path)  # before it is made, so that no signal comes between
+    stack.push(partial(_remove, path))  # before it is made, so that no signal comes between
     path.mkdir()
     descriptor = os.open(path, os.O_RDONLY)
     stack.callback(os.close, descriptor)
     with suppress(OSError):  # a file system without locks
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor)
     with create_file(path / UNFINISHED_NAME) as file:
         about = {"host": platform.node(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         file.write(json.dumps(about).encode())
     return path
 
 
-def _remove(path: Path) -> None:
-    with signals_held(deliver=False):  # a second signal would leave half of it
-        shutil.rmtree(path, ignore_errors=True)
+def _remove(path: Path, kind: type[BaseException] | None, *_: object) -> None:
+    """Remove a directory at the end of a block, which an exception of some kind has ended, or none."""
+    try:
+        with signals_held(deliver=kind is None):  # a second signal would leave half of it
+            shutil.rmtree(path, ignore_errors=True)
+    except (KeyboardInterrupt, SystemExit):  # of a first signal, in the last moment before they are held
+        with signals_held(deliver=False):
+            shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 @contextmanager
@@ -216,9 +241,11 @@ def _beside(named: Path, place: Path, kind: str) -> Iterator[Path]:
     """Yield a new directory beside a place, whose parents are made; it and they are gone at the end, if empty."""
     first_existing = existing_parent(place)
     try:
-        with disk_errors(named), ExitStack() as stack:
+        # a signal between the end of a block and what it is left by would skip that: it waits until all is removed
+        with ExitStack() as held, disk_errors(named), ExitStack() as stack:
             place.parent.mkdir(parents=True, exist_ok=True)
             yield _new(stack, place.parent, place.name, kind)
+            held.enter_context(signals_held())
     finally:
         _remove_empty_parents(place.parent, first_existing)
 
@@ -278,7 +305,7 @@ def _publish(staging: Path, place: Path, named: Path, *, check: Callable[[Path, 
             if not os.path.lexists(place):
                 _rename_new(staging, place)
             elif check is None:
-                raise FileExistsError
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place))
             else:
                 _swap(staging, place, named, check)
             published = True
@@ -286,7 +313,7 @@ def _publish(staging: Path, place: Path, named: Path, *, check: Callable[[Path, 
     except OSError as error:
         if error.errno in (errno.EXDEV, errno.EBUSY):
             raise _cannot_replace(named, error) from error
-        if not isinstance(error, FileExistsError):
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
         raise OutputError(
             f"{named} appeared while it was being written", hint=ELSEWHERE, settings=("output",)
@@ -299,34 +326,75 @@ def _publish(staging: Path, place: Path, named: Path, *, check: Callable[[Path, 
 
 def _swap(staging: Path, place: Path, named: Path, check: Callable[[Path, Path], object]) -> None:
     """Put `staging` in the place of a directory, and remove that if `check` does not raise for it."""
-    check(place, named)
-    if _renameat2(staging, place, _EXCHANGE):
-        try:
-            check(staging, named)
-        except BaseException:
-            _renameat2(staging, place, _EXCHANGE)
-            raise
-        shutil.rmtree(staging, ignore_errors=True)
-        return
-    replaced = place.with_name(_name(place.name, "replaced"))
-    descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with _locked(place, named):
+        check(place, named)
+        if _renameat2(staging, place, _EXCHANGE):
+            try:
+                check(staging, named)
+            except BaseException:
+                _renameat2(staging, place, _EXCHANGE)
+                raise
+            shutil.rmtree(staging, ignore_errors=True)
+            return
+        replaced = place.with_name(_name(place.name, "replaced"))
         place.rename(replaced)
         try:
             check(replaced, named)
-            _rename_new(staging, place)
         except BaseException:
             replaced.rename(place)
             raise
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        os.close(descriptor)
+        try:
+            _rename_new(staging, place)
+        except BaseException:
+            if not os.path.lexists(place):  # else another run has put its result there
+                replaced.rename(place)
+            raise
+        finally:
+            shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def _locked(place: Path, named: Path) -> Iterator[None]:
+    """Hold a directory, so that no run that clears up takes it for what a killed one has left, once it has moved.
+
+    A run that is replacing it too is waited for, and what that put there is held. Raises OutputError after a minute.
+    """
+    last = time.monotonic() + _SWAP_SECONDS
+    while True:
+        try:
+            descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW)
+        except FileNotFoundError as error:  # between two renames of another run
+            raise at_work(named) from error
+        try:
+            with suppress(OSError):  # a file system without locks
+                while not _lock(descriptor) and time.monotonic() < last:
+                    time.sleep(_WAIT_SECONDS)
+            if time.monotonic() >= last:
+                raise at_work(named)
+            if _is_at(descriptor, place):
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _is_at(descriptor: int, place: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), os.lstat(place))
+    return False
+
+
+def _lock(descriptor: int) -> bool:
+    """Take the lock of a file; False where another process holds it. Raises OSError where there are no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _rename_new(path: Path, place: Path) -> None:
-    """Rename a directory. Raises FileExistsError where the name is taken, if the operating system can tell."""
+    """Rename a file or directory. Raises FileExistsError where the name is taken, if the operating system can tell."""
     if not _renameat2(path, place, _NOREPLACE):
         path.rename(place)
 
