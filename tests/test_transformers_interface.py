@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import pytest
 import torch
 import transformers
 from conftest import TOKENS, build_model
-from kvconvert.convert.runtime import transformers_interface
+from kvconvert.convert import runtime
+from kvconvert.convert.runtime import RUNTIME_CLASSES, transformers_interface
 from kvconvert.convert.runtime.modeling_grouped_seq2seq import GroupedT5ForConditionalGeneration
 from kvconvert.convert.runtime.transformers_interface import CACHE_NAME, CACHE_NAMES, RELIED_ON, cache_of, require
 from transformers import AutoConfig, DynamicCache, EncoderDecoderCache
@@ -155,6 +158,79 @@ def test_classes_are_registered_whatever_is_imported_first(first: str) -> None:
     )
     outcome = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert outcome.stdout.split() == ["GroupedDecoderForCausalLM", "CrossLayerDecoderForCausalLM"], outcome.stderr
+
+
+FAKE = """
+registered = []
+
+
+class Auto:
+    @staticmethod
+    def register(*arguments, exist_ok):
+        registered.append(arguments)
+
+
+def __getattr__(name):
+    if not name.startswith("Auto"):
+        raise AttributeError(name)
+    return Auto
+"""
+
+
+@pytest.fixture
+def fake_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module that passes for transformers, which is not imported yet, and hooks that are forgotten afterwards."""
+    for entry in RUNTIME_CLASSES.values():
+        entry.model_classes()  # with the real one
+    monkeypatch.setattr(runtime.RuntimeClass, "files", ())  # as if none of them were imported
+    monkeypatch.setattr(sys, "meta_path", [hook for hook in sys.meta_path if not isinstance(hook, runtime._Watch)])
+    monkeypatch.delitem(sys.modules, "transformers")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "transformers.py"
+    path.write_text(FAKE)
+    return path
+
+
+def registered(library: Any) -> set[str]:
+    """The model types that a library was told."""
+    return {arguments[0] for arguments in library.registered if isinstance(arguments[0], str)}
+
+
+def test_classes_are_registered_with_what_is_imported_later(fake_library: Path) -> None:
+    """Once it is there, whole, as its own loader has made it."""
+    assert not registered(importlib.import_module("transformers"))  # the control: without a hook nothing is
+    del sys.modules["transformers"]
+    runtime.register()
+    library = importlib.import_module("transformers")
+    assert registered(library) == set(RUNTIME_CLASSES)
+    assert len(library.registered) == sum(1 + len(entry.auto_models) for entry in RUNTIME_CLASSES.values())
+    assert library.__spec__ is not None
+    assert library.__spec__.loader is library.__loader__
+    assert isinstance(library.__loader__, SourceFileLoader)
+    assert library.__file__ == str(fake_library)
+
+
+def test_classes_are_registered_with_what_was_imported_before(fake_library: Path) -> None:
+    library = importlib.import_module("transformers")
+    assert not registered(library)
+    runtime.register()
+    assert registered(library) == set(RUNTIME_CLASSES)
+
+
+def test_an_import_that_fails_registers_nothing_and_can_be_repeated(fake_library: Path) -> None:
+    runtime.register()
+    fake_library.write_text("raise ImportError('half')\n")
+    with pytest.raises(ImportError, match="half"):
+        importlib.import_module("transformers")
+    assert "transformers" not in sys.modules
+    fake_library.write_text(FAKE + "\n# of another length than the file before\n")
+    importlib.invalidate_caches()
+    assert registered(importlib.import_module("transformers")) == set(RUNTIME_CLASSES)
+
+
+def test_what_is_not_watched_is_found_as_ever() -> None:
+    assert runtime._Watch({"transformers"}).find_spec("json", None, None) is None
+    assert runtime._Watch({"no_such_library"}).find_spec("no_such_library", None, None) is None
 
 
 def test_importing_transformers_does_not_fail_for_a_class_that_it_cannot_hold() -> None:
