@@ -65,10 +65,12 @@ def text_options(*, omit: tuple[str, ...] = ()) -> SettingsOptions[Calibration]:
             "sequence_length": ("--calibration-sequence-length",),
             "config": ("--data-config",),
             "weights_only": ("--no-calibration",),
+            "writing_seed": ("--calibration-seed",),
         },
         types={"data": str | None},
         help={
-            "data": "Text to measure on: files as for --data, or a dataset name. Default: the demo's text.",
+            "data": "Text to measure on: files as for --data, or a dataset name; or self: the model writes it first (a "
+            "file of that name is ./self). Default: a text of many kinds that ships with kvconvert.",
         },
         bounds={"num_tokens": 1, "sequence_length": 2},
         omit=omit,
@@ -92,7 +94,7 @@ def run_conversion(model: str, method: Method, text: Given[Calibration], request
     def progress(what: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
         nonlocal said
         if not said:
-            terminal.remark("calibrating on the demo's prose; text like the model's own training data is better")
+            terminal.remark("calibrating on the text that ships with kvconvert; text like the model will see is better")
             said = True
         return terminal.progress(what, total)
 
@@ -129,7 +131,7 @@ def _calibration(text: Given[Calibration], *, dry_run: bool) -> tuple[Calibratio
             raise InputError("--dry-run writes nothing, --save-statistics does", hint="leave out one of them")
     if values["data"] is not None or statistics is not None or weights_only:
         return text.build(), False
-    return text.build(data=str(configs.DEMO / "uptrain.jsonl")), True
+    return text.build(data=str(configs.CALIBRATION_TEXT)), True
 
 
 def _show(result: Conversion, console: Console) -> None:

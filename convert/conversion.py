@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from typing_extensions import Doc
 
+from ..configs import CALIBRATION_TEXT
 from .algebra.attention_shape import LatentSizes
 from .architectures.context import check_context
 from .architectures.source import Source
@@ -23,6 +24,7 @@ from .calibration.statistics import (
 )
 from .calibration.statistics import save_statistics as write_statistics
 from .calibration.text import CalibrationText, read_calibration_text
+from .calibration.writing import SelfWriting, write_calibration_text
 from .checkpoint.companions import find_companions
 from .checkpoint.foreign import cached_repository
 from .checkpoint.loading import check_source
@@ -51,6 +53,7 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 """Called with what is done and how much of it there is; gives a function that is called with how much is done since."""
 
 _LONGEST_SEQUENCE = 1024
+_OF_A_TEXT_THAT_IS_READ = ("text_field", "split", "config", "line_documents", "document_separator", "skip_bad_lines")
 
 
 def no_progress(what: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
@@ -67,7 +70,10 @@ class Calibration:
 
     data: Annotated[
         str | Path | None,
-        Doc("Text to measure on: a file of text, JSON or parquet rows, a directory of them, or a dataset name."),
+        Doc(
+            "Text to measure on: a file of text, JSON or parquet rows, a directory of them, or a dataset name; self: "
+            "text that the model writes first (a file of that name is ./self)."
+        ),
     ] = None
     num_tokens: Annotated[int, Doc("How many tokens of it.")] = 131072
     sequence_length: Annotated[
@@ -79,6 +85,7 @@ class Calibration:
     line_documents: LineDocuments = False
     document_separator: DocumentSeparator = None
     skip_bad_lines: SkipBadLines = False
+    writing_seed: Annotated[int, Doc("Seed of the random numbers with which the model writes.")] = 0
     precision: Annotated[
         Literal["auto", "bf16", "fp32"],
         Doc("bf16: autocast over float32 weights; auto: where the machine is fast at it."),
@@ -95,12 +102,26 @@ class Calibration:
             raise InputError("a calibration is one of data, statistics and weights_only")
         if self.save_statistics is not None and self.data is None:
             raise InputError("statistics are measured on a text, and none was given")
+        if self.writing_seed and not self.is_self_written:
+            raise InputError(
+                f"a text that is read does not depend on the seed {self.writing_seed}",
+                hint="leave it out, or let the model write the text: 'self'",
+                settings=("writing_seed", "data"),
+            )
+        for name in _OF_A_TEXT_THAT_IS_READ if self.is_self_written else ():
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise InputError(f"{name} is about a text that is read, and this one the model writes itself")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise InputError(f"precision is {self.precision!r}, expected 'auto', 'bf16' or 'fp32'")
 
     @property
+    def is_self_written(self) -> bool:
+        """Whether the model writes the text itself."""
+        return self.data == "self"
+
+    @property
     def source(self) -> TextSource:
-        """The text to measure on. Raises InputError where `data` names none."""
+        """The text to read. Raises InputError where `data` names none."""
         defaults = TextSource(
             "",
             text_field=self.text_field,
@@ -115,7 +136,8 @@ class Calibration:
     @property
     def places_read(self) -> list[Path]:
         """The files and directories that are read, if they are on this machine."""
-        return [*([self.source.path] if self.data is not None else []), *([self.statistics] if self.statistics else [])]
+        read = self.data is not None and not self.is_self_written
+        return [*([self.source.path] if read else []), *([self.statistics] if self.statistics else [])]
 
 
 @dataclass(frozen=True)
@@ -217,7 +239,7 @@ def convert(
             assert calibration is not None
             job = _Measuring(source, target, calibration, progress=progress, remark=remark)
             hardware = job.start(plan)
-            measurements, record = job.measure(method)
+            measurements, record = job.measure(method, hardware)
             # 3. what is chosen by measurement, and the plan of that
             if resolved is None:
                 with progress("choosing", source.shape.num_hidden_layers) as advance, _memory_errors(hardware):
@@ -229,7 +251,7 @@ def convert(
             if plan is not None and plan.overlay_bytes:
                 scratch = stack.enter_context(scratch_directory(target))
                 prepared = job.prepare(resolved, measurements, hardware, scratch)
-                job.save_statistics(prepared, record)
+                job.save_statistics(prepared, measurements, record)
         # 5. the result
         assert plan is not None
         if dry_run:
@@ -282,11 +304,14 @@ def _options(
     method: Method | None, *, max_shard_bytes: int, allow_nonfinite: bool, calibration: Calibration | None
 ) -> dict[str, Any]:
     """Every setting that the result depends on, for the manifest; where files lie is none."""
-    places = ("data", "statistics", "save_statistics", "device")
+    places = ["data", "statistics", "save_statistics", "device"]
+    if calibration is not None and not calibration.is_self_written:
+        places.append("writing_seed")
     measured: dict[str, Any] = {}
     if calibration is not None:
         measured = {name: value for name, value in asdict(calibration).items() if name not in places}
-    if calibration is not None and calibration.data is not None:  # the text may say some of it itself, in brackets
+    if calibration is not None and calibration.data is not None and not calibration.is_self_written:
+        # the text may say some of it itself, in brackets
         measured |= {name: getattr(calibration.source, name) for name in ("text_field", "split", "config")}
     settings = {} if method is None else asdict(method)  # type: ignore[call-overload]
     return settings | {"max_shard_bytes": max_shard_bytes, "allow_nonfinite": allow_nonfinite} | measured
@@ -380,7 +405,7 @@ class _Measuring:
         if plan is not None:
             self.check(plan)
         precision = default_precision() if self.calibration.precision == "auto" else self.calibration.precision
-        return Hardware(device, precision if self.calibration.data is not None else "fp32")
+        return Hardware(device, "fp32" if self.calibration.weights_only else precision)
 
     def check(self, plan: ConversionPlan) -> None:
         """Raise what carrying out the plan would, before hours of measuring, and OutputError for too small a disk."""
@@ -397,34 +422,62 @@ class _Measuring:
             beside += kept
         check_free_space(self.target, beside)
 
-    def measure(self, method: Method) -> tuple[Measurements, dict[str, Any]]:
+    def measure(self, method: Method, hardware: Hardware) -> tuple[Measurements, dict[str, Any]]:
         """The text, or statistics of one, and what is noted of them."""
         if self.calibration.weights_only:
             worse = "is much worse than with a text" if isinstance(method, Mla) else "can be worse than the mean"
             self.remark(f"merging by the weights alone {worse}")
             return None, {"data": None, "num_tokens": 0}
         if self.calibration.statistics is not None:
-            self.remark("statistics hold no text to fit o_proj to, which text would allow")
             path = self.calibration.statistics
             statistics = open_statistics(path, self.source)
             origin = asdict(statistics.origin) | {"data": place_name(statistics.origin.data)}
-            return statistics, origin | {"statistics_file": digest_file(path.parent, path.name).to_json()}
-        source = pin_revision(self.calibration.source, remark=self.remark)  # what is read has the commit of the record
-        text = self._text(source)
-        record = text_record(source, text.files) | {"num_tokens": text.num_tokens}
+            origin |= {"statistics_file": digest_file(path.parent, path.name).to_json()}
+            if statistics.text is not None and isinstance(method, Gqa) and method.refit:
+                self.remark("the text that the model wrote for these statistics is run again, to fit the layers to it")
+                return statistics.text, origin
+            if statistics.text is None:
+                self.remark("statistics hold no text to fit the layers to, which text would allow")
+            return statistics, origin
+        if self.calibration.is_self_written:
+            text = self._written_text(hardware)
+            record: dict[str, Any] = {"data": text.description}
+        else:
+            # what is read has the commit of the record
+            source = pin_revision(self.calibration.source, remark=self.remark)
+            text = self._text(source)
+            record = text_record(source, text.files)
+        record |= {"num_tokens": text.num_tokens}
         if isinstance(method, Gqa | Cla) and method.merge == "svd":
             record |= {"model": fingerprint(self.source)}
         return text, record
 
-    def _text(self, source: TextSource) -> CalibrationText:
-        wanted, data = self.calibration.num_tokens, self.calibration.data
+    @property
+    def _sequence_length(self) -> int:
         longest = self.source.longest_context or _LONGEST_SEQUENCE
         length = self.calibration.sequence_length or min(_LONGEST_SEQUENCE, longest)
+        return min(length, self.calibration.num_tokens)
+
+    def _written_text(self, hardware: Hardware) -> CalibrationText:
+        """The text that the model writes."""
+        num_tokens, length = self.calibration.num_tokens, self._sequence_length
+        with self.progress("writing", num_tokens // length * length) as advance, _memory_errors(hardware):
+            return write_calibration_text(
+                self.source,
+                SelfWriting(TextSource(str(CALIBRATION_TEXT)), seed=self.calibration.writing_seed),
+                num_tokens=num_tokens,
+                sequence_length=length,
+                hardware=hardware,
+                progress=advance,
+            )
+
+    def _text(self, source: TextSource) -> CalibrationText:
+        wanted, data = self.calibration.num_tokens, self.calibration.data
         text = read_calibration_text(
             self.source.checkpoint,
             source,
             num_tokens=wanted,
-            sequence_length=min(length, wanted),
+            sequence_length=self._sequence_length,
             remark=self.remark,
         )
         if text.num_tokens <= wanted - text.token_ids.shape[1]:
@@ -440,9 +493,11 @@ class _Measuring:
                 self.source, Preparation(scratch, measurements, hardware, keep_gram, progress=advance)
             )
 
-    def save_statistics(self, prepared: Prepared, record: dict[str, Any]) -> None:
-        """Keep the Gram matrices where that was asked for."""
+    def save_statistics(self, prepared: Prepared, measurements: Measurements, record: dict[str, Any]) -> None:
+        """Keep the Gram matrices where that was asked for, and beside them a text that the model wrote."""
         save = self.calibration.save_statistics
         if save is not None and prepared.gram is not None:
             origin = StatisticsOrigin(*(record[name] for name in ("model", "data", "num_tokens")))
-            write_statistics(save, LayerStatistics(origin, prepared.gram), self.source.shape)
+            text = measurements if isinstance(measurements, CalibrationText) else None
+            written = text if self.calibration.is_self_written else None  # any other can be read again
+            write_statistics(save, LayerStatistics(origin, prepared.gram, written), self.source.shape)

@@ -33,6 +33,11 @@ TEXT: dict[str, Row] = {
     "line_documents": (["--line-documents"], lambda call: call["calibration"].line_documents, True),
     "document_separator": (["--document-separator", "--"], lambda call: call["calibration"].document_separator, "--"),
     "skip_bad_lines": (["--skip-bad-lines"], lambda call: call["calibration"].skip_bad_lines, True),
+    "writing_seed": (
+        ["--calibration-seed", "5", "--calibration", "self"],
+        lambda call: call["calibration"].writing_seed,
+        5,
+    ),
     "precision": (["--precision", "bf16"], lambda call: call["calibration"].precision, "bf16"),
     "device": (["--device", "cuda:1"], lambda call: call["calibration"].device, "cuda:1"),
 }

@@ -37,6 +37,7 @@ def test_every_file_of_configs_is_package_data() -> None:
     assert covered == {path for path in data if path.name != "py.typed"}
     assert kvconvert.configs.PRETRAINING_TOKENS.exists()
     assert (kvconvert.configs.DEMO / "model" / "model.safetensors").exists()
+    assert kvconvert.configs.CALIBRATION_TEXT in covered
 
 
 def test_data_beside_code_is_package_data() -> None:

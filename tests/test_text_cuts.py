@@ -146,6 +146,14 @@ def test_long_and_short_documents_follow_each_other() -> None:
     assert found == list(chain.from_iterable(encode_batch(["one", PROSE * 2, "two"], tokenizer, bos=True)))
 
 
+def test_a_long_document_may_come_first() -> None:
+    """Then no short one waits to be encoded, and transformers 5.23 cannot encode none."""
+    tokenizer = tokenizer_named("gpt2")
+    parts = [TextPart(PROSE, False), TextPart(PROSE, True), TextPart(PROSE, False), TextPart("end", True)]
+    found = list(chain.from_iterable(encode_documents(parts, tokenizer)))
+    assert found == list(chain.from_iterable(encode_batch([PROSE * 2, PROSE + "end"], tokenizer)))
+
+
 @pytest.mark.parametrize("text", ["a text</s>", "a text</s>\n", "<s>a text</s> \n\n", "<s>a text", "a text"])
 def test_a_written_eos_or_bos_is_not_put_a_second_time(text: str) -> None:
     tokenizer = tokenizer_named("gpt2")

@@ -1,4 +1,4 @@
-"""Gram matrices of attention inputs, measured once on calibration text and kept in a file."""
+"""Gram matrices of attention inputs, measured once on calibration text and kept in a file, with a text of its own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from ..checkpoint.staging import staged_file
 from ..checkpoint.tensors import tensor_bytes
 from ..checkpoint.writer import TensorSpec, write_safetensors
 from ..errors import DataError
+from .text import CalibrationText
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +34,7 @@ __all__ = [
 ]
 
 _METADATA_KEY = "kvconvert_statistics"
+_TOKEN_IDS = "text.token_ids"
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,14 @@ class StatisticsOrigin:
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """`gram(layer)` is E[x xᵀ] of the attention's input x with a 1 appended, (hidden_size + 1,) * 2, float64."""
+    """`gram(layer)` is E[x xᵀ] of the attention's input x with a 1 appended, (hidden_size + 1,) * 2, float64.
+
+    `text` is the text that they were measured on, where it is kept with them.
+    """
 
     origin: StatisticsOrigin
     gram: Callable[[int], Tensor]
+    text: CalibrationText | None = None
 
 
 def fingerprint(source: Source) -> str:
@@ -67,12 +74,17 @@ def statistics_bytes(shape: AttentionShape) -> int:
 
 
 def save_statistics(path: Path, statistics: LayerStatistics, shape: AttentionShape) -> None:
-    """Write them to a safetensors file, one layer in memory at a time. Raises OutputError."""
+    """Write them to a safetensors file, one layer in memory at a time, and their text. Raises OutputError."""
     specs = [TensorSpec(_name(layer), "F64", (shape.hidden_size + 1,) * 2) for layer in range(shape.num_hidden_layers)]
+    tensors: list[Callable[[], Tensor]] = [partial(statistics.gram, layer) for layer in range(shape.num_hidden_layers)]
+    if statistics.text is not None:
+        ids = statistics.text.token_ids
+        specs.append(TensorSpec(_TOKEN_IDS, "I64", tuple(ids.shape)))
+        tensors.append(lambda: ids)
     metadata = {_METADATA_KEY: json.dumps(asdict(statistics.origin))}
     with staged_file(path) as file:
-        for layer, _ in enumerate(write_safetensors(file, specs, metadata)):
-            file.write(tensor_bytes(statistics.gram(layer)))
+        for tensor, _ in zip(tensors, write_safetensors(file, specs, metadata), strict=True):
+            file.write(tensor_bytes(tensor()))
 
 
 def open_statistics(path: Path, source: Source) -> LayerStatistics:
@@ -81,6 +93,8 @@ def open_statistics(path: Path, source: Source) -> LayerStatistics:
         require_regular(path)
         with safe_open(path, "pt") as file:
             origin = StatisticsOrigin(**json.loads((file.metadata() or {})[_METADATA_KEY]))
+            has_text = _TOKEN_IDS in file.keys()  # noqa: SIM118, it is no dict
+            token_ids = file.get_tensor(_TOKEN_IDS) if has_text else None
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -101,7 +115,7 @@ def open_statistics(path: Path, source: Source) -> LayerStatistics:
             tensor: Tensor = file.get_tensor(_name(layer))
         return tensor
 
-    return LayerStatistics(origin, gram)
+    return LayerStatistics(origin, gram, None if token_ids is None else CalibrationText(token_ids, origin.data))
 
 
 def _name(layer: int) -> str:

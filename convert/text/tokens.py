@@ -45,6 +45,8 @@ def encode_batch(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, bo
     A text that begins with BOS or ends with EOS itself, written out, gets no second one; white space behind a written
     EOS is left out.
     """
+    if not texts:  # which some versions of transformers cannot encode
+        return []
     ended = [_without_space_behind_eos(text, tokenizer) for text in texts]
     encoded = tokenizer(ended, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return [_with_bos(ids, tokenizer, bos) + _missing_eos(ids, tokenizer) for ids in encoded["input_ids"]]
