@@ -98,8 +98,8 @@ def test_without_text_or_steps_nothing_changes(num_parts: int, steps: int | None
     assert weight.equal(start)
 
 
-def test_the_text_is_read_twice_unless_a_number_of_steps_is_asked_for() -> None:
-    assert Fit().num_steps(31) == 62
+def test_the_text_is_read_once_unless_a_number_of_steps_is_asked_for() -> None:
+    assert Fit().num_steps(31) == 31
     assert Fit(steps=5).num_steps(31) == 5
 
 

@@ -15,7 +15,7 @@ __all__ = ["DEFAULT_FIT", "STEP_TOKENS", "Fit", "fit_parameters", "relative_erro
 
 STEP_TOKENS = 1024
 """Tokens of a step, in whole sequences: one, where a sequence is longer."""
-_PASSES = 2  # over the text, where the number of steps is not given
+_PASSES = 1  # over the text, where the number of steps is not given
 _WARM_UP = 0.05  # of the steps
 _BETAS = (0.9, 0.99)
 _HELD_OUT = 16  # of so many parts of the text one is not fitted to
@@ -27,7 +27,7 @@ Part = TypeVar("Part")
 class Fit:
     """How many gradient steps, and how far one goes at most: `learning_rate`, in parts of a tensor's rms.
 
-    Without `steps` the fit goes over the text twice. The rate rises in the first twentieth of the steps, and falls to
+    Without `steps` the fit goes over the text once. The rate rises in the first twentieth of the steps, and falls to
     zero along a cosine.
     """
 

@@ -20,7 +20,7 @@ FitSteps = Annotated[
     int | None,
     Doc(
         "Gradient steps that fit each layer's attention to the original's on the text, of about 1024 tokens each. 0: "
-        "none. Default: two passes over the text."
+        "none. Default: one pass over the text."
     ),
 ]
 """How long a layer's attention is fitted, beyond what has a closed form."""
