@@ -61,7 +61,7 @@ class Cla(Method):
     grouping: Annotated[
         Grouping, Doc("svd: which heads form a group, those that lose least together (similarity) or in order.")
     ] = "similarity"
-    refit: Annotated[bool, Doc("svd: fit o_proj to the original's attention output on the text.")] = True
+    refit: Annotated[bool, Doc("svd: fit each layer's attention to the original's on the text.")] = True
     refit_ridge: Annotated[
         float, Doc("svd: how strongly that fit is pulled to the closed form, in parts of the mean squared head output.")
     ] = 0.2

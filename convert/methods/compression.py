@@ -65,7 +65,7 @@ def compress_layers(
     """The attention of every layer over a latent, in the tensors of DeepSeek's class, kept in the preparation's files.
 
     `source` is one that `as_latent_source` gives. With text the original runs layer by layer, and
-    beside it the result, to refit outputs. Without it, inputs count as white but for the gain of the norm before the
+    beside it the result, to be fitted to it. Without it, inputs count as white but for the gain of the norm before the
     attention.
     """
     layout, hardware = compression.layout, preparation.hardware

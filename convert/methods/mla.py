@@ -54,7 +54,7 @@ class Mla(Method):
         ),
     ] = True
     v_head_dim: Annotated[int | None, Doc("Pad values with zeros to a size that kernels take.")] = None
-    refit: Annotated[bool, Doc("Fit o_proj to the original's attention output on the text.")] = True
+    refit: Annotated[bool, Doc("Fit each layer's attention to the original's on the text.")] = True
     refit_ridge: Annotated[
         float, Doc("How strongly that fit is pulled to the closed form, in parts of the mean squared head output.")
     ] = 0.2
