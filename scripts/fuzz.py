@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ _ODD: tuple[Any, ...] = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=int, default=60, help="for each target")
+    parser.add_argument(
+        "--seeds", type=Path, help="a directory of checkpoints and text, whose small files are seeds too"
+    )
     parser.add_argument("--keep", type=Path, help="where inputs that reached new code, and what was found, are kept")
     parser.add_argument(
         "--save", action="store_true", help="fuzz nothing, choose from --keep what goes to tests/corpus"
@@ -42,7 +45,7 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", default=TARGETS)
     arguments = parser.parse_args()
     if arguments.in_process:
-        _fuzz(arguments.in_process, arguments.seconds, arguments.keep, arguments.room)
+        _fuzz(arguments.in_process, arguments.seconds, arguments.keep, arguments.room, arguments.seeds)
         return 0
     with tempfile.TemporaryDirectory(prefix="kvconvert-fuzz-") as scratch:
         keep = arguments.keep or Path(scratch)
@@ -50,19 +53,21 @@ def main() -> int:
             for target in arguments.targets or TARGETS:
                 _save(target, keep, Path(scratch))
             return 0
-        return max(_supervise(target, arguments.seconds, keep) for target in arguments.targets or TARGETS)
+        more = [] if arguments.seeds is None else ["--seeds", str(arguments.seeds.resolve(strict=True))]
+        return max(_supervise(target, arguments.seconds, keep, more) for target in arguments.targets or TARGETS)
 
 
-def _supervise(target: str, seconds: int, keep: Path) -> int:
+def _supervise(target: str, seconds: int, keep: Path, more: Sequence[str]) -> int:
     """Fuzz one target, print how many inputs there were, and return 1 if one of them came out wrong."""
     command = [sys.executable, __file__, "--in-process", target, "--seconds", str(seconds), "--keep", str(keep)]
     with tempfile.TemporaryDirectory(prefix="kvconvert-fuzz-", dir=_fast_place()) as room:
-        command += ["--room", room]
+        command += ["--room", room, *more]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
     printed = done.stdout.decode(errors="replace")
     counted = re.findall(r"stat::number_of_executed_units:\s*(\d+)", printed) or re.findall(r"^#(\d+)", printed, re.M)
     found = sorted((keep / "found" / target).glob("*.txt"))
-    print(f"{target}: {counted[-1] if counted else 0} inputs, {len(found)} found", flush=True)
+    given = "".join(f", {number} seeds given" for number in re.findall(r"^(\d+) seeds from", printed, re.M))
+    print(f"{target}: {counted[-1] if counted else 0} inputs{given}, {len(found)} found", flush=True)
     for report in found:
         print(report.read_text(errors="replace").strip().splitlines()[-1], report.with_suffix(""))
     if done.returncode:  # a limit of libFuzzer: time, memory or a signal
@@ -90,7 +95,7 @@ def _save(target: str, keep: Path, room: Path) -> None:
     print(f"{target}: {len(chosen)} inputs, {sum(map(len, chosen.values()))} bytes")
 
 
-def _fuzz(target: str, seconds: int, keep: Path, room: Path) -> None:
+def _fuzz(target: str, seconds: int, keep: Path, room: Path, seeds: Path | None) -> None:
     """Fuzz one target in this process until its time is over; libFuzzer then ends the process."""
     import atheris
 
@@ -104,7 +109,10 @@ def _fuzz(target: str, seconds: int, keep: Path, room: Path) -> None:
     corpus, found = keep / "corpus" / target, keep / "found" / target
     for directory in (corpus, found):
         directory.mkdir(parents=True, exist_ok=True)
-    for seed in _seeds(target, room):
+    given = [] if seeds is None else list(fuzz_targets.seeds_below(seeds, target))
+    if seeds is not None:
+        print(f"{len(given)} seeds from {seeds}", flush=True)
+    for seed in (*_seeds(target, room), *given):
         (corpus / hashlib.sha256(seed).hexdigest()[:16]).write_bytes(seed)
     known: set[tuple[str, int]] = set()
 

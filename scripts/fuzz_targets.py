@@ -20,13 +20,21 @@ from kvconvert.convert.describe.inspection import inspect_checkpoint
 from kvconvert.convert.errors import KvConvertError
 from kvconvert.convert.printable import printable
 from kvconvert.convert.text.documents import read_parts
+from kvconvert.convert.text.formats import file_kind
 from kvconvert.convert.text.sources import TextSource
 
-__all__ = ["SEPARATOR", "TARGETS", "check", "prepare", "writes_inside"]
+__all__ = ["SEPARATOR", "TARGETS", "check", "prepare", "seeds_below", "writes_inside"]
 
 SEPARATOR = b"\x00\xff\x00"  # between the files of an input that is several
 _CLASSES = ("llama", "deepseek_v3", "gpt2", "gpt_neox", "falcon", "mixtral", "gemma2", "phi3")
 _MAX_TOKENIZED = 2**14
+_MAX_SEED_BYTES = 2**16
+_SEED_NAMES = {
+    "pickle": (".bin", ".pt"),
+    "index": (".index.json",),
+    "config": ("config.json",),
+    "beside": ("README.md", ".yaml", "modules.json"),
+}
 
 
 def prepare(room: Path) -> None:
@@ -135,6 +143,43 @@ def check(target: str, data: bytes, room: Path) -> str:
     shown = printable(outcome)
     shown.encode()
     return shown
+
+
+def seeds_below(directory: Path, target: str) -> Iterator[bytes]:
+    """Yield the inputs of a target that the files below a directory make, of real checkpoints and text for example.
+
+    A file of weights that is too large for an input gives its header, and one of anything else none.
+    """
+    for path in sorted(path for path in directory.rglob("*") if path.is_file() and path.stat().st_size):
+        for found in _seed(path, target):
+            if len(found) <= _MAX_SEED_BYTES:
+                yield found
+
+
+def _seed(path: Path, target: str) -> Iterator[bytes]:
+    """The input that a file makes, if it is of the target's kind."""
+    if target == "header" and path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            length = file.read(8)
+            yield (
+                path.read_bytes()
+                if path.stat().st_size <= _MAX_SEED_BYTES
+                else length + file.read(_MAX_SEED_BYTES)[: int.from_bytes(length, "little")]
+            )
+    elif target == "tokenizer" and path.name == "tokenizer.json":
+        beside = [path.with_name(name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+        yield SEPARATOR.join(file.read_bytes() for file in (path, *beside) if file.is_file())
+    elif target == "text" and file_kind(path) is not None:
+        yield from _text_seed(path)
+    elif path.name.endswith(_SEED_NAMES.get(target, ())):
+        yield path.read_bytes()
+
+
+def _text_seed(path: Path) -> Iterator[bytes]:
+    ending = "".join(path.suffixes[-2:] if path.suffix.lower() == ".gz" else path.suffixes[-1:]).lower()
+    kinds = [number for number, name in enumerate(_TEXTS) if name == f"a{ending}"]
+    for number in kinds:
+        yield bytes([number]) + path.read_bytes().replace(b'"text":', b'"a.text":')
 
 
 @contextmanager
