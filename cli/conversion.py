@@ -69,8 +69,9 @@ def text_options(*, omit: tuple[str, ...] = ()) -> SettingsOptions[Calibration]:
         },
         types={"data": str | None},
         help={
-            "data": "Text to measure on: files as for --data, or a dataset name; or self: the model writes it first (a "
-            "file of that name is ./self). Default: a text of many kinds that ships with kvconvert.",
+            "data": "Text to measure on: files as for --data, or a dataset name. self: the model writes one half "
+            "first, the other is the default (a file of that name is ./self). Default: a text of many kinds that ships "
+            "with kvconvert; text like what the model will see is better.",
         },
         bounds={"num_tokens": 1, "sequence_length": 2},
         omit=omit,

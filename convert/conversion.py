@@ -72,7 +72,8 @@ class Calibration:
         str | Path | None,
         Doc(
             "Text to measure on: a file of text, JSON or parquet rows, a directory of them, or a dataset name; self: "
-            "text that the model writes first (a file of that name is ./self)."
+            "half of it the model writes first, half is the text that ships with kvconvert (a file of that name is "
+            "./self)."
         ),
     ] = None
     num_tokens: Annotated[int, Doc("How many tokens of it.")] = 131072
@@ -110,13 +111,13 @@ class Calibration:
             )
         for name in _OF_A_TEXT_THAT_IS_READ if self.is_self_written else ():
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise InputError(f"{name} is about a text that is read, and this one the model writes itself")
+                raise InputError(f"{name} is about a text that is read, and this one the model writes")
         if self.precision not in ("auto", "bf16", "fp32"):
             raise InputError(f"precision is {self.precision!r}, expected 'auto', 'bf16' or 'fp32'")
 
     @property
     def is_self_written(self) -> bool:
-        """Whether the model writes the text itself."""
+        """Whether the model writes the text itself, half of it."""
         return self.data == "self"
 
     @property
@@ -434,7 +435,7 @@ class _Measuring:
             origin = asdict(statistics.origin) | {"data": place_name(statistics.origin.data)}
             origin |= {"statistics_file": digest_file(path.parent, path.name).to_json()}
             if statistics.text is not None and isinstance(method, Gqa) and method.refit:
-                self.remark("the text that the model wrote for these statistics is run again, to fit the layers to it")
+                self.remark("the text that is kept with these statistics is run again, to fit the layers to it")
                 return statistics.text, origin
             if statistics.text is None:
                 self.remark("statistics hold no text to fit the layers to, which text would allow")
@@ -459,17 +460,31 @@ class _Measuring:
         return min(length, self.calibration.num_tokens)
 
     def _written_text(self, hardware: Hardware) -> CalibrationText:
-        """The text that the model writes."""
-        num_tokens, length = self.calibration.num_tokens, self._sequence_length
-        with self.progress("writing", num_tokens // length * length) as advance, _memory_errors(hardware):
-            return write_calibration_text(
+        """A text half of which the model writes: sequences of its own, and then as many of the shipped text.
+
+        Half of each is a little worse than the better of them, whatever model that is (docs/measurements.md).
+        """
+        import torch
+
+        shipped, length = TextSource(str(CALIBRATION_TEXT)), self._sequence_length
+        num_read = self.calibration.num_tokens // length // 2
+        num_written = self.calibration.num_tokens // length - num_read
+        with self.progress("writing", num_written * length) as advance, _memory_errors(hardware):
+            written = write_calibration_text(
                 self.source,
-                SelfWriting(TextSource(str(CALIBRATION_TEXT)), seed=self.calibration.writing_seed),
-                num_tokens=num_tokens,
+                SelfWriting(shipped, seed=self.calibration.writing_seed),
+                num_tokens=num_written * length,
                 sequence_length=length,
                 hardware=hardware,
                 progress=advance,
             )
+        if num_read == 0:
+            return written
+        read = read_calibration_text(
+            self.source.checkpoint, shipped, num_tokens=num_read * length, sequence_length=length, remark=self.remark
+        )
+        description = f"{written.description}; and {len(read.token_ids)} sequences of {shipped.path.name}"
+        return CalibrationText(torch.cat([written.token_ids, read.token_ids]), description)
 
     def _text(self, source: TextSource) -> CalibrationText:
         wanted, data = self.calibration.num_tokens, self.calibration.data

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import Command, RunHere, same_weights
-from kvconvert.configs import DEMO
+from kvconvert.configs import CALIBRATION_TEXT, DEMO
 from kvconvert.convert import Calibration, Source, TextSource, conversion, open_checkpoint
 from kvconvert.convert.calibration import writing as module
+from kvconvert.convert.calibration.statistics import open_statistics
 from kvconvert.convert.calibration.streams import Hardware
+from kvconvert.convert.calibration.text import read_calibration_text
 from kvconvert.convert.calibration.writing import SelfWriting, write_calibration_text
 from kvconvert.convert.checkpoint.loading import load_model
 from kvconvert.convert.checkpoint.tokenizer import load_tokenizer
@@ -172,9 +174,9 @@ def test_a_temperature_that_is_not_positive_is_refused(openings: TextSource) -> 
     [
         (
             {"data": "self", "text_field": "verse"},
-            "text_field is about a text that is read, and this one the model writes itself",
+            "text_field is about a text that is read, and this one the model writes",
         ),
-        ({"data": "self", "split": "test"}, "split is about a text that is read, and this one the model writes itself"),
+        ({"data": "self", "split": "test"}, "split is about a text that is read, and this one the model writes"),
         ({"data": "a.txt", "writing_seed": 1}, "a text that is read does not depend on the seed 1"),
     ],
 )
@@ -184,21 +186,28 @@ def test_settings_without_effect_are_refused(settings: dict[str, Any], message: 
 
 
 def test_a_second_run_uses_the_text_again(invoke: Command, run_here: RunHere, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = ("--calibration", "self", "--calibration-tokens", 128, "--calibration-sequence-length", 32)
+    text = ("--calibration", "self", "--calibration-tokens", 160, "--calibration-sequence-length", 32)
     convert = ("mha2gqa", DEMO / "model", "--method", "svd", "--groups", 2)
     run_here(*convert, *text, "--save-statistics", "kept", "-o", "one")
     manifest = json.loads(Path("one/kvconvert.json").read_text())
     described = (
-        "written by the model itself: 4 sequences of 32 tokens, temperature 1, seed 0, from BOS, from first tokens of "
-        "text.jsonl.gz and through the chat template where there is one"
+        "written by the model itself: 3 sequences of 32 tokens, temperature 1, seed 0, from BOS, from first tokens of "
+        "text.jsonl.gz and through the chat template where there is one; and 2 sequences of text.jsonl.gz"
     )
-    assert (manifest["calibration"]["data"], manifest["calibration"]["num_tokens"]) == (described, 128)
+    assert (manifest["calibration"]["data"], manifest["calibration"]["num_tokens"]) == (described, 160)
+    with demo() as source:  # the half that is read is a beginning of the shipped text
+        kept = open_statistics(Path("kept"), source).text
+        read = read_calibration_text(
+            source.checkpoint, TextSource(str(CALIBRATION_TEXT)), num_tokens=64, sequence_length=32
+        )
+    assert kept is not None
+    assert torch.equal(kept.token_ids[3:], read.token_ids)
     run_here(*convert, *text, "--calibration-seed", 1, "-o", "other")
     assert not same_weights(Path("one"), Path("other"))
     monkeypatch.setattr(conversion, "write_calibration_text", None)  # nothing is written again
     outcome = invoke(*convert, "--statistics", "kept", "-o", "two")
     assert outcome.returncode == 0
-    assert "the text that the model wrote for these statistics is run again" in outcome.stderr
+    assert "the text that is kept with these statistics is run again" in outcome.stderr
     assert same_weights(Path("one"), Path("two"))
     assert json.loads(Path("two/kvconvert.json").read_text())["calibration"]["data"] == described
     run_here(*convert, "--statistics", "kept", "--no-refit", "-o", "three")
