@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Command
+from kvconvert.configs import DEMO
 from kvconvert.convert import Gqa, as_target, execute, open_checkpoint
 from kvconvert.convert.checkpoint.loading import load_model
 from kvconvert.convert.describe.inspection import inspect_checkpoint
@@ -203,6 +205,11 @@ def test_inspect_counts_the_cache_of_a_decoder_token(tmp_path: Path) -> None:
     assert (inspection.num_hidden_layers, inspection.num_key_value_heads, inspection.head_dim) == (2, 8, 8)
     assert inspection.cache_bytes_per_token == 2 * 2 * 8 * 8 * 2
     assert inspection.cross_attention
+
+
+def test_inspect_speaks_of_a_text_only_where_one_is_read(invoke: Command, tmp_path: Path) -> None:
+    assert "calibration" not in invoke("inspect", make(tmp_path / "model", "t5", T5)).stdout
+    assert "calibration" in invoke("inspect", DEMO / "model").stdout
 
 
 def test_the_encoder_is_copied_byte_for_byte(tmp_path: Path) -> None:
