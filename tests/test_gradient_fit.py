@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import VOCAB_SIZE
 from kvconvert import configs
-from kvconvert.convert import Calibration, Cla, Gqa, Mla, convert, open_checkpoint
+from kvconvert.convert import Calibration, Cla, Gqa, Mla, as_target, convert, open_checkpoint
 from kvconvert.convert.calibration import streams
 from kvconvert.convert.calibration.fitting import Fit, fit_parameters, relative_error
 from kvconvert.convert.calibration.text import CalibrationText
+from kvconvert.convert.checkpoint.loading import load_model
 from kvconvert.convert.errors import InputError, UnsupportedError
 from kvconvert.convert.methods.prepared import Preparation
 from kvconvert.measure import EvaluationSettings, evaluate
@@ -153,6 +154,55 @@ def test_all_projections_are_fitted(kind: str, make_checkpoint: CheckpointFactor
     assert changed == set(closed) - kept
     for name, tensor in closed.items():
         assert not fitted[name][tensor == 0].any()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "adds"),
+    [
+        ("llama", {}, True),
+        ("falcon", {"multi_query": False}, True),  # attention and MLP side by side
+        ("bloom", {}, True),  # the MLP adds what it is given
+        ("phi3", {}, True),
+        ("gemma2", {}, False),  # a norm comes between
+        ("glm4", {}, False),
+        ("granite", {"residual_multiplier": 0.5}, False),  # a factor comes between
+        ("granite", {"residual_multiplier": 1.0}, True),
+    ],
+)
+def test_whether_attention_is_added_as_it_is(
+    model_type: str, overrides: dict[str, Any], adds: bool, make_checkpoint: CheckpointFactory
+) -> None:
+    source = make_checkpoint(model_type, **overrides)
+    with as_target(open_checkpoint(source), 2) as view:
+        stream = streams.Stream.of(view, CalibrationText(TOKENS, "random"), streams.CPU)
+        with torch.no_grad(), stream.model.layer(0) as module:
+            assert stream.model.adds_outputs(module, 0, stream.states()[0]) is adds
+
+
+@pytest.mark.usefixtures("short_steps")
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_the_error_is_that_of_the_states_once_attention_is_added(
+    model_type: str, make_checkpoint: CheckpointFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the first layer, whose inputs are the same, against the classes themselves; gemma2 puts a norm between."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def noted(found: Tensor, wanted: Tensor) -> Tensor:
+        seen.append((found.detach(), wanted.detach()))
+        return relative_error(found, wanted)
+
+    monkeypatch.setattr(streams, "relative_error", noted)
+    source = make_checkpoint(model_type, num_key_value_heads=4, num_hidden_layers=1)
+    tensors_of(source, Gqa(1, merge="svd", fit_steps=1), tmp_path / "scratch")
+    model = load_model(source, dtype=torch.float32, device="cpu")
+    layer = model.model.layers[0]
+    states: dict[str, Tensor] = {}
+    layer.self_attn.o_proj.register_forward_hook(lambda module, inputs, output: states.update(output=output))
+    layer.input_layernorm.register_forward_pre_hook(lambda module, inputs: states.update(entering=inputs[0]))
+    with torch.no_grad():
+        model(input_ids=TOKENS[:2])
+    expected = states["output"] + (states["entering"] if model_type == "llama" else 0)
+    torch.testing.assert_close(seen[0][1], expected.flatten(0, 1))
 
 
 @pytest.mark.parametrize(

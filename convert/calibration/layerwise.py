@@ -25,6 +25,9 @@ __all__ = [
 ]
 
 
+_SAME = 0.02  # relative: bfloat16 has three digits
+
+
 class _EnoughError(Exception):
     """Ends a forward pass once what was wanted of it is known."""
 
@@ -161,6 +164,38 @@ class LayerwiseModel:
         finally:
             hook.remove()
         return given[0].float()
+
+    def adds_outputs(
+        self, module: Module, index: int, hidden_states: Tensor, shared: SharedStates | None = None
+    ) -> bool:
+        """Whether the residual stream gets what the output projection gives, as it is; `shared` stays as it is.
+
+        It does not where a norm or a factor comes between (Gemma 2, OLMo 2, Granite). That shows in the layer itself:
+        where it does, some module reads the sum of both, or gives what leaves the layer beyond that sum.
+        """
+        read: list[Tensor] = []
+        given: list[Tensor] = []
+        outputs: list[Tensor] = []
+
+        def note(part: Module, arguments: tuple[Any, ...], output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            (outputs if part is projection else given).append(
+                states.float().cpu().clone()
+            )  # which may be changed in place
+            read.extend(states.float().cpu().clone() for states in arguments[:1])
+
+        projection = module.get_submodule(self._outputs)
+        hooks = [part.register_forward_hook(note) for part in module.modules() if part is not module]
+        try:
+            leaving = self.run(module, index, hidden_states, shared=None if shared is None else dict(shared))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        output, entering = outputs[0].flatten(), hidden_states.float().flatten()
+        rest = leaving.flatten() - entering
+        sums = [states.flatten() - entering for states in read if states.numel() == output.numel()]
+        sums += [rest - states.flatten() for states in given if states.numel() == output.numel()]
+        return any(bool((found - output).norm() <= _SAME * output.norm()) for found in sums)
 
     def output_bias(self, module: Module) -> Tensor | None:
         """A copy of the bias of the layer's output projection, (hidden_size,), if it has one."""

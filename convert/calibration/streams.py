@@ -132,7 +132,8 @@ class Stream:
         First tensors[o_proj] is fitted in closed form, as `refitted` says, with z' of this stream and with `ridge`;
         then all of `tensors`, the layer's new weights, but for `fixed`, by the gradient steps of `fit`, so that hidden
         states are the original's once attention is added. Fitted tensors are put back into `tensors`, in the dtype of
-        each. The lists of `original` are cleared. `is_read` says that layers that follow read the keys and values of
+        each. The lists of `original` are cleared. Where attention is not added as it is (`adds_outputs`), the gradient steps
+        aim at what the original's o_proj gives. `is_read` says that layers that follow read the keys and values of
         this one.
         """
         import torch
@@ -165,22 +166,33 @@ class Stream:
         parameters = [module.get_parameter(model.local_name(name, layer)) for name in names]
         bias = model.output_bias(module)
         weight = original.o_proj.float().to(device)
+        parts = self._parts()
+        adds = model.adds_outputs(module, layer, self._entering(parts[0]), self._kept(parts[0]))
 
         def loss(part: _Part) -> Tensor:
             wanted = original.head_outputs[part.batch][part.tokens].to(device) @ weight.T
-            entered, entering = (
-                states[part.batch][part.sequences].flatten(0, 1).to(device)
-                for states in (original.entered, self._states)
-            )
-            shared = self._shared[part.batch]
-            kept = None if shared is None else {source: part.of(states) for source, states in shared.items()}
-            found = model.projected_outputs(module, layer, self._states[part.batch][part.sequences], kept)
-            return relative_error(entering + found, entered + wanted if bias is None else entered + wanted + bias)
+            if bias is not None:
+                wanted = wanted + bias
+            entering = self._entering(part)
+            found = model.projected_outputs(module, layer, entering, self._kept(part))
+            if not adds:
+                return relative_error(found, wanted)
+            entered = original.entered[part.batch][part.sequences]
+            before, beside = (states.flatten(0, 1).to(device) for states in (entered, entering))
+            return relative_error(beside + found, before + wanted)
 
-        if fit_parameters(parameters, loss, self._parts(), fit):
+        if fit_parameters(parameters, loss, parts, fit):
             for name, parameter in zip(names, parameters, strict=True):
                 tensors[name] = parameter.detach().to(tensors[name].dtype).cpu()
                 parameter.copy_(tensors[name])
+
+    def _entering(self, part: _Part) -> Tensor:
+        return self._states[part.batch][part.sequences]
+
+    def _kept(self, part: _Part) -> SharedStates | None:
+        """The keys and values of other layers that a layer may read, of these sequences."""
+        shared = self._shared[part.batch]
+        return None if shared is None else {layer: part.of(states) for layer, states in shared.items()}
 
     def _parts(self) -> list[_Part]:
         """The text in parts of one step, of equally many sequences; what is left over of a batch is in none."""
