@@ -179,9 +179,8 @@ class LayerwiseModel:
 
         def note(part: Module, arguments: tuple[Any, ...], output: Any) -> None:
             states = output[0] if isinstance(output, tuple) else output
-            (outputs if part is projection else given).append(
-                states.float().cpu().clone()
-            )  # which may be changed in place
+            # copies, since a layer may change in place what a part has given
+            (outputs if part is projection else given).append(states.float().cpu().clone())
             read.extend(states.float().cpu().clone() for states in arguments[:1])
 
         projection = module.get_submodule(self._outputs)

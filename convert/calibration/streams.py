@@ -132,9 +132,9 @@ class Stream:
         First tensors[o_proj] is fitted in closed form, as `refitted` says, with z' of this stream and with `ridge`;
         then all of `tensors`, the layer's new weights, but for `fixed`, by the gradient steps of `fit`, so that hidden
         states are the original's once attention is added. Fitted tensors are put back into `tensors`, in the dtype of
-        each. The lists of `original` are cleared. Where attention is not added as it is (`adds_outputs`), the gradient steps
-        aim at what the original's o_proj gives. `is_read` says that layers that follow read the keys and values of
-        this one.
+        each. The lists of `original` are cleared. Where attention is not added as it is (`adds_outputs`), the steps
+        aim at what the original's o_proj gives. `is_read` says that layers that follow read the keys and values of this
+        one.
         """
         import torch
 
