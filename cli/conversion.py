@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -41,6 +42,16 @@ class ConversionRequest:
         typer.Option(
             min=1,
             help="Files read and written side by side. Default: one for each processor, at most 4.",
+            show_default=False,
+            rich_help_panel="Output",
+        ),
+    ] = None
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--work-dir",
+            help="Keep what is measured and made of each layer in this directory, a new or empty one, so that the same "
+            "command goes on there after it was ended, or after --dry-run. Emptied once the output is whole.",
             show_default=False,
             rich_help_panel="Output",
         ),
@@ -110,6 +121,7 @@ def run_conversion(model: str, method: Method, text: Given[Calibration], request
         allow_nonfinite=request.allow_nonfinite,
         force=request.force,
         dry_run=request.dry_run,
+        work_dir=request.work_dir,
         progress=progress,
         remark=terminal.remark,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +15,7 @@ from ..configs import CALIBRATION_TEXT
 from .algebra.attention_shape import LatentSizes
 from .architectures.context import check_context
 from .architectures.source import Source
+from .calibration.kept import check_measurements, keep_text, kept_text
 from .calibration.statistics import (
     LayerStatistics,
     StatisticsOrigin,
@@ -30,9 +31,11 @@ from .checkpoint.foreign import cached_repository
 from .checkpoint.loading import check_source
 from .checkpoint.manifest import digest_file
 from .checkpoint.opening import open_checkpoint
-from .checkpoint.output import check_file, check_free_space, check_output, existing_parent
+from .checkpoint.output import check_file, check_free_spaces, check_output
+from .checkpoint.source_files import weight_files
 from .checkpoint.staging import check_renames, clear_leftovers, scratch_directory
 from .checkpoint.tensors import Checkpoint
+from .checkpoint.work_directory import WorkDirectory, bytes_below, check_work_directory, content_of, work_directory
 from .describe.engines import latent_kernels
 from .device import default_device, default_precision
 from .errors import InputError
@@ -43,7 +46,7 @@ from .methods.method import Method
 from .methods.mla import Mla
 from .methods.prepared import Hardware, LayerReport, Measurements, Preparation, Prepared
 from .plan import ConversionPlan
-from .record import place_name, text_record
+from .record import job_record, place_name, text_record
 from .text.hub import pin_revision
 from .text.sources import DocumentSeparator, LineDocuments, SkipBadLines, TextField, TextSource, parse_text
 
@@ -53,6 +56,7 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 """Called with what is done and how much of it there is; gives a function that is called with how much is done since."""
 
 _LONGEST_SEQUENCE = 1024
+_STATISTICS = "statistics"  # the part of a work directory that says which were saved
 _OF_A_TEXT_THAT_IS_READ = ("text_field", "split", "config", "line_documents", "document_separator", "skip_bad_lines")
 
 
@@ -199,6 +203,7 @@ def convert(
     allow_nonfinite: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    work_dir: str | Path | None = None,
     jobs: int | None = None,
     progress: Progress = no_progress,
     remark: Callable[[str], object] = lambda text: None,
@@ -209,9 +214,11 @@ def convert(
     `calibration` is for methods that measure (merge="svd", Mla): without it they raise InputError. Weights that are
     infinite or not a number raise CheckpointError, unless `allow_nonfinite` keeps them as they are. With `force` a
     result that kvconvert wrote is replaced; with `dry_run` nothing is written, after the same checks, but for
-    those of values. `jobs` files are read and written side by side, by default one for each processor, at most 4.
-    `remark` is called with what a person should know. Raises InputError (of it UnsupportedError,
-    CheckpointError, DataError and OutputError) for what cannot be done, before anything is written.
+    those of values. What is measured and made is kept in the directory `work_dir`, where that is given, layer by layer:
+    after the run was ended, or was a `dry_run`, the same call goes on there, to the same bytes. `jobs` files are read
+    and written side by side, by default one for each processor, at most 4. `remark` is called with what a person should
+    know. Raises InputError (of it UnsupportedError, CheckpointError, DataError and OutputError) for what cannot be
+    done, before anything is written.
     """
     headers_only = dry_run and not method.needs_measurements
     with ExitStack() as stack:
@@ -228,32 +235,22 @@ def convert(
         inputs = [] if calibration is None else calibration.places_read
         _check_place(target, source.checkpoint, inputs, force=force, remark=None if dry_run else remark)
         _check_calibration(method, calibration, source)
+        _check_work(method, work_dir, target, [*inputs, *([checkpoint.path] if checkpoint.path else [])])
         if isinstance(method, Mla):
             _remark_on_sizes(method.latent_sizes(source.shape), source, remark)
         # 2. the plan, where nothing has to be measured for it
         resolved: Method | None = None if method.needs_choice else method.resolve(source)
         plan = None if resolved is None else resolved.plan(source)
-        if plan is not None and not plan.changes_cache and calibration is not None and calibration.save_statistics:
-            raise InputError("nothing is measured where no head is merged, so there are no statistics to save")
-        prepared, record = Prepared(), None
+        if plan is not None and not plan.changes_cache:
+            _check_nothing_kept(calibration, work_dir)
+        made = _Made(resolved, plan)
         if method.needs_measurements and (plan is None or plan.changes_cache):
             assert calibration is not None
-            job = _Measuring(source, target, calibration, progress=progress, remark=remark)
-            hardware = job.start(plan)
-            measurements, record = job.measure(method, hardware)
-            # 3. what is chosen by measurement, and the plan of that
-            if resolved is None:
-                with progress("choosing", source.shape.num_hidden_layers) as advance, _memory_errors(hardware):
-                    resolved = method.resolve(source, measurements, hardware, advance)
-                plan = resolved.plan(source)
-                job.check(plan)
-            # 4. the tensors that the plan reads beside the source's
-            record |= resolved.record(measurements, hardware)
-            if plan is not None and plan.overlay_bytes:
-                scratch = stack.enter_context(scratch_directory(target))
-                prepared = job.prepare(resolved, measurements, hardware, scratch)
-                job.save_statistics(prepared, measurements, record)
-        # 5. the result
+            kept_in = None if work_dir is None else Path(work_dir)
+            job = _Measuring(source, target, calibration, kept_in, progress=progress, remark=remark)
+            made = job.run(method, made, stack)
+        resolved, plan, prepared, record = made.method, made.plan, made.prepared, made.record
+        # 3. the result
         assert plan is not None
         if dry_run:
             rehearsed = rehearse(plan, source.checkpoint, target, prepared.overlay, force=force, inputs=inputs)
@@ -275,6 +272,8 @@ def convert(
                 jobs=jobs,
                 progress=advance,
             )
+        if made.work is not None:
+            made.work.clear()
     for name, count in checkpoint.nonfinite.items():
         remark(f"{count} values of {name} are infinite or not a number, in {target} as in {checkpoint.name}")
     return Conversion(
@@ -305,6 +304,12 @@ def _options(
     method: Method | None, *, max_shard_bytes: int, allow_nonfinite: bool, calibration: Calibration | None
 ) -> dict[str, Any]:
     """Every setting that the result depends on, for the manifest; where files lie is none."""
+    settings = {} if method is None else asdict(method)  # type: ignore[call-overload]
+    options = {"max_shard_bytes": max_shard_bytes, "allow_nonfinite": allow_nonfinite}
+    return settings | options | _measured_on(calibration)
+
+
+def _measured_on(calibration: Calibration | None) -> dict[str, Any]:
     places = ["data", "statistics", "save_statistics", "device"]
     if calibration is not None and not calibration.is_self_written:
         places.append("writing_seed")
@@ -314,8 +319,33 @@ def _options(
     if calibration is not None and calibration.data is not None and not calibration.is_self_written:
         # the text may say some of it itself, in brackets
         measured |= {name: getattr(calibration.source, name) for name in ("text_field", "split", "config")}
-    settings = {} if method is None else asdict(method)  # type: ignore[call-overload]
-    return settings | {"max_shard_bytes": max_shard_bytes, "allow_nonfinite": allow_nonfinite} | measured
+    return measured
+
+
+def _no_work() -> InputError:
+    """Make the error of a work directory for a conversion that measures nothing."""
+    return InputError(
+        "nothing is measured for this conversion, so there is no work to keep",
+        hint="leave the work directory out",
+        settings=("work_dir",),
+    )
+
+
+def _check_work(method: Method, work_dir: str | Path | None, target: Path, inputs: Sequence[Path]) -> None:
+    """Raise InputError where nothing is there to be kept, and OutputError for a place where it cannot be."""
+    if work_dir is None:
+        return
+    if not method.needs_measurements:
+        raise _no_work()
+    check_work_directory(Path(work_dir), output=target, inputs=inputs)
+
+
+def _check_nothing_kept(calibration: Calibration | None, work_dir: str | Path | None) -> None:
+    """Raise InputError where something of measurements is to be kept, and none are made."""
+    if calibration is not None and calibration.save_statistics:
+        raise InputError("nothing is measured where no head is merged, so there are no statistics to save")
+    if work_dir is not None:
+        raise _no_work()
 
 
 def _check_place(
@@ -382,14 +412,50 @@ def _memory_errors(hardware: Hardware) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class _Made:
+    """What a conversion has before its result is written: all of it is there after the measurements, if there are any.
+
+    `work` keeps the tensors of `prepared` beyond the end of the run, where that was asked for.
+    """
+
+    method: Method | None
+    plan: ConversionPlan | None
+    prepared: Prepared = field(default_factory=Prepared)
+    record: dict[str, Any] | None = None
+    work: WorkDirectory | None = None
+
+
+@dataclass(frozen=True)
 class _Measuring:
     """The part of a conversion that measures the model, and makes tensors of what it finds."""
 
     source: Source
     target: Path
     calibration: Calibration
+    work_dir: Path | None
     progress: Progress
     remark: Callable[[str], object]
+
+    def run(self, method: Method, begun: _Made, stack: ExitStack) -> _Made:
+        """Make what the result needs beside the source; its files are there until the stack is closed."""
+        # 1. the text
+        hardware = self.start(begun.plan)
+        work = stack.enter_context(self.open_work(method, hardware))
+        measurements, record = self.measure(method, hardware, work)
+        # 2. what is chosen by measurement, and the plan of that
+        resolved, plan = begun.method, begun.plan
+        if resolved is None or plan is None:
+            resolved = self.choose(method, measurements, hardware, work)
+            plan = resolved.plan(self.source)
+            self.check(plan)
+        # 3. the tensors that the plan reads beside the source's
+        record |= resolved.record(measurements, hardware)
+        prepared = Prepared()
+        if plan.overlay_bytes:
+            scratch = work.path if work is not None else stack.enter_context(scratch_directory(self.target))
+            prepared = self.prepare(resolved, measurements, hardware, scratch, work)
+            self.save_statistics(prepared, measurements, record, work)
+        return _Made(resolved, plan, prepared, record, work)
 
     def start(self, plan: ConversionPlan | None) -> Hardware:
         """What runs the text. Raises InputError for a device that does not work, and for what is not possible here."""
@@ -411,20 +477,64 @@ class _Measuring:
     def check(self, plan: ConversionPlan) -> None:
         """Raise what carrying out the plan would, before hours of measuring, and OutputError for too small a disk."""
         check_preparation(plan, self.source.checkpoint, self.target)
-        beside = plan.overlay_bytes + plan.bytes_out + find_companions(self.source.checkpoint.original).num_bytes
+        after = plan.bytes_out + find_companions(self.source.checkpoint.original).num_bytes
+        needs = [(self.target, after)]
+        made = plan.overlay_bytes
         save = self.calibration.save_statistics
         if save is not None:
             clear_leftovers(save, self.remark)
-            check_file(save, outside=self.target)
-            here, there = existing_parent(self.target), existing_parent(save)
+            if not self._has_saved(save):
+                check_file(save, outside=self.target)
             kept = statistics_bytes(self.source.shape)
-            same_disk = here.stat().st_dev == there.stat().st_dev
-            check_free_space(save, kept + (beside + kept if same_disk else 0))
-            beside += kept
-        check_free_space(self.target, beside)
+            made += kept
+            needs.append((save, kept))
+        if self.work_dir is None:
+            needs.append((self.target, made))
+        else:  # of which an earlier run may have made a part
+            needs.append((self.work_dir / "layer", max(made - bytes_below(self.work_dir), 0)))
+        check_free_spaces(needs)
 
-    def measure(self, method: Method, hardware: Hardware) -> tuple[Measurements, dict[str, Any]]:
-        """The text, or statistics of one, and what is noted of them."""
+    def _has_saved(self, save: Path) -> bool:
+        """Whether an earlier run, which this one goes on from, has saved the statistics."""
+        if self.work_dir is None or not save.is_file() or save.is_symlink():
+            return False
+        noted: object = content_of(self.work_dir, _STATISTICS)
+        return noted == digest_file(save.parent, save.name).to_json()
+
+    def open_work(self, method: Method, hardware: Hardware) -> AbstractContextManager[WorkDirectory | None]:
+        """The work directory of this conversion, where one was asked for."""
+        if self.work_dir is None:
+            return nullcontext()
+        settings = asdict(method) | _measured_on(self.calibration)  # type: ignore[call-overload]
+        with self.progress("comparing", len(weight_files(self.source.checkpoint.original))) as advance:
+            job = job_record(
+                self.source.checkpoint,
+                conversion=type(method).__name__.lower(),
+                settings=settings | {"save_statistics": self.calibration.save_statistics is not None},
+                device=hardware.device,
+                precision=hardware.precision,
+                progress=advance,
+            )
+        return work_directory(self.work_dir, job, self.remark)
+
+    def measure(
+        self, method: Method, hardware: Hardware, work: WorkDirectory | None
+    ) -> tuple[Measurements, dict[str, Any]]:
+        """The text, or statistics of one, and what is noted of them.
+
+        Raises InputError for a work directory that was begun with another text.
+        """
+        written = None
+        if work is not None and self.calibration.is_self_written:
+            written = kept_text(work) or keep_text(work, self._written_text(hardware))
+        measurements, record = self._measurements(method, hardware, written)
+        if work is not None and written is None:
+            check_measurements(work, measurements, record)
+        return measurements, record
+
+    def _measurements(
+        self, method: Method, hardware: Hardware, written: CalibrationText | None
+    ) -> tuple[Measurements, dict[str, Any]]:
         if self.calibration.weights_only:
             worse = "is much worse than with a text" if isinstance(method, Mla) else "can be worse than the mean"
             self.remark(f"merging by the weights alone {worse}")
@@ -441,7 +551,7 @@ class _Measuring:
                 self.remark("statistics hold no text to fit the layers to, which text would allow")
             return statistics, origin
         if self.calibration.is_self_written:
-            text = self._written_text(hardware)
+            text = written or self._written_text(hardware)
             record: dict[str, Any] = {"data": text.description}
         else:
             # what is read has the commit of the record
@@ -499,20 +609,44 @@ class _Measuring:
             self.remark(f"{data} gave {text.num_tokens} tokens, fewer than the {wanted} that were asked for")
         return text
 
-    def prepare(self, method: Method, measurements: Measurements, hardware: Hardware, scratch: Path) -> Prepared:
+    def choose(
+        self, method: Method, measurements: Measurements, hardware: Hardware, work: WorkDirectory | None
+    ) -> Method:
+        """The method with what it chooses by measurement."""
+        choice = None if work is None else work.kept("choice")
+        if choice is not None:
+            return method.with_choice(choice).resolve(self.source)
+        with self.progress("choosing", self.source.shape.num_hidden_layers) as advance, _memory_errors(hardware):
+            resolved = method.resolve(self.source, measurements, hardware, advance)
+        if work is not None:
+            work.keep("choice", resolved.choice)
+        return resolved
+
+    def prepare(
+        self,
+        method: Method,
+        measurements: Measurements,
+        hardware: Hardware,
+        scratch: Path,
+        work: WorkDirectory | None,
+    ) -> Prepared:
         """The method's tensors, in files in `scratch`."""
         what = "compressing" if isinstance(method, Mla) else "merging"
         with self.progress(what, self.source.shape.num_hidden_layers) as advance, _memory_errors(hardware):
             keep_gram = self.calibration.save_statistics is not None
-            return method.prepare(
-                self.source, Preparation(scratch, measurements, hardware, keep_gram, progress=advance)
-            )
+            return method.prepare(self.source, Preparation(scratch, measurements, hardware, keep_gram, advance, work))
 
-    def save_statistics(self, prepared: Prepared, measurements: Measurements, record: dict[str, Any]) -> None:
+    def save_statistics(
+        self, prepared: Prepared, measurements: Measurements, record: dict[str, Any], work: WorkDirectory | None
+    ) -> None:
         """Keep the Gram matrices where that was asked for, and beside them a text that the model wrote."""
         save = self.calibration.save_statistics
-        if save is not None and prepared.gram is not None:
+        if save is None or prepared.gram is None:
+            return
+        if not self._has_saved(save):
             origin = StatisticsOrigin(*(record[name] for name in ("model", "data", "num_tokens")))
             text = measurements if isinstance(measurements, CalibrationText) else None
             written = text if self.calibration.is_self_written else None  # any other can be read again
             write_statistics(save, LayerStatistics(origin, prepared.gram, written), self.source.shape)
+        if work is not None and work.kept(_STATISTICS) is None:
+            work.keep(_STATISTICS, digest_file(save.parent, save.name).to_json())

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .checkpoint.companions import find_companions
 from .checkpoint.foreign import cached_repository
 from .checkpoint.manifest import FileDigest, digest_file
+from .checkpoint.source_files import digest_weights
 from .checkpoint.tensors import Checkpoint
 from .plan import ConversionPlan, Step
 from .text.sources import TextSource
 
-__all__ = ["conversion_record", "place_name", "text_record"]
+__all__ = ["conversion_record", "job_record", "place_name", "text_record"]
 
 _LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers")
 
@@ -34,8 +39,6 @@ def conversion_record(
     the method prepared (`prepared`). Where the source was translated, these are tensors of the last class of `route`.
     Nothing in it says where or when the conversion was run.
     """
-    from importlib.metadata import version
-
     place = Path(source.name)
     repository, commit = cached_repository(source.path) or (None, None) if source.path else (None, None)
     name = repository or (place.resolve().name if place.is_dir() else source.name)
@@ -65,6 +68,56 @@ def conversion_record(
         "operations": operations,
         "tensors": tensors,
     }
+
+
+def job_record(
+    source: Checkpoint,
+    *,
+    conversion: str,
+    settings: Mapping[str, Any],
+    device: str,
+    precision: str,
+    progress: Callable[[int], object] = lambda num_files: None,
+) -> dict[str, Any]:
+    """Return all that the tensors which a method prepares of a source depend on, but for the text itself.
+
+    `source` is translated already; its files are read, whole, and `progress` is called with 1 after each that holds
+    weights. Sums in floating point depend on the machine too: on the kind of device, and on how many threads a CPU has,
+    and with what instructions.
+    """
+    import torch
+
+    original = source.original
+    companions = find_companions(original)
+    code = [name for name in companions.left_behind if name.endswith(".py")]
+    others = sorted(name for name in (*companions.copied, *code) if (companions.source / name).is_file())
+    return {
+        "conversion": conversion,
+        **settings,
+        "precision": precision,
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "source": {
+            "route": list(source.route),
+            "weights": _digest_of(digest_weights(original, progress)),
+            "other_files": _digest_of(digest_file(companions.source, name) for name in others),
+        },
+        "kvconvert_version": version("kvconvert"),
+        "versions": {library: version(library) for library in _LIBRARIES},
+    }
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    kind = torch.device(device).type
+    return torch.cuda.get_device_name(device) if kind == "cuda" else kind
+
+
+def _digest_of(files: Iterable[FileDigest]) -> str:
+    """A digest of the digests of files, short enough to be shown."""
+    return sha256(json.dumps([file.to_json() for file in files]).encode()).hexdigest()[:16]
 
 
 def text_record(source: TextSource, files: Iterable[Path]) -> dict[str, Any]:

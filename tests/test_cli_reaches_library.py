@@ -62,6 +62,7 @@ EVERY: dict[str, Row] = {
     "trust_remote_code": (["--trust-remote-code"], lambda call: call["trusted"], True),
     "dry_run": (["--dry-run"], lambda call: call["dry_run"], True),
     "force": (["--force"], lambda call: call["force"], True),
+    "work_dir": (["--work-dir", "w"], lambda call: call["work_dir"], Path("w")),
     # how the command talks is not the library's: tests/test_cli.py
     "as_json": (["--json"], lambda call: None, None),
     "quiet": (["--quiet"], lambda call: None, None),

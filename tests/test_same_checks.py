@@ -72,7 +72,7 @@ def test_a_result_that_its_class_refuses(
     def wrong(self: Gqa, source: Any) -> dict[str, Any]:
         return {**source.checkpoint.config, "num_key_value_heads": 1}
 
-    monkeypatch.setattr(Gqa, "_result_config", wrong)
+    monkeypatch.setattr(Gqa, "result_config", wrong)
     source = make_checkpoint()
     said = refusal(lambda: convert(source, Gqa(2), tmp_path / "out"))
     assert said == (

@@ -27,6 +27,7 @@ from kvconvert.convert.checkpoint.manifest import unlike_manifest, write_manifes
 from kvconvert.convert.checkpoint.output import (
     check_file,
     check_free_space,
+    check_free_spaces,
     check_output,
     check_replaceable,
     disk_errors,
@@ -109,6 +110,13 @@ def test_a_text_is_replaced_whole(tmp_path: Path) -> None:
 def test_too_little_space_is_seen_before_writing(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"needs 1000000\.\d\d GB, but its disk has \d+\.\d\d GB free"):
         check_free_space(tmp_path / "out", 10**15)
+
+
+def test_what_goes_to_one_disk_is_counted_together(tmp_path: Path) -> None:
+    half = shutil.disk_usage(tmp_path).free * 6 // 10
+    check_free_spaces([(tmp_path / "out", half)])
+    with pytest.raises(OutputError, match=r"out: needs .* GB, but its disk has"):
+        check_free_spaces([(tmp_path / "out", half), (tmp_path / "work" / "layer", half)])
 
 
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -88,15 +88,31 @@ class Stream:
         """`layer_moments` of these layers, the first of which the stream stands before; it stays there."""
         return layer_moments(self.model, tuple(layers), self._states, self._device, visit)
 
-    def advance(self, layer: int, head_outputs: list[Tensor] | None = None) -> None:
-        """Take the hidden states through a layer with the model's own weights.
+    def advance(
+        self,
+        layer: int,
+        head_outputs: list[Tensor] | None = None,
+        *,
+        tensors: Mapping[str, Tensor] | None = None,
+        is_read: bool = False,
+    ) -> None:
+        """Take the hidden states through a layer with the model's own weights, or with `tensors` in their place.
 
         What its output projection read, (tokens, num_attention_heads · head_dim), is appended to `head_outputs`.
+        `is_read` is that of `refit`: with the tensors that it made this gives the hidden states that it gave.
         """
         import torch
 
-        with torch.no_grad(), self.model.layer(layer) as module:
-            self._states = [self.model.run(module, layer, states, head_outputs) for states in self._states]
+        if is_read:
+            self._shared = [{} for _ in self._states]
+        with torch.no_grad(), self.model.layer(layer, tensors) as module:
+            self._go_through(module, layer, head_outputs)
+
+    def _go_through(self, module: Module, layer: int, head_outputs: list[Tensor] | None = None) -> None:
+        self._states = [
+            self.model.run(module, layer, states, head_outputs, shared)
+            for states, shared in zip(self._states, self._shared, strict=True)
+        ]
 
     def output_moments(
         self, module: Module, layer: int, wanted: Sequence[Tensor], num_batches: int | None = None
@@ -147,10 +163,7 @@ class Stream:
             self._fit(module, layer, tensors, [name for name in tensors if name not in fixed], original, fit)
             original.entered.clear()  # gigabytes of a large model, and of no use any more
             original.head_outputs.clear()
-            self._states = [
-                self.model.run(module, layer, states, shared=shared)
-                for states, shared in zip(self._states, self._shared, strict=True)
-            ]
+            self._go_through(module, layer)
 
     def _fit(
         self,

@@ -18,7 +18,7 @@ from .tensors import DTYPE_BYTES, TORCH_DTYPES, TensorInfo
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["checked_info", "load_pickle", "pickled_info", "read_header", "require_fetched"]
+__all__ = ["checked_info", "load_pickle", "pickled_info", "read_header", "require_fetched", "safetensors_dtype"]
 
 _LFS_BEGINNING = b"version https://git-lfs.github.com/spec/"
 _MAX_HEADER_BYTES = 100_000_000  # of safetensors itself
@@ -158,10 +158,15 @@ def _is_named_tensor(name: object, tensor: object) -> bool:
     return is_plain and not any("\ud800" <= character <= "\udfff" for character in name)
 
 
+def safetensors_dtype(tensor: Tensor) -> str | None:
+    """Return what safetensors calls the dtype of a tensor; None for one that it cannot hold."""
+    dtypes = {torch_name: name for name, torch_name in TORCH_DTYPES.items()} | _OTHER_DTYPES
+    return dtypes.get(str(tensor.dtype).removeprefix("torch."))
+
+
 def pickled_info(name: str, tensor: Tensor, file: str) -> TensorInfo:
     """Return the header of a tensor of a pickle. Raises UnsupportedError for a dtype that safetensors cannot hold."""
-    dtypes = {torch_name: name for name, torch_name in TORCH_DTYPES.items()} | _OTHER_DTYPES
-    dtype = dtypes.get(str(tensor.dtype).removeprefix("torch."))
+    dtype = safetensors_dtype(tensor)
     if dtype is None:
         raise UnsupportedError(f"{name} has dtype {tensor.dtype}, which safetensors cannot hold ({file})")
     return TensorInfo(name, dtype, tuple(tensor.shape), file, 0, tensor.nbytes)

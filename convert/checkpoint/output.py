@@ -19,6 +19,7 @@ __all__ = [
     "check_apart",
     "check_file",
     "check_free_space",
+    "check_free_spaces",
     "check_output",
     "check_replaceable",
     "disk_errors",
@@ -161,6 +162,15 @@ def check_free_space(output: Path, num_bytes: int) -> None:
             hint="free some space, or choose another disk",
             settings=("output",),
         )
+
+
+def check_free_spaces(needs: Sequence[tuple[Path, int]]) -> None:
+    """Raise OutputError unless all of these places can hold so many bytes more, those on one disk together."""
+    disks: dict[int, list[tuple[Path, int]]] = {}
+    for place, num_bytes in needs:
+        disks.setdefault(existing_parent(place).stat().st_dev, []).append((place, num_bytes))
+    for same in disks.values():
+        check_free_space(same[0][0], sum(num_bytes for _, num_bytes in same))
 
 
 def check_file(path: Path, *, outside: Path) -> None:

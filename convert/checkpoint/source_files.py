@@ -23,12 +23,17 @@ def weight_files(checkpoint: Checkpoint) -> list[str]:
     return [*names, *beside, CONFIG_NAME]
 
 
-def digest_weights(checkpoint: Checkpoint) -> list[FileDigest]:
-    """Read the files of a checkpoint's weights, and return their digests.
+def digest_weights(
+    checkpoint: Checkpoint, progress: Callable[[int], object] = lambda num_files: None
+) -> list[FileDigest]:
+    """Read the files of a checkpoint's weights, and return their digests; `progress` is called with 1 after each.
 
     Raises CheckpointError where a file has other bytes than the hub has, or than kvconvert wrote.
     """
-    found = [digest_source_file(checkpoint.directory, name) for name in weight_files(checkpoint)]
+    found = []
+    for name in weight_files(checkpoint):
+        found.append(digest_source_file(checkpoint.directory, name))
+        progress(1)
     check_manifest(checkpoint.directory, found)
     return found
 

@@ -42,6 +42,7 @@ __all__ = [
     "signals_held",
     "staged_directory",
     "staged_file",
+    "take_lock",
 ]
 
 _KINDS = ("partial", "replaced", "removed", "scratch")
@@ -180,7 +181,7 @@ def _state(path: Path, host: str, boot: str) -> State:
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            return "ended" if _lock(descriptor) else "at work"
+            return "ended" if take_lock(descriptor) else "at work"
         finally:
             os.close(descriptor)
     except OSError:  # a file system without locks
@@ -218,7 +219,7 @@ def _new(stack: ExitStack, parent: Path, name: str, kind: str) -> Path:
     descriptor = os.open(path, os.O_RDONLY)
     stack.callback(os.close, descriptor)
     with suppress(OSError):  # a file system without locks
-        _lock(descriptor)
+        take_lock(descriptor)
     with create_file(path / UNFINISHED_NAME) as file:
         about = {"host": platform.node(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         file.write(json.dumps(about).encode())
@@ -367,7 +368,7 @@ def _locked(place: Path, named: Path) -> Iterator[None]:
             raise at_work(named) from error
         try:
             with suppress(OSError):  # a file system without locks
-                while not _lock(descriptor) and time.monotonic() < last:
+                while not take_lock(descriptor) and time.monotonic() < last:
                     time.sleep(_WAIT_SECONDS)
             if time.monotonic() >= last:
                 raise at_work(named)
@@ -384,7 +385,7 @@ def _is_at(descriptor: int, place: Path) -> bool:
     return False
 
 
-def _lock(descriptor: int) -> bool:
+def take_lock(descriptor: int) -> bool:
     """Take the lock of a file; False where another process holds it. Raises OSError where there are no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

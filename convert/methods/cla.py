@@ -129,7 +129,6 @@ class Cla(Method):
         progress: Callable[[int], object] = lambda num_layers: None,
     ) -> Cla:
         """The same with the layers that share, chosen on the text where that was asked for, and the number of heads."""
-        layers = self.layers
         if self.needs_choice:
             from ..calibration.text import CalibrationText
             from .layer_choice import best_layers, measure_damages
@@ -138,16 +137,22 @@ class Cla(Method):
                 raise ValueError("layers that share are chosen on text")
             budget, pairs = self._candidates(source)
             damages = measure_damages(source, measurements, pairs, hardware=hardware, progress=progress)
-            layers = best_layers(source.shape.num_hidden_layers, budget, damages)
+            return self._with_layers(best_layers(source.shape.num_hidden_layers, budget, damages)).resolve(source)
+        settled = self._with_layers(self._layers(source))
+        return replace(settled, num_key_value_heads=self.num_key_value_heads or source.shape.num_key_value_heads)
+
+    @property
+    def choice(self) -> list[int] | None:
+        """For each layer the one whose keys and values it reads, once that is known."""
+        return None if self.layers is None else list(self.layers.sources)
+
+    def with_choice(self, choice: Any) -> Cla:
+        """The same with layers that share as an earlier run has chosen them."""
+        return self._with_layers(LayerGrouping(tuple(choice)))
+
+    def _with_layers(self, layers: LayerGrouping) -> Cla:
         return replace(
-            self,
-            layers=layers or self._layers(source),
-            num_key_value_heads=self.num_key_value_heads or source.shape.num_key_value_heads,
-            share=None,
-            keep_first=0,
-            keep_last=0,
-            num_key_value_layers=None,
-            pairs="uniform",
+            self, layers=layers, share=None, keep_first=0, keep_last=0, num_key_value_layers=None, pairs="uniform"
         )
 
     def prepare(self, source: Source, preparation: Preparation) -> Prepared:

@@ -26,6 +26,7 @@ from ..calibration.streams import OriginalAttention, Stream
 from ..calibration.text import CalibrationText
 from ..checkpoint.overlay import Overlay
 from .deepseek import LatentLayout, fixed_tensors, latent_tensors, result_config
+from .finished import finished_layers, layer_file, note_finished
 from .prepared import Hardware, LayerReport, Measurements, Preparation, Prepared
 
 if TYPE_CHECKING:
@@ -64,21 +65,25 @@ def compress_layers(
 ) -> Prepared:
     """The attention of every layer over a latent, in the tensors of DeepSeek's class, kept in the preparation's files.
 
-    `source` is one that `as_latent_source` gives. With text the original runs layer by layer, and
-    beside it the result, to be fitted to it. Without it, inputs count as white but for the gain of the norm before the
-    attention.
+    `source` is one that `as_latent_source` gives. With text the original runs layer by layer, and beside it the result,
+    to be fitted to it. Without it, inputs count as white but for the gain of the norm before the attention. Layers that
+    an earlier run has finished are run, and neither compressed nor fitted again.
     """
     layout, hardware = compression.layout, preparation.hardware
-    text = preparation.measurements if isinstance(preparation.measurements, CalibrationText) else None
-    original = None if text is None else Stream.of(source, text, hardware)
-    student = None
-    if text is not None and compression.refit:
-        config = result_config(source, layout, compression.rope_pairs)
-        architecture = replace(LATENT_ARCHITECTURES["deepseek_v3"], attention=source.architecture.attention)
-        student = Stream.of(Source(replace(source.checkpoint, config=config), architecture), text, hardware)
+    layers = [(index,) for index in range(source.shape.num_hidden_layers)]
+    overlay, reports = Overlay(preparation.scratch), finished_layers(preparation, layers)
+    original, student = None, None
+    if len(reports) < len(layers):
+        original, student = _streams(source, compression, preparation)
     scaling = _attention_scaling(source)
-    overlay, reports = Overlay(preparation.scratch), []
-    for index in range(source.shape.num_hidden_layers):
+    for (index,) in layers[: len(reports)]:
+        overlay.adopt(layer_file(index))
+        if original is not None:
+            original.advance(index)
+        if student is not None:
+            student.advance(index, tensors=overlay.read_file(layer_file(index)))
+        preparation.progress(1)
+    for (index,) in layers[len(reports) :]:
         # 1. what the layer's attention reads, and the latents that might do
         gram, sample = _moments(source, original, index, hardware)
         candidates = _candidates(read_projections(source, index), source, gram, compression)
@@ -108,11 +113,26 @@ def compress_layers(
                 fit=compression.fit,
                 fixed=[f"{o_proj.removesuffix('o_proj.weight')}{name}" for name in fixed_tensors(layout)],
             )
-        overlay.store(tensors, f"layer-{index:05d}.safetensors")
+        overlay.store(tensors, layer_file(index))
         reports.append(_report(index, source, layer))
+        note_finished(preparation, reports[-1])
         del candidates, entered, head_outputs, layer, tensors  # gigabytes of a large model, beside the next layer's
         preparation.progress(1)
     return Prepared(overlay, tuple(reports))
+
+
+def _streams(source: Source, compression: Compression, preparation: Preparation) -> tuple[Stream | None, Stream | None]:
+    """The text before the first layer: of the original, and of the result, where that is fitted to it."""
+    text, hardware = preparation.measurements, preparation.hardware
+    if not isinstance(text, CalibrationText):
+        return None, None
+    original = Stream.of(source, text, hardware)
+    if not compression.refit:
+        return original, None
+    config = result_config(source, compression.layout, compression.rope_pairs)
+    architecture = replace(LATENT_ARCHITECTURES["deepseek_v3"], attention=source.architecture.attention)
+    result = Source(replace(source.checkpoint, config=config), architecture)
+    return original, Stream.of(result, text, hardware)
 
 
 def choose_rope_pairs(

@@ -18,6 +18,7 @@ from ..calibration.streams import OriginalAttention, Stream
 from ..calibration.text import CalibrationText
 from ..checkpoint.overlay import Overlay
 from ..errors import UnsupportedError
+from .finished import finished_layers, gram_file, layer_file, note_finished
 from .prepared import Hardware, LayerReport, Measurements, Preparation, Prepared
 
 if TYPE_CHECKING:
@@ -63,17 +64,17 @@ def merge_heads(
     check_mergeable(source)
     shape, measurements, keep_gram = source.shape, preparation.measurements, preparation.keep_gram
     sharing = merge.layers or LayerGrouping(tuple(range(shape.num_hidden_layers)))
-    original = converted = None
-    if isinstance(measurements, CalibrationText):
-        original = Stream.of(source, measurements, preparation.hardware)
-        if merge.refit:
-            merged = replace(source, checkpoint=replace(source.checkpoint, config=dict(result_config)))
-            converted = Stream.of(merged, measurements, preparation.hardware)
-    elif merge.layers is not None:
-        raise ValueError("layers that share keys and values are merged on text")
     overlay, grams = Overlay(preparation.scratch), Overlay(preparation.scratch)
-    reports = []
-    for layers in sharing.groups:
+    reports = finished_layers(preparation, sharing.groups)
+    original, converted = None, None
+    if len(reports) < len(sharing.groups):
+        original, converted = _streams(source, merge, preparation, result_config)
+    for report in reports:
+        _take_up(report, overlay, original, converted)
+        if keep_gram:
+            grams.adopt(*map(gram_file, report.layers))
+        preparation.progress(len(report.layers))
+    for layers in sharing.groups[len(reports) :]:
         # 1. what the layers' attention reads
         inputs = _layer_inputs(source, layers, original, measurements)
         # 2. the merge
@@ -108,13 +109,41 @@ def merge_heads(
                         is_read=layer == layers[0] and len(layers) > 1,
                     )
                 del attention
-            overlay.store(tensors, f"layer-{layer:05d}.safetensors")
+            overlay.store(tensors, layer_file(layer))
             if keep_gram:
-                grams.store({_gram_name(layer): kept_grams[place]}, f"gram-{layer:05d}.safetensors")
+                grams.store({_gram_name(layer): kept_grams[place]}, gram_file(layer))
             preparation.progress(1)
         reports.append(LayerReport(layers, result.grouping.groups, result.keys_retained, result.values_retained))
+        note_finished(preparation, reports[-1])
         del outputs, kept_grams, result, original_output, after, tensors  # as much, beside the next layer's
     return Prepared(overlay, tuple(reports), (lambda layer: grams.read(_gram_name(layer))) if keep_gram else None)
+
+
+def _streams(
+    source: Source, merge: HeadMerge, preparation: Preparation, result_config: Mapping[str, Any]
+) -> tuple[Stream | None, Stream | None]:
+    """The text before the first layer: of the original, and of the model that is made, where that is fitted to it."""
+    text = preparation.measurements
+    if not isinstance(text, CalibrationText):
+        if merge.layers is not None:
+            raise ValueError("layers that share keys and values are merged on text")
+        return None, None
+    original = Stream.of(source, text, preparation.hardware)
+    if not merge.refit:
+        return original, None
+    merged = replace(source, checkpoint=replace(source.checkpoint, config=dict(result_config)))
+    return original, Stream.of(merged, text, preparation.hardware)
+
+
+def _take_up(report: LayerReport, overlay: Overlay, original: Stream | None, converted: Stream | None) -> None:
+    """Take the text through layers that are finished, in the original and with what was made of them."""
+    for layer in report.layers:
+        overlay.adopt(layer_file(layer))
+        if original is not None:
+            original.advance(layer)
+        if converted is not None:
+            is_read = layer == report.layers[0] and len(report.layers) > 1
+            converted.advance(layer, tensors=overlay.read_file(layer_file(layer)), is_read=is_read)
 
 
 def _layer_inputs(

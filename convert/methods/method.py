@@ -64,6 +64,15 @@ class Method(ABC):
         """The settings with nothing left open; what `needs_choice` leaves open is chosen on the measurements."""
         return self
 
+    @property
+    def choice(self) -> Any:
+        """What `resolve` has chosen by measurement, as a value of JSON; None where there is nothing to choose."""
+        return None
+
+    def with_choice(self, choice: Any) -> Self:
+        """The settings with what `resolve` has chosen for them before, in a run that was ended."""
+        raise ValueError(f"{type(self).__name__} chooses nothing by measurement")
+
     @abstractmethod
     def plan(self, source: Source) -> ConversionPlan:
         """The plan for this source. Raises as `check` does, and ValueError before what is open is resolved."""

@@ -124,6 +124,15 @@ class Mla(Method):
             self, rope_pairs=choose_rope_pairs(source, self.num_rope_pairs, measurements, hardware, progress)
         )
 
+    @property
+    def choice(self) -> list[RopePair] | None:
+        """The pairs of the rotary key, once they are known."""
+        return None if self.rope_pairs is None else list(self.rope_pairs)
+
+    def with_choice(self, choice: Any) -> Mla:
+        """The same with pairs of the rotary key as an earlier run has chosen them."""
+        return replace(self, rope_pairs=tuple((frequency, head) for frequency, head in choice))
+
     def prepare(self, source: Source, preparation: Preparation) -> Prepared:
         """Compress keys and values, layer by layer, into files in the preparation's `scratch`."""
         from ..calibration.fitting import Fit

@@ -11,6 +11,7 @@ from ..calibration.statistics import LayerStatistics
 from ..calibration.streams import CPU, Hardware
 from ..calibration.text import CalibrationText
 from ..checkpoint.overlay import Overlay
+from ..checkpoint.work_directory import WorkDirectory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +29,7 @@ class Preparation:
 
     The tensors lie in files in `scratch`, a directory that exists. With `keep_gram` the Gram matrices of what each
     layer's attention reads are kept there too, where they are measured. `progress` is called with 1 after each layer.
+    With `work`, a work directory that is `scratch`, layers that an earlier run has finished there are taken from it.
     """
 
     scratch: Path
@@ -35,6 +37,7 @@ class Preparation:
     hardware: Hardware = CPU
     keep_gram: bool = False
     progress: Callable[[int], object] = lambda num_layers: None
+    work: WorkDirectory | None = None
 
 
 @dataclass(frozen=True)

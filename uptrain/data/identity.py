@@ -1,15 +1,14 @@
-"""Whether two runs read the same text, and how two records differ."""
+"""Whether two runs read the same text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from ...convert.text.sources import TextSource
 
-__all__ = ["content_digest", "differences"]
+__all__ = ["content_digest"]
 
 _WHOLE_BYTES = 2**30  # up to which a text is read whole: at 1.4 GB/s that is less than a second in every process
 _SAMPLES = 16
@@ -34,24 +33,6 @@ def content_digest(text: TextSource) -> str | None:
         digest.update(f"{name} {path.stat().st_size} ".encode(errors="surrogateescape"))
         _update(digest, path, whole=whole)
     return digest.hexdigest()
-
-
-def differences(name: str, was: Any, now: Any) -> Iterator[str]:
-    """Yield how two values of JSON differ, in words for people, such as "weights kl was 1.0, now 0.5"."""
-    if isinstance(was, Mapping) and isinstance(now, Mapping):
-        for key in now:
-            yield from differences(f"{name} {key}".strip(), was.get(key), now[key])
-    elif _is_list(was) and _is_list(now) and len(was) == len(now):
-        for number, (one, other) in enumerate(zip(was, now, strict=True), start=1):
-            yield from differences(f"{name} {number}", one, other)
-    elif _is_list(was) and _is_list(now):
-        yield f"{name} were {len(was)}, now {len(now)}"
-    elif was != now:
-        yield f"{name} was {was!r}, now {now!r}"
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _update(digest: Any, path: Path, *, whole: bool) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...convert.checkpoint.differences import differences
 from ...convert.checkpoint.files import write_text
 from ...convert.errors import DataError, InputError
 from ...convert.text.documents import describe_files, read_interleaved
@@ -23,7 +24,7 @@ from ...convert.text.tokens import adds_bos, encode_batch, encode_long
 from . import shards
 from .corpus import Corpus, CorpusIndex, Origin, source_folder
 from .documents import DocumentStream
-from .identity import content_digest, differences
+from .identity import content_digest
 from .mixture import drawn_seed
 from .shards import INDEX_NAME
 from .writer import SourcePacker

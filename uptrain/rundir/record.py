@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ...convert.checkpoint.differences import differences
 from ...convert.checkpoint.manifest import read_provenance
 from ...convert.errors import InputError, OutputError
-from ..data.identity import differences
 from ..job import UptrainJob
 
 __all__ = [
