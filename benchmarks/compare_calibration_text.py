@@ -23,6 +23,7 @@ import torch
 from compare_merges import expanded
 from kvconvert.configs import CALIBRATION_TEXT
 from kvconvert.convert import Gqa, Source, TextSource, open_checkpoint
+from kvconvert.convert.calibration.fitting import Fit
 from kvconvert.convert.calibration.streams import Hardware
 from kvconvert.convert.calibration.text import CalibrationText, read_calibration_text
 from kvconvert.convert.calibration.writing import SelfWriting, write_calibration_text
@@ -84,6 +85,7 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=32768)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--max-windows", type=int, default=16)
+    parser.add_argument("--fit-steps", type=int, default=0, help="gradient steps behind the closed forms")
     parser.add_argument("--keep", type=Path, help="where the token ids that the model writes are kept between runs")
     arguments = parser.parse_args()
 
@@ -104,7 +106,12 @@ def main() -> None:
         begin = time.monotonic()
         with tempfile.TemporaryDirectory() as scratch:
             config = Gqa(arguments.groups).result_config(source)
-            prepared = merge_heads(source, HeadMerge(arguments.groups), Preparation(Path(scratch), text), config)
+            prepared = merge_heads(
+                source,
+                HeadMerge(arguments.groups, fit=Fit(arguments.fit_steps)),
+                Preparation(Path(scratch), text),
+                config,
+            )
             seconds = time.monotonic() - begin
             for tensor, value in expanded(source, prepared).items():
                 model.get_parameter(tensor).data = value.float()

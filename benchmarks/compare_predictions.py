@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from kvconvert.convert import Cla, LayerGrouping, TextSource, as_cross_layer, execute, open_checkpoint
+from kvconvert.convert.calibration.fitting import Fit
 from kvconvert.convert.calibration.streams import Hardware
 from kvconvert.convert.calibration.text import read_calibration_text
 from kvconvert.convert.checkpoint.loading import load_model
@@ -48,7 +49,7 @@ def main() -> None:
     hardware = Hardware(precision=default_precision())
     print("| pull | excess |\n|---|---|")
     for pull in arguments.pull:
-        merge = HeadMerge(source.shape.num_key_value_heads, layers, prediction_pull=pull)
+        merge = HeadMerge(source.shape.num_key_value_heads, layers, fit=Fit(0), prediction_pull=pull)
         with tempfile.TemporaryDirectory() as folder:
             prepared = merge_heads(source, merge, Preparation(Path(folder), text, hardware), plan.config)
             execute(plan, source.checkpoint, Path(folder) / "out", prepared.overlay)
