@@ -47,7 +47,7 @@ _READING_A_TEXT = ("mha2cla", "mha2mla")  # and mha2gqa, of the same models
 # docs/measurements.md, "The calibration text"
 _WORTH_OF_A_TEXT = (
     "best on text like what the model will see (--calibration): for Wikipedia, text of its kind left an excess of 0.49 "
-    "nats, the default text 0.90 (SmolLM2-135M, 3 K/V heads become 1 by --method svd)"
+    "nats, the default text 0.90 (SmolLM2-135M, 3 K/V heads become 1 by --method svd --fit-steps 0)"
 )
 
 
