@@ -2,7 +2,7 @@
 """Ends runs that write, at every line and at random moments, takes their disk away, and looks what is there then.
 
     .venv/bin/python scripts/soak.py --quick                        # a minute
-    .venv/bin/python scripts/soak.py --runs 200 --folder /tmp/soak  # every line, and commands at random moments; hours
+    .venv/bin/python scripts/soak.py --runs 200 --folder soak  # every line, and commands at random moments; hours
 
 After each run the output has to be the old one or the new one, whole, by the digests of its manifest. After a signal
 that can be caught nothing else may be there, and after a kill the next run has to clear up. A disk that is full at any

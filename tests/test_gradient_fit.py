@@ -14,7 +14,7 @@ from kvconvert.convert.calibration import streams
 from kvconvert.convert.calibration.fitting import Fit, fit_parameters, relative_error
 from kvconvert.convert.calibration.text import CalibrationText
 from kvconvert.convert.checkpoint.loading import load_model
-from kvconvert.convert.errors import InputError, UnsupportedError
+from kvconvert.convert.errors import DataError, InputError, UnsupportedError
 from kvconvert.convert.methods.prepared import Preparation
 from kvconvert.measure import EvaluationSettings, evaluate
 from safetensors.torch import load_file
@@ -113,7 +113,7 @@ def test_each_token_counts_alike() -> None:
 # of the whole command
 
 # the same sequences again and again, so that what is learned of them holds for those that are kept aside
-TOKENS = torch.randint(3, VOCAB_SIZE, (4, 32), generator=torch.Generator().manual_seed(0)).repeat(16, 1)
+TOKENS = torch.randint(3, VOCAB_SIZE, (4, 32), generator=torch.Generator().manual_seed(0)).repeat(8, 1)
 
 
 @pytest.fixture
@@ -218,6 +218,16 @@ def test_steps_need_a_text(
     source = make_checkpoint(num_key_value_heads=4)
     with pytest.raises(InputError, match="gradient steps are taken on a text"):
         convert(source, method, tmp_path / "out", calibration=Calibration(**options))
+
+
+def test_steps_that_are_asked_for_need_two_parts_of_a_text(make_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    """A text of one part keeps the closed form; asked for, steps on it are an error, not something left out."""
+    source = make_checkpoint(num_key_value_heads=4)
+    by_default = tensors_of(source, Gqa(1, merge="svd"), tmp_path / "default")
+    closed = tensors_of(source, Gqa(1, merge="svd", fit_steps=0), tmp_path / "closed")
+    assert all(by_default[name].equal(closed[name]) for name in closed)
+    with pytest.raises(DataError, match=r"3 gradient steps were asked for.* it gives 1 of the parts"):
+        tensors_of(source, Gqa(1, merge="svd", fit_steps=3), tmp_path / "asked")
 
 
 @pytest.mark.parametrize("make", [METHODS["gqa"], METHODS["cla"], METHODS["mla"]])

@@ -54,7 +54,7 @@ def fit_parameters(
     Each step takes one part; all are taken in a new random order, again and again. A tensor's rate is in proportion to
     its rms, so that all change alike whatever their scale. An element that is zero stays zero: it pads a head, or
     belongs to one that nothing reads. One part in sixteen is kept aside: where its loss does not fall the parameters
-    are put back, so that a text too short to fit to does no harm.
+    are put back, so that a text too short to fit to does no harm. Of fewer than two parts nothing is fitted.
     """
     import torch
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..algebra.refit import refitted
 from ..architectures.source import Source
+from ..errors import DataError
 from .fitting import STEP_TOKENS, Fit, fit_parameters, relative_error
 from .layerwise import LayerwiseModel
 from .moments import layer_moments, second_moment
@@ -175,11 +176,19 @@ class Stream:
         fit: Fit,
     ) -> None:
         """The gradient steps of `refit`, on weights of `module`, and then in `tensors`, where they are `names`."""
-        model, device = self.model, self._device
+        model, device, parts = self.model, self._device, self._parts()
+        if fit.steps and len(parts) < 2:
+            raise DataError(
+                f"{fit.steps} gradient steps were asked for, and the text has no part to judge them by: it gives "
+                f"{len(parts)} of the parts of about {STEP_TOKENS} tokens that they read, and 2 are needed",
+                hint="take more text, shorter sequences, or no steps",
+                settings=("num_tokens", "sequence_length", "fit_steps"),
+            )
+        if len(parts) < 2 or not fit.num_steps(len(parts)):
+            return
         parameters = [module.get_parameter(model.local_name(name, layer)) for name in names]
         bias = model.output_bias(module)
         weight = original.o_proj.float().to(device)
-        parts = self._parts()
         adds = model.adds_outputs(module, layer, self._entering(parts[0]), self._kept(parts[0]))
 
         def loss(part: _Part) -> Tensor:
