@@ -49,6 +49,7 @@ STEPS = {  # where the library looks a step's function up, in the order of the t
     "convert.methods.compression.normalised": "norm of the latent",
     "convert.calibration.streams.Stream.output_moments": "moments of outputs *",
     "convert.calibration.streams.refitted": "refit",
+    "convert.calibration.streams.Stream._fit": "gradient steps *",
     "convert.calibration.streams.Stream.refit": "pass of the result *",
     "convert.checkpoint.overlay.Overlay.store": "writing",
     "convert.conversion.execute": "writing",

@@ -14,7 +14,13 @@ from ..convert.algebra.kv_cache import kv_cache_bytes_per_token
 from ..convert.architectures.source import Source
 from ..convert.cache_check import check_cache
 from ..convert.checkpoint.loading import check_opens, load_model
-from ..convert.checkpoint.manifest import PROVENANCE_NAME, listed_files, read_provenance, unlike_manifest
+from ..convert.checkpoint.manifest import (
+    PROVENANCE_NAME,
+    files_of_the_run,
+    listed_files,
+    read_provenance,
+    unlike_manifest,
+)
 from ..convert.checkpoint.opening import open_checkpoint
 from ..convert.checkpoint.source_files import digest_source_file, weight_files
 from ..convert.checkpoint.tensors import Checkpoint, tensor_bytes
@@ -172,7 +178,7 @@ class _Subject:
         return promised
 
     def files(self) -> Found:
-        listed = listed_files(self.record) or []
+        listed = [*(listed_files(self.record) or ()), *(files_of_the_run(self.directory, self.record) or ())]
         what = f"{len(listed)} files, {sum(file.size for file in listed)} bytes, by SHA-256"
         return what, unlike_manifest(self.directory, digests=True)
 

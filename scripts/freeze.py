@@ -46,7 +46,7 @@ _CHANGING = (
     (re.compile(r", \d+ min left"), ", N min left"),
     (re.compile(r"\[\d+(\.\d+)?s\]"), "[T]"),
 )
-_NOT_HASHED = {"run_status.json"}  # holds a process id and times only
+_NOT_HASHED = {"run_status.json", "run_files.json"}  # of a process id, times, and digests of them
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from conftest import (
 from kvconvert import configs
 from kvconvert.convert import ARCHITECTURES, Gqa, as_target, execute, open_checkpoint
 from kvconvert.convert.architectures.source import Source
+from kvconvert.convert.checkpoint.manifest import unlike_manifest
 from kvconvert.convert.device import default_precision
 from kvconvert.convert.errors import (
     CheckpointError,
@@ -447,9 +449,54 @@ def test_the_result_keeps_config_and_companions_of_the_source(train: Callable[..
         "README.md",
         "kvconvert.json",
         "metrics.jsonl",
+        "run_files.json",
         "run_status.json",
     }
     assert "Uptrained on 768 tokens, objective: cross-entropy." in (output / "README.md").read_text()
+
+
+def test_the_manifest_of_a_run_says_nothing_of_where_when_and_how_fast(
+    train: Train,
+    make_checkpoint: CheckpointFactory,
+    prose_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In another directory and process, by relative paths; the control: what the run says of itself differs."""
+    monkeypatch.chdir(tmp_path)
+    teacher = make_checkpoint(name="teacher", with_tokenizer=True)
+    one = train("one", teacher=teacher, data=prose_file)
+    (tmp_path / "other").mkdir()
+    for path in (tmp_path / "model", teacher, prose_file):
+        target = tmp_path / "other" / path.name
+        shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target)
+    monkeypatch.chdir(tmp_path / "other")
+    monkeypatch.setattr(os, "getpid", lambda: 4242)
+    places = {"model": Path("model"), "teacher": "../other/teacher/", "data": Path("../other") / prose_file.name}
+    watch = Observation(command="kvconvert uptrain model")
+    other = train("other/deeper/two", watch=watch, **places)
+    names = {path.name for path in one.iterdir()}
+    differ = {name for name in names if (one / name).read_bytes() != (other / name).read_bytes()}
+    assert differ == {"metrics.jsonl", "run_status.json", "run_files.json"}
+    assert names == {path.name for path in other.iterdir()}
+
+
+def test_every_file_of_a_run_is_in_its_manifest(train: Train) -> None:
+    output = train("out", settings=settings_with(steps=1))
+    assert unlike_manifest(output, digests=True) == []
+    for name in ("metrics.jsonl", "run_status.json", "config.json"):
+        content = (output / name).read_bytes()
+        (output / name).write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        assert unlike_manifest(output, digests=True) == [f"{name} has other bytes than were written"]
+        (output / name).write_bytes(content)
+    listed = (output / "run_files.json").read_bytes()
+    (output / "run_files.json").write_text("{}")
+    assert unlike_manifest(output, digests=False) == ["run_files.json does not list its files"]
+    (output / "run_files.json").unlink()
+    assert unlike_manifest(output, digests=False) == ["run_files.json is missing"]
+    (output / "run_files.json").write_bytes(listed)
+    train("out", settings=settings_with(steps=2), force=True)  # which replaces what is as it was written
+    assert unlike_manifest(output, digests=True) == []
 
 
 def test_tied_embeddings_stay_tied(train: Callable[..., Path], make_checkpoint: CheckpointFactory) -> None:

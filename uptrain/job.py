@@ -9,6 +9,7 @@ from typing import Any
 
 from ..convert.checkpoint.tensors import Checkpoint
 from ..convert.errors import InputError, OutputError
+from ..convert.record import place_name
 from .data.corpus import Corpus
 from .data.sources import SourceSize, WeightedSource, shares_of
 from .estimate.budget import Batch, default_micro_batch
@@ -166,6 +167,17 @@ class UptrainJob:
             **asdict(self.settings),
         }
         return dict(json.loads(json.dumps(description)))
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The description for a manifest, which says the same wherever model, teacher and text lie."""
+        named = {"model": place_name(self.checkpoint.name), "teacher": self.teacher and place_name(self.teacher)}
+        sources = self.description["data"]
+        data = [
+            {**source, "text": {**source["text"], "location": place_name(source["text"]["location"])}}
+            for source in sources
+        ]
+        return self.description | named | {"data": data}
 
 
 def work_directory(output: Path) -> Path:

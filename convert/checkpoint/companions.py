@@ -54,7 +54,7 @@ _TRAINING_NAMES = (
     *("random_states_*", "global_step*", "latest", "zero_to_fp32.py", "pytorch_model_fsdp*", "checkpoint-*"),
     *("*_results.json", "trainer_log.jsonl", "training_loss.*", "training_eval_loss.*", "events.out.tfevents.*"),
     *("runs", "wandb", "mlruns"),
-    *("metrics.jsonl", "run_status.json", "lr_sweep.json"),  # of kvconvert uptrain
+    *("metrics.jsonl", "run_status.json", "run_files.json", "lr_sweep.json"),  # of kvconvert uptrain
 )
 _WEIGHT_NAMES = ("*.ckpt.*", "*.safetensors.index*.json", "*.bin.index*.json", *(f"*{end}" for end in WEIGHT_SUFFIXES))
 _CODE_NAMES = ("configuration_*.py", "modeling_*.py")

@@ -1,7 +1,8 @@
 """kvconvert.json: what made a directory, and the size and SHA-256 of every file in it.
 
 Files are listed as OpenSSF's model signing lists them in its statements (`name`, `algorithm`, `digest`), with the size
-added. The record holds nothing that differs between two machines that do the same.
+added. The record holds nothing that differs between two machines that do the same. Some files of training do, as they
+say when, where and how fast it went: their digests are in a file of their own, run_files.json.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from .json_files import read_object
 
 __all__ = [
     "PROVENANCE_NAME",
+    "RUN_FILES_NAME",
     "UNFINISHED_NAME",
     "FileDigest",
     "digest_file",
     "files_below",
+    "files_of_the_run",
     "listed_files",
     "read_provenance",
     "renew_entries",
@@ -33,8 +36,10 @@ __all__ = [
 
 PROVENANCE_NAME = "kvconvert.json"  # every directory that kvconvert wrote holds it
 UNFINISHED_NAME = ".kvconvert-unfinished"  # and this one while it is written
+RUN_FILES_NAME = "run_files.json"  # lists what says when, where and how fast training went
 
 _ALGORITHM = "sha256"
+_RUN_FILES_KEY = "run_files"
 _CHUNK_BYTES = 2**20
 
 
@@ -60,15 +65,32 @@ def read_provenance(directory: Path) -> dict[str, Any]:
     return read_object(path) if path.exists() else {}
 
 
-def write_manifest(directory: Path, record: Mapping[str, Any], known: Sequence[FileDigest] = ()) -> None:
+def write_manifest(
+    directory: Path,
+    record: Mapping[str, Any],
+    known: Sequence[FileDigest] = (),
+    *,
+    of_the_run: Sequence[str] = (),
+) -> None:
     """Write kvconvert.json, last of all files of a directory: a record of what made it, and the digest of every file.
 
-    `known` are the digests of files that need not be read again.
+    `known` are the digests of files that need not be read again. `of_the_run` are names of files, and of directories,
+    that say when and where: run_files.json lists those of them that are there, and kvconvert.json says that it does.
     """
     found = {file.name: file for file in known}
-    names = (name for name in files_below(directory) if name not in (PROVENANCE_NAME, UNFINISHED_NAME))
-    listed = [(found.get(name) or digest_file(directory, name)).to_json() for name in names]
-    write_text(directory / PROVENANCE_NAME, json.dumps({**record, "files": listed}, indent=2) + "\n")
+    names = [name for name in files_below(directory) if name not in (PROVENANCE_NAME, UNFINISHED_NAME)]
+    of_run = [name for name in names if name.partition("/")[0] in of_the_run]
+    listed = [(found.get(name) or digest_file(directory, name)).to_json() for name in names if name not in of_run]
+    content = {**{key: value for key, value in record.items() if key != _RUN_FILES_KEY}, "files": listed}
+    if of_run:
+        listed_of_run = [digest_file(directory, name).to_json() for name in of_run]
+        _write_record(directory / RUN_FILES_NAME, {"files": listed_of_run})
+        content[_RUN_FILES_KEY] = RUN_FILES_NAME
+    _write_record(directory / PROVENANCE_NAME, content)
+
+
+def _write_record(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def renew_entries(directory: Path, names: Sequence[str]) -> None:
@@ -77,10 +99,7 @@ def renew_entries(directory: Path, names: Sequence[str]) -> None:
     listed = listed_files(record)
     if listed is not None:
         renewed = [digest_file(directory, file.name) if file.name in names else file for file in listed]
-        write_text(
-            directory / PROVENANCE_NAME,
-            json.dumps({**record, "files": [file.to_json() for file in renewed]}, indent=2) + "\n",
-        )
+        _write_record(directory / PROVENANCE_NAME, {**record, "files": [file.to_json() for file in renewed]})
 
 
 def listed_files(record: Mapping[str, Any]) -> list[FileDigest] | None:
@@ -99,19 +118,32 @@ def listed_files(record: Mapping[str, Any]) -> list[FileDigest] | None:
     return found
 
 
+def files_of_the_run(directory: Path, record: Mapping[str, Any]) -> list[FileDigest] | None:
+    """The files of training that run_files.json lists, none where a manifest, `record`, does not say that it does.
+
+    None where it should, and does not. Raises CheckpointError for what is no JSON object.
+    """
+    if _RUN_FILES_KEY not in record:
+        return []
+    path = directory / RUN_FILES_NAME
+    return listed_files(read_object(path)) if path.exists() else None
+
+
 def unlike_manifest(directory: Path, *, digests: bool) -> list[str]:
     """Say in a line for each file how a directory differs from its manifest; nothing where they agree.
 
     Without `digests` only names and sizes are compared, which takes no time. Links are never what was written.
     """
     try:
-        listed = listed_files(read_provenance(directory))
+        record = read_provenance(directory)
+        listed, of_run = listed_files(record), files_of_the_run(directory, record)
     except CheckpointError as error:
         return [str(error)]
-    if listed is None:
-        what = "does not list its files" if (directory / PROVENANCE_NAME).exists() else "is missing"
-        return [f"{PROVENANCE_NAME} {what}"]
-    there = set(files_below(directory)) - {PROVENANCE_NAME}
+    for name, files in ((PROVENANCE_NAME, listed), (RUN_FILES_NAME, of_run)):
+        if files is None:
+            return [f"{name} {'does not list its files' if (directory / name).exists() else 'is missing'}"]
+    listed = [*(listed or ()), *(of_run or ())]
+    there = set(files_below(directory)) - {PROVENANCE_NAME, *([RUN_FILES_NAME] if _RUN_FILES_KEY in record else [])}
     return [
         *(line for file in listed if (line := _unlike(directory, file, digests=digests)) is not None),
         *(f"{name} is not in the manifest" for name in sorted(there - {file.name for file in listed})),

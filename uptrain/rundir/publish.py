@@ -23,13 +23,14 @@ from ...convert.errors import DivergedError
 from ...convert.execute import DEFAULT_MAX_SHARD_BYTES
 from ..job import UptrainJob
 from .record import METRICS_NAME
-from .status import RunStatus, write_status
+from .status import STATUS_NAME, RunStatus, write_status
 from .trials import SWEEP_NAME, sweep_that_chose
 
 __all__ = ["TRACKS_NAME", "publish", "write_weights"]
 
 
 TRACKS_NAME = "runs"  # where transformers' users look for tensorboard's files
+_OF_THE_RUN = (METRICS_NAME, TRACKS_NAME, STATUS_NAME, SWEEP_NAME)  # which say when, where and how fast
 
 
 def write_weights(
@@ -80,7 +81,7 @@ def publish(
     untrue = ("files", "tensors", "operations", "route")
     provenance = {key: value for key, value in read_provenance(source.directory).items() if key not in untrue}
     tokens = job.settings.steps * job.settings.tokens_per_step
-    provenance["uptraining"] = job.description | {
+    provenance["uptraining"] = job.record | {
         "model_files": [file.to_json() for file in digest_weights(source)],
         "tokens": tokens,
         "passes": passes,
@@ -101,5 +102,5 @@ def publish(
         if sweep is not None:
             copy_file(sweep / SWEEP_NAME, staging / SWEEP_NAME)
         write_card(source.directory, staging, provenance)
-        write_manifest(staging, provenance)
+        write_manifest(staging, provenance, of_the_run=_OF_THE_RUN)
         check_opens(staging)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ...convert.checkpoint.differences import differences
@@ -99,7 +99,7 @@ def changes(record: dict[str, Any], job: UptrainJob, *, finished: bool = False) 
     Where model, teacher and text lie is no difference if they are the same. A text that was changed where it lies is a
     difference for a `finished` run; of one that goes on, packing tells whether it matters. One that is gone is none.
     """
-    was, now = _BEFORE | record, job.description
+    was, now = _BEFORE | record, job.record if finished else job.description
     for name in ("model", "teacher"):
         if was.get(f"{name}_fingerprint") == now[f"{name}_fingerprint"]:
             was[name] = now[name]
@@ -117,7 +117,9 @@ def changes(record: dict[str, Any], job: UptrainJob, *, finished: bool = False) 
 
 
 def _at_its_place(was: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """A source as it was, at the place where it is now if it is the same text."""
+    """A source as it was, at the place where it is now if it is the same text, or was a file of this name."""
+    here, there = now["text"]["location"], was["text"]["location"]
     same = was.get("content") is not None and was["content"] == now["content"]
-    location = now["text"]["location"] if same else was["text"]["location"]
+    gone = was.get("content") is not None and now["content"] is None
+    location = here if same or (gone and PurePath(here).name == PurePath(there).name) else there
     return {**was, "text": {**was["text"], "location": location}, "content": now["content"]}
