@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 from conftest import LATENT, CheckpointFactory
 from kvconvert.convert import Calibration, Cla, Gqa, KvConvertError, Mla, convert, execute, inspect, open_checkpoint
 from kvconvert.convert.checkpoint.loading import check_accepts, check_opens
@@ -250,3 +251,24 @@ def test_the_plan_of_a_latent_has_the_result_s_own_numbers(make_checkpoint: Chec
     plan = convert(source, method, tmp_path / "out", calibration=Calibration(weights_only=True), dry_run=True).plan
     assert (plan.source.head_dim, plan.source.windows) == (8, (128, 128))
     assert (plan.result.head_dim, plan.result.windows) == (16, (None, None))
+
+
+@pytest.mark.parametrize(("jobs", "each"), [(2, 2), (3, 1), (1, 4)])
+def test_threads_side_by_side_share_the_processors(
+    jobs: int, each: int, make_checkpoint: CheckpointFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where each had all of them, they waited for each other actively, for more than half of the time."""
+    seen: set[int] = set()
+    execution = sys.modules["kvconvert.convert.execute"]  # whose name is the function's in kvconvert.convert
+    check = execution.check_computed
+    monkeypatch.setattr(
+        execution, "check_computed", lambda *given: (seen.add(torch.get_num_threads()), check(*given))[1]
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        convert(make_checkpoint(), Gqa(2), tmp_path / "out", jobs=jobs)
+        assert seen == {each}
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
