@@ -177,6 +177,7 @@ def test_a_disk_that_fills_up_at_any_write_leaves_what_was_there(
             lambda place: RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 61 vs 60"),
             "{}: the disk is full ([enforce fail at ",
         ),
+        (lambda place: RuntimeError("basic_ios::clear: iostream error"), "{}: the disk is full (basic_ios::clear: "),
         (lambda place: PermissionError(13, "Permission denied", f"{place}/a"), "{}: cannot be written (Permission den"),
         (lambda place: CheckpointError(f"{place}: LlamaModel does not accept"), "{}: LlamaModel does not accept"),
     ],

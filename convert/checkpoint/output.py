@@ -41,6 +41,7 @@ _DISK_FULL_TEXTS = (
     "File too large",
     "PytorchStreamWriter failed",
     "unexpected pos ",  # of torch.save, where the last bytes of a file did not reach the disk
+    "basic_ios::clear: iostream error",  # the same, where they did not when the file was closed
 )
 
 
