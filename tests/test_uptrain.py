@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partialmethod
+from hashlib import sha256
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -34,7 +35,7 @@ from conftest import (
     weights,
 )
 from kvconvert import configs
-from kvconvert.convert import ARCHITECTURES, Gqa, as_target, execute, open_checkpoint
+from kvconvert.convert import ARCHITECTURES, Gqa, as_target, convert, execute, open_checkpoint
 from kvconvert.convert.architectures.source import Source
 from kvconvert.convert.checkpoint.manifest import unlike_manifest
 from kvconvert.convert.device import default_precision
@@ -497,6 +498,24 @@ def test_every_file_of_a_run_is_in_its_manifest(train: Train) -> None:
     (output / "run_files.json").write_bytes(listed)
     train("out", settings=settings_with(steps=2), force=True)  # which replaces what is as it was written
     assert unlike_manifest(output, digests=True) == []
+
+
+@pytest.mark.parametrize("role", ["model", "teacher"])
+def test_a_damaged_model_or_teacher_is_not_trained_with(
+    role: str, train: Train, make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    made = convert(make_checkpoint(name="source", with_tokenizer=True), Gqa(2), tmp_path / "made").output
+    settings = settings_with(steps=1)
+    others: dict[str, Any] = {} if role == "model" else {"model": make_checkpoint(name="other", with_tokenizer=True)}
+    record = json.loads((train("whole", settings=settings, **{role: made}, **others) / "kvconvert.json").read_text())
+    weights_entry = next(entry for entry in record["uptraining"][f"{role}_files"] if "model" in entry["name"])
+    content = bytearray((made / "model.safetensors").read_bytes())
+    assert weights_entry["digest"] == sha256(content).hexdigest()
+    content[-1] ^= 1
+    (made / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: has other bytes than kvconvert wrote"):
+        train("out", settings=settings, **{role: made}, **others)
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_tied_embeddings_stay_tied(train: Callable[..., Path], make_checkpoint: CheckpointFactory) -> None:

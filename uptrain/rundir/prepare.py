@@ -68,7 +68,9 @@ def prepare(
     if force:
         discard(job.work)
     created = not job.work.exists()
-    digest_weights(job.checkpoint)  # a damaged file is not trained on
+    for model in (job.checkpoint, job.inputs.teacher):
+        if model is not None:
+            digest_weights(model)  # a damaged file is not trained on
     try:
         if created:
             _create(job, force=force)

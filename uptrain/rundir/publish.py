@@ -81,8 +81,10 @@ def publish(
     untrue = ("files", "tensors", "operations", "route")
     provenance = {key: value for key, value in read_provenance(source.directory).items() if key not in untrue}
     tokens = job.settings.steps * job.settings.tokens_per_step
+    teacher = job.inputs.teacher
     provenance["uptraining"] = job.record | {
         "model_files": [file.to_json() for file in digest_weights(source)],
+        "teacher_files": None if teacher is None else [file.to_json() for file in digest_weights(teacher)],
         "tokens": tokens,
         "passes": passes,
         "kept_step": kept_step,
