@@ -112,10 +112,12 @@ CASES: dict[str, tuple[dict[str, Any], Mapping[str, str | None]]] = {
             "rng_state_0.pth": "",
         }
         | {"global_step10/mp_rank_00_model_states.pt": "", "latest": "", "zero_to_fp32.py": "", "all_results.json": {}}
-        | {"runs/a": "", "checkpoint-500/model.safetensors": "", "random_states_0.pkl": "", "run_status.json": {}},
+        | {"runs/a": "", "checkpoint-500/model.safetensors": "", "random_states_0.pkl": ""}
+        | {"run_status.json": {}, "run_files.json": {}},
         dict.fromkeys(("trainer_state.json", "training_args.bin", "optimizer.pt", "scheduler.pt"), TRAINING)
         | dict.fromkeys(("rng_state_0.pth", "global_step10/", "latest", "zero_to_fp32.py"), TRAINING)
-        | dict.fromkeys(("all_results.json", "runs/", "checkpoint-500/", "run_status.json"), TRAINING)
+        | dict.fromkeys(("all_results.json", "runs/", "checkpoint-500/"), TRAINING)
+        | dict.fromkeys(("run_status.json", "run_files.json"), TRAINING)
         | {"random_states_0.pkl": TRAINING},
     ),
     "a repository": (
