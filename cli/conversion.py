@@ -14,6 +14,7 @@ from rich.console import Console
 from .. import configs
 from ..convert.conversion import Calibration, Conversion, Method, convert
 from ..convert.errors import InputError
+from ..convert.methods.prepared import LayerReport
 from .console import Terminal, human_bytes, show_left_behind
 from .options import DryRun, Force, Given, Json, Output, Quiet, Revision, SettingsOptions, TrustRemoteCode
 from .values import parse_size
@@ -147,6 +148,15 @@ def _calibration(text: Given[Calibration], *, dry_run: bool) -> tuple[Calibratio
     return text.build(data=str(configs.CALIBRATION_TEXT)), True
 
 
+def _fit_of(layer: LayerReport) -> str:
+    """What gradient steps did to the relative error of the layer, or of the first of layers that share."""
+    if not layer.fits:
+        return ""
+    fit = layer.fits[0]
+    errors = f"{fit.loss_before:.3g} → {fit.loss_after:.3g}"
+    return f"; error {errors}" if fit.kept else f"; error {errors}, so {fit.steps} gradient steps are undone"
+
+
 def _show(result: Conversion, console: Console) -> None:
     plan = result.plan
     before, after = plan.cache_bytes_per_token
@@ -166,7 +176,8 @@ def _show(result: Conversion, console: Console) -> None:
         console.print(f"  method      {plan.method}, {made} tensors made, {len(plan.steps) - made} copied")
     for name, layer in zip(names, result.reports, strict=True):
         keys, values = min(layer.keys_retained), min(layer.values_retained)
-        console.print(f"  layer {name:<{width}} keeps {keys:.1%} of the keys' energy, {values:.1%} of the values'")
+        kept = f"keeps {keys:.1%} of the keys' energy, {values:.1%} of the values'"
+        console.print(f"  layer {name:<{width}} {kept}{_fit_of(layer)}")
     console.print(f"  K/V cache   {before} → {after} bytes per token (16-bit), 1/{before / after:.4g}")
     shared = f", of which {human_bytes(result.shared_bytes)} share the source's place" if result.shared_bytes else ""
     console.print(f"  weights     {human_bytes(plan.bytes_in)} → {human_bytes(plan.bytes_out)}{shared}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCAB_SIZE
+from conftest import VOCAB_SIZE, Command
 from kvconvert import configs
 from kvconvert.convert import Calibration, Cla, Gqa, Mla, as_target, convert, open_checkpoint
 from kvconvert.convert.calibration import streams
@@ -15,9 +15,9 @@ from kvconvert.convert.calibration.fitting import Fit, fit_parameters, relative_
 from kvconvert.convert.calibration.text import CalibrationText
 from kvconvert.convert.checkpoint.loading import load_model
 from kvconvert.convert.errors import DataError, InputError, UnsupportedError
-from kvconvert.convert.methods.prepared import Preparation
+from kvconvert.convert.methods.prepared import Preparation, Prepared
 from kvconvert.measure import EvaluationSettings, evaluate
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -40,7 +40,13 @@ def regression(noise: float = 0.0) -> tuple[Parameter, Tensor, Callable[[int], T
 def test_steps_lead_to_the_least_of_a_regression() -> None:
     weight, wanted, loss, parts = regression()
     before = (weight - wanted).norm().item()
-    assert fit_parameters([weight], loss, parts, Fit(steps=300))
+    start = sum(loss(part).item() for part in parts[::16]) / 2  # of which the first in sixteen is kept aside
+    outcome = fit_parameters([weight], loss, parts, Fit(steps=300))
+    assert outcome is not None
+    assert (outcome.steps, outcome.kept) == (300, True)
+    assert outcome.loss_before == pytest.approx(start)
+    assert outcome.loss_after == pytest.approx(sum(loss(part).item() for part in parts[::16]) / 2)
+    assert outcome.loss_after < 1e-3 * start
     assert (weight - wanted).norm().item() < 0.01 * before
     assert not weight.requires_grad
     assert weight.grad is None
@@ -63,7 +69,7 @@ def test_what_is_zero_stays_zero() -> None:
     def loss(part: int) -> Tensor:  # whose least has no zeros
         return (inputs[part] @ weight.T - 1).square().mean()
 
-    assert fit_parameters([weight], loss, parts, Fit(steps=40))
+    fit_parameters([weight], loss, parts, Fit(steps=40))
     assert not weight[:, 5].any()
     assert weight[:, :5].all()
 
@@ -87,7 +93,10 @@ def test_a_fit_that_does_not_help_on_text_kept_aside_is_undone() -> None:
     def contrary(part: int) -> Tensor:  # what is fitted to leads away from what is kept aside
         return loss(part) if part % 16 == 0 else (weight - 100).square().mean()
 
-    assert not fit_parameters([weight], contrary, parts, Fit(steps=20))
+    outcome = fit_parameters([weight], contrary, parts, Fit(steps=20))
+    assert outcome is not None
+    assert (outcome.steps, outcome.kept) == (20, False)
+    assert outcome.loss_after > outcome.loss_before
     assert weight.equal(start)
 
 
@@ -95,7 +104,7 @@ def test_a_fit_that_does_not_help_on_text_kept_aside_is_undone() -> None:
 def test_without_text_or_steps_nothing_changes(num_parts: int, steps: int | None) -> None:
     weight, _, loss, parts = regression()
     start = weight.detach().clone()
-    assert not fit_parameters([weight], loss, parts[:num_parts], Fit(steps=steps))
+    assert fit_parameters([weight], loss, parts[:num_parts], Fit(steps=steps)) is None
     assert weight.equal(start)
 
 
@@ -130,12 +139,16 @@ METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
-def tensors_of(source: Path, method: Any, scratch: Path) -> dict[str, Tensor]:
-    """What the method makes of the checkpoint, calibrated on TOKENS."""
+def prepared_of(source: Path, method: Any, scratch: Path) -> Prepared:
     scratch.mkdir()
     with method.source(open_checkpoint(source)) as view:
-        resolved = method.resolve(view)
-        resolved.prepare(view, Preparation(scratch, CalibrationText(TOKENS, "random")))
+        prepared: Prepared = method.resolve(view).prepare(view, Preparation(scratch, CalibrationText(TOKENS, "random")))
+    return prepared
+
+
+def tensors_of(source: Path, method: Any, scratch: Path) -> dict[str, Tensor]:
+    """What the method makes of the checkpoint, calibrated on TOKENS."""
+    prepared_of(source, method, scratch)
     return {name: tensor for file in scratch.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
@@ -177,6 +190,43 @@ def test_whether_attention_is_added_as_it_is(
         stream = streams.Stream.of(view, CalibrationText(TOKENS, "random"), streams.CPU)
         with torch.no_grad(), stream.model.layer(0) as module:
             assert stream.model.adds_outputs(module, 0, stream.states()[0]) is adds
+
+
+@pytest.mark.usefixtures("short_steps")
+def test_keys_and_values_are_fitted_to_what_every_layer_that_reads_them_needs(
+    make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    """Its own attention gives nothing of them: a layer alone would leave its keys and values as they are."""
+    source = make_checkpoint(num_key_value_heads=4, num_hidden_layers=2)
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.0.self_attn.o_proj.weight"].zero_()
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    for kind, changes in (("cla", True), ("gqa", False)):
+        closed, fitted = (
+            tensors_of(source, METHODS[kind](fit_steps=steps), tmp_path / f"{kind}-{steps}") for steps in (0, 20)
+        )
+        for name in ("k_proj", "v_proj"):
+            key = f"model.layers.0.self_attn.{name}.weight"
+            assert closed[key].equal(fitted[key]) is not changes
+
+
+@pytest.mark.usefixtures("short_steps")
+def test_layers_that_share_are_judged_by_the_sum_of_their_errors(
+    make_checkpoint: CheckpointFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first two errors are of the first layer and of the one that reads it, on a part that is kept aside."""
+    errors: list[float] = []
+
+    def noted(found: Tensor, wanted: Tensor) -> Tensor:
+        error = relative_error(found, wanted)
+        errors.append(error.item())
+        return error
+
+    monkeypatch.setattr(streams, "relative_error", noted)
+    source = make_checkpoint(num_key_value_heads=4, num_hidden_layers=2)
+    (report,) = prepared_of(source, Cla(share=2, merge="svd", fit_steps=1), tmp_path / "scratch").reports
+    assert [fit.steps for fit in report.fits] == [1, 1]
+    assert report.fits[0].loss_before == pytest.approx(errors[0] + errors[1])
 
 
 @pytest.mark.usefixtures("short_steps")
@@ -236,6 +286,31 @@ def test_steps_are_a_part_of_the_refit(make: Callable[..., Any]) -> None:
         make(fit_steps=3, refit=False)
     with pytest.raises(UnsupportedError, match="fit_steps = -1, expected a number from 0 on"):
         make(fit_steps=-1)
+
+
+@pytest.mark.parametrize(("rate", "kept"), [(0.02, True), (1e3, False)])
+def test_the_command_says_of_each_layer_what_the_steps_did(
+    rate: float,
+    kept: bool,
+    make_checkpoint: CheckpointFactory,
+    prose_file: Path,
+    invoke: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Fit.__init__, "__defaults__", (None, rate, 0))
+    source = make_checkpoint(num_key_value_heads=4, with_tokenizer=True)
+    text = ("--calibration", prose_file, "--calibration-tokens", 4096, "--fit-steps", 9)
+    command = ("mha2mqa", "--method", "svd", source, *text)
+    outcome = invoke(*command, "-o", tmp_path / "printed")
+    result = invoke(*command, "--json", "-o", tmp_path / "json").printed
+    lines = [line for line in outcome.stdout.splitlines() if line.startswith("  layer ")]
+    assert len(lines) == len(result["layers"]) == 2
+    for line, layer in zip(lines, result["layers"], strict=True):
+        (fit,) = layer["fits"]
+        assert fit["kept"] is kept is (fit["loss_after"] < fit["loss_before"])
+        errors = f"; error {fit['loss_before']:.3g} → {fit['loss_after']:.3g}"
+        assert line.endswith(f"of the values'{errors}" if kept else f"{errors}, so 9 gradient steps are undone")
 
 
 def test_the_fit_keeps_more_of_a_trained_model(tmp_path: Path) -> None:

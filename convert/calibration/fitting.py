@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Parameter
 
-__all__ = ["DEFAULT_FIT", "STEP_TOKENS", "Fit", "fit_parameters", "relative_error"]
+__all__ = ["DEFAULT_FIT", "STEP_TOKENS", "Fit", "FitOutcome", "fit_parameters", "relative_error"]
 
 STEP_TOKENS = 1024
 """Tokens of a step, in whole sequences: one, where a sequence is longer."""
@@ -43,13 +43,26 @@ class Fit:
 DEFAULT_FIT = Fit()
 
 
+@dataclass(frozen=True)
+class FitOutcome:
+    """What gradient steps did to the mean loss on the parts of the text that were kept aside.
+
+    Steps that did not lower it are undone: `kept` is False then.
+    """
+
+    steps: int
+    loss_before: float
+    loss_after: float
+    kept: bool
+
+
 def fit_parameters(
     parameters: Sequence[Parameter],
     loss: Callable[[Part], Tensor],
     parts: Sequence[Part],
     fit: Fit,
-) -> bool:
-    """Lower the mean of `loss` over the parts of a text, by Adam, in place; return whether that was done.
+) -> FitOutcome | None:
+    """Lower the mean of `loss` over the parts of a text, by Adam, in place; return what that did, if it was done.
 
     Each step takes one part; all are taken in a new random order, again and again. A tensor's rate is in proportion to
     its rms, so that all change alike whatever their scale. An element that is zero stays zero: it pads a head, or
@@ -60,15 +73,16 @@ def fit_parameters(
 
     held_out, training = parts[::_HELD_OUT], [part for place, part in enumerate(parts) if place % _HELD_OUT]
     if not training or not fit.num_steps(len(training)):
-        return False
+        return None
     before, start = _mean(loss, held_out), [parameter.detach().clone() for parameter in parameters]
     _descend(parameters, loss, training, fit)
-    if _mean(loss, held_out) < before:
-        return True
-    with torch.no_grad():
-        for parameter, value in zip(parameters, start, strict=True):
-            parameter.copy_(value)
-    return False
+    after = _mean(loss, held_out)
+    outcome = FitOutcome(fit.num_steps(len(training)), before, after, kept=after < before)
+    if not outcome.kept:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, start, strict=True):
+                parameter.copy_(value)
+    return outcome
 
 
 def _mean(loss: Callable[[Part], Tensor], parts: Sequence[Part]) -> float:

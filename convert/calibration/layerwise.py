@@ -82,15 +82,21 @@ class LayerwiseModel:
 
     @contextmanager
     def layer(
-        self, index: int, replaced: Mapping[str, Tensor] | None = None, kv_source_layer: int | None = None
+        self,
+        index: int,
+        replaced: Mapping[str, Tensor] | None = None,
+        kv_source_layer: int | None = None,
+        *,
+        without_mlp: bool = False,
     ) -> Iterator[Module]:
         """The layer with its weights; `replaced` are weights, by their names in the checkpoint, to take instead.
 
         In a class with cross-layer attention it reads the keys and values of `kv_source_layer`, if that is given.
+        Without its MLP, which is most of it, it runs as far as its output projection (`projected_outputs`).
         """
         module: Any = self._model.get_submodule(f"{self._path}.{index}")
         attention = module.get_submodule(self._attention)
-        names = [name for name, _ in module.named_parameters()]
+        names = [name for name, _ in module.named_parameters() if not (without_mlp and name.startswith("mlp."))]
         prefix = f"{self._path}.{index}."
         self._fill(module, prefix, names, replaced or {})
         if kv_source_layer is not None:
@@ -113,7 +119,7 @@ class LayerwiseModel:
         """What the layer makes of the hidden states; what its output projection read is appended to `head_outputs`.
 
         `shared` holds the keys and values that layers of a class with cross-layer attention have computed of the same
-        sequences, and takes those of this one.
+        sequences, and takes those of this one, even where a hook ends the pass early.
         """
         import torch
 
@@ -123,14 +129,16 @@ class LayerwiseModel:
             for layer, (keys, values) in (shared or {}).items():
                 states[layer] = keys.to(self._device), values.to(self._device)
             named = named | {"shared_kv_states": states}
-        with (
-            self._noting(module, self._outputs, head_outputs),
-            torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._bf16),
-        ):
-            outputs: Any = module(hidden_states.to(self._device), *arguments, **named)
-        if shared is not None:
-            for layer, (keys, values) in states.items():
-                shared[layer] = keys.cpu(), values.cpu()
+        try:
+            with (
+                self._noting(module, self._outputs, head_outputs),
+                torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._bf16),
+            ):
+                outputs: Any = module(hidden_states.to(self._device), *arguments, **named)
+        finally:
+            if shared is not None:
+                for layer, (keys, values) in states.items():
+                    shared[layer] = keys.cpu(), values.cpu()
         leaving: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
         return leaving.float().cpu()
 
@@ -149,7 +157,7 @@ class LayerwiseModel:
     ) -> Tensor:
         """What the output projection gives, (tokens, hidden_size), on `device`; gradients reach the module's weights.
 
-        `shared` stays as it is.
+        `shared` is that of `run`; through the keys and values that it takes, gradients reach the weights they are of.
         """
         given: list[Tensor] = []
 
@@ -160,7 +168,7 @@ class LayerwiseModel:
         hook = module.get_submodule(self._outputs).register_forward_hook(note)
         try:
             with suppress(_EnoughError):
-                self.run(module, index, hidden_states, shared=None if shared is None else dict(shared))
+                self.run(module, index, hidden_states, shared=shared)
         finally:
             hook.remove()
         return given[0].float()
@@ -220,10 +228,6 @@ class LayerwiseModel:
             else "the model does not work; a method without a text converts it",
             settings=("precision",) if self._bf16 else (),
         )
-
-    def local_name(self, name: str, index: int) -> str:
-        """The name of a tensor of the checkpoint inside its layer."""
-        return name.partition(f".{index}.")[2]
 
     def _peek(
         self, module: Module, name: str, index: int, hidden_states: Tensor, shared: SharedStates | None = None

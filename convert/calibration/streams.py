@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..algebra.refit import refitted
 from ..architectures.source import Source
 from ..errors import DataError
-from .fitting import STEP_TOKENS, Fit, fit_parameters, relative_error
+from .fitting import STEP_TOKENS, Fit, FitOutcome, fit_parameters, relative_error
 from .layerwise import LayerwiseModel
 from .moments import layer_moments, second_moment
 from .text import CalibrationText
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from .layerwise import SharedStates
 
-__all__ = ["CPU", "Hardware", "OriginalAttention", "Stream"]
+__all__ = ["CPU", "Hardware", "NewLayer", "OriginalAttention", "Stream"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,20 @@ class OriginalAttention:
     o_proj: Tensor
     entered: list[Tensor]
     head_outputs: list[Tensor]
+
+
+@dataclass
+class NewLayer:
+    """A layer of the converted model: its new tensors by name, `o_proj` among them, and what they are fitted to."""
+
+    index: int
+    tensors: dict[str, Tensor]
+    o_proj: str
+    original: OriginalAttention
+
+    def local_name(self, name: str) -> str:
+        """The name of a tensor inside the layer."""
+        return name.partition(f".{self.index}.")[2]
 
 
 class Stream:
@@ -100,7 +115,8 @@ class Stream:
         """Take the hidden states through a layer with the model's own weights, or with `tensors` in their place.
 
         What its output projection read, (tokens, num_attention_heads · head_dim), is appended to `head_outputs`.
-        `is_read` is that of `refit`: with the tensors that it made this gives the hidden states that it gave.
+        `is_read` says that layers that follow read the keys and values of this one. With tensors that `refit` made this
+        gives the hidden states that it gave.
         """
         import torch
 
@@ -134,49 +150,55 @@ class Stream:
 
     def refit(
         self,
-        layer: int,
-        tensors: dict[str, Tensor],
-        o_proj: str,
-        original: OriginalAttention,
+        layer: NewLayer,
         *,
         ridge: float,
         fit: Fit,
         fixed: Collection[str] = (),
-        is_read: bool = False,
-    ) -> None:
+        readers: Sequence[NewLayer] = (),
+    ) -> FitOutcome | None:
         """Fit a layer's new weights to the original's attention, then take the hidden states through the layer.
 
-        First tensors[o_proj] is fitted in closed form, as `refitted` says, with z' of this stream and with `ridge`;
-        then all of `tensors`, the layer's new weights, but for `fixed`, by the gradient steps of `fit`, so that hidden
-        states are the original's once attention is added. Fitted tensors are put back into `tensors`, in the dtype of
-        each. The lists of `original` are cleared. Where attention is not added as it is (`adds_outputs`), the steps
-        aim at what the original's o_proj gives. `is_read` says that layers that follow read the keys and values of this
-        one.
+        What the gradient steps did is returned, if there were any.
+
+        First its o_proj is fitted in closed form, as `refitted` says, with z' of this stream and with `ridge`; then all
+        of its tensors but for `fixed`, by the gradient steps of `fit`, so that hidden states are the original's once
+        attention is added. Fitted tensors are put back into `layer.tensors`, in the dtype of each. The lists of
+        `layer.original` are cleared. Where attention is not added as it is (`adds_outputs`), the steps aim at what the
+        original's o_proj gives.
+
+        `readers` are layers that follow and read the keys and values of this one. Keys and values are fitted to what
+        they need as well: the steps lower the sum of the errors of all, and their tensors are fitted too. They read
+        what the original's attention reads there, since what they will read is not known yet: each is to be refitted in
+        its turn.
         """
         import torch
 
-        if is_read:
+        if readers:
             self._shared = [{} for _ in self._states]
-        with torch.no_grad(), self.model.layer(layer, tensors) as module:
-            cross, normal = self.output_moments(module, layer, original.head_outputs)
-            tensors[o_proj] = refitted(original.o_proj, tensors[o_proj], cross, normal, ridge)
-            module.get_parameter(self.model.local_name(o_proj, layer)).copy_(tensors[o_proj])
-            self._fit(module, layer, tensors, [name for name in tensors if name not in fixed], original, fit)
-            original.entered.clear()  # gigabytes of a large model, and of no use any more
-            original.head_outputs.clear()
-            self._go_through(module, layer)
+        with torch.no_grad(), self.model.layer(layer.index, layer.tensors) as module:
+            cross, normal = self.output_moments(module, layer.index, layer.original.head_outputs)
+            layer.tensors[layer.o_proj] = refitted(
+                layer.original.o_proj, layer.tensors[layer.o_proj], cross, normal, ridge
+            )
+            module.get_parameter(layer.local_name(layer.o_proj)).copy_(layer.tensors[layer.o_proj])
+            with ExitStack() as stack:
+                modules = [module]
+                modules += [
+                    stack.enter_context(self.model.layer(reader.index, reader.tensors, without_mlp=True))
+                    for reader in readers
+                ]
+                outcome = self._fit(modules, (layer, *readers), fit, fixed)
+            layer.original.entered.clear()  # gigabytes of a large model, and of no use any more
+            layer.original.head_outputs.clear()
+            self._go_through(module, layer.index)
+        return outcome
 
     def _fit(
-        self,
-        module: Module,
-        layer: int,
-        tensors: dict[str, Tensor],
-        names: Sequence[str],
-        original: OriginalAttention,
-        fit: Fit,
-    ) -> None:
-        """The gradient steps of `refit`, on weights of `module`, and then in `tensors`, where they are `names`."""
-        model, device, parts = self.model, self._device, self._parts()
+        self, modules: Sequence[Module], layers: Sequence[NewLayer], fit: Fit, fixed: Collection[str]
+    ) -> FitOutcome | None:
+        """The gradient steps of `refit`, on weights of `modules`, and then in the tensors of `layers`."""
+        parts = self._parts()
         if fit.steps and len(parts) < 2:
             raise DataError(
                 f"{fit.steps} gradient steps were asked for, and the text has no part to judge them by: it gives "
@@ -185,28 +207,49 @@ class Stream:
                 settings=("num_tokens", "sequence_length", "fit_steps"),
             )
         if len(parts) < 2 or not fit.num_steps(len(parts)):
-            return
-        parameters = [module.get_parameter(model.local_name(name, layer)) for name in names]
-        bias = model.output_bias(module)
-        weight = original.o_proj.float().to(device)
-        adds = model.adds_outputs(module, layer, self._entering(parts[0]), self._kept(parts[0]))
-
-        def loss(part: _Part) -> Tensor:
-            wanted = original.head_outputs[part.batch][part.tokens].to(device) @ weight.T
-            if bias is not None:
-                wanted = wanted + bias
-            entering = self._entering(part)
-            found = model.projected_outputs(module, layer, entering, self._kept(part))
-            if not adds:
-                return relative_error(found, wanted)
-            entered = original.entered[part.batch][part.sequences]
-            before, beside = (states.flatten(0, 1).to(device) for states in (entered, entering))
-            return relative_error(beside + found, before + wanted)
-
-        if fit_parameters(parameters, loss, parts, fit):
-            for name, parameter in zip(names, parameters, strict=True):
+            return None
+        fitted = [
+            (layer.tensors, name, module.get_parameter(layer.local_name(name)))
+            for module, layer in zip(modules, layers, strict=True)
+            for name in layer.tensors
+            if name not in fixed
+        ]
+        error = self._error(modules, layers, parts[0])
+        outcome = fit_parameters([parameter for _, _, parameter in fitted], error, parts, fit)
+        if outcome is not None and outcome.kept:
+            for tensors, name, parameter in fitted:
                 tensors[name] = parameter.detach().to(tensors[name].dtype).cpu()
                 parameter.copy_(tensors[name])
+        return outcome
+
+    def _error(self, modules: Sequence[Module], layers: Sequence[NewLayer], some: _Part) -> Callable[[_Part], Tensor]:
+        """How far the attention of the layers is from the original's on a part of the text, summed over them.
+
+        The first layer reads this stream, the others what the original's read. `some` is any part.
+        """
+        model, device, first = self.model, self._device, layers[0]
+        adds = model.adds_outputs(modules[0], first.index, self._entering(some), self._kept(some))
+        weights = [layer.original.o_proj.float().to(device) for layer in layers]
+        biases = [model.output_bias(module) for module in modules]
+
+        def error(part: _Part) -> Tensor:
+            shared = self._kept(part)
+            errors: list[Tensor] = []
+            for module, layer, weight, bias in zip(modules, layers, weights, biases, strict=True):
+                original = layer.original
+                wanted = original.head_outputs[part.batch][part.tokens].to(device) @ weight.T
+                if bias is not None:
+                    wanted = wanted + bias
+                entered = original.entered[part.batch][part.sequences]
+                entering = self._entering(part) if layer is first else entered
+                found = model.projected_outputs(module, layer.index, entering, shared)
+                if adds:
+                    before, beside = (states.flatten(0, 1).to(device) for states in (entered, entering))
+                    found, wanted = beside + found, before + wanted
+                errors.append(relative_error(found, wanted))
+            return sum(errors[1:], errors[0])
+
+        return error
 
     def _entering(self, part: _Part) -> Tensor:
         return self._states[part.batch][part.sequences]

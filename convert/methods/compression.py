@@ -21,8 +21,8 @@ from ..algebra.refit import refitted
 from ..architectures.projections import read_finite, read_projections
 from ..architectures.source import Source
 from ..architectures.table import LATENT_ARCHITECTURES
-from ..calibration.fitting import DEFAULT_FIT, Fit
-from ..calibration.streams import OriginalAttention, Stream
+from ..calibration.fitting import DEFAULT_FIT, Fit, FitOutcome
+from ..calibration.streams import NewLayer, OriginalAttention, Stream
 from ..calibration.text import CalibrationText
 from ..checkpoint.overlay import Overlay
 from .deepseek import LatentLayout, fixed_tensors, latent_tensors, result_config
@@ -101,20 +101,16 @@ def compress_layers(
         if sample is not None and not layout.constant:
             layer = normalised(layer, *sample)
         # 3. the refit, and the way to the next layer
-        tensors = made(layer)
+        tensors, outcome = made(layer), None
         if student is not None:
-            attention = OriginalAttention(layer.o, entered, head_outputs)
-            student.refit(
-                index,
-                tensors,
-                o_proj,
-                attention,
+            outcome = student.refit(
+                NewLayer(index, tensors, o_proj, OriginalAttention(layer.o, entered, head_outputs)),
                 ridge=compression.refit_ridge,
                 fit=compression.fit,
                 fixed=[f"{o_proj.removesuffix('o_proj.weight')}{name}" for name in fixed_tensors(layout)],
             )
         overlay.store(tensors, layer_file(index))
-        reports.append(_report(index, source, layer))
+        reports.append(_report(index, source, layer, outcome))
         note_finished(preparation, reports[-1])
         del candidates, entered, head_outputs, layer, tensors  # gigabytes of a large model, beside the next layer's
         preparation.progress(1)
@@ -162,9 +158,10 @@ def choose_rope_pairs(
     return tuple(sorted(divmod(pair, gains.shape[1]) for pair in chosen))
 
 
-def _report(index: int, source: Source, layer: LatentAttention) -> LayerReport:
+def _report(index: int, source: Source, layer: LatentAttention, outcome: FitOutcome | None) -> LayerReport:
     heads = tuple(range(source.shape.num_key_value_heads))
-    return LayerReport((index,), (heads,), (layer.keys_retained,), (layer.values_retained,))
+    fits = () if outcome is None else (outcome,)
+    return LayerReport((index,), (heads,), (layer.keys_retained,), (layer.values_retained,), fits)
 
 
 def _candidates(

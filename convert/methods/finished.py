@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ..calibration.fitting import FitOutcome
 from .prepared import LayerReport, Preparation
 
 __all__ = ["finished_layers", "gram_file", "layer_file", "note_finished"]
@@ -55,5 +56,9 @@ def _part(layers: tuple[int, ...]) -> str:
 def _report(content: Any) -> LayerReport:
     groups = tuple(tuple(group) for group in content["groups"])
     return LayerReport(
-        tuple(content["layers"]), groups, tuple(content["keys_retained"]), tuple(content["values_retained"])
+        tuple(content["layers"]),
+        groups,
+        tuple(content["keys_retained"]),
+        tuple(content["values_retained"]),
+        tuple(FitOutcome(**fit) for fit in content["fits"]),
     )

@@ -10,11 +10,12 @@ from ..algebra.head_merge import PREDICTION_PULL, FreeTransformations, Heads, La
 from ..algebra.head_search import best_grouping
 from ..algebra.heads import HeadGrouping
 from ..algebra.layer_grouping import LayerGrouping
+from ..algebra.projections import Projections
 from ..architectures.projections import projection_names, projection_tensors, read_projections
 from ..architectures.source import Source
-from ..calibration.fitting import DEFAULT_FIT, Fit
+from ..calibration.fitting import DEFAULT_FIT, Fit, FitOutcome
 from ..calibration.statistics import LayerStatistics
-from ..calibration.streams import OriginalAttention, Stream
+from ..calibration.streams import NewLayer, OriginalAttention, Stream
 from ..calibration.text import CalibrationText
 from ..checkpoint.overlay import Overlay
 from ..errors import UnsupportedError
@@ -90,32 +91,24 @@ def merge_heads(
         kept_grams = [layer_input.gram for layer_input in inputs] if keep_gram else []
         del inputs, heads  # gigabytes of a large model, beside what a pass needs
         # 3. the refit, and the way to the next layers
-        for place, (layer, original_output, after) in enumerate(zip(layers, outputs, result.projections, strict=True)):
-            tensors = projection_tensors(after, source, layer)
-            if layer != layers[0]:  # whose keys and values it reads
-                parts = projection_names(source, layer)
-                tensors = {name: tensors[name] for part, name in parts.items() if part[0] not in "kv"}
-            if original is not None:
-                attention = OriginalAttention(original_output, original.states(), [])
-                original.advance(layer, None if converted is None else attention.head_outputs)
-                if converted is not None:
-                    converted.refit(
-                        layer,
-                        tensors,
-                        source.architecture.tensor_name(layer, "o_proj"),
-                        attention,
-                        ridge=merge.refit_ridge,
-                        fit=merge.fit,
-                        is_read=layer == layers[0] and len(layers) > 1,
-                    )
-                del attention
-            overlay.store(tensors, layer_file(layer))
+        attentions = _attentions(layers, outputs, original, keep=converted is not None)
+        made = [
+            _new_layer(source, layer, after, attention, is_reader=layer != layers[0])
+            for layer, after, attention in zip(layers, result.projections, attentions, strict=True)
+        ]
+        outcomes = list[FitOutcome | None]()
+        for place, new in enumerate(made):
+            if converted is not None:
+                readers = made[1:] if place == 0 else []
+                outcomes.append(converted.refit(new, ridge=merge.refit_ridge, fit=merge.fit, readers=readers))
+            overlay.store(new.tensors, layer_file(new.index))
             if keep_gram:
-                grams.store({_gram_name(layer): kept_grams[place]}, gram_file(layer))
+                grams.store({_gram_name(new.index): kept_grams[place]}, gram_file(new.index))
             preparation.progress(1)
-        reports.append(LayerReport(layers, result.grouping.groups, result.keys_retained, result.values_retained))
+        fits = tuple(outcome for outcome in outcomes if outcome is not None)
+        reports.append(LayerReport(layers, result.grouping.groups, result.keys_retained, result.values_retained, fits))
         note_finished(preparation, reports[-1])
-        del outputs, kept_grams, result, original_output, after, tensors  # as much, beside the next layer's
+        del outputs, kept_grams, result, attentions, made, new  # as much, beside the next layer's
     return Prepared(overlay, tuple(reports), (lambda layer: grams.read(_gram_name(layer))) if keep_gram else None)
 
 
@@ -133,6 +126,30 @@ def _streams(
         return original, None
     merged = replace(source, checkpoint=replace(source.checkpoint, config=dict(result_config)))
     return original, Stream.of(merged, text, preparation.hardware)
+
+
+def _attentions(
+    layers: Sequence[int], outputs: Sequence[Tensor], original: Stream | None, *, keep: bool
+) -> list[OriginalAttention]:
+    """Take the text through layers of the original, and keep, where that is asked for, what their attention read."""
+    attentions = [OriginalAttention(output, [], []) for output in outputs]
+    if original is not None:
+        for layer, attention in zip(layers, attentions, strict=True):
+            if keep:
+                attention.entered = original.states()
+            original.advance(layer, attention.head_outputs if keep else None)
+    return attentions
+
+
+def _new_layer(
+    source: Source, layer: int, projections: Projections, original: OriginalAttention, *, is_reader: bool
+) -> NewLayer:
+    """A merged layer, without keys and values where it reads another's."""
+    tensors = projection_tensors(projections, source, layer)
+    if is_reader:
+        parts = projection_names(source, layer)
+        tensors = {name: tensors[name] for part, name in parts.items() if part[0] not in "kv"}
+    return NewLayer(layer, tensors, source.architecture.tensor_name(layer, "o_proj"), original)
 
 
 def _take_up(report: LayerReport, overlay: Overlay, original: Stream | None, converted: Stream | None) -> None:
