@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Parameter
 
-__all__ = ["DEFAULT_FIT", "STEP_TOKENS", "Fit", "FitOutcome", "fit_parameters", "relative_error"]
+__all__ = ["DEFAULT_FIT", "STEP_TOKENS", "Fit", "FitOutcome", "fit_parameters", "orthogonalised", "relative_error"]
 
-STEP_TOKENS = 1024
+STEP_TOKENS = 512
 """Tokens of a step, in whole sequences: one, where a sequence is longer."""
 _PASSES = 1  # over the text, where the number of steps is not given
 _WARM_UP = 0.05  # of the steps
 _BETAS = (0.9, 0.99)
+_ROWS = 256  # of a matrix that are orthogonalised together
 _HELD_OUT = 16  # of so many parts of the text one is not fitted to
 
 Part = TypeVar("Part")
@@ -62,7 +63,7 @@ def fit_parameters(
     parts: Sequence[Part],
     fit: Fit,
 ) -> FitOutcome | None:
-    """Lower the mean of `loss` over the parts of a text, by Adam, in place; return what that did, if it was done.
+    """Lower the mean of `loss` over the parts of a text, in place; return what that did, if it was done.
 
     Each step takes one part; all are taken in a new random order, again and again. A tensor's rate is in proportion to
     its rms, so that all change alike whatever their scale. An element that is zero stays zero: it pads a head, or
@@ -96,28 +97,76 @@ def _descend(parameters: Sequence[Parameter], loss: Callable[[Part], Tensor], pa
     import torch
 
     generator = torch.Generator().manual_seed(fit.seed)
-    groups = [
-        {"params": [parameter.requires_grad_()], "rms": parameter.detach().square().mean().sqrt().item()}
-        for parameter in parameters
-    ]
-    zeros = [parameter.detach() == 0 for parameter in parameters]
-    optimizer = torch.optim.Adam(groups, betas=_BETAS)
+    momenta = [_Momentum(parameter) for parameter in parameters]
     steps, order = fit.num_steps(len(parts)), list[int]()
-    with torch.enable_grad():
-        for step in range(steps):
-            order = order or torch.randperm(len(parts), generator=generator).tolist()
-            rate = fit.learning_rate * _schedule(step, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["rms"]
-            optimizer.zero_grad()
+    for step in range(steps):
+        order = order or torch.randperm(len(parts), generator=generator).tolist()
+        rate = fit.learning_rate * _schedule(step, steps)
+        for parameter in parameters:
+            parameter.requires_grad_().grad = None
+        with torch.enable_grad():
             loss(parts[order.pop()]).backward()
-            for parameter, zero in zip(parameters, zeros, strict=True):
-                if parameter.grad is not None:
-                    parameter.grad.masked_fill_(zero, 0)
-            optimizer.step()
+        with torch.no_grad():
+            for momentum in momenta:
+                momentum.step(rate)
     for parameter in parameters:
-        parameter.requires_grad_(False)
-        parameter.grad = None
+        parameter.requires_grad_(False).grad = None
+
+
+class _Momentum:
+    """A parameter on its way, with the running means of its gradient.
+
+    Matrices take the steps of Muon, along their orthogonalised momentum (Jordan et al. 2024), and vectors those of Adam
+    (Kingma and Ba 2015, arXiv 1412.6980). Both have rms 1, times the rate, times the parameter's own rms.
+    """
+
+    def __init__(self, parameter: Parameter) -> None:
+        import torch
+
+        self._parameter = parameter
+        self._size = parameter.detach().square().mean().sqrt().item()
+        self._zero = parameter.detach() == 0
+        self._mean = torch.zeros_like(parameter, requires_grad=False)
+        self._square = torch.zeros_like(parameter, requires_grad=False) if parameter.dim() == 1 else None
+        self._steps = 0
+
+    def step(self, rate: float) -> None:
+        """One step against the gradient of the parameter, if it has one."""
+        if self._parameter.grad is None:
+            return
+        gradient = self._parameter.grad.masked_fill_(self._zero, 0)
+        self._steps += 1
+        self._mean.lerp_(gradient, 1 - _BETAS[0])
+        if self._square is None:
+            direction = orthogonalised(gradient.lerp(self._mean, _BETAS[0]))  # Nesterov's momentum
+        else:
+            self._square.lerp_(gradient.square(), 1 - _BETAS[1])
+            power = self._square / (1 - _BETAS[1] ** self._steps)
+            direction = self._mean / (1 - _BETAS[0] ** self._steps) / (power.sqrt() + 1e-12)
+        self._parameter.sub_(direction.masked_fill_(self._zero, 0), alpha=rate * self._size)
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """Return the orthogonal matrix about nearest to a matrix, times a factor that makes its rms 1.
+
+    Of U Σ Vᵀ it is U Vᵀ, by five Newton-Schulz iterations (Jordan et al. 2024), after which no singular value is twice
+    another. Of a matrix with more than 256 rows each 256 are taken apart, since the cost grows with the square of the
+    smaller side. Zero stays zero.
+    """
+    import torch
+
+    return torch.cat([_orthogonalised(rows) for rows in matrix.split(_ROWS)])
+
+
+def _orthogonalised(rows: Tensor) -> Tensor:
+    is_tall = rows.shape[0] > rows.shape[1]
+    x = rows.T if is_tall else rows
+    x = x / x.norm().clamp(min=1e-30)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    x = x / x.square().mean().sqrt().clamp(min=1e-30)
+    return x.T if is_tall else x
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
