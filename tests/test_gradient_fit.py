@@ -356,7 +356,8 @@ def test_the_fit_keeps_more_of_a_trained_model(tmp_path: Path) -> None:
         output = tmp_path / f"{steps}"
         convert(configs.DEMO / "model", Gqa(1, merge="svd", fit_steps=steps), output, calibration=text)
         record = json.loads((output / "kvconvert.json").read_text())
-        assert record["calibration"]["fit_steps"] == steps
+        fit = {key: value for key, value in record["calibration"].items() if key.startswith("fit_")}
+        assert fit == {"fit_steps": steps, "fit_step_tokens": 512, "fit_learning_rate": 0.02, "fit_seed": 0}
         compared = evaluate(output, held_out, against=configs.DEMO / "model", settings=settings).against
         assert compared is not None
         excess.append(compared.excess_nats_per_token)

@@ -40,6 +40,16 @@ class Fit:
         """The steps over a text of so many parts, of which each step reads one."""
         return _PASSES * num_parts if self.steps is None else self.steps
 
+    @property
+    def record(self) -> dict[str, int | float | None]:
+        """The settings, for the manifest."""
+        return {
+            "fit_steps": self.steps,
+            "fit_step_tokens": STEP_TOKENS,
+            "fit_learning_rate": self.learning_rate,
+            "fit_seed": self.seed,
+        }
+
 
 DEFAULT_FIT = Fit()
 

@@ -19,7 +19,7 @@ Grouping = Literal["similarity", "contiguous"]
 FitSteps = Annotated[
     int | None,
     Doc(
-        "Gradient steps that fit each layer's attention to the original's on the text, of about 1024 tokens each. 0: "
+        "Gradient steps that fit each layer's attention to the original's on the text, of about 512 tokens each. 0: "
         "none. Default: one pass over the text."
     ),
 ]

@@ -235,7 +235,7 @@ def merge_record(merge: HeadMerge, hardware: Hardware) -> dict[str, Any]:
         "grouping": merge.grouping,
         "refit": merge.refit,
         "refit_ridge": merge.refit_ridge,
-        "fit_steps": merge.fit.steps if merge.refit else 0,
+        **(merge.fit.record if merge.refit else {"fit_steps": 0}),
         "precision": hardware.precision,
         "device": hardware.device,
     }

@@ -146,11 +146,15 @@ class Mla(Method):
 
     def record(self, measurements: Measurements, hardware: Hardware) -> dict[str, Any]:
         """How the latent was made, for the manifest."""
+        from ..calibration.fitting import Fit
+
         settings = asdict(self)
-        del settings["rope_pairs"]
+        del settings["rope_pairs"], settings["fit_steps"]
+        is_refit = self.refit and measurements is not None
         refit = {
-            "refit": self.refit and measurements is not None,
+            "refit": is_refit,
             "refit_ridge": settings.pop("refit_ridge"),
+            **(Fit(self.fit_steps).record if is_refit else {"fit_steps": 0}),
             "precision": hardware.precision,
             "device": hardware.device,
         }
