@@ -81,7 +81,7 @@ def test_orthogonalising_makes_singular_values_alike(shape: tuple[int, int]) -> 
 
 def spread_of(matrix: Tensor) -> float:
     values = torch.linalg.svdvals(matrix)
-    return (values[0] / values[-1]).item()
+    return float(values[0] / values[-1])
 
 
 def test_zero_is_orthogonalised_to_zero() -> None:

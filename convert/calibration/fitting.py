@@ -176,7 +176,8 @@ def _orthogonalised(rows: Tensor) -> Tensor:
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     x = x / x.square().mean().sqrt().clamp(min=1e-30)
-    return x.T if is_tall else x
+    result: Tensor = x.T if is_tall else x
+    return result
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
