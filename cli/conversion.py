@@ -153,8 +153,9 @@ def _fit_of(layer: LayerReport) -> str:
     if not layer.fits:
         return ""
     fit = layer.fits[0]
-    errors = f"{fit.loss_before:.3g} → {fit.loss_after:.3g}"
-    return f"; error {errors}" if fit.kept else f"; error {errors}, so {fit.steps} gradient steps are undone"
+    if fit.loss_after < fit.loss_before:
+        return f"; error {fit.loss_before:.3g} → {fit.loss_after:.3g}"
+    return f"; error {fit.loss_before:.3g}, which {fit.steps} gradient steps did not lower"
 
 
 def _show(result: Conversion, console: Console) -> None:

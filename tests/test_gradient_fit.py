@@ -43,7 +43,7 @@ def test_steps_lead_to_the_least_of_a_regression() -> None:
     start = sum(loss(part).item() for part in parts[::16]) / 2  # of which the first in sixteen is kept aside
     outcome = fit_parameters([weight], loss, parts, Fit(steps=300))
     assert outcome is not None
-    assert (outcome.steps, outcome.kept) == (300, True)
+    assert outcome.steps == 300
     assert outcome.loss_before == pytest.approx(start)
     assert outcome.loss_after == pytest.approx(sum(loss(part).item() for part in parts[::16]) / 2)
     assert outcome.loss_after < 1e-3 * start
@@ -62,15 +62,15 @@ def test_the_same_seed_gives_the_same_weights_and_another_others() -> None:
     assert not results[0].equal(results[2])
 
 
-@pytest.mark.parametrize("shape", [(6, 40), (40, 6), (30, 40), (600, 20)])
+@pytest.mark.parametrize("shape", [(6, 40), (40, 6), (30, 40), (150, 20)])
 def test_orthogonalising_makes_singular_values_alike(shape: tuple[int, int]) -> None:
-    """Against the singular vectors themselves; the last is taken in parts of 256 rows."""
+    """Against the singular vectors themselves; what has more than 64 rows is taken in parts."""
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     matrix = left @ torch.diag(torch.logspace(0, -1, min(shape)).double()) @ right
     assert not spread_of(matrix) < 5
     found = orthogonalised(matrix)
-    for before, after in zip(matrix.split(256), found.split(256), strict=True):
+    for before, after in zip(matrix.split(64), found.split(64), strict=True):
         left, _, right = torch.linalg.svd(before, full_matrices=False)
         assert spread_of(after) < 1.8
         assert after.square().mean().sqrt().item() == pytest.approx(1)
@@ -126,8 +126,27 @@ def test_a_fit_that_does_not_help_on_text_kept_aside_is_undone() -> None:
 
     outcome = fit_parameters([weight], contrary, parts, Fit(steps=20))
     assert outcome is not None
-    assert (outcome.steps, outcome.kept) == (20, False)
-    assert outcome.loss_after > outcome.loss_before
+    assert outcome.steps == 20
+    assert outcome.loss_after == outcome.loss_before
+    assert weight.equal(start)
+
+
+@pytest.mark.parametrize(("rate", "share"), [(0.02, 0.1), (10.0, 0.2)])
+def test_a_rate_that_is_too_high_is_lowered(rate: float, share: float) -> None:
+    """The second one leads far away: only because it falls, again and again, is something gained in the end."""
+    weight, _, loss, parts = regression()
+    outcome = fit_parameters([weight], loss, parts, Fit(steps=120, learning_rate=rate))
+    assert outcome is not None
+    assert outcome.loss_after < share * outcome.loss_before
+    assert outcome.loss_after == pytest.approx(sum(loss(part).item() for part in parts[::16]) / 2)
+
+
+def test_steps_that_make_a_loss_infinite_are_undone() -> None:
+    weight, _, loss, parts = regression()
+    start = weight.detach().clone()
+    outcome = fit_parameters([weight], lambda part: loss(part).exp().square(), parts, Fit(steps=3, learning_rate=1e6))
+    assert outcome is not None
+    assert outcome.loss_after == outcome.loss_before
     assert weight.equal(start)
 
 
@@ -322,7 +341,7 @@ def test_steps_are_a_part_of_the_refit(make: Callable[..., Any]) -> None:
         make(fit_steps=-1)
 
 
-@pytest.mark.parametrize(("rate", "kept"), [(0.02, True), (1e3, False)])
+@pytest.mark.parametrize(("rate", "kept"), [(0.02, True), (1e9, False)])
 def test_the_command_says_of_each_layer_what_the_steps_did(
     rate: float,
     kept: bool,
@@ -342,9 +361,10 @@ def test_the_command_says_of_each_layer_what_the_steps_did(
     assert len(lines) == len(result["layers"]) == 2
     for line, layer in zip(lines, result["layers"], strict=True):
         (fit,) = layer["fits"]
-        assert fit["kept"] is kept is (fit["loss_after"] < fit["loss_before"])
-        errors = f"; error {fit['loss_before']:.3g} → {fit['loss_after']:.3g}"
-        assert line.endswith(f"of the values'{errors}" if kept else f"{errors}, so 9 gradient steps are undone")
+        assert (fit["loss_after"] < fit["loss_before"]) is kept
+        error = f"of the values'; error {fit['loss_before']:.3g}"
+        rest = f" → {fit['loss_after']:.3g}" if kept else ", which 9 gradient steps did not lower"
+        assert line.endswith(error + rest)
 
 
 def test_the_fit_keeps_more_of_a_trained_model(tmp_path: Path) -> None:

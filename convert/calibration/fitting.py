@@ -18,7 +18,7 @@ STEP_TOKENS = 512
 _PASSES = 1  # over the text, where the number of steps is not given
 _WARM_UP = 0.05  # of the steps
 _BETAS = (0.9, 0.99)
-_ROWS = 256  # of a matrix that are orthogonalised together
+_ROWS = 64  # of a matrix that are orthogonalised together
 _HELD_OUT = 16  # of so many parts of the text one is not fitted to
 
 Part = TypeVar("Part")
@@ -29,7 +29,7 @@ class Fit:
     """How many gradient steps, and how far one goes at most: `learning_rate`, in parts of a tensor's rms.
 
     Without `steps` the fit goes over the text once. The rate rises in the first twentieth of the steps, and falls to
-    zero along a cosine.
+    zero along a cosine, from less where it turns out too high.
     """
 
     steps: int | None = None
@@ -58,13 +58,12 @@ DEFAULT_FIT = Fit()
 class FitOutcome:
     """What gradient steps did to the mean loss on the parts of the text that were kept aside.
 
-    Steps that did not lower it are undone: `kept` is False then.
+    Steps that did not lower it are undone: `loss_after` is `loss_before` then.
     """
 
     steps: int
     loss_before: float
     loss_after: float
-    kept: bool
 
 
 def fit_parameters(
@@ -80,20 +79,11 @@ def fit_parameters(
     belongs to one that nothing reads. One part in sixteen is kept aside: where its loss does not fall the parameters
     are put back, so that a text too short to fit to does no harm. Of fewer than two parts nothing is fitted.
     """
-    import torch
-
     held_out, training = parts[::_HELD_OUT], [part for place, part in enumerate(parts) if place % _HELD_OUT]
     if not training or not fit.num_steps(len(training)):
         return None
-    before, start = _mean(loss, held_out), [parameter.detach().clone() for parameter in parameters]
-    _descend(parameters, loss, training, fit)
-    after = _mean(loss, held_out)
-    outcome = FitOutcome(fit.num_steps(len(training)), before, after, kept=after < before)
-    if not outcome.kept:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, start, strict=True):
-                parameter.copy_(value)
-    return outcome
+    before = _mean(loss, held_out)
+    return FitOutcome(fit.num_steps(len(training)), before, _descend(parameters, loss, training, held_out, before, fit))
 
 
 def _mean(loss: Callable[[Part], Tensor], parts: Sequence[Part]) -> float:
@@ -103,24 +93,56 @@ def _mean(loss: Callable[[Part], Tensor], parts: Sequence[Part]) -> float:
         return sum(loss(part).item() for part in parts) / len(parts)
 
 
-def _descend(parameters: Sequence[Parameter], loss: Callable[[Part], Tensor], parts: Sequence[Part], fit: Fit) -> None:
+def _descend(
+    parameters: Sequence[Parameter],
+    loss: Callable[[Part], Tensor],
+    training: Sequence[Part],
+    held_out: Sequence[Part],
+    before: float,
+    fit: Fit,
+) -> float:
+    """Take the steps, leave the parameters where the loss on `held_out`, `before` at first, was least, and return that.
+
+    It is looked at after each eighth of the steps. Where half of what was gained is lost again the parameters go back,
+    and the rate falls to a third for good: what is a small step for one layer is far too large for another.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(fit.seed)
     momenta = [_Momentum(parameter) for parameter in parameters]
-    steps, order = fit.num_steps(len(parts)), list[int]()
+    least, at_least = before, [parameter.detach().clone() for parameter in parameters]
+    steps, peak, order = fit.num_steps(len(training)), fit.learning_rate, list[int]()
+    looks = {math.ceil(steps * eighth / 8) for eighth in range(1, 9)}
     for step in range(steps):
-        order = order or torch.randperm(len(parts), generator=generator).tolist()
-        rate = fit.learning_rate * _schedule(step, steps)
+        order = order or torch.randperm(len(training), generator=generator).tolist()
         for parameter in parameters:
             parameter.requires_grad_().grad = None
         with torch.enable_grad():
-            loss(parts[order.pop()]).backward()
+            loss(training[order.pop()]).backward()
         with torch.no_grad():
             for momentum in momenta:
-                momentum.step(rate)
+                momentum.step(peak * _schedule(step, steps))
+        if step + 1 not in looks:
+            continue
+        found = _mean(loss, held_out)
+        if found < least:
+            least, at_least = found, [parameter.detach().clone() for parameter in parameters]
+        elif not found - least <= (before - least) / 2:  # also where it is not a number
+            _put_back(parameters, at_least)
+            momenta = [momentum.afresh() for momentum in momenta]
+            peak /= 3
+    _put_back(parameters, at_least)
     for parameter in parameters:
         parameter.requires_grad_(False).grad = None
+    return least
+
+
+def _put_back(parameters: Sequence[Parameter], values: Sequence[Tensor]) -> None:
+    import torch
+
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
 
 
 class _Momentum:
@@ -130,15 +152,19 @@ class _Momentum:
     (Kingma and Ba 2015, arXiv 1412.6980). Both have rms 1, times the rate, times the parameter's own rms.
     """
 
-    def __init__(self, parameter: Parameter) -> None:
+    def __init__(self, parameter: Parameter, size: float | None = None) -> None:
         import torch
 
         self._parameter = parameter
-        self._size = parameter.detach().square().mean().sqrt().item()
+        self._size = parameter.detach().square().mean().sqrt().item() if size is None else size
         self._zero = parameter.detach() == 0
         self._mean = torch.zeros_like(parameter, requires_grad=False)
         self._square = torch.zeros_like(parameter, requires_grad=False) if parameter.dim() == 1 else None
         self._steps = 0
+
+    def afresh(self) -> _Momentum:
+        """The same without a past."""
+        return _Momentum(self._parameter, self._size)
 
     def step(self, rate: float) -> None:
         """One step against the gradient of the parameter, if it has one."""
@@ -160,7 +186,7 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     """Return the orthogonal matrix about nearest to a matrix, times a factor that makes its rms 1.
 
     Of U Σ Vᵀ it is U Vᵀ, by five Newton-Schulz iterations (Jordan et al. 2024), after which no singular value is twice
-    another. Of a matrix with more than 256 rows each 256 are taken apart, since the cost grows with the square of the
+    another. Of a matrix with more than 64 rows each 64 are taken apart, since the cost grows with the square of the
     smaller side. Zero stays zero.
     """
     import torch

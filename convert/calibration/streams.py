@@ -216,10 +216,9 @@ class Stream:
         ]
         error = self._error(modules, layers, parts[0])
         outcome = fit_parameters([parameter for _, _, parameter in fitted], error, parts, fit)
-        if outcome is not None and outcome.kept:
-            for tensors, name, parameter in fitted:
-                tensors[name] = parameter.detach().to(tensors[name].dtype).cpu()
-                parameter.copy_(tensors[name])
+        for tensors, name, parameter in fitted:
+            tensors[name] = parameter.detach().to(tensors[name].dtype).cpu()
+            parameter.copy_(tensors[name])
         return outcome
 
     def _error(self, modules: Sequence[Module], layers: Sequence[NewLayer], some: _Part) -> Callable[[_Part], Tensor]:
