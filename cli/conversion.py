@@ -167,7 +167,9 @@ def _show(result: Conversion, console: Console) -> None:
         latent = f"a latent of {shape.latent.kv_lora_rank} and a rotary key of {shape.latent.qk_rope_head_dim}"
         console.print(f"{plan.model_type}: {source.num_key_value_heads} K/V heads → {latent}")
     else:
-        console.print(f"{plan.model_type}: {source.num_key_value_heads} → {shape.num_key_value_heads} K/V heads")
+        of_size, now = (f" of {size}" if plan.resizes_heads else "" for size in plan.head_dims.values())
+        heads = f"{source.num_key_value_heads}{of_size} → {shape.num_key_value_heads}{now}"
+        console.print(f"{plan.model_type}: {heads} K/V heads")
     if shape.layer_grouping is not None and source.layer_grouping is None:
         groups = ", ".join("-".join(map(str, (group[0], *group[1:][-1:]))) for group in shape.layer_grouping.groups)
         console.print(f"  K/V layers  {source.num_key_value_layers} → {shape.num_key_value_layers}: {groups}")

@@ -22,7 +22,13 @@ _HELP = {
     "allow_same": "Accept as many heads as the source has; none is pooled then.",
 }
 _GQA = SettingsOptions(
-    "gqa", Gqa, "Heads", flags=_FLAGS, help=_HELP, bounds={"num_key_value_heads": 1}, omit=("refit_ridge",)
+    "gqa",
+    Gqa,
+    "Heads",
+    flags=_FLAGS,
+    help=_HELP,
+    bounds={"num_key_value_heads": 1, "head_dim": 2},
+    omit=("refit_ridge",),
 )
 _MQA = replace(_GQA, omit=("refit_ridge", "num_key_value_heads", "grouping"))
 _TEXT = text_options()
@@ -52,8 +58,10 @@ def mha2mqa(model: Model, gqa: Given[Gqa], text: Given[Calibration], request: Co
 def _check(gqa: Given[Gqa], text: Given[Calibration]) -> None:
     """Raise InputError for options that the method would ignore."""
     if gqa.values["merge"] != "svd":
-        of_svd = [name for name in ("fit_steps", "grouping", "refit") if name in gqa.values]
+        of_svd = [name for name in ("fit_steps", "grouping", "head_dim", "refit") if name in gqa.values]
         refuse(sorted([*gqa.typed(of_svd), *text.typed()]), "--method svd")
+    if gqa.values["head_dim"] is None:
+        refuse(gqa.typed(["rope_selection"]), "--head-dim")
     for flag, name in (("--no-calibration", "weights_only"), ("--statistics", "statistics")):
         if text.values[name]:
             of_text = [field for field in text.values if field not in ("data", *_SOURCES)]

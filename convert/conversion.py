@@ -36,7 +36,7 @@ from .checkpoint.source_files import weight_files
 from .checkpoint.staging import check_renames, clear_leftovers, scratch_directory
 from .checkpoint.tensors import Checkpoint
 from .checkpoint.work_directory import WorkDirectory, bytes_below, check_work_directory, content_of, work_directory
-from .describe.engines import latent_kernels
+from .describe.engines import head_kernels, latent_kernels
 from .device import default_device, default_precision
 from .errors import InputError
 from .execute import DEFAULT_MAX_SHARD_BYTES, check_preparation, execute, rehearse
@@ -179,6 +179,7 @@ class Conversion:
             "method": plan.method,
             "model_type": plan.model_type,
             "num_key_value_heads": {"source": source.num_key_value_heads, "result": result.num_key_value_heads},
+            **({"head_dim": plan.head_dims} if plan.resizes_heads else {}),
             "num_key_value_layers": {"source": source.num_key_value_layers, "result": result.num_key_value_layers},
             "kv_source_layers": list(result.layer_grouping.sources) if result.layer_grouping else None,
             "latent": asdict(result.latent) if result.latent else None,
@@ -238,6 +239,8 @@ def convert(
         _check_work(method, work_dir, target, [*inputs, *([checkpoint.path] if checkpoint.path else [])])
         if isinstance(method, Mla):
             _remark_on_sizes(method.latent_sizes(source.shape), source, remark)
+        if isinstance(method, Gqa) and method.head_dim is not None and (kernels := head_kernels(method.head_dim)):
+            remark(f"few engines have a fast kernel for heads of {method.head_dim}: {kernels}")
         # 2. the plan, where nothing has to be measured for it
         resolved: Method | None = None if method.needs_choice else method.resolve(source)
         plan = None if resolved is None else resolved.plan(source)

@@ -217,6 +217,16 @@ class ConversionPlan:
         return before, after
 
     @property
+    def resizes_heads(self) -> bool:
+        """Whether K/V heads of the result, which are no latent, have another size than the source's."""
+        return self.result.latent is None and self.source.head_dim != self.result.head_dim
+
+    @property
+    def head_dims(self) -> dict[str, int]:
+        """The size of K/V heads, of the source and of the result."""
+        return {"source": self.source.head_dim, "result": self.result.head_dim}
+
+    @property
     def changes_cache(self) -> bool:
         """Whether the result caches anything else than the source."""
         return self.source != self.result

@@ -57,6 +57,7 @@ def conversion_record(
         **({} if calibration is None else {"calibration": dict(calibration)}),
         "cache_bytes_per_token": {"source": before, "result": after},
         "num_key_value_heads": {"source": plan.source.num_key_value_heads, "result": plan.result.num_key_value_heads},
+        **({"head_dim": plan.head_dims} if plan.resizes_heads else {}),
         "num_key_value_layers": {
             "source": plan.source.num_key_value_layers,
             "result": plan.result.num_key_value_layers,

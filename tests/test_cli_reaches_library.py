@@ -77,6 +77,12 @@ MHA2GQA: dict[str, Row] = {
     "merge": (["--method", "first"], of("merge"), "first"),
     "refit": (["--method", "svd", "--no-refit"], of("refit"), False),
     "fit_steps": (["--method", "svd", "--fit-steps", "3"], of("fit_steps"), 3),
+    "head_dim": (["--method", "svd", "--head-dim", "12"], of("head_dim"), 12),
+    "rope_selection": (
+        ["--method", "svd", "--head-dim", "12", "--rope-selection", "default"],
+        of("rope_selection"),
+        "default",
+    ),
     "seed": (["--method", "random", "--seed", "5"], of("seed"), 5),
     "allow_same": (["--allow-same"], of("allow_same"), True),
 }

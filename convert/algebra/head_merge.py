@@ -12,6 +12,7 @@ from .linear import WhiteInputs, solve_ridge
 from .merge import (
     ExpectedRotations,
     Merged,
+    RopePair,
     covariances_of,
     joint,
     merge_at_distances,
@@ -19,9 +20,10 @@ from .merge import (
     merge_mean,
     merge_rotary,
     pair_losses,
+    shared_pairs,
 )
 from .projections import Projections
-from .rotations import ExpectedRotation, Rotary, expected_rotation
+from .rotations import Rotary, expected_rotation, expected_rotation_between
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +34,7 @@ __all__ = [
     "Heads",
     "LayerInput",
     "LayerMerge",
+    "SharedHead",
     "merge_layers",
     "predicted_input",
 ]
@@ -53,6 +56,20 @@ class FreeTransformations:
     rotary: Rotary
     keys: bool = True
     values: bool = True
+
+
+@dataclass(frozen=True)
+class SharedHead:
+    """A key and a value that the heads of a group are to share, in another size than theirs.
+
+    Its keys rotate by `rotary`, which rotates where those of the heads do, and has at most as many pairs for each of
+    their frequencies as a group has heads. Queries are multiplied by `query_scale`, since the class of the result may
+    divide scores by another number.
+    """
+
+    head_dim: int
+    rotary: Rotary
+    query_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -98,8 +115,9 @@ def merge_layers(heads: Heads, grouping: HeadGrouping) -> LayerMerge:
         for group, keys, values in groups:
             own = [place for place, head in enumerate(group) if heads.layer(head) == layer]
             chosen = [group[place] for place in own]
-            q.append(keys.readers[own].mT[:, None] @ heads.queries[chosen])  # (m, size, D, E + 1)
-            o.append(heads.outputs[chosen] @ values.readers[own][:, None])  # (m, size, E, D)
+            readers = heads.query_scale * keys.readers[own].mT
+            q.append(readers[:, None] @ heads.queries[chosen])  # (m, size, R, E + 1), R dims of the shared head
+            o.append(heads.outputs[chosen] @ values.readers[own][:, None])  # (m, size, E, R)
         outputs = torch.cat(o).flatten(0, 1).transpose(0, 1).flatten(1)
         merged.append(Projections(torch.cat(q).flatten(0, 2), k, v, outputs))
     return LayerMerge(
@@ -117,7 +135,8 @@ class Heads:
     hidden_size + 1), and their columns of o_proj, (size, hidden_size, head_dim). Keys and values of the layers after
     the first are linear predictions from the attention input of the first (`predicted_input`, with `prediction_pull`).
     The covariances of all keys and of all values, which every candidate group needs, are computed once. Without
-    `at_distances`, keys that rotate are merged as if all angles between query and key were equally likely.
+    `at_distances`, keys that rotate are merged as if all angles between query and key were equally likely. A group
+    shares a head like its own or, where both keys and values are free, like `shared`.
 
     A query head whose output is zero, because its values or its columns of o_proj are, counts for nothing: it takes no
     part of a shared key or value from the heads that are live. In a group of such heads alone all count alike, so that
@@ -130,6 +149,7 @@ class Heads:
         shape: AttentionShape,
         free: FreeTransformations,
         *,
+        shared: SharedHead | None = None,
         prediction_pull: float = PREDICTION_PULL,
         at_distances: bool = True,
     ) -> None:
@@ -142,8 +162,13 @@ class Heads:
         self.queries = _together([part.queries for part in parts])
         self.outputs = _together([part.outputs for part in parts])
         self.free = free
+        self.query_scale = 1.0 if shared is None else shared.query_scale
+        self._shared = shared or SharedHead(shape.head_dim, rotary)
+        self._resized = shared is not None
         self._at_distances = at_distances
-        self._rotation_of_keys = expected_rotation(rotary, shape.head_dim) if rotary.dims and free.keys else None
+        self._rotations = (
+            _expected_rotations(self._shared, rotary, shape.head_dim) if rotary.dims and free.keys else None
+        )
         self._key_weights = _together([part.key_weights for part in parts])
         self._key_weights_of_all = _together([part.key_weights_of_all for part in parts])
         self._value_weights = _together([part.value_weights for part in parts])
@@ -180,7 +205,7 @@ class Heads:
         weights, covariances = self._value_weights[chosen], self._values.covariances[chosen][:, chosen]
         if self.free.values:
             alike = torch.eye(weights.shape[-1], dtype=weights.dtype).expand_as(weights)
-            rank = weights.shape[-1]
+            rank = self._shared.head_dim
             merged = _counted(weights, alike, lambda counted: merge_linear(covariances, counted, rank))
         else:
             merged = merge_mean(covariances, weights)
@@ -199,22 +224,28 @@ class Heads:
             merged = _counted(weights, of_all, lambda counted: self._merged_free_keys(covariances, counted))
         else:
             merged = merge_mean(covariances, weights)
-        merged = self._keys.measured(merged, chosen, weights, self._rotation_of_keys)
+        merged = self._keys.measured(merged, chosen, weights, self._rotations)
         readers = merged.readers.permute(1, 2, 0)  # (d, r, m)
-        readers = rotary.original(rotary.original(readers).transpose(0, 1)).permute(2, 1, 0)
-        return replace(merged, shared=rotary.original(merged.shared), readers=readers)
+        original = self._shared.rotary.original
+        readers = original(rotary.original(readers).transpose(0, 1)).permute(2, 1, 0)
+        return replace(merged, shared=original(merged.shared), readers=readers)
 
     def _merged_free_keys(self, covariances: Tensor, weights: Tensor) -> Merged:
-        if self._rotation_of_keys is None:
-            return merge_linear(covariances, weights, weights.shape[-1])
+        if self._rotations is None:
+            return merge_linear(covariances, weights, self._shared.head_dim)
+        if self._resized:
+            start = _start(covariances, weights, self.free.rotary, self._shared)
+            return merge_at_distances(start, covariances, weights, self._rotations)
         merged = _at_any_angle(covariances, weights, self.free.rotary.dims)
         if self._at_distances:
-            merged = merge_at_distances(merged, covariances, weights, ExpectedRotations.same(self._rotation_of_keys))
+            merged = merge_at_distances(merged, covariances, weights, self._rotations)
         return merged
 
     def pair_losses(self) -> Tensor:
         """Return what merging two heads loses, (heads, heads): the fraction of keys' energy plus that of values'."""
-        keys = pair_losses(self._keys.covariances, self._key_weights, self._rotation_of_keys)
+        keys = pair_losses(
+            self._keys.covariances, self._key_weights, None if self._rotations is None else self._rotations.heads
+        )
         return keys + pair_losses(self._values.covariances, self._value_weights)
 
 
@@ -320,7 +351,7 @@ class _Side(NamedTuple):
         )
 
     def measured(
-        self, merged: Merged, group: Sequence[int], weights: Tensor, rotation: ExpectedRotation | None = None
+        self, merged: Merged, group: Sequence[int], weights: Tensor, rotations: ExpectedRotations | None = None
     ) -> Merged:
         """The merge of a group with its shared rows as weights over x'.
 
@@ -332,12 +363,9 @@ class _Side(NamedTuple):
         if not len(self.cross):
             return result
 
-        def mean(matrix: Tensor) -> Tensor:
-            return matrix if rotation is None else rotation.mean(matrix)
-
         together = joint(self.covariances[group][:, group])
         of_shared = merged.shared @ together
-        power = mean(of_shared @ merged.shared.T)
+        power = of_shared @ merged.shared.T
         num_first = len(self.rows) - len(self.cross)
         with_heads = of_shared.unflatten(1, (len(group), -1)).transpose(0, 1)  # E[shared zᵀ], (m, r, D)
         read = torch.stack(
@@ -346,7 +374,11 @@ class _Side(NamedTuple):
                 for place, head in enumerate(group)
             ]
         )
-        covariance, read, readers = mean(self.own[group]), merged.readers @ mean(read), merged.readers
+        covariance, readers = self.own[group], merged.readers
+        if rotations is not None:
+            power, read = rotations.shared.mean(power), rotations.cross.mean(read)
+            covariance = rotations.heads.mean(covariance)
+        read = readers @ read
         total = float((weights * covariance).sum())
         error = float((weights * (covariance - 2 * read + readers @ power @ readers.mT)).sum())
         return replace(result, kept=max(total - error, 0.0), total=total)
@@ -402,3 +434,58 @@ def _at_any_angle(covariances: Tensor, weights: Tensor, rotating: int) -> Merged
         shared[dims, :, dims] = part.shared.unflatten(1, (num_heads, -1))
         readers[:, dims, dims] = part.readers
     return Merged(shared.flatten(1), readers, sum(part.kept for part in parts), sum(part.total for part in parts))
+
+
+def _expected_rotations(shared: SharedHead, rotary: Rotary, head_dim: int) -> ExpectedRotations:
+    heads = expected_rotation(rotary, head_dim)
+    if (shared.head_dim, shared.rotary) == (head_dim, rotary):
+        return ExpectedRotations.same(heads)
+    return ExpectedRotations(
+        expected_rotation(shared.rotary, shared.head_dim),
+        expected_rotation_between(shared.rotary, shared.head_dim, rotary, head_dim),
+        heads,
+    )
+
+
+def _start(covariances: Tensor, weights: Tensor, rotary: Rotary, shared: SharedHead) -> Merged:
+    """A key of another size as if every angle were as likely, which no head reads yet; the rotating dims come first.
+
+    Each of its pairs is the best key that is left of the heads' frequency that is nearest to its own. Keys without
+    energy become their mean, which each head reads.
+    """
+    import torch
+
+    num_heads, (size, rotating) = len(weights), (weights.shape[1], rotary.dims)
+    pairs = _nearest_pairs(shared.rotary.frequencies, rotary.frequencies, num_heads)
+    own = torch.stack([covariances[head, head] for head in range(num_heads)])
+    if not (weights * own).any():
+        firsts = [(place, pair) for place, (pair, rank) in enumerate(pairs) if rank == 0]
+        reader = covariances.new_zeros(size, shared.head_dim)
+        for place, pair in firsts:
+            reader[pair, place] = reader[pair + rotating // 2, place + len(pairs)] = 1
+        rest = min(size - rotating, shared.head_dim - shared.rotary.dims)
+        reader[rotating : rotating + rest, shared.rotary.dims : shared.rotary.dims + rest] = torch.eye(rest)
+        return Merged(reader.T.repeat(1, num_heads) / num_heads, reader.expand(num_heads, -1, -1), 0.0, 0.0)
+    powers = weights.diagonal(dim1=1, dim2=2)[:, :rotating].unflatten(1, (2, -1)).sum(1).T  # (F, m)
+    rows = covariances.new_zeros(shared.head_dim, num_heads, size)
+    turning, still = slice(0, shared.rotary.dims), slice(shared.rotary.dims, shared.head_dim)
+    start = shared_pairs(covariances[..., :rotating, :rotating], powers, pairs)
+    rows[turning, :, :rotating] = start.shared.unflatten(1, (num_heads, -1))
+    if rotating < size:
+        rest_of = covariances[..., rotating:, rotating:], weights[..., rotating:, rotating:]
+        rows[still, :, rotating:] = merge_linear(*rest_of, still.stop - still.start).shared.unflatten(
+            1, (num_heads, -1)
+        )
+    return Merged(rows.flatten(1), covariances.new_zeros(num_heads, size, shared.head_dim), 0.0, 0.0)
+
+
+def _nearest_pairs(wanted: Sequence[float], frequencies: Sequence[float], most: int) -> list[RopePair]:
+    """For each wanted frequency the nearest of `frequencies`, on a scale of octaves, of each at most `most` times."""
+    taken, pairs = [0] * len(frequencies), list[RopePair]()
+    for frequency in wanted:
+        free = [place for place, number in enumerate(taken) if number < most]
+        ratios = {place: frequencies[place] / frequency for place in free}
+        nearest = min(free, key=lambda place: max(ratios[place], 1 / ratios[place]))
+        pairs.append((nearest, taken[nearest]))
+        taken[nearest] += 1
+    return pairs

@@ -20,23 +20,21 @@ from .attention_shape import AttentionShape
 from .linear import (
     TOLERANCE,
     WhiteInputs,
-    align_phase,
-    floored_roots,
     pseudo_inverse,
     root_and_inverse,
-    scale_between,
     solve_ridge,
     symmetric_product,
     top_eigenvectors,
 )
 from .merge import (
     ExpectedRotations,
-    Merged,
-    complex_covariances,
+    RopePair,
     covariances_of,
     joint,
     merge_at_distances,
     own_covariances,
+    rotary_components,
+    shared_pairs,
 )
 from .projections import Projections
 from .rotations import Rotary, expected_rotation, expected_rotation_between, mean_phases, mean_rotation
@@ -47,7 +45,6 @@ if TYPE_CHECKING:
 __all__ = [
     "LatentAttention",
     "LatentObjective",
-    "RopePair",
     "constant_norm",
     "latent_attention",
     "latent_attentions",
@@ -55,12 +52,6 @@ __all__ = [
     "rope_pair_gains",
     "without_constant",
 ]
-
-RopePair = tuple[int, int]
-"""A pair of dims of the shared rotary key: the index of its frequency, and which of that frequency's pairs it is.
-
-Pairs of one frequency are numbered from 0, the one that keeps most of the heads' keys, in descending order.
-"""
 
 _NOT_KEPT = 0.01  # of the energy that is left to the latent counts as an error, since it is not kept exactly there
 _NORM_STEPS, _NORM_ROUNDS = 5, 20  # of L-BFGS
@@ -195,7 +186,7 @@ def rope_pair_gains(projections: Projections, shape: AttentionShape, rotary: Rot
     powers = heads.heard.powers(len(rotary.frequencies))
     if not powers.any():
         return torch.zeros_like(powers)
-    energies, _ = _shared_keys(covariances_of(heads.keys.white[:, : rotary.dims, :-1]), powers)
+    energies, _ = rotary_components(covariances_of(heads.keys.white[:, : rotary.dims, :-1]), powers)
     lost = 1 - mean_phases(rotary).abs().square()
     gains: Tensor = energies * lost[:, None] / energies.sum().clamp(min=1e-300)
     return gains
@@ -421,20 +412,6 @@ def _heads(projections: Projections, shape: AttentionShape, rotary: Rotary, gram
     return _Heads(inputs, queries, _Rows.of(keys, inputs), values, heard, counted)
 
 
-def _shared_keys(covariances: Tensor, powers: Tensor) -> tuple[Tensor, Tensor]:
-    """The principal components of the heads' keys, for each frequency apart: the candidates for shared keys.
-
-    covariances: (G, G, 2 F, 2 F). Keys are weighted by the roots of `powers`, (F, G). Returns what each component
-    keeps, (F, G) in descending order, and the directions, (F, G, G) complex: eigenvectors in columns, of which the
-    first combines the weighted keys, as complex numbers, into the shared key that keeps most.
-    """
-    import torch
-
-    roots = floored_roots(powers)
-    energies, directions = torch.linalg.eigh(roots[:, :, None] * complex_covariances(covariances) * roots[:, None])
-    return energies.flip(1).clamp(min=0), directions.flip(2)
-
-
 def _rope_key(
     heads: _Heads,
     covariances: Tensor,
@@ -453,7 +430,7 @@ def _rope_key(
     if not weights.any():  # no query asks for the keys, which training may change
         weights = torch.eye(dims, dtype=weights.dtype).expand_as(weights)
     rotating = covariances[..., :dims, :dims]
-    start = _start(rotating, heads.counted.powers(dims // 2), rope_pairs)
+    start = shared_pairs(rotating, heads.counted.powers(dims // 2), rope_pairs)
     merged = merge_at_distances(start, rotating, weights, rotations)
     readers = merged.readers.new_zeros(*covariances.shape[1:3], shared.dims)  # (G, d, 2 S)
     readers[:, :dims] = merged.readers
@@ -499,28 +476,6 @@ def _expected_rotations(shared: Rotary, rotary: Rotary, dims: int, centred: floa
         expected_rotation_between(shared, shared.dims, rotary, dims, centred),
         expected_rotation_between(rotary, dims, rotary, dims, centred),
     )
-
-
-def _start(covariances: Tensor, powers: Tensor, rope_pairs: Sequence[RopePair]) -> Merged:
-    """The best shared key for rotations by any angle, with the heads' rms; no head reads it yet.
-
-    covariances: (G, G, 2 F, 2 F) of keys whose dims all rotate. powers: (F, G). Returns 2 S shared rows.
-    """
-    import torch
-
-    energies, directions = _shared_keys(covariances, powers)
-    num_pairs, num_heads = powers.shape
-    frequencies, ranks = [frequency for frequency, _ in rope_pairs], [rank for _, rank in rope_pairs]
-    own = own_covariances(covariances).diagonal(dim1=1, dim2=2).unflatten(1, (2, num_pairs)).sum(1)  # E|z|², (G, F)
-    scales = scale_between(own.mean(0)[frequencies], energies[frequencies, ranks])
-    mixes = align_phase(directions[frequencies, :, ranks]).conj() * floored_roots(powers)[frequencies]
-    mixes = scales[:, None] * mixes  # (S, G): the shared key is Σ mixes · z
-    pairs = torch.arange(len(rope_pairs))
-    shared = covariances.new_zeros(2, len(pairs), num_heads, 2, num_pairs)
-    for row, column, part in ((0, 0, mixes.real), (0, 1, -mixes.imag), (1, 0, mixes.imag), (1, 1, mixes.real)):
-        shared[row, pairs, :, column, frequencies] = part
-    unread = covariances.new_zeros(num_heads, 2 * num_pairs, 2 * len(pairs))
-    return Merged(shared.flatten(2).flatten(0, 1), unread, 0.0, 0.0)
 
 
 def _best_ups(parts: _Rows, latent: _Rows, centred: bool) -> Tensor:

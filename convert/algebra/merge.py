@@ -9,6 +9,7 @@ a group have an energy of zero, so that no key or value is better than another, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ExpectedRotations",
     "Merged",
+    "RopePair",
     "complex_covariances",
     "covariances_of",
     "joint",
@@ -38,8 +40,16 @@ __all__ = [
     "merge_rotary",
     "own_covariances",
     "pair_losses",
+    "rotary_components",
     "rotations_of",
+    "shared_pairs",
 ]
+
+RopePair = tuple[int, int]
+"""A pair of dims of the shared rotary key: the index of its frequency, and which of that frequency's pairs it is.
+
+Pairs of one frequency are numbered from 0, the one that keeps most of the heads' keys, in descending order.
+"""
 
 _ROUNDS = 20  # the error falls by less than 1 % from the fifth on
 _PAIRS_AT_ONCE = 64  # whose joint covariances are in memory together: 32 MiB for heads of 128 dims
@@ -145,6 +155,42 @@ def complex_covariances(covariances: Tensor) -> Tensor:
     parts = [block.diagonal(dim1=2, dim2=3) for side in (real, mixed) for block in side.split(half, dim=3)]
     result: Tensor = torch.complex(parts[0] + parts[3], parts[2] - parts[1]).permute(2, 0, 1)
     return result
+
+
+def rotary_components(covariances: Tensor, powers: Tensor) -> tuple[Tensor, Tensor]:
+    """The principal components of the heads' keys, for each frequency apart: the candidates for shared keys.
+
+    covariances: (G, G, 2 F, 2 F). Keys are weighted by the roots of `powers`, (F, G). Returns what each component
+    keeps, (F, G) in descending order, and the directions, (F, G, G) complex: eigenvectors in columns, of which the
+    first combines the weighted keys, as complex numbers, into the shared key that keeps most.
+    """
+    import torch
+
+    roots = floored_roots(powers)
+    energies, directions = torch.linalg.eigh(roots[:, :, None] * complex_covariances(covariances) * roots[:, None])
+    return energies.flip(1).clamp(min=0), directions.flip(2)
+
+
+def shared_pairs(covariances: Tensor, powers: Tensor, rope_pairs: Sequence[RopePair]) -> Merged:
+    """The best shared key for rotations by any angle, with the heads' rms; no head reads it yet.
+
+    covariances: (G, G, 2 F, 2 F) of keys whose dims all rotate. powers: (F, G). Returns 2 S shared rows.
+    """
+    import torch
+
+    energies, directions = rotary_components(covariances, powers)
+    num_pairs, num_heads = powers.shape
+    frequencies, ranks = [frequency for frequency, _ in rope_pairs], [rank for _, rank in rope_pairs]
+    own = own_covariances(covariances).diagonal(dim1=1, dim2=2).unflatten(1, (2, num_pairs)).sum(1)  # E|z|², (G, F)
+    scales = scale_between(own.mean(0)[frequencies], energies[frequencies, ranks])
+    mixes = align_phase(directions[frequencies, :, ranks]).conj() * floored_roots(powers)[frequencies]
+    mixes = scales[:, None] * mixes  # (S, G): the shared key is Σ mixes · z
+    pairs = torch.arange(len(rope_pairs))
+    shared = covariances.new_zeros(2, len(pairs), num_heads, 2, num_pairs)
+    for row, column, part in ((0, 0, mixes.real), (0, 1, -mixes.imag), (1, 0, mixes.imag), (1, 1, mixes.real)):
+        shared[row, pairs, :, column, frequencies] = part
+    unread = covariances.new_zeros(num_heads, 2 * num_pairs, 2 * len(pairs))
+    return Merged(shared.flatten(2).flatten(0, 1), unread, 0.0, 0.0)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,8 @@ class Architecture:
 
     **Config.** `config_names` translates the usual names of config.json; a dot leads into a section. Where that does
     not do, `read_heads(config)` gives the number of K/V heads and `write_heads(config, number)` the entries that change
-    for another number. `heads_refusal(config, number)` says why the class cannot have so many, or returns None.
+    for another number. `heads_refusal(config, number)` says why the class cannot have so many, or returns None. Where
+    `sets_head_dim` is False, the class computes the size of its heads of other entries than head_dim.
     Where the config has no `layer_types`, all layers have its sliding_window if the class `slides`, or none has. These
     functions get the config with the values that its class has (`Checkpoint.full_config`).
     """
@@ -103,6 +104,7 @@ class Architecture:
     write_heads: Callable[[Config, int], Mapping[str, Any]] | None = None
     heads_refusal: Callable[[Config, int], str | None] = any_number
     slides: bool = False
+    sets_head_dim: bool = True
 
     @property
     def attentions(self) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ def projection_names(source: Source, layer: int) -> dict[str, str]:
 
 
 def projection_tensors(projections: Projections, source: Source, layer: int) -> dict[str, Tensor]:
-    """Return projections, which may have fewer K/V heads than the source, under its names, in its layout and dtypes."""
+    """Return projections, with other K/V heads than the source perhaps, under its names, in its layout and dtypes."""
     import torch
 
     architecture, shape = source.architecture, source.shape
@@ -46,7 +46,9 @@ def projection_tensors(projections: Projections, source: Source, layer: int) -> 
     if architecture.qkv_proj is not None:
         fused = torch.cat(list(parts.values()))
         if architecture.qkv_interleaved:
-            fused = interleave_heads(fused, shape.num_attention_heads, len(projections.k) // shape.head_dim)
+            fused = interleave_heads(
+                fused, shape.num_attention_heads, len(projections.k) * shape.num_attention_heads // len(projections.q)
+            )
         parts = {"qkv_proj": fused}
     rows = {f"{part}.weight": matrix[:, :-1] for part, matrix in parts.items()}
     rows |= {f"{part}.bias": matrix[:, -1] for part, matrix in parts.items()}

@@ -10,7 +10,7 @@ from ..checkpoint.tensors import Checkpoint
 from ..errors import UnsupportedError
 from .architecture import Architecture
 
-__all__ = ["read_rotary"]
+__all__ = ["read_rotary", "rotary_scaling", "score_scaling"]
 
 
 def read_rotary(checkpoint: Checkpoint, architecture: Architecture, shape: AttentionShape, model: Any) -> list[Rotary]:
@@ -37,3 +37,14 @@ def read_rotary(checkpoint: Checkpoint, architecture: Architecture, shape: Atten
         longest = min(context, window or context)
         layers.append(Rotary(frequencies, architecture.interleaved_rotary, longest))
     return layers
+
+
+def score_scaling(model: Any) -> float:
+    """Return what the attention of a class multiplies the scores of queries and keys by."""
+    return float(next(module.scaling for module in model.modules() if hasattr(module, "scaling")))
+
+
+def rotary_scaling(model: Any) -> float:
+    """Return what a class multiplies rotating queries and keys by beside rotating them: yarn's factor, or 1."""
+    factors = (module.attention_scaling for module in model.modules() if hasattr(module, "attention_scaling"))
+    return float(next(factors, 1.0))

@@ -81,6 +81,7 @@ _ENTRIES = (
     Architecture("cross_layer_decoder", key_norm="k_norm", query_norm="q_norm"),
     Architecture(
         "dbrx",
+        sets_head_dim=False,
         autocasts=False,  # it adds what experts make in bf16 to float32
         attention="transformer.blocks.{layer}.norm_attn_norm.attn",
         qkv_proj="Wqkv",
@@ -98,6 +99,7 @@ _ENTRIES = (
     Architecture("exaone4", key_norm="k_norm"),
     Architecture(
         "falcon",
+        sets_head_dim=False,
         attention="transformer.h.{layer}.self_attention",
         qkv_proj="query_key_value",
         qkv_interleaved=True,
@@ -116,6 +118,7 @@ _ENTRIES = (
     Architecture("glm4", interleaved_rotary=True),
     Architecture(
         "gpt_bigcode",
+        sets_head_dim=False,
         attention="transformer.h.{layer}.attn",
         qkv_proj="c_attn",
         qkv_interleaved=True,
@@ -134,6 +137,7 @@ _ENTRIES = (
     Architecture("granitemoe"),
     Architecture(
         "grouped_bart",
+        sets_head_dim=False,
         attention="model.decoder.layers.{layer}.self_attn",
         cross_attention="model.decoder.layers.{layer}.encoder_attn",
         o_proj="out_proj",
@@ -148,6 +152,7 @@ _ENTRIES = (
     ),
     Architecture(
         "grouped_t5",
+        sets_head_dim=False,
         attention="decoder.block.{layer}.layer.0.SelfAttention",
         cross_attention="decoder.block.{layer}.layer.1.EncDecAttention",
         q_proj="q",
@@ -163,6 +168,7 @@ _ENTRIES = (
     ),
     Architecture(
         "grouped_whisper",
+        sets_head_dim=False,
         attention="model.decoder.layers.{layer}.self_attn",
         cross_attention="model.decoder.layers.{layer}.encoder_attn",
         o_proj="out_proj",
@@ -173,7 +179,7 @@ _ENTRIES = (
         },
         write_heads=_only_heads,
     ),
-    Architecture("helium", interleaved_rotary=True),
+    Architecture("helium", interleaved_rotary=True, sets_head_dim=False),
     Architecture("hunyuan_v1_dense", key_norm="key_layernorm"),
     Architecture("hyperclovax"),
     Architecture("jais2"),
@@ -195,7 +201,7 @@ _ENTRIES = (
     Architecture("qwen3_moe", key_norm="k_norm", slides=True),
     Architecture("seed_oss"),
     Architecture("smollm3", rotates=lambda config, layer: bool(config.no_rope_layers[layer])),
-    Architecture("stablelm", key_norm="k_layernorm.norms.{head}"),
+    Architecture("stablelm", key_norm="k_layernorm.norms.{head}", sets_head_dim=False),
     Architecture("starcoder2", slides=True),
 )
 

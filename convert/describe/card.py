@@ -131,8 +131,10 @@ def _changes(provenance: Mapping[str, Any]) -> list[str]:
     """What there is less of than in the source, in words."""
     changes = []
     heads = provenance.get("num_key_value_heads", {"source": 0, "result": 0})
-    if heads["source"] != heads["result"]:
-        changes.append(f"{heads['source']} K/V heads in each layer became {heads['result']}")
+    if heads["source"] != heads["result"] or "head_dim" in provenance:
+        sizes = provenance.get("head_dim")
+        source, result = (f" of {sizes[which]}" if sizes else "" for which in ("source", "result"))
+        changes.append(f"{heads['source']} K/V heads{source} in each layer became {heads['result']}{result}")
     layers = provenance.get("num_key_value_layers", {"source": 0, "result": 0})
     if layers["source"] != layers["result"]:
         changes.append(f"{layers['source']} layers share the keys and values of {layers['result']}")

@@ -8,13 +8,14 @@ read: SGLang 0.5.23, llama.cpp as vendored in llama-cpp-python 0.3.36.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..algebra.attention_shape import LatentSizes
+from ..architectures.table import known_architecture
 from ..runtime import RUNTIME_CLASSES
 
-__all__ = ["KERNEL_RANKS", "Serving", "engines_line", "latent_kernels", "serving"]
+__all__ = ["KERNEL_RANKS", "Serving", "engines_line", "head_kernels", "latent_kernels", "serving"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,17 @@ _KERNEL_ROPE_DIM = 64
 _KERNEL_HEADS = ((128, 128), (64, 128), (192, 256))  # qk_nope_head_dim and v_head_dim
 
 
+def head_kernels(head_dim: int) -> str | None:
+    """Return why FlashAttention, which vLLM and SGLang use, has no kernel for heads of this size; None if it has one.
+
+    Source: vLLM 0.32's code. Its other kernels take fewer sizes, FlashInfer's 64, 128, 256 and 512 and those for a CPU
+    32, 64, 80, 96, 112, 128, 160, 192, 224, 256 and 512, or any from 32 on but slowly (Triton).
+    """
+    if head_dim % 8 == 0 and head_dim <= 256:
+        return None
+    return "FlashAttention takes multiples of 8 up to 256"
+
+
 def latent_kernels(latent: LatentSizes) -> str | None:
     """Return why vLLM 0.32 and SGLang have no fast kernel for a latent of these sizes, or None if they have one.
 
@@ -102,7 +114,28 @@ def serving(model_type: str, config: Mapping[str, Any] | None = None) -> tuple[S
         unknown["vLLM"] = _grouped_decoder_in_vllm(config)
     if model_type == "deepseek_v3":
         unknown |= _latent(config)
-    return tuple(_BY_ENGINE.get((model_type, engine), entry) for engine, entry in unknown.items())
+    known = (_BY_ENGINE.get((model_type, engine), entry) for engine, entry in unknown.items())
+    if config is not None and model_type not in _LONGROPE_CLASSES:
+        parameters = config.get("rope_parameters") or {}
+        if parameters.get("rope_type") == "longrope":  # frequencies one by one, as for heads of another size
+            return tuple(_with_frequencies(entry, model_type) for entry in known)
+    return tuple(known)
+
+
+_LONGROPE_CLASSES = ("deepseek_v3", "phi3", "phimoe")  # whose frequencies engines are known to take, or not, otherwise
+
+
+def _with_frequencies(entry: Serving, model_type: str) -> Serving:
+    """How an engine serves a class whose RoPE has a factor for each frequency, if it serves the class."""
+    if entry.engine == "llama.cpp":
+        return Serving("llama.cpp", False, "read", "its converter drops the factors of RoPE silently")
+    if entry.engine == "transformers" or not entry.works:
+        return entry
+    architecture = known_architecture(model_type)
+    if architecture is not None and architecture.interleaved_rotary:
+        how = "its own class has such a RoPE for half-split pairs only"
+        return Serving(entry.engine, True, "read", f"with --model-impl transformers; {how}")
+    return replace(entry, evidence="read")
 
 
 _WITHOUT_KERNELS = "only with VLLM_MLA_DISABLE=1, which caches all heads' keys and values: no kernel for these sizes"

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 from ..algebra.latent import (
     LatentAttention,
     LatentObjective,
-    RopePair,
     latent_attentions,
     normalised,
     rope_pair_gains,
     without_constant,
 )
+from ..algebra.merge import RopePair
 from ..algebra.projections import Projections
 from ..algebra.refit import refitted
 from ..architectures.projections import read_finite, read_projections
+from ..architectures.rotary import rotary_scaling
 from ..architectures.source import Source
 from ..architectures.table import LATENT_ARCHITECTURES
 from ..calibration.fitting import DEFAULT_FIT, Fit, FitOutcome
@@ -75,7 +76,7 @@ def compress_layers(
     original, student = None, None
     if len(reports) < len(layers):
         original, student = _streams(source, compression, preparation)
-    scaling = _attention_scaling(source)
+    scaling = rotary_scaling(source.empty_model) ** 2  # of queries and of keys
     for (index,) in layers[: len(reports)]:
         overlay.adopt(layer_file(index))
         if original is not None:
@@ -181,14 +182,6 @@ def _candidates(
         constant=layout.constant,
         objectives=OBJECTIVES,
     )
-
-
-def _attention_scaling(source: Source) -> float:
-    """What RoPE multiplies scores by besides rotating: yarn's factor, of queries and of keys."""
-    for module in source.empty_model.modules():
-        if hasattr(module, "attention_scaling"):
-            return float(module.attention_scaling) ** 2
-    return 1.0
 
 
 def _moments(source: Source, original: Stream | None, layer: int, hardware: Hardware) -> tuple[Tensor, Sample | None]:

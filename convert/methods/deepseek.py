@@ -9,7 +9,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..algebra.attention_shape import LatentSizes
-from ..algebra.latent import LatentAttention, RopePair
+from ..algebra.latent import LatentAttention
+from ..algebra.merge import RopePair
 from ..architectures.source import Source
 from ..checkpoint.tensors import torch_dtype
 

@@ -19,6 +19,7 @@ from ..plan import ConversionPlan, PoolHeads, Step
 from ..runtime import RUNTIME_CLASSES
 from ..translations.routes import as_target
 from .choices import FitSteps, Grouping, require_choice, require_fit, require_ridge, text_of_fit
+from .head_size import RopeSelection, check_head_size, resized_config
 from .method import Method
 from .prepared import Hardware, Measurements, Preparation, Prepared
 
@@ -50,6 +51,17 @@ class Gqa(Method):
         float, Doc("svd: how strongly that fit is pulled to the closed form, in parts of the mean squared head output.")
     ] = 0.2
     fit_steps: FitSteps = None
+    head_dim: Annotated[
+        int | None,
+        Doc("svd: dims of each K/V head of the result. Few wide heads hold more than as many numbers in more heads."),
+    ] = None
+    rope_selection: Annotated[
+        RopeSelection,
+        Doc(
+            "Frequencies of heads of another size: those of the source, each as often as there is room (source), or "
+            "its kind of RoPE over more or fewer pairs (default), which llama.cpp needs."
+        ),
+    ] = "source"
     seed: Annotated[int, Doc("Seed of random heads.")] = 0
     allow_same: Annotated[bool, Doc("Accept the number of heads that the source has: none is pooled then.")] = False
 
@@ -58,6 +70,13 @@ class Gqa(Method):
         require_choice("grouping", self.grouping, get_args(Grouping))
         require_ridge(self.refit_ridge)
         require_fit(self.fit_steps, refit=self.refit)
+        require_choice("RoPE selection", self.rope_selection, get_args(RopeSelection))
+        if self.head_dim is not None and self.merge != "svd":
+            raise UnsupportedError(
+                f"head_dim = {self.head_dim}, and {self.merge} keeps the size of heads",
+                hint="svd merges heads into larger or smaller ones",
+                settings=("head_dim", "merge"),
+            )
 
     @property
     def needs_measurements(self) -> bool:
@@ -75,12 +94,13 @@ class Gqa(Method):
         return True
 
     def source(self, checkpoint: Checkpoint) -> Source:
-        """The checkpoint in the class that can have so many heads. Raises UnsupportedError where there is none."""
-        return as_target(checkpoint, self.num_key_value_heads)
+        """The checkpoint in the class that can have such heads. Raises UnsupportedError where there is none."""
+        return as_target(checkpoint, self.num_key_value_heads, self.head_dim)
 
     def suffix(self, source: Source) -> str:
         """What the name of a result ends with."""
-        return "mqa" if self.num_key_value_heads == 1 else f"gqa{self.num_key_value_heads}"
+        size = "" if self._head_dim(source) == source.shape.head_dim else f"x{self.head_dim}"
+        return "mqa" if self.num_key_value_heads == 1 and not size else f"gqa{self.num_key_value_heads}{size}"
 
     def check(self, source: Source) -> None:
         """Raise UnsupportedError or CheckpointError for what cannot be done, before anything is measured."""
@@ -100,6 +120,8 @@ class Gqa(Method):
             from .merging import check_mergeable
 
             check_mergeable(source)
+        if self._resizes(source):
+            check_head_size(source, self.num_key_value_heads, self._head_dim(source))
 
     def prepare(self, source: Source, preparation: Preparation) -> Prepared:
         """Merge heads, where the method does that, into files in the preparation's `scratch`."""
@@ -123,15 +145,16 @@ class Gqa(Method):
         steps = {name: Step.copy(checkpoint.tensors[name]) for name in checkpoint.tensors}
         keeps_heads = self._keeps_heads(source)
         if not keeps_heads:
+            change = self._resize_layer if self._resizes(source) else self._pool_layer
             for layer in range(shape.num_hidden_layers):
-                self._pool_layer(steps, source, layer)
+                change(steps, source, layer)
         return ConversionPlan(
             target="mqa" if self.num_key_value_heads == 1 else "gqa",
             method=self.merge,
             model_type=architecture.model_type,
             route=checkpoint.route,
             source=shape,
-            result=replace(shape, num_key_value_heads=self.num_key_value_heads),
+            result=replace(shape, num_key_value_heads=self.num_key_value_heads, head_dim=self._head_dim(source)),
             config=checkpoint.config if keeps_heads else self.result_config(source),
             steps=tuple(steps.values()),
             bytes_in=sum(info.num_bytes for info in checkpoint.tensors.values()),
@@ -140,7 +163,11 @@ class Gqa(Method):
     def result_config(self, source: Source) -> dict[str, Any]:
         """config.json of the result."""
         architecture = source.architecture
-        config = architecture.result_config(source.checkpoint, self.num_key_value_heads, source.shape.head_dim)
+        size = self.num_key_value_heads, self._head_dim(source)
+        if self._resizes(source):
+            config = resized_config(source, *size, self.rope_selection)
+        else:
+            config = architecture.result_config(source.checkpoint, *size)
         if architecture.model_type not in RUNTIME_CLASSES:
             config.pop("auto_map", None)  # the result opens in the stock class; the source's own code knows no grouping
         return config
@@ -148,8 +175,14 @@ class Gqa(Method):
     def _grouping(self, source: Source) -> HeadGrouping:
         return HeadGrouping.contiguous(source.shape.num_key_value_heads, self.num_key_value_heads)
 
+    def _head_dim(self, source: Source) -> int:
+        return source.shape.head_dim if self.head_dim is None else self.head_dim
+
+    def _resizes(self, source: Source) -> bool:
+        return self._head_dim(source) != source.shape.head_dim
+
     def _keeps_heads(self, source: Source) -> bool:
-        return self.num_key_value_heads == source.shape.num_key_value_heads
+        return self.num_key_value_heads == source.shape.num_key_value_heads and not self._resizes(source)
 
     def _merges(self, source: Source) -> bool:
         return self.merge == "svd" and not self._keeps_heads(source)
@@ -160,7 +193,23 @@ class Gqa(Method):
         from .merging import HeadMerge
 
         refit = self.refit and isinstance(measurements, CalibrationText)
-        return HeadMerge(self.num_key_value_heads, None, self.grouping, refit, self.refit_ridge, Fit(self.fit_steps))
+        fit = Fit(self.fit_steps)
+        return HeadMerge(
+            self.num_key_value_heads, None, self.grouping, refit, self.refit_ridge, fit, head_dim=self.head_dim
+        )
+
+    def _resize_layer(self, steps: dict[str, Step], source: Source, layer: int) -> None:
+        """Replace the copy steps of a layer's projections, whose heads get another size."""
+        shape, head_dim = source.shape, self._head_dim(source)
+        rows = {"q_proj": shape.num_attention_heads, "k_proj": self.num_key_value_heads}
+        rows |= {"v_proj": rows["k_proj"], "qkv_proj": rows["q_proj"] + 2 * rows["k_proj"]}
+        for part, name in projection_names(source, layer).items():
+            info, projection = source.checkpoint.tensors[name], part.partition(".")[0]
+            if projection == "o_proj":
+                new_shape: tuple[int, ...] = (info.shape[0], rows["q_proj"] * head_dim)
+            else:
+                new_shape = (rows[projection] * head_dim, *info.shape[1:])
+            steps[name] = Step((name,), TensorSpec(name, info.dtype, new_shape), overlay=True)
 
     def _pool_layer(self, steps: dict[str, Step], source: Source, layer: int) -> None:
         """Replace the copy steps of a layer's K/V heads, and of the norms that belong to them."""

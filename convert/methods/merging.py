@@ -20,6 +20,7 @@ from ..calibration.text import CalibrationText
 from ..checkpoint.overlay import Overlay
 from ..errors import UnsupportedError
 from .finished import finished_layers, gram_file, layer_file, note_finished
+from .head_size import shared_heads
 from .prepared import Hardware, LayerReport, Measurements, Preparation, Prepared
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class HeadMerge:
     lose least) or "contiguous" (neighbours). `refit` fits each layer's attention to the original's on calibration text:
     o_proj in closed form, pulled towards that of the merge by `refit_ridge`, a fraction of the mean diagonal of the
     normal equations, then all projections by the gradient steps of `fit`. `prediction_pull` and `at_distances` are
-    those of `Heads`; benchmarks compare others.
+    those of `Heads`; benchmarks compare others. `head_dim` is the size of the heads of the result, where it is another.
     """
 
     num_key_value_heads: int
@@ -47,6 +48,7 @@ class HeadMerge:
     fit: Fit = DEFAULT_FIT
     prediction_pull: float = PREDICTION_PULL
     at_distances: bool = True
+    head_dim: int | None = None
 
 
 def merge_heads(
@@ -63,6 +65,7 @@ def merge_heads(
     merge.
     """
     check_mergeable(source)
+    resized = None if merge.head_dim in (None, source.shape.head_dim) else shared_heads(source, result_config)
     shape, measurements, keep_gram = source.shape, preparation.measurements, preparation.keep_gram
     sharing = merge.layers or LayerGrouping(tuple(range(shape.num_hidden_layers)))
     overlay, grams = Overlay(preparation.scratch), Overlay(preparation.scratch)
@@ -83,6 +86,7 @@ def merge_heads(
             inputs,
             shape,
             free_transformations(source, layers[0]),
+            shared=None if resized is None else resized[layers[0]],
             prediction_pull=merge.prediction_pull,
             at_distances=merge.at_distances,
         )
@@ -231,6 +235,7 @@ def merge_record(merge: HeadMerge, hardware: Hardware) -> dict[str, Any]:
     """How heads were merged, for the manifest."""
     return {
         "num_key_value_heads": merge.num_key_value_heads,
+        **({} if merge.head_dim is None else {"head_dim": merge.head_dim}),
         "kv_source_layers": None if merge.layers is None else list(merge.layers.sources),
         "grouping": merge.grouping,
         "refit": merge.refit,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from typing_extensions import Doc
 
 from ..algebra.attention_shape import AttentionShape, LatentSizes
-from ..algebra.latent import RopePair
+from ..algebra.merge import RopePair
 from ..architectures.source import Source
 from ..checkpoint.tensors import Checkpoint
 from ..errors import UnsupportedError

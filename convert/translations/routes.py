@@ -113,22 +113,32 @@ def targets(checkpoint: Checkpoint) -> Iterator[Source | UnsupportedError]:
             yield Source.of(view)
 
 
-def as_target(checkpoint: Checkpoint, num_key_value_heads: int) -> Source:
+def as_target(checkpoint: Checkpoint, num_key_value_heads: int, head_dim: int | None = None) -> Source:
     """Return the checkpoint in the first class of `ROUTES` that computes its function and can have so many K/V heads.
+
+    With `head_dim`, these can have that size too.
 
     That is its own class if that one can. Raises UnsupportedError, with the reason of the last class, where none can,
     and for an architecture that kvconvert does not know.
     """
-    refusal = UnsupportedError(f"{checkpoint.name}: no class holds it")
+    refusal, sized = UnsupportedError(f"{checkpoint.name}: no class holds it"), None
     for target in targets(checkpoint):
         if isinstance(target, UnsupportedError):
             refusal = target
             continue
         reason = target.architecture.heads_refusal(target.checkpoint.full_config, num_key_value_heads)
+        if reason is None and not target.architecture.sets_head_dim and head_dim not in (None, target.shape.head_dim):
+            model_type = target.architecture.model_type
+            sized = sized or UnsupportedError(
+                f"{checkpoint.name}: {model_type} takes the size of its heads from other entries of its config",
+                hint="leave head_dim out",
+                settings=("head_dim",),
+            )
+            continue
         if reason is None:
             return target
         refusal = UnsupportedError(f"{checkpoint.name}: {reason}")
-    raise refusal
+    raise sized or refusal
 
 
 def as_cross_layer(checkpoint: Checkpoint) -> Source:
