@@ -103,8 +103,9 @@ def _descend(
 ) -> float:
     """Take the steps, leave the parameters where the loss on `held_out`, `before` at first, was least, and return that.
 
-    It is looked at after each eighth of the steps. Where half of what was gained is lost again the parameters go back,
-    and the rate falls to a third for good: what is a small step for one layer is far too large for another.
+    It is looked at after each eighth of the steps. Where it has risen from its least by half of what was gained, and by
+    a twentieth of `before`, which a high rate makes up for as it falls, the parameters go back, and the rate falls to a
+    third for good: what is a small step for one layer is far too large for another.
     """
     import torch
 
@@ -127,7 +128,7 @@ def _descend(
         found = _mean(loss, held_out)
         if found < least:
             least, at_least = found, [parameter.detach().clone() for parameter in parameters]
-        elif not found - least <= (before - least) / 2:  # also where it is not a number
+        elif not found - least <= max((before - least) / 2, before / 20):  # also where it is not a number
             _put_back(parameters, at_least)
             momenta = [momentum.afresh() for momentum in momenta]
             peak /= 3
