@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,12 @@ def main() -> None:
     for model in arguments.converted:
         for name in arguments.recipe or _RECIPES:
             for rate in arguments.lr:
-                row = {"model": Path(model).name, "recipe": name, "lr": rate}
+                row = {"model": Path(model).name, "recipe": name}
                 print(json.dumps(row | _uptrained(arguments, model, name, rate, windows, base)), flush=True)
 
 
 def _uptrained(
-    arguments: argparse.Namespace, model: str, name: str, rate: float, windows: Any, base: float
+    arguments: argparse.Namespace, model: str, name: str, rate: float | None, windows: Any, base: float
 ) -> dict[str, Any]:
     steps = arguments.steps
     if name == "pretraining, equal compute":
@@ -86,7 +86,9 @@ def _uptrained(
         against = evaluate_checkpoint(output, arguments.held_out, against=arguments.original, settings=measured).against
     assert against is not None
     return {
+        "lr": result.settings.learning_rate if result.start is None else result.start.peak_learning_rate,
         "tokens": result.tokens,
+        "start": None if result.start is None else asdict(result.start),
         "compute": round(plan.cost.flops / _cross_entropy_flops(arguments, request), 3),
         "seconds": round(result.seconds, 1),
         "excess": round(against.excess_nats_per_token, 4),
@@ -97,7 +99,7 @@ def _uptrained(
 
 
 def _request(
-    arguments: argparse.Namespace, model: str, name: str, rate: float, output: Path, steps: int
+    arguments: argparse.Namespace, model: str, name: str, rate: float | None, output: Path, steps: int
 ) -> UptrainRequest:
     settings = UptrainSettings(
         lr=rate,
@@ -138,7 +140,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--data", required=True)
     names = [*_RECIPES, "pretraining, equal compute"]
     parser.add_argument("--recipe", action="append", choices=names, help="repeatable; all but the last unless given")
-    parser.add_argument("--lr", type=float, action="append")
+    parser.add_argument("--lr", action="append", help="a number, or default: what a run without --lr takes; repeatable")
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--sequences-per-step", type=int, default=16)
@@ -146,7 +148,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--curve-windows", type=int, default=64)
     parser.add_argument("--precision", default="bf16")
     arguments = parser.parse_args()
-    arguments.lr = arguments.lr or [1e-3]
+    arguments.lr = [None if rate == "default" else float(rate) for rate in arguments.lr or ["1e-3"]]
     return arguments
 
 

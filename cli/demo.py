@@ -37,7 +37,6 @@ _MARKER_NAME = ".kvconvert-demo"
 _FRACTION = 0.05  # of pretraining: the α of the GQA paper
 _SEQUENCE_LENGTH = 256  # as in pretraining
 _BATCH_SIZE = 16
-_LEARNING_RATE = 1e-3  # half the peak of its pretraining, 2e-3; a quarter does as well (docs/measurements.md)
 _EVAL_STEPS = 32
 _CALIBRATION_TOKENS = 131072
 
@@ -141,7 +140,6 @@ def _settings_of(variants: tuple[_Variant, ...], size: _Size) -> dict[str, Any]:
     return {
         "kvconvert_version": version("kvconvert"),
         "uptrained": [variant.name for variant in variants if variant.uptrained],
-        "learning_rate": _LEARNING_RATE,
         "max_windows": size.max_windows,
         "calibration_tokens": size.calibration_tokens,
         "uptraining_tokens": size.steps * _SEQUENCE_LENGTH * _BATCH_SIZE,
@@ -279,7 +277,6 @@ def _uptrain(variant: _Variant, output: Path, windows: Any, steps: int, terminal
             steps=steps,
             output=output / f"{variant.name}-uptrained",
             settings=UptrainSettings(
-                lr=_LEARNING_RATE,
                 sequence_length=_SEQUENCE_LENGTH,
                 global_batch_tokens=_BATCH_SIZE * _SEQUENCE_LENGTH,
             ),

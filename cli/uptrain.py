@@ -170,6 +170,7 @@ def uptrain(
         "passes": result.passes,
         "held_out_nats_per_token": {"before": result.held_out_before, "after": result.held_out},
         "kept_step": result.kept_step,
+        "start": None if result.start is None else asdict(result.start),
         "seconds": round(result.seconds, 1),
         "left_behind": dict(result.left_behind),
         "dry_run": False,
@@ -253,13 +254,15 @@ def _show_plan(plan: UptrainPlan, console: Console) -> None:
         console.print(f"  pretraining  {part:.2%} of {human_count(budget.pretraining_tokens or 0)} ({budget.source})")
     console.print(f"  objective    {job.objective}" + (f" to {job.teacher}" if job.teacher else ""))
     for stage in settings.stages:
+        at_most = "at most " if settings.rate_from_start and stage == settings.stages[-1] else ""
         console.print(
             f"  stage        {stage.name}: {stage.steps} steps, {stage.trained} parameters, "
-            f"{settings.lr_scheduler}, peak {stage.learning_rate:g}, {settings.precision}"
+            f"{settings.lr_scheduler}, peak {at_most}{stage.learning_rate:g}, {settings.precision}"
         )
     if plan.trials:
         rates = ", ".join(f"{trial.learning_rate:g}" for trial in plan.trials)
-        console.print(f"  trials       {plan.trials[0].steps} steps at each learning rate of {rates}")
+        at_most = "at most " if settings.rate_from_start else ""
+        console.print(f"  trials       {plan.trials[0].steps} steps at each learning rate of {at_most}{rates}")
     at_once = "what fits" if execution.micro_batch is None else str(execution.micro_batch)
     console.print(
         f"  batch        {human_count(settings.tokens_per_step)} tokens in blocks of {settings.sequence_length}: "
@@ -285,6 +288,11 @@ def _show(result: UptrainResult, console: Console) -> None:
     steps = "1 step" if result.steps == 1 else f"{result.steps} steps"
     console.print(f"uptrained for {steps}, {human_count(result.tokens)} tokens, {result.objective}")
     console.print(f"  {result.seconds:.0f} s, {result.tokens_per_second:.0f} tokens/s, {_passes(result.passes)}")
+    if result.start is not None:
+        console.print(
+            f"  peak learning rate {result.start.peak_learning_rate:.2g}, "
+            f"from {result.start.kl_nats_per_token:.4f} nats/token of divergence at the start"
+        )
     show_left_behind(result.left_behind, console)
     if result.held_out is not None:
         before = "" if result.held_out_before is None else f"{result.held_out_before:.4f} before, "

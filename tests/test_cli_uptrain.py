@@ -20,6 +20,7 @@ from kvconvert.convert.errors import OutputError, PreemptedError
 from kvconvert.uptrain import TextSettings, UptrainSettings, sweep
 from kvconvert.uptrain import uptrain as library_uptrain
 from kvconvert.uptrain.run import run_checked as uptrain_job
+from kvconvert.uptrain.settings import rate_for_start
 from torch._inductor import config as inductor
 from typer.testing import CliRunner
 
@@ -436,6 +437,27 @@ def test_a_sweep_and_its_rerun(uptrain: Invoke, tmp_path: Path) -> None:
     assert "nats/token after 2 steps" not in again.stderr
     assert json.loads(again.stdout)["settings"]["learning_rate"] == best
     assert not (tmp_path / "model-uptrained.lr-sweep").exists()
+
+
+def test_a_sweep_without_a_rate_tries_those_that_follow_from_the_start(uptrain: Invoke, tmp_path: Path) -> None:
+    """The student as its own teacher has nothing to recover: both trials are at the least rate."""
+    arguments = ["--steps", 2, "--global-batch-tokens", 128, "--sequence-length", 32, "--lr-sweep", 2]
+    arguments += ["--validation-fraction", 0.3, "--teacher", tmp_path / "model"]
+    shown = uptrain(*arguments, "--dry-run").stdout
+    assert "trials       2 steps at each learning rate of at most 0.0005, 0.001" in shown
+    assert "peak at most 0.001," in shown
+    outcome = uptrain(*arguments, "--json")
+    assert outcome.exit_code == 0, outcome.output
+    trials = json.loads((tmp_path / "model-uptrained" / "lr_sweep.json").read_text())["trials"]
+    assert [trial["learning_rate"] for trial in trials] == [5e-4, 1e-3]
+    for trial in trials:
+        assert trial["peak_learning_rate"] == rate_for_start(trial["learning_rate"], 0.0)
+        assert f"lr {trial['peak_learning_rate']:.2e}: held-out" in outcome.stderr
+    start = json.loads(outcome.stdout)["start"]
+    assert start["kl_nats_per_token"] == pytest.approx(0, abs=1e-6)
+    best = min(trials, key=lambda trial: trial["nats_per_token"])["peak_learning_rate"]
+    assert start["peak_learning_rate"] == best
+    assert f"learning rate {best:.2e}\n" in outcome.stderr
 
 
 SWEPT = ["--global-batch-tokens", 128, "--sequence-length", 32, "--validation-fraction", 0.3, "--lr-sweep", 2]

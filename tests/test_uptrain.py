@@ -404,7 +404,8 @@ def test_one_process_uses_one_gpu(
     with open_checkpoint(make_checkpoint()) as checkpoint:
         job = UptrainJob(checkpoint, SETTINGS, (WeightedSource(TextSource("text")),), tmp_path / "out")
         (stage,) = SETTINGS.stages
-        assert training_arguments(job, Observation(), stage, torch.device("cpu"), micro_batch=4).n_gpu == 1
+        device = torch.device("cpu")
+        assert training_arguments(job, Observation(), stage, device, micro_batch=4, peak_rate=1e-3).n_gpu == 1
 
 
 class SummaryWriter:

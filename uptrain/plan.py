@@ -220,8 +220,13 @@ def carry_out(
 def _tell(trials: Sequence[Trial], chosen: float, remark: Callable[[str], object]) -> None:
     for trial in trials:
         score = "diverged" if trial.nats_per_token is None else f"held-out {trial.nats_per_token:.4f} nats/token"
-        remark(f"lr {trial.learning_rate:.2e}: {score} after {trial.steps} steps")
-    remark(f"learning rate {chosen:.2e}")
+        remark(f"lr {_peak(trial):.2e}: {score} after {trial.steps} steps")
+    remark(f"learning rate {next(_peak(trial) for trial in trials if trial.learning_rate == chosen):.2e}")
+
+
+def _peak(trial: Trial) -> float:
+    """The peak rate that a trial was run at, as far as it came to be known."""
+    return trial.peak_learning_rate or trial.learning_rate
 
 
 def _batch(request: UptrainRequest, checkpoint: Checkpoint, teacher: Checkpoint | None) -> Batch:
@@ -240,13 +245,14 @@ def _batch(request: UptrainRequest, checkpoint: Checkpoint, teacher: Checkpoint 
 def _settings(request: UptrainRequest, checkpoint: Checkpoint, batch: Batch, budget: Budget) -> RunSettings:
     asked = request.settings
     recipe = asked.recipe or (Recipe.pretraining if request.teacher is None else Recipe.distill)
+    weights = _weights(asked, recipe)
     return RunSettings(
         steps=budget.steps,
         sequence_length=batch.sequence_length,
         sequences_per_step=batch.sequences_per_step,
         learning_rate=default_learning_rate(checkpoint, recipe) if asked.lr is None else asked.lr,
         recipe=recipe,
-        weights=_weights(asked, recipe),
+        weights=weights,
         trained=asked.train_only,
         layerwise_fraction=asked.layerwise_fraction,
         layerwise_learning_rate=asked.layerwise_lr,
@@ -258,6 +264,7 @@ def _settings(request: UptrainRequest, checkpoint: Checkpoint, batch: Batch, bud
         precision=default_precision() if asked.precision == "auto" else asked.precision,
         seed=asked.seed,
         keep_best=asked.keep_best,
+        rate_from_start=asked.lr is None and recipe is not Recipe.layerwise and weights.kl > 0,
     )
 
 

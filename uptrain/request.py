@@ -131,8 +131,8 @@ class UptrainSettings:
     lr: Annotated[
         float | None,
         Doc(
-            "Peak learning rate. Default: 1e-3 below 100M parameters, 3e-4 below 3B, 1e-4 above; a quarter of it for "
-            "cross-entropy after a conversion with --method svd."
+            "Peak learning rate. Default: 1e-3 below 100M parameters, 3e-4 below 3B, 1e-4 above; less where the model "
+            "is near its teacher at the start; a quarter of it for cross-entropy after a conversion with --method svd."
         ),
     ] = None
     lr_sweep: Annotated[

@@ -28,6 +28,7 @@ from .observation import Observation
 from .rundir.prepare import prepare
 from .rundir.publish import publish, write_weights
 from .rundir.record import finished_before, held_out_scores, replaces_output
+from .rundir.start import Start, read_start
 from .rundir.status import StatusFile
 from .rundir.workdir import best_folder, checkpoints_folder, data_folder, last_saved, remove_work, stage_folder
 from .settings import RunSettings
@@ -50,7 +51,8 @@ class UptrainResult:
     `passes` is how often the text was seen, of several sources the one that was seen most often; None stands for at
     most once, of text whose size is not known. `held_out` is the last score in nats per token, if any was taken, and
     `held_out_before` that before the first step; with `keep_best` the result is that of `kept_step`, and so is
-    `held_out`. Time and rate are those since the start or the last resume.
+    `held_out`. `start` is where the last stage began, if its learning rate follows from that. `seconds` and
+    `tokens_per_second` are those since the start or the last resume.
     `left_behind` maps what lies beside the weights that were trained, and did not go to the output, to the reason, in
     words.
     """
@@ -66,6 +68,7 @@ class UptrainResult:
     held_out: float | None = None
     held_out_before: float | None = None
     kept_step: int | None = None
+    start: Start | None = None
     left_behind: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -100,6 +103,7 @@ def run_checked(job: UptrainJob, watch: Observation, *, force: bool = False) -> 
                 held_out=scores.get(kept_step, next(reversed(scores.values()), None)),
                 held_out_before=scores.get(0),
                 kept_step=kept_step,
+                start=None if record.get("start") is None else Start(**record["start"]),
             )
         status = StatusFile(
             job.work,
@@ -156,7 +160,9 @@ def _run(context: RunContext, held: ExitStack, *, force: bool) -> UptrainResult:
             if processes.is_first:
                 weights = read_weights(best_folder(job), context.best)
         kept_step = None if context.best is None else context.best.step
+        start = read_start(job.work)
         seconds = time.monotonic() - started
+        processes.wait()  # all have read before the directory goes
         if processes.is_first:
             watch.trained(weights)
             if watch.keep:
@@ -184,6 +190,7 @@ def _run(context: RunContext, held: ExitStack, *, force: bool) -> UptrainResult:
         held_out=context.held_out,
         held_out_before=context.held_out_before,
         kept_step=kept_step,
+        start=start,
     )
 
 
@@ -215,6 +222,7 @@ def result_of(
     held_out: float | None = None,
     held_out_before: float | None = None,
     kept_step: int | None = None,
+    start: Start | None = None,
 ) -> UptrainResult:
     """Make the result of a job, of which `steps_done` took `seconds`."""
     settings = job.settings
@@ -230,6 +238,7 @@ def result_of(
         held_out=held_out,
         held_out_before=held_out_before,
         kept_step=kept_step,
+        start=start,
         left_behind=find_companions(job.checkpoint, same_attention=True).missing_from(job.output),
     )
 

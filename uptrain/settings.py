@@ -17,10 +17,13 @@ __all__ = [
     "RunSettings",
     "default_learning_rate",
     "default_sequence_length",
+    "rate_for_start",
 ]
 
 
 _MAX_DEFAULT_SEQUENCE_LENGTH = 2048
+_KL_OF_WHOLE_RATE = 0.3  # nats per token; with it the demo's starts get about their best rate (docs/measurements.md)
+_LEAST_PART_OF_RATE = 0.05  # which starts within 0.00075 nats per token get
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class RunSettings:
     """What decides the trajectory of a run; a resumed run must have the same.
 
     With `keep_best` the result is that of the step with the least held-out loss, else of the last step.
+    With `rate_from_start` the last stage takes `rate_for_start` of `learning_rate`, measured before its first step.
     `warmup_fraction` is of a stage's steps; `precision` is "bf16" (autocast over float32 weights), "fp32", or
     "fp64", which is for checks of arithmetic.
     `optimizer` is one of the names that transformers has.
@@ -51,6 +55,7 @@ class RunSettings:
     seed: int = 0
     optimizer: str = "adamw_torch_fused"
     keep_best: bool = False
+    rate_from_start: bool = False
 
     def __post_init__(self) -> None:
         rates = [rate for rate in (self.learning_rate, self.layerwise_learning_rate) if rate is not None]
@@ -134,3 +139,15 @@ def default_learning_rate(checkpoint: Checkpoint, recipe: Recipe) -> float:
     peak = 1e-3 if size < 1e8 else 3e-4 if size < 3e9 else 1e-4
     merged = read_provenance(checkpoint.directory).get("method") == "svd"
     return peak / 4 if merged and recipe is Recipe.pretraining else peak
+
+
+def rate_for_start(peak: float, kl: float) -> float:
+    """Choose the peak learning rate of a stage that starts `kl` nats per token from its teacher, at most `peak`.
+
+    It falls with the root of the divergence, which is about quadratic in the distance of the weights: an optimizer that
+    moves every weight by its rate in a step overshoots a shorter way sooner. At 1e-3 the demo with 2 K/V heads, which
+    starts at 0.064, is twice as far from its original after 16 steps as before (docs/measurements.md). Two digits, so
+    that rounding on another machine changes nothing; a start without any divergence gets the least rate, not 0.
+    """
+    part = math.sqrt(max(kl, 0.0) / _KL_OF_WHOLE_RATE)
+    return float(f"{peak * min(max(part, _LEAST_PART_OF_RATE), 1.0):.1e}")

@@ -15,6 +15,7 @@ from .run import run_checked
 from .rundir.directories import sole_run_in
 from .rundir.prepare import no_held_out_text
 from .rundir.record import begun_before
+from .rundir.start import read_start
 from .rundir.status import STATUS_NAME, StatusFile, write_status
 from .rundir.trials import (
     Sweep,
@@ -141,8 +142,11 @@ class _Trials:
             note=lambda status: self._status.reach(before + status.step, status.last_checkpoint),
         )
         try:
-            held_out = run_checked(trial, watch, force=not begun_before(trial)).held_out
+            result = run_checked(trial, watch, force=not begun_before(trial))
+            held_out, start = result.held_out, result.start
         except DivergedError:
+            start = read_start(trial.work)
+            self._processes.wait()  # all have looked before it goes
             if self._processes.is_first:
                 discard(trial.work)
             held_out = None
@@ -152,4 +156,5 @@ class _Trials:
             ) from error
         # a loss that is not a number compares as none
         finite = held_out is not None and math.isfinite(held_out)
-        return Trial(settings.learning_rate, settings.steps, held_out if finite else None)
+        peak = None if start is None else start.peak_learning_rate
+        return Trial(settings.learning_rate, settings.steps, held_out if finite else None, peak)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ...convert.errors import DivergedError
 from ...convert.execute import DEFAULT_MAX_SHARD_BYTES
 from ..job import UptrainJob
 from .record import METRICS_NAME
+from .start import read_start
 from .status import STATUS_NAME, RunStatus, write_status
 from .trials import SWEEP_NAME, sweep_that_chose
 
@@ -80,6 +82,7 @@ def publish(
     # of what conversion made of each tensor nothing is true any more
     untrue = ("files", "tensors", "operations", "route")
     provenance = {key: value for key, value in read_provenance(source.directory).items() if key not in untrue}
+    start = read_start(job.work)
     tokens = job.settings.steps * job.settings.tokens_per_step
     teacher = job.inputs.teacher
     provenance["uptraining"] = job.record | {
@@ -88,6 +91,7 @@ def publish(
         "tokens": tokens,
         "passes": passes,
         "kept_step": kept_step,
+        "start": None if start is None else asdict(start),
     }
     default = torch_dtype(source.dtype)
     dtypes = {name: torch_dtype(source.tensors[name].dtype) if name in source.tensors else default for name in weights}

@@ -28,7 +28,7 @@ METRICS_NAME = "metrics.jsonl"
 SETTINGS_NAME = "settings.json"
 REPLACES_NAME = "force"
 _OF_LENGTH = "its learning rate goes down over its steps"
-_BEFORE = {"keep_best": False}  # what runs did that began before there was the setting
+_BEFORE = {"keep_best": False, "rate_from_start": False}  # what runs did that began before there were these settings
 
 
 def finished_before(job: UptrainJob) -> bool:

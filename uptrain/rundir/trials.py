@@ -39,11 +39,16 @@ _FACTOR = 2.0  # between neighbouring rates
 
 @dataclass(frozen=True)
 class Trial:
-    """What a short run at one learning rate ended with, in nats per held-out token; None if it diverged."""
+    """What a short run at one learning rate ended with, in nats per held-out token; None if it diverged.
+
+    `peak_learning_rate` is what followed from the setting and the start, None where it is the setting itself or the
+    start was not reached.
+    """
 
     learning_rate: float
     steps: int
     nats_per_token: float | None
+    peak_learning_rate: float | None = None
 
 
 @dataclass(frozen=True)

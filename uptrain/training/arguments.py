@@ -20,7 +20,7 @@ _ADAM_BETA2 = 0.95  # as language models are pretrained with (GPT-3, Llama), not
 
 
 def training_arguments(
-    job: UptrainJob, watch: Observation, stage: Stage, device: torch.device, *, micro_batch: int
+    job: UptrainJob, watch: Observation, stage: Stage, device: torch.device, *, micro_batch: int, peak_rate: float
 ) -> TrainingArguments:
     """Make the Trainer's arguments for a stage that takes `micro_batch` sequences at once on `device`."""
     settings, execution = job.settings, job.execution
@@ -33,7 +33,7 @@ def training_arguments(
         max_steps=stage.steps,
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=job.batch(micro_batch).gradient_accumulation_steps,
-        learning_rate=stage.learning_rate,
+        learning_rate=peak_rate,
         lr_scheduler_type=settings.lr_scheduler,
         warmup_steps=count_warmup_steps(settings.warmup_fraction, stage.steps),
         optim=settings.optimizer,

@@ -28,6 +28,7 @@ from .metrics import MetricsLog, StepProgress, Throughput
 from .micro_batch import stage_micro_batch
 from .saving import Checkpoints
 from .sharded import SHARDS_NAME
+from .start import peak_learning_rate
 from .trainer import NonFiniteError, UptrainTrainer
 
 __all__ = ["train_stage"]
@@ -52,6 +53,7 @@ def train_stage(
     teacher_at = teacher_folder(job) if stage.uses_teacher(settings.weights) else None
     student, teacher = load_models(job, stage, source, teacher_at, context.processes.device)
     loss = stage_loss(context, stage, student, teacher)
+    peak_rate = peak_learning_rate(context, stage, student, teacher)
     micro_batch = stage_micro_batch(context, stage, student, loss)
     if job.execution.compile and stage.objective is Objective.prediction:
         compile_in_place(student, teacher)
@@ -63,7 +65,7 @@ def train_stage(
         flops_per_token=watch.flops_per_token.get(stage.name),
         peak_flops=None if watch.peak_flops is None else watch.peak_flops * job.execution.num_processes,
     )
-    trainer = _trainer(context, stage, student, loss, throughput, micro_batch=micro_batch)
+    trainer = _trainer(context, stage, student, loss, throughput, micro_batch=micro_batch, peak_rate=peak_rate)
 
     # 3. steps, until the end or a stop
     with quiet_transformers():
@@ -148,7 +150,14 @@ def _check_sharding(checkpoint: Path, *, is_sharded: bool) -> None:
 
 
 def _trainer(
-    context: RunContext, stage: Stage, student: Any, loss: Loss, throughput: Throughput, *, micro_batch: int
+    context: RunContext,
+    stage: Stage,
+    student: Any,
+    loss: Loss,
+    throughput: Throughput,
+    *,
+    micro_batch: int,
+    peak_rate: float,
 ) -> UptrainTrainer:
     job, settings = context.job, context.job.settings
     names = attention_names([name for name, _ in student.named_parameters()], context.architecture)
@@ -160,7 +169,9 @@ def _trainer(
         body_lr_multiplier=settings.body_lr_multiplier,
         measure=throughput.read,
         first_step=stage.first_step,
-        args=training_arguments(job, context.watch, stage, context.processes.device, micro_batch=micro_batch),
+        args=training_arguments(
+            job, context.watch, stage, context.processes.device, micro_batch=micro_batch, peak_rate=peak_rate
+        ),
         train_dataset=context.samples(stage),
         data_collator=default_data_collator,
         callbacks=_callbacks(context, stage, throughput),
