@@ -36,6 +36,7 @@ SETTINGS = RunSettings(
     layerwise_fraction=0.5,
     max_grad_norm=1.0,
     warmup_fraction=0.0,
+    rate_from_start=True,
 )
 
 

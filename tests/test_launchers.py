@@ -12,6 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from conftest import LATENT, CheckpointFactory
 from kvconvert.cli.uptrain import take_over_fsdp
 from kvconvert.configs import ACCELERATE
+from kvconvert.convert.checkpoint.manifest import read_provenance
 from kvconvert.uptrain.settings import Execution
 from kvconvert.uptrain.training import stage
 from safetensors.torch import load_file
@@ -44,15 +45,14 @@ def test_sharded_over_processes_equals_one(
     torchrun(2, 3, teacher, prose_file, *models)
     torchrun(4, 0, teacher, prose_file, *models)
     for model in models:
-        alone = model.with_name(f"{model.name}-alone")
+        sharded_at, alone = (model.with_name(f"{model.name}-{how}") for how in ("sharded", "alone"))
         launched.uptrain(model, teacher, prose_file, alone, Execution(micro_batch=4))
-        sharded, whole, before = (
-            load_file(folder / "model.safetensors")
-            for folder in (model.with_name(f"{model.name}-sharded"), alone, model)
-        )
+        sharded, whole, before = (load_file(folder / "model.safetensors") for folder in (sharded_at, alone, model))
         assert sharded.keys() == whole.keys()
         for name, tensor in whole.items():
             torch.testing.assert_close(sharded[name], tensor, rtol=1e-4, atol=1e-6)
+        starts = [read_provenance(folder)["uptraining"]["start"] for folder in (sharded_at, alone)]
+        assert starts[0] == pytest.approx(starts[1], rel=1e-4)
         moved = [name for name, tensor in whole.items() if not torch.equal(tensor, before[name])]
         assert "model.embed_tokens.weight" in moved  # which FSDP2 gathers for longer than a layer
 
