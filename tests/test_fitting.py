@@ -146,9 +146,9 @@ def test_what_fits_is_found_for_each_stage_and_kept(
     used: list[int] = []
     arguments = training_arguments
 
-    def spy(*args: Any, micro_batch: int) -> Any:
+    def spy(*args: Any, micro_batch: int, peak_rate: float) -> Any:
         used.append(micro_batch)
-        return arguments(*args, micro_batch=micro_batch)
+        return arguments(*args, micro_batch=micro_batch, peak_rate=peak_rate)
 
     done = 0
 
