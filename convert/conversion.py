@@ -15,6 +15,7 @@ from ..configs import CALIBRATION_TEXT
 from .algebra.attention_shape import LatentSizes
 from .architectures.context import check_context
 from .architectures.source import Source
+from .calibration.fitting import DEFAULT_FIT
 from .calibration.kept import check_measurements, keep_text, kept_text
 from .calibration.statistics import (
     LayerStatistics,
@@ -509,6 +510,8 @@ class _Measuring:
         if self.work_dir is None:
             return nullcontext()
         settings = asdict(method) | _measured_on(self.calibration)  # type: ignore[call-overload]
+        # what another version may fit by: layers of two of them shall not meet in one result
+        settings |= {name: value for name, value in DEFAULT_FIT.record.items() if name not in settings}
         with self.progress("comparing", len(weight_files(self.source.checkpoint.original))) as advance:
             job = job_record(
                 self.source.checkpoint,

@@ -15,6 +15,7 @@ from conftest import CheckpointFactory, KilledError
 from kvconvert.convert import Calibration, Cla, Gqa, Mla, conversion
 from kvconvert.convert import convert as convert_checkpoint
 from kvconvert.convert.calibration import streams, writing
+from kvconvert.convert.calibration.fitting import Fit
 from kvconvert.convert.checkpoint.work_directory import WorkDirectory, work_directory
 from kvconvert.convert.conversion import Conversion
 from kvconvert.convert.errors import InputError, OutputError
@@ -203,6 +204,10 @@ def test_a_work_directory_is_of_one_conversion(
         with pytest.raises(InputError) as caught:
             convert(method, out, begun, **options)
         assert str(caught.value).startswith(kept + message)
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "DEFAULT_FIT", Fit(learning_rate=0.5))
+        with pytest.raises(InputError, match=r"conversion: fit_learning_rate was 0\.02, now 0\.5$"):
+            convert(QUICK, out, begun)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: 7)
         with pytest.raises(InputError, match=r"conversion: threads was \d+, now 7$"):
