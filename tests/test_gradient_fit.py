@@ -95,6 +95,8 @@ def test_zero_is_orthogonalised_to_zero() -> None:
 
 def test_what_is_zero_stays_zero() -> None:
     weight, _, _, parts = regression()
+    with torch.no_grad():
+        weight[1, 2] = 0  # by itself, which the step along a momentum that is zero there would change
     inputs = torch.randn(32, 10, 6, generator=torch.Generator().manual_seed(1))
 
     def loss(part: int) -> Tensor:  # whose least has no zeros
@@ -102,7 +104,8 @@ def test_what_is_zero_stays_zero() -> None:
 
     fit_parameters([weight], loss, parts, Fit(steps=40))
     assert not weight[:, 5].any()
-    assert weight[:, :5].all()
+    assert not weight[1, 2]
+    assert weight[:, :5].count_nonzero() == 4 * 5 - 1
 
 
 def test_a_rate_is_in_proportion_to_the_rms_of_a_tensor() -> None:
@@ -131,11 +134,11 @@ def test_a_fit_that_does_not_help_on_text_kept_aside_is_undone() -> None:
     assert weight.equal(start)
 
 
-@pytest.mark.parametrize(("rate", "share"), [(0.02, 0.1), (10.0, 0.2)])
+@pytest.mark.parametrize(("rate", "share"), [(0.02, 0.1), (100.0, 0.1)])
 def test_a_rate_that_is_too_high_is_lowered(rate: float, share: float) -> None:
     """The second one leads far away: only because it falls, again and again, is something gained in the end."""
     weight, _, loss, parts = regression()
-    outcome = fit_parameters([weight], loss, parts, Fit(steps=120, learning_rate=rate))
+    outcome = fit_parameters([weight], loss, parts, Fit(steps=64, learning_rate=rate))
     assert outcome is not None
     assert outcome.loss_after < share * outcome.loss_before
     assert outcome.loss_after == pytest.approx(sum(loss(part).item() for part in parts[::16]) / 2)
