@@ -322,3 +322,8 @@ def test_the_command_refuses_what_does_nothing(
     assert (alone.returncode, alone.stdout) == (2, "")
     assert "--rope-selection" in alone.stderr
     assert "--head-dim" in alone.stderr
+    options = ["--method", "svd", "--head-dim", 8, "--rope-selection", "default", "--no-calibration"]
+    same = invoke("mha2mqa", source, *options)
+    assert (same.returncode, same.stdout) == (2, "")
+    assert "heads stay at head_dim = 8" in same.stderr
+    assert "--rope-selection" in same.stderr

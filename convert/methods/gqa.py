@@ -122,6 +122,12 @@ class Gqa(Method):
             check_mergeable(source)
         if self._resizes(source):
             check_head_size(source, self.num_key_value_heads, self._head_dim(source))
+        elif self.rope_selection != "source":
+            raise UnsupportedError(
+                f"{source.name}: heads stay at head_dim = {source.shape.head_dim}, and so do their frequencies",
+                hint="leave the selection out, or ask for heads of another size",
+                settings=("rope_selection", "head_dim"),
+            )
 
     def prepare(self, source: Source, preparation: Preparation) -> Prepared:
         """Merge heads, where the method does that, into files in the preparation's `scratch`."""
