@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import time
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..convert.errors import OutputError
-from ..convert.printable import printable
+from ..convert.printable import jsonable, printable
 
 __all__ = ["Terminal", "human_bytes", "human_count", "say", "show_left_behind", "stdout_errors"]
 
@@ -52,7 +51,7 @@ class Terminal:
             if not self.as_json:
                 show(self.results)
             elif sys.stdout is not None:  # else it was closed before the command began
-                sys.stdout.write(json.dumps(_json_ready(data), indent=2, allow_nan=False) + "\n")
+                sys.stdout.write(json.dumps(jsonable(data), indent=2, allow_nan=False) + "\n")
 
     def remark(self, text: str) -> None:
         self.remarks.print(text)
@@ -177,14 +176,3 @@ def show_left_behind(left_behind: Mapping[str, str], console: Console) -> None:
         names = [name for name, why in left_behind.items() if why == reason]
         more = f" and {len(names) - _NAMES_OF_A_LINE} more" if len(names) > _NAMES_OF_A_LINE else ""
         console.print(f"  left behind {', '.join(names[:_NAMES_OF_A_LINE])}{more}: {reason}")
-
-
-def _json_ready(value: Any) -> Any:
-    """NaN and infinity are not JSON: null stands for "not a number here"."""
-    if isinstance(value, dict):
-        return {key: _json_ready(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_ready(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from .. import measure
 from ..convert.errors import InputError, QualityGateError
 from ..measure.evaluation import EvaluationSettings
+from ..measure.results import make_directory, write_evaluation, write_hub_results
+from ..measure.tasks import TaskSettings
 from .console import Terminal
+from .evaluation_report import Names, describe_failure, show_evaluation
 from .options import Data, Given, Json, Model, Quiet, Revision, SettingsOptions, TrustRemoteCode, accepts
 from .values import parse_percentage
 
 if TYPE_CHECKING:
-    from ..measure import Evaluation
+    from ..measure import Limits
 
 __all__ = ["evaluate"]
 
@@ -26,8 +28,23 @@ _SETTINGS = SettingsOptions(
     EvaluationSettings,
     "Scoring",
     flags={"config": ("--data-config",)},
-    bounds={"window": 2, "stride": 1, "max_windows": 1, "batch_size": 1},
+    bounds={"window": 2, "stride": 1, "context": 2, "max_windows": 1, "batch_size": 1, "samples": 0},
 )
+
+
+_TASKS = SettingsOptions(
+    "tasks",
+    TaskSettings,
+    "Tasks",
+    types={"tasks": str | None},
+    defaults={"tasks": None},
+    help={"tasks": "Tasks of lm-evaluation-harness, separated by commas, for example hellaswag,arc_easy."},
+    bounds={"task_limit": 1, "num_fewshot": 0},
+)
+
+
+def _gate(text: str) -> Any:
+    return typer.Option(help=text, show_default=False, rich_help_panel="Gates")
 
 
 @dataclass(frozen=True)
@@ -40,75 +57,114 @@ class Request:
             help="The original: adds KL, top-1 agreement and excess loss.", show_default=False, rich_help_panel="Model"
         ),
     ] = None
-    max_ppl_increase: Annotated[
+    before: Annotated[
         str | None,
         typer.Option(
-            help="Exit with 3 if perplexity is further above the original, for example 5%.",
+            help="The converted checkpoint before uptraining: adds how much of its excess loss came back.",
             show_default=False,
-            rich_help_panel="Gates",
+            rich_help_panel="Model",
         ),
     ] = None
+    max_ppl_increase: Annotated[
+        str | None, _gate("Exit with 3 if perplexity is further above the original, for example 5%.")
+    ] = None
+    min_recovery: Annotated[
+        str | None, _gate("Exit with 3 if less of the excess loss of --before came back, for example 95%.")
+    ] = None
+    max_kl: Annotated[
+        float | None, _gate("Exit with 3 if the KL to the original is larger, in nats per token, for example 0.05.")
+    ] = None
+    baseline: Annotated[
+        Path | None,
+        _gate(
+            "What evaluate --json printed of an earlier model on the same text. Exit with 3 if the loss is higher than "
+            "there, by more than 0.001 nats and than twice the standard error of the difference."
+        ),
+    ] = None
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Directory for what --json prints, as evaluation_<date>.json, and for what lm-evaluation-harness "
+            "writes of tasks, as <model>/results_<date>.json.",
+            show_default=False,
+            rich_help_panel="Output",
+        ),
+    ] = None
+    hub_results: Annotated[
+        bool,
+        typer.Option(
+            "--hub-results",
+            help="Write .eval_results/<task>.yaml below --output too, for the repository of the model on the hub.",
+            rich_help_panel="Output",
+        ),
+    ] = False
     revision: Revision = None
     trust_remote_code: TrustRemoteCode = False
     as_json: Json = False
     quiet: Quiet = False
 
+    def limits(self, *, with_tasks: bool) -> Limits:
+        """The gates. Raises InputError for what they need and is not given, and for numbers that cannot be."""
+        needs = {"max_ppl_increase": "against", "max_kl": "against", "min_recovery": "against", "before": "against"}
+        for name, other in needs.items():
+            if getattr(self, name) is not None and getattr(self, other) is None:
+                flag, missing = f"--{name.replace('_', '-')}", f"--{other}"
+                raise InputError(f"{flag} needs {missing}", hint="name the original model with --against")
+        if self.min_recovery is not None and self.before is None and not with_tasks:
+            raise InputError(
+                "--min-recovery needs --before or --tasks",
+                hint="name the converted checkpoint before uptraining with --before, or tasks to compare scores of",
+            )
+        if self.max_kl is not None and not self.max_kl >= 0:
+            raise InputError(f"--max-kl is {self.max_kl}, expected a number from 0 on")
+        return measure.Limits(
+            None if self.max_ppl_increase is None else parse_percentage(self.max_ppl_increase),
+            None if self.min_recovery is None else parse_percentage(self.min_recovery),
+            self.max_kl,
+            None if self.baseline is None else measure.read_baseline(self.baseline),
+        )
 
-@accepts(_SETTINGS, Request)
-def evaluate(model: Model, data: Data, settings: Given[EvaluationSettings], request: Request) -> None:
+
+@accepts(_SETTINGS, _TASKS, Request)
+def evaluate(
+    model: Model, data: Data, settings: Given[EvaluationSettings], tasks: Given[TaskSettings], request: Request
+) -> None:
     """Measure perplexity on held-out text, alone or against the original.
 
     Example: kvconvert evaluate model_dir-gqa8 --data held_out.jsonl --against model_dir --max-ppl-increase 5%
     """
     terminal = Terminal(as_json=request.as_json, quiet=request.quiet)
-    threshold = None if request.max_ppl_increase is None else parse_percentage(request.max_ppl_increase)
-    if threshold is not None and request.against is None:
-        raise InputError("--max-ppl-increase needs --against", hint="name the original model with --against")
     chosen = settings.build()
+    named = tasks.build(tasks=tuple(filter(None, map(str.strip, (tasks.values["tasks"] or "").split(",")))))
+    limits = request.limits(with_tasks=bool(named.tasks))
+    if request.hub_results and (request.output is None or not named.tasks):
+        raise InputError("--hub-results is about --tasks, and is written below --output", hint="give both")
+    if request.output is not None:
+        make_directory(request.output)
     evaluation = measure.evaluate(
         model,
         data,
         against=request.against,
+        before=request.before,
         settings=chosen,
+        tasks=named,
+        output=request.output,
         revision=request.revision,
         progress=terminal.progress,
         remark=terminal.remark,
     )
-    gate = _gate(evaluation, threshold)
-    summary = {"model": model, "data": data, "dtype": chosen.precision} | asdict(evaluation) | {"gate": gate}
-    terminal.result(summary, lambda console: _show(model, request.against, evaluation, console))
-    if gate and not gate["passed"]:
-        raise QualityGateError(
-            f"perplexity is {gate['value']:.1%} above the original, more than the allowed {gate['threshold']:.1%}"
-        )
-
-
-def _gate(evaluation: Evaluation, threshold: float | None) -> dict[str, Any] | None:
-    if threshold is None or evaluation.against is None:
-        return None
-    increase = evaluation.against.perplexity_increase
-    return {"name": "max_ppl_increase", "value": increase, "threshold": threshold, "passed": increase <= threshold}
-
-
-def _show(model: str, against: str | None, evaluation: Evaluation, console: Console) -> None:
-    console.print(model)
-    console.print(f"  perplexity    {evaluation.perplexity:.4g}")
-    console.print(f"  nats/token    {_with_error(evaluation.nats_per_token, evaluation.standard_error)}")
-    console.print(f"  scored        {evaluation.num_tokens} tokens in {evaluation.num_windows} windows")
-    console.print(f"  method        {evaluation.method}")
-    comparison = evaluation.against
-    if comparison is not None:
-        console.print(f"against {against}")
-        console.print(
-            f"  perplexity    {comparison.original_perplexity:.4g}, this is {comparison.perplexity_increase:+.1%}"
-        )
-        excess = _with_error(comparison.excess_nats_per_token, comparison.excess_standard_error)
-        console.print(f"  excess loss   {excess}")
-        divergence = _with_error(comparison.kl_nats_per_token, comparison.kl_standard_error)
-        console.print(f"  KL            {divergence} nats/token")
-        console.print(f"  top-1 agrees  {comparison.top1_agreement:.1%}")
-
-
-def _with_error(value: float, error: float) -> str:
-    """A number and its standard error, which a single window does not have."""
-    return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} ± {error:.4f}"
+    gates = measure.check_limits(evaluation, limits)
+    summary = {"model": model, "data": data, "dtype": chosen.precision} | asdict(evaluation)
+    summary |= {"gates": [asdict(gate) for gate in gates]}
+    written = [] if request.output is None else [write_evaluation(request.output, summary)]
+    if request.hub_results and request.output is not None:
+        written += write_hub_results(request.output, evaluation.tasks)
+    names = Names(model, request.against, request.before)
+    terminal.result(summary, lambda console: show_evaluation(evaluation, gates, names, console))
+    for path in written:
+        terminal.remark(f"wrote {path}")
+    failed = [gate for gate in gates if not gate.passed]
+    if failed:
+        raise QualityGateError("; ".join(map(describe_failure, failed)))

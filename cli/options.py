@@ -86,11 +86,11 @@ TrustRemoteCode = Annotated[
     ),
 ]
 Data = Annotated[
-    str,
+    list[str],
     typer.Option(
         "--data",
         help="Text: a file of text, JSON or parquet rows, a directory of them, or a dataset name. It may say its "
-        "split, field, config and revision, as org/name[split=test,field=content].",
+        "split, field, config and revision, as org/name[split=test,field=content]. Repeatable: each is scored.",
     ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
+from typing import Any
 
-__all__ = ["printable"]
+__all__ = ["jsonable", "printable"]
 
 _MAX_CHARACTERS = 2000
 _KEPT_AT_THE_END = 500
@@ -31,3 +33,14 @@ def printable(line: str) -> str:
 def _escape(match: re.Match[str]) -> str:
     code = ord(match[0])
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def jsonable(value: Any) -> Any:
+    """NaN and infinity are not JSON: null stands for "not a number here"."""
+    if isinstance(value, dict):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -14,18 +14,46 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .evaluation import EvaluationSettings, evaluate
-    from .perplexity import Comparison, Evaluation
+    from .gates import Gate, Limits, check_limits, read_baseline
+    from .perplexity import Comparison, Evaluation, PositionLoss, Recovery
+    from .samples import Sample
+    from .tasks import TaskScore, TaskSettings
     from .verification import Verification, verify
 
-__all__ = ["Comparison", "Evaluation", "EvaluationSettings", "Verification", "evaluate", "verify"]
+__all__ = [
+    "Comparison",
+    "Evaluation",
+    "EvaluationSettings",
+    "Gate",
+    "Limits",
+    "PositionLoss",
+    "Recovery",
+    "Sample",
+    "TaskScore",
+    "TaskSettings",
+    "Verification",
+    "check_limits",
+    "evaluate",
+    "read_baseline",
+    "verify",
+]
 
 # where each name is defined: numbers about a model need torch, which takes seconds, and is imported when asked for
 _HOMES = {
     "Comparison": ".perplexity",
     "Evaluation": ".perplexity",
     "EvaluationSettings": ".evaluation",
+    "Gate": ".gates",
+    "Limits": ".gates",
+    "PositionLoss": ".perplexity",
+    "Recovery": ".perplexity",
+    "Sample": ".samples",
+    "TaskScore": ".tasks",
+    "TaskSettings": ".tasks",
     "Verification": ".verification",
+    "check_limits": ".gates",
     "evaluate": ".evaluation",
+    "read_baseline": ".gates",
     "verify": ".verification",
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,9 +23,18 @@ from ..convert.text.parts import TextPart
 from ..convert.text.reading import Reading
 from ..convert.text.sources import TextSource
 from ..convert.text.tokens import adds_bos, check_tokenizers, encode_documents
-from .perplexity import Evaluation, Windows, cut_windows, evaluate
+from .perplexity import Evaluation, summarise
+from .scoring import Scores, score
+from .windows import Windows, cut_windows, join_windows
 
-__all__ = ["check_window", "default_window", "evaluate_checkpoint", "load_windows"]
+__all__ = [
+    "check_window",
+    "default_window",
+    "evaluate_checkpoint",
+    "load_checked",
+    "load_windows",
+    "score_checkpoint",
+]
 
 _MAX_DEFAULT_WINDOW = 512
 
@@ -103,11 +112,25 @@ def load_windows(
         )
         for token_ids, num_windows in places
     ]
-    return Windows(
-        torch.cat([windows.input_ids for windows in cut]),
-        tuple(chain.from_iterable(windows.scored_from for windows in cut)),
-        cut[0].method,
+    return _with_bytes(join_windows(cut), tokenizer)
+
+
+def _with_bytes(windows: Windows, tokenizer: Any) -> Windows:
+    """The windows with the length of what is scored of them, as text, in bytes of UTF-8.
+
+    Special tokens are no text. A character that a window cuts through counts on the side where it begins, so that each
+    window may be off by a byte or three, of thousands.
+    """
+
+    def num_bytes(token_ids: Tensor) -> int:
+        text = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return len(text.encode(errors="replace"))
+
+    total = sum(
+        num_bytes(row) - num_bytes(row[:first])
+        for row, first in zip(windows.input_ids, windows.scored_from, strict=True)
     )
+    return replace(windows, num_bytes=total)
 
 
 def _in_turn(
@@ -176,11 +199,38 @@ def evaluate_checkpoint(
     batch_size: int = 8,
     progress: Callable[[int], object] = lambda num_windows: None,
 ) -> Evaluation:
-    """Load `model`, and its original if given, and evaluate it on the windows.
+    """Load `model`, and its original if given, and evaluate it on the windows; errors are `score_checkpoint`'s."""
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "batch_size": batch_size, "progress": progress}
+    return summarise(score_checkpoint(model, windows, against=against, **options), windows)
+
+
+def score_checkpoint(
+    model: str | Path,
+    windows: Windows,
+    *,
+    against: str | Path | None = None,
+    dtype: Any = torch.float32,
+    device: Any = None,
+    batch_size: int = 8,
+    progress: Callable[[int], object] = lambda num_windows: None,
+) -> Scores:
+    """Load `model`, and its original if given, and score it on the windows, token by token.
+
+    Errors are those of `load_checked` and `score`.
+    """
+    loaded, original = load_checked(model, windows, against=against, dtype=dtype, device=device)
+    names = str(model), str(against)
+    return score(loaded, windows, original=original, batch_size=batch_size, names=names, progress=progress)
+
+
+def load_checked(
+    model: str | Path, windows: Windows, *, against: str | Path | None, dtype: Any, device: Any = None
+) -> tuple[Any, Any | None]:
+    """Load `model`, and its original if given, once it is known that both can read the windows.
 
     Raises DataError if the two do not share their vocabulary, or the original has no row for a token of the windows,
     UnsupportedError if a window is longer than one of them takes, CheckpointError if a class of ours, with this version
-    of transformers, computes something else with a cache than without, or if logits are not finite.
+    of transformers, computes something else with a cache than without.
     """
     device = device or default_device()
     check_window(windows.input_ids.shape[1], model, against)
@@ -191,12 +241,4 @@ def evaluate_checkpoint(
         if checkpoint is not None:
             check_runtime(checkpoint)
     original = load_model(against, dtype=dtype, device=device) if against is not None else None
-    loaded = load_model(model, dtype=dtype, device=device)
-    return evaluate(
-        loaded,
-        windows,
-        original=original,
-        batch_size=batch_size,
-        names=(str(model), str(against)),
-        progress=progress,
-    )
+    return load_model(model, dtype=dtype, device=device), original

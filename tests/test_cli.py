@@ -256,12 +256,12 @@ def test_evaluate_and_its_gate(kvconvert: Command, invoke: Command, run_here: Ru
     run_here("mha2mqa", original, "--output", tmp_path / "mqa")
     common = ["--data", held_out, "--window", 64, "--max-windows", 8, "--against", original, "--json"]
     passed = invoke("evaluate", original, *common, "--max-ppl-increase", "0%")
-    gate = {"name": "max_ppl_increase", "value": 0.0, "threshold": 0.0, "passed": True}
-    assert passed.printed["gate"] == gate
+    gate = {"name": "max_ppl_increase", "value": 0.0, "threshold": 0.0, "passed": True, "task": None}
+    assert passed.printed["gates"] == [gate]
     failed = kvconvert("evaluate", tmp_path / "mqa", *common, "--max-ppl-increase", "50%")
     assert failed.returncode == 3
     result = json.loads(failed.stdout)
-    assert result["gate"]["passed"] is False
+    assert [gate["passed"] for gate in result["gates"]] == [False]
     assert result["num_windows"] == 8
     assert result["against"]["kl_nats_per_token"] > 1
     assert re.search(r"error: perplexity is \d+\.\d% above the original, more than the allowed 50\.0%", failed.stderr)

@@ -13,7 +13,7 @@ from kvconvert.convert import Calibration, Gqa, convert, inspect
 from kvconvert.convert.architectures.context import context_of, longest_context
 from kvconvert.convert.errors import UnsupportedError
 from kvconvert.measure.held_out import default_window, evaluate_checkpoint
-from kvconvert.measure.perplexity import Windows
+from kvconvert.measure.windows import Windows
 
 
 def rope(kind: str, **values: Any) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from kvconvert.convert.errors import CheckpointError, DataError
 from kvconvert.convert.text.sources import TextSource
 from kvconvert.measure.held_out import load_windows
-from kvconvert.measure.perplexity import cut_windows, evaluate
+from kvconvert.measure.perplexity import evaluate
+from kvconvert.measure.windows import cut_windows
 
 
 def tokens(count: int) -> torch.Tensor:
