@@ -3,9 +3,9 @@
     pip install 'kvconvert[eval]'
     python benchmarks/compare_lm_eval.py MODEL HELD_OUT [--passages 32] [--words 150]
 
-The harness puts its prefix token before a document, and scores every token of it, in windows that each begin behind the
-last token of the one before. Ours puts BOS before each window. So the figures are the same thing for passages that fit into
-one window, with the same token before them.
+The harness puts its prefix token before a document and scores every token of it, in windows that each begin behind the
+last token of the one before. Ours puts BOS before each window. So the figures are the same thing for passages that fit
+into one window, with the same token before them.
 """
 
 from __future__ import annotations
