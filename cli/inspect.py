@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from .. import convert as library
+from ..convert.describe.cache_planning import CachePlan, PlannedModel
 from ..convert.describe.engines import engines_line, latent_kernels
 from ..convert.describe.inspection import Inspection, Target
 from .console import Terminal, human_bytes, human_count
 from .options import Json, Model, Quiet, Revision
+from .values import parse_memory
 
 __all__ = ["inspect"]
 
 _MOST_TOKENS = 2**40
+_MOST_SEQUENCES = 2**30
 
 
 def inspect(
@@ -30,17 +34,55 @@ def inspect(
             show_default=False,
         ),
     ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=_MOST_SEQUENCES,
+            help="Plan the memory of so many sequences of that length, now and after each conversion. Default: 1, "
+            "with --gpu-memory.",
+            show_default=False,
+        ),
+    ] = None,
+    gpu_memory: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_memory,
+            metavar="SIZE",
+            help="Say how many sequences fit into a GPU of this memory, as 80GB or 80GiB, now and after each "
+            "conversion: 90 % of it are for weights and caches.",
+            show_default=False,
+        ),
+    ] = None,
     revision: Revision = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Show what a checkpoint is, what its K/V cache costs and what it can become. Reads headers only.
 
-    Example: kvconvert inspect model_dir --context 32768
+    Example: kvconvert inspect model_dir --context 32768 --batch 64 --gpu-memory 80GB
     """
     terminal = Terminal(as_json=as_json, quiet=quiet)
-    inspection = library.inspect(model, context_length=context, revision=revision)
-    terminal.result(asdict(inspection), lambda console: show_inspection(inspection, console))
+    if batch is None and gpu_memory is None:
+        inspection = library.inspect(model, context_length=context, revision=revision)
+        terminal.result(asdict(inspection), lambda console: show_inspection(inspection, console))
+        return
+    plan = library.plan_cache(
+        model, context_length=context, batch=batch or 1, memory_bytes=gpu_memory, revision=revision
+    )
+
+    def show(console: Console) -> None:
+        show_inspection(plan.inspection, console)
+        show_cache_plan(plan, console)
+
+    terminal.result(_as_data(plan), show)
+
+
+def _as_data(plan: CachePlan) -> dict[str, Any]:
+    """What `inspect` gives, and the plan beside it."""
+    planned = asdict(plan)
+    inspection: dict[str, Any] = planned.pop("inspection")
+    return {**inspection, "cache_plan": planned}
 
 
 _READING_A_TEXT = ("mha2cla", "mha2mla")  # and mha2gqa, of the same models
@@ -107,3 +149,76 @@ def show_inspection(inspection: Inspection, console: Console) -> None:
     width = max(13, *map(len, rows))
     for label, text in (*rows.items(), *(("note", note) for note in inspection.notes)):
         console.print(f"  {label:<{width}} {text}")
+
+
+def show_cache_plan(plan: CachePlan, console: Console) -> None:
+    """Print the plan as a table, a line for each model, and what is counted below it."""
+    formats = [each.name for each in plan.formats]
+    console.print(f"plan for {_count(plan, 'sequence')} of {plan.context_length} tokens{_encoder(plan)}")
+    fits = [] if plan.usable_bytes is None else formats
+    header = ["", "", "weights", f"+ {_count(plan, 'cache')}", *formats, *fits]
+    title, *rows = _aligned([header, *(_cells(model, plan, formats) for model in plan.models)])
+    console.print(f"  {_over(title, ['cache of one sequence', *(['sequences that fit'] if fits else [])], formats[0])}")
+    for line in (title, *rows):
+        console.print(f"  {line}")
+    for note in _plan_notes(plan):
+        console.print(f"  {note}")
+
+
+def _count(plan: CachePlan, what: str) -> str:
+    return f"1 {what}" if plan.batch == 1 else f"{plan.batch} {what}s"
+
+
+def _over(title: str, groups: Iterable[str], first: str) -> str:
+    """The names of groups of columns, each above the column of the title that is called `first`."""
+    line, begin = "", -1
+    for group in groups:
+        begin = title.index(first, begin + 1)
+        line = f"{line:<{begin}}{group}"
+    return line
+
+
+def _cells(model: PlannedModel, plan: CachePlan, formats: Sequence[str]) -> list[str]:
+    costs = [model.costs.get(name) for name in formats]
+    cells = [model.name, model.attention, human_bytes(model.weights_bytes)]
+    cells.append(human_bytes(model.costs[formats[0]].total_bytes))
+    cells += ["–" if cost is None else human_bytes(cost.bytes_per_sequence) for cost in costs]
+    if plan.usable_bytes is not None:
+        cells += ["–" if cost is None else str(cost.sequences) for cost in costs]
+    return cells
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The rows as lines: names to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        names = [f"{cell:<{width}}" for cell, width in zip(row[:2], widths, strict=False)]
+        numbers = [f"{cell:>{width}}" for cell, width in zip(row[2:], widths[2:], strict=True)]
+        lines.append("  ".join([*names, *numbers]).rstrip())
+    return lines
+
+
+def _encoder(plan: CachePlan) -> str:
+    return f", and {plan.encoder_length} of the encoder" if plan.encoder_length else ""
+
+
+def _plan_notes(plan: CachePlan) -> Iterable[str]:
+    """What the table counts, and what it leaves out."""
+    first = plan.formats[0].name
+    yield f"weights + {_count(plan, 'cache')}: in {first}"
+    if plan.memory_bytes is not None and plan.usable_bytes is not None:
+        yield (
+            f"sequences that fit: beside the weights in {human_bytes(plan.usable_bytes)}, "
+            f"{100 * plan.memory_fraction:g} % of {human_bytes(plan.memory_bytes)}; activations and the engine's own "
+            "memory come out of the rest"
+        )
+    yield from (f"{each.name}: {each.engines}" for each in plan.formats[1:])
+    more = [
+        f"{human_bytes(model.bytes_per_sequence_in_transformers)} {model.name}"
+        for model in plan.models
+        if model.bytes_per_sequence_in_transformers > model.costs[first].bytes_per_sequence
+    ]
+    if more:
+        yield f"transformers caches more than that for one sequence in {first}: {', '.join(more)}"
+    yield from (f"note: {note}" for note in plan.notes)

@@ -7,7 +7,7 @@ from decimal import Decimal
 
 import typer
 
-__all__ = ["parse_count", "parse_duration", "parse_percentage", "parse_size"]
+__all__ = ["parse_count", "parse_duration", "parse_memory", "parse_percentage", "parse_size"]
 
 _SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -21,6 +21,14 @@ def parse_size(text: str) -> int:
     if not match or match[2].upper() not in _SIZE_UNITS or float(match[1]) <= 0:
         raise typer.BadParameter(f"{text!r} is not a size; write for example 5GB or 500MB")
     return max(1, int(float(match[1]) * _SIZE_UNITS[match[2].upper()]))
+
+
+def parse_memory(text: str) -> int:
+    """ "80GB" as bytes, as `parse_size` does, but for a number without a unit. Raises typer.BadParameter."""
+    size = parse_size(text)
+    if text.strip()[-1].isdigit():  # who means gigabytes would be told that nothing fits
+        raise typer.BadParameter(f"{text!r} has no unit; write for example 80GB or 80GiB")
+    return size
 
 
 def parse_count(text: str) -> int:

@@ -16,6 +16,7 @@ from .checkpoint.opening import open_checkpoint
 from .checkpoint.overlay import Overlay
 from .checkpoint.tensors import Checkpoint
 from .conversion import Calibration, Conversion, convert
+from .describe.cache_planning import CachePlan, plan_cache
 from .describe.inspection import Inspection, inspect
 from .errors import KvConvertError
 from .execute import execute
@@ -31,6 +32,7 @@ from .translations.routes import ROUTES, as_cross_layer, as_latent_source, as_ta
 __all__ = [
     "ARCHITECTURES",
     "ROUTES",
+    "CachePlan",
     "Calibration",
     "CalibrationText",
     "Checkpoint",
@@ -55,6 +57,7 @@ __all__ = [
     "execute",
     "inspect",
     "open_checkpoint",
+    "plan_cache",
     "read_calibration_text",
 ]
 

@@ -128,6 +128,18 @@ EFFECTS: dict[str, dict[str, Effect]] = {
             lambda seen: (seen["context_length"], seen["cache_bytes_for_context"]),
             (1000, 1000 * 512),
         ),
+        "batch": Effect(
+            {"--batch": 3},
+            lambda seen: seen["cache_plan"]["batch"],
+            3,
+            beside={"--gpu-memory": "1GB"},
+        ),
+        "gpu_memory": Effect(
+            {"--gpu-memory": "1GB"},
+            lambda seen: seen["cache_plan"]["usable_bytes"],
+            900_000_000,
+            beside={"--batch": 3},
+        ),
         "revision": Effect({"--revision": "v2"}, lambda seen: seen["num_key_value_heads"], 4),
         "as_json": Effect({"--json": None}, lambda seen: is_json(seen.outcome.stdout), True),
         "quiet": Effect({"--quiet": None}, lambda seen: seen.downloads_are_shown, False),

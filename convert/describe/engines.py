@@ -11,11 +11,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..algebra.attention_shape import LatentSizes
+from ..algebra.attention_shape import AttentionShape, LatentSizes
 from ..architectures.table import known_architecture
 from ..runtime import RUNTIME_CLASSES
 
-__all__ = ["KERNEL_RANKS", "Serving", "engines_line", "head_kernels", "latent_kernels", "serving"]
+__all__ = [
+    "KERNEL_RANKS",
+    "Serving",
+    "cached_by_transformers",
+    "engines_line",
+    "head_kernels",
+    "latent_kernels",
+    "serving",
+]
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,19 @@ _KNOWN = (
     ("nemotron", Serving("llama.cpp", None, "read", "squared ReLU only: not a translated GPT-NeoX, which has GELU")),
 )
 _BY_ENGINE = {(model_type, entry.engine): entry for model_type, entry in _KNOWN}
+
+
+def cached_by_transformers(model_type: str, config: Mapping[str, Any], shape: AttentionShape) -> AttentionShape:
+    """Return the sizes of what transformers' class keeps in its cache, which is more than it reads in two classes.
+
+    config: with the values that the class has. Falcon's new architecture repeats keys and values for all query heads
+    before it caches them, and GPT-Neo keeps all tokens for its local layers too.
+    """
+    if model_type == "falcon" and config["new_decoder_architecture"]:
+        return replace(shape, num_key_value_heads=shape.num_attention_heads)
+    if model_type == "gpt_neo":
+        return replace(shape, windows=(None,) * shape.num_hidden_layers)
+    return shape
 
 
 KERNEL_RANKS = (512, 448, 256)

@@ -180,11 +180,15 @@ def _cross_layer_target(source: Checkpoint) -> tuple[Target, tuple[Source, ...]]
     num_layers = view.shape.num_hidden_layers
     if num_layers == 1:
         return Target("mha2cla", False, "the model has one layer"), (view,)
-    possible, reason = _possible(source, Cla(share=num_layers))
+    most = num_layers
+    possible, reason = _possible(source, Cla(share=most))
+    if possible is None and len(set(view.shape.windows)) > 1:  # pairs may lie within the layers that see as much
+        most = 2
+        possible, _ = _possible(source, Cla(share=most))
     if possible is None:
         return Target("mha2cla", False, reason), ()
-    share = (2, num_layers)
-    number = f"2 to {num_layers}" if num_layers > 2 else "2"
+    share = (2, most)
+    number = f"2 to {most}" if most > 2 else "2"
     reason = f"{number} layers share keys and values"
     return Target("mha2cla", True, reason, model_type=view.architecture.model_type, share=share), (view,)
 
@@ -203,9 +207,10 @@ def _latent_target(source: Checkpoint) -> Target:
     for rank in KERNEL_RANKS:
         for v_head_dim in (None, 128):
             latent = Mla(rank, 64, v_head_dim=v_head_dim).latent_sizes(shape)
-            fits = rank <= min(shape.hidden_size, shape.cached_values) and rank + 64 < shape.cached_values
-            if fits and latent_kernels(latent) is None:
-                sizes.append((rank, latent.qk_rope_head_dim, v_head_dim))
+            rope_dim = latent.qk_rope_head_dim
+            fits = rank <= min(shape.hidden_size, shape.cached_values) and rank + rope_dim < shape.cached_values
+            if fits and rope_dim <= view.rotary_dims and latent_kernels(latent) is None:
+                sizes.append((rank, rope_dim, v_head_dim))
                 break
     return Target(
         "mha2mla",
