@@ -23,13 +23,14 @@ def test_the_code_of_the_library_page_runs(
         (tmp_path / name).write_text("\n".join(lines) + "\n")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "library.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     printed: list[tuple[Any, ...]] = []
     scope: dict[str, Any] = {"print": lambda *values: printed.append(values)}
     for block in blocks:
         exec(compile(block, "docs/library.md", "exec"), scope)
     assert printed[0] == ("MHA", 8, 4 * 2 * 8 * 8 * 2)  # layers, keys and values, heads, head_dim, bytes
     assert printed[1][1:] == ("LlamaForCausalLM", (1024, 256))
+    assert [line[:2] for line in printed if line[0] == "mqa"] == [("mqa", {"num_key_value_heads": 1})]
     assert printed[-2] == (True, [])
     assert (tmp_path / "planned" / "model.safetensors").exists()
     assert printed[-1][0].args == ("8 K/V heads cannot form 3 equal groups",)

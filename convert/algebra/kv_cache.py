@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 VLLM_BLOCK_TOKENS = 16
-"""How many tokens a block of vLLM's cache has on most GPUs: 64 for a latent (FlashMLA), 128 on a CPU."""
+"""How many tokens a block of vLLM's cache has by default on a GPU. On a CPU, where it was measured, they are 128."""
 
 
 def kv_cache_bytes_per_token(*, num_layers: int, values: int, bytes_per_value: int = 2) -> int:
