@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..convert.errors import InputError, KvConvertError, first_line, is_out_of_memory
+from .benchmark import benchmark
 from .console import say, stdout_errors
 from .demo import demo
 from .evaluate import evaluate
@@ -63,7 +64,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Convert a multi-head-attention checkpoint into one with a smaller K/V cache, then uptrain it.",
 )
-for command in (inspect, mha2gqa, mha2mqa, mha2cla, mha2mla, uptrain, evaluate, verify, refresh, demo):
+for command in (inspect, mha2gqa, mha2mqa, mha2cla, mha2mla, uptrain, evaluate, benchmark, verify, refresh, demo):
     app.command(cls=Command)(command)
 
 

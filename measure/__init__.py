@@ -13,14 +13,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .benchmarking import benchmark
     from .evaluation import EvaluationSettings, evaluate
     from .gates import Gate, Limits, check_limits, read_baseline
     from .perplexity import Comparison, Evaluation, PositionLoss, Recovery
     from .samples import Sample
+    from .speed import Benchmark, BenchmarkSettings
     from .tasks import TaskScore, TaskSettings
     from .verification import Verification, verify
 
 __all__ = [
+    "Benchmark",
+    "BenchmarkSettings",
     "Comparison",
     "Evaluation",
     "EvaluationSettings",
@@ -32,6 +36,7 @@ __all__ = [
     "TaskScore",
     "TaskSettings",
     "Verification",
+    "benchmark",
     "check_limits",
     "evaluate",
     "read_baseline",
@@ -40,6 +45,8 @@ __all__ = [
 
 # where each name is defined: numbers about a model need torch, which takes seconds, and is imported when asked for
 _HOMES = {
+    "Benchmark": ".speed",
+    "BenchmarkSettings": ".speed",
     "Comparison": ".perplexity",
     "Evaluation": ".perplexity",
     "EvaluationSettings": ".evaluation",
@@ -51,6 +58,7 @@ _HOMES = {
     "TaskScore": ".tasks",
     "TaskSettings": ".tasks",
     "Verification": ".verification",
+    "benchmark": ".benchmarking",
     "check_limits": ".gates",
     "evaluate": ".evaluation",
     "read_baseline": ".gates",

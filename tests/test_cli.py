@@ -30,7 +30,10 @@ from typer import BadParameter
 from typer.main import get_command
 
 README = Path(__file__).parents[1] / "README.md"
-COMMANDS = ("inspect", "mha2gqa", "mha2mqa", "mha2cla", "mha2mla", "uptrain", "evaluate", "verify", "refresh", "demo")
+COMMANDS = (
+    *("inspect", "mha2gqa", "mha2mqa", "mha2cla", "mha2mla"),
+    *("uptrain", "evaluate", "benchmark", "verify", "refresh", "demo"),
+)
 
 
 def snapshot(directory: Path) -> dict[str, bytes | None]:

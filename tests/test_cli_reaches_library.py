@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -258,3 +259,49 @@ def test_an_option_of_uptrain_reaches_the_library(name: str, monkeypatch: pytest
     assert field(asked(monkeypatch, options)) == expected
     if options:
         assert field(asked(monkeypatch, [])) != expected
+
+
+BENCHMARK: dict[str, tuple[list[str], str, object]] = {
+    "model": ([], "model", "a-model"),
+    "against": (["--against", "b"], "against", "b"),
+    "revision": (["--revision", "v2"], "revision", "v2"),
+    "batches": (["--batch", "1,8", "--batch", "64"], "settings.batches", (1, 8, 64)),
+    "contexts": (["--context", "8", "--context", "9, 10"], "settings.contexts", (8, 9, 10)),
+    "tokens": (["--tokens", "7"], "settings.tokens", 7),
+    "warm_up": (["--warm-up", "0"], "settings.warm_up", 0),
+    "repeats": (["--repeats", "9"], "settings.repeats", 9),
+    "prefill": (["--no-prefill"], "settings.prefill", False),
+    "compile": (["--compile"], "settings.compile", True),
+    "engine": (["--engine", "vllm"], "settings.engine", "vllm"),
+    "dtype": (["--dtype", "bfloat16"], "settings.dtype", "bfloat16"),
+    "memory_bytes": (["--memory", "80GB"], "settings.memory_bytes", 80 * 10**9),
+    "trust_remote_code": (["--trust-remote-code"], "trusted", True),
+}
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, options: list[str]) -> object:
+    """What the command hands to `benchmark`, which is not run."""
+    seen: list[object] = []
+
+    def stop(model: str, **named: Any) -> None:
+        seen.append(SimpleNamespace(model=model, trusted=remote_code_allowed(), **named))
+        raise StoppedError
+
+    monkeypatch.setattr("kvconvert.measure.benchmarking.benchmark", stop)
+    outcome = CliRunner().invoke(app, ["benchmark", "a-model", *options])
+    assert seen, outcome.output
+    return seen[0]
+
+
+def test_every_option_of_benchmark_has_a_row() -> None:
+    parameters = {parameter.name for parameter in get_command(app).commands["benchmark"].params}  # type: ignore[attr-defined]
+    assert parameters - {"help"} == {*BENCHMARK, "as_json", "quiet"}  # how it talks is in tests/test_benchmark.py
+
+
+@pytest.mark.parametrize("name", BENCHMARK)
+def test_an_option_of_benchmark_reaches_the_library(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, place, expected = BENCHMARK[name]
+    field = attrgetter(place)
+    assert field(timed(monkeypatch, options)) == expected
+    if options:
+        assert field(timed(monkeypatch, [])) != expected

@@ -32,5 +32,6 @@ def test_the_code_of_the_library_page_runs(
     assert printed[1][1:] == ("LlamaForCausalLM", (1024, 256))
     assert [line[:2] for line in printed if line[0] == "mqa"] == [("mqa", {"num_key_value_heads": 1})]
     assert printed[-2] == (True, [])
+    assert (2, 64, 2 * 64 * 512, 2 * 64 * 2048) in printed  # in float32, twice the bytes of the plans
     assert (tmp_path / "planned" / "model.safetensors").exists()
     assert printed[-1][0].args == ("8 K/V heads cannot form 3 equal groups",)

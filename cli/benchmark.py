@@ -1,0 +1,209 @@
+"""kvconvert benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from .. import measure
+from ..convert.errors import InputError
+from ..measure.speed import BenchmarkSettings
+from .console import Terminal, human_bytes
+from .options import Given, Json, Model, Quiet, Revision, SettingsOptions, TrustRemoteCode, accepts
+from .values import parse_size
+
+if TYPE_CHECKING:
+    from ..measure.speed import Benchmark, Durations, Gain, Point, Timing
+
+__all__ = ["benchmark"]
+
+_DEFAULTS = BenchmarkSettings()
+_SETTINGS = SettingsOptions(
+    "settings",
+    BenchmarkSettings,
+    "Timing",
+    flags={
+        "batches": ("--batch",),
+        "contexts": ("--context",),
+        "prefill": ("--no-prefill",),
+        "memory_bytes": ("--memory",),
+    },
+    types={"batches": list[str], "contexts": list[str], "memory_bytes": str | None},
+    defaults={name: list(map(str, getattr(_DEFAULTS, name))) for name in ("batches", "contexts")},
+    bounds={"tokens": 1, "warm_up": 0, "repeats": 1},
+)
+
+_NOISE = "rounds disagree by more than half; leave the machine alone, or take more --repeats and --tokens"
+Cell = Callable[["Timing"], str]
+Columns = dict[str, Callable[["Point"], str]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is compared, and what is shown."""
+
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="The original, timed in turn with MODEL: adds what is gained, and how much could be.",
+            show_default=False,
+            rich_help_panel="Model",
+        ),
+    ] = None
+    revision: Revision = None
+    trust_remote_code: TrustRemoteCode = False
+    as_json: Json = False
+    quiet: Quiet = False
+
+
+@accepts(_SETTINGS, Request)
+def benchmark(model: Model, settings: Given[BenchmarkSettings], request: Request) -> None:
+    """Time decoding and prefill, and measure the live cache and the memory, alone or in turn with the original.
+
+    Example: kvconvert benchmark model_dir-gqa8 --against model_dir --batch 1,8 --context 1024,8192 --memory 80GB
+    """
+    terminal = Terminal(as_json=request.as_json, quiet=request.quiet)
+    memory = settings.values["memory_bytes"]
+    chosen = settings.build(
+        batches=_numbers(settings, "batches"),
+        contexts=_numbers(settings, "contexts"),
+        memory_bytes=None if memory is None else parse_size(memory),
+    )
+    timed = measure.benchmark(
+        model, against=request.against, settings=chosen, revision=request.revision, progress=terminal.progress
+    )
+    summary = {"model": model, "against": request.against, "settings": asdict(chosen)} | asdict(timed)
+    terminal.result(summary, lambda console: _show(model, request.against, chosen, timed, console))
+
+
+def _numbers(settings: Given[BenchmarkSettings], name: str) -> tuple[int, ...]:
+    """The numbers of an option that may be repeated and takes a list, such as 1,8,64."""
+    parts = [part.strip() for typed in settings.values[name] for part in typed.split(",")]
+    for part in parts:
+        if not (part.isascii() and part.isdigit()):
+            flag = settings.options.flag(name)
+            raise InputError(f"{flag}: {part!r} is not a whole number", hint=f"write for example {flag} 1,8,64")
+    return tuple(map(int, parts))
+
+
+def _show(model: str, against: str | None, settings: BenchmarkSettings, timed: Benchmark, console: Console) -> None:
+    both = against is not None
+    threads = timed.machine["threads"]
+    console.print(f"{model} against {against}" if both else model)
+    console.print(f"  machine       {timed.machine['device']}" + (f", threads: {threads}" if threads else ""))
+    console.print(f"  versions      {', '.join(f'{name} {number}' for name, number in timed.versions.items())}")
+    console.print(f"  precision     {timed.dtype}")
+    console.print(f"  method        {timed.method}")
+    for note in timed.notes:
+        console.print(f"  note          {note}")
+    console.print("decoding, ms for a token of each sequence: median (90th percentile)")
+    _print_table(_decoding(both), timed.points, console)
+    if both:
+        console.print("  bound: the bytes a step has to read, weights and cache, of the original over the result's")
+        noisy = [gain for point in timed.points if (gain := point.decode_gain) and gain.is_noisy]
+        if noisy:
+            console.print(f"  {len(noisy)} of {len(timed.points)} gains are noise in part: {_NOISE}")
+    if settings.prefill:
+        console.print("prefill, ms for the prompts of the batch: median (90th percentile)")
+        _print_table(_prefill(both), timed.points, console)
+        if both:
+            console.print("  no gain is to be expected here: keys and values of a prompt are computed, not read")
+    console.print("memory")
+    _print_table(_memory(both, settings), timed.points, console)
+    if settings.engine == "vllm":
+        console.print("  blocks, tokens and the sequences that fit at once: as vLLM says when it starts")
+    else:
+        console.print("  cache: of live tensors after the prompt; peak: weights, cache and all else")
+
+
+def _decoding(both: bool) -> Columns:
+    columns = _each(both, "ms", lambda timing: _milliseconds(timing.decode))
+    columns |= _each(both, "tokens/s", lambda timing: f"{timing.decode_tokens_per_second:.4g}")
+    if both:
+        columns |= _gained(lambda point: point.decode_gain)
+        columns["bound"] = lambda point: _of_gain(point.decode_gain, lambda gain: _decimal(gain.bound))
+        columns["of bound"] = lambda point: _of_gain(point.decode_gain, lambda gain: _percent(gain.of_bound))
+    return columns
+
+
+def _prefill(both: bool) -> Columns:
+    columns = _each(both, "ms", lambda timing: _milliseconds(timing.prefill))
+    columns |= _each(both, "tokens/s", lambda timing: f"{timing.prefill_tokens_per_second:.4g}")
+    return columns | (_gained(lambda point: point.prefill_gain) if both else {})
+
+
+def _memory(both: bool, settings: BenchmarkSettings) -> Columns:
+    columns = _each(both, "weights", lambda timing: _bytes(timing.weight_bytes))
+    columns |= _each(both, "cache", lambda timing: _bytes(timing.cache_bytes))
+    if settings.engine == "vllm":
+        said = {"blocks": "num_blocks", "tokens": "num_tokens", "at once": "max_concurrency"}
+        for head, name in said.items():
+            columns |= _each(both, head, partial(_said, name))
+        return columns
+    columns |= _each(both, "peak", lambda timing: _bytes(timing.peak_bytes))
+    if settings.memory_bytes is not None:
+        fit = f"fit in {human_bytes(settings.memory_bytes)}"
+        columns |= _each(both, fit, lambda timing: _number(timing.largest_batch))
+    return columns
+
+
+def _said(name: str, timing: Timing) -> str:
+    return _number(getattr(timing.engine_cache, name))
+
+
+def _each(both: bool, head: str, cell: Cell) -> Columns:
+    """A column of the result's, and before it one of the original's where there is one."""
+
+    def result(point: Point) -> str:
+        return "out of memory" if point.result is None else cell(point.result)
+
+    def original(point: Point) -> str:
+        return "out of memory" if point.original is None else cell(point.original)
+
+    return {f"original {head}": original, f"result {head}": result} if both else {head: result}
+
+
+def _gained(gain_of: Callable[[Point], Gain | None]) -> Columns:
+    return {
+        "gain": lambda point: _of_gain(gain_of(point), lambda gain: f"{gain.ratio:.2f}"),
+        "in rounds": lambda point: _of_gain(gain_of(point), lambda gain: f"{gain.least:.2f}–{gain.greatest:.2f}"),
+    }
+
+
+def _of_gain(gain: Gain | None, cell: Callable[[Gain], str]) -> str:
+    return "–" if gain is None else cell(gain)
+
+
+def _milliseconds(durations: Durations | None) -> str:
+    return "–" if durations is None else f"{1e3 * durations.median:.4g} ({1e3 * durations.p90:.4g})"
+
+
+def _decimal(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
+
+
+def _bytes(count: int | None) -> str:
+    return "–" if count is None else human_bytes(count)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}" if value == int(value) else f"{value:,.2f}"
+
+
+def _print_table(columns: Columns, points: Sequence[Point], console: Console) -> None:
+    """Rows of cells, each as wide as the widest of its column, to the right."""
+    size: Columns = {"batch": lambda point: str(point.batch), "context": lambda point: str(point.context)}
+    columns = size | columns
+    rows = [list(columns), *([cell(point) for cell in columns.values()] for point in points)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        console.print("  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
