@@ -4,8 +4,8 @@ tests       tests/test_device.py: a calibrated conversion on the device, the run
             implementations of attention, a run of uptraining of each recipe, and one that is stopped and goes on.
 uptraining  Tokens/s, MFU and peak memory of cross-entropy and of forward KL, as they are and under torch.compile, for
             models of the shapes of a 1B Llama and of SmolLM2-135M (benchmarks/measure_training.py does a run).
-decoding    Milliseconds per step of decoding against context and batch, for MHA, GQA-8, MQA, CLA2 and MLA of a 1B and
-            a 7B shape, beside the bytes that a step reads: weights, and the cache as it really lies in memory.
+decoding    What `kvconvert benchmark` says of GQA-8, MQA, CLA2 and MLA beside MHA, of a 1B and a 7B shape, against
+            context and batch: seconds of a step, the gain and its bound, the cache as it really lies in memory.
 conversion  Seconds and peak memory of a calibrated merge of two layers of the 7B shape.
 
 All weights are random: speed does not depend on them.
@@ -25,7 +25,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +56,7 @@ TINY = {name: Shape(64, 96, 2, 8, vocab_size=512) for name in SHAPES}
 SETTINGS = {  # of a real run, and of a tiny one
     False: {
         "batches": ((1, 1024), (8, 4096), (32, 2048), (8, 16384)),
+        "compiled_batches": ((8, 4096),),
         "steps": 10,
         "train": (16, 4, 2048, 16, 8),  # steps, of which are not counted, sequence length, sequences, micro-batch
         "runs": ("CE", "KL", "CE, compiled", "KL, compiled"),
@@ -65,6 +65,7 @@ SETTINGS = {  # of a real run, and of a tiny one
     },
     True: {
         "batches": ((1, 16), (2, 32)),
+        "compiled_batches": (),
         "steps": 2,
         "train": (3, 1, 32, 2, 2),
         "runs": ("CE", "KL, compiled"),
@@ -185,73 +186,31 @@ def uptraining(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def decoding(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What `kvconvert benchmark` times, on models that are made where they run: their files would be 70 GB."""
     import torch
+    from kvconvert.measure import BenchmarkSettings
+    from kvconvert.measure.benchmarking import benchmark_models
 
+    common: dict[str, Any] = {"tokens": options.settings["steps"], "warm_up": 3, "repeats": 2, "prefill": False}
     for name in ("7B", "1B"):
-        baseline: dict[tuple[int, int], dict[str, Any]] = {}
-        for variant in ("MHA", "GQA-8", "MQA", "CLA2", "MLA"):
-            config = config_of(variant, options.shapes[name])
-            model = random_model(config, options.device)
-            for batch, context in options.settings["batches"]:
-                row: dict[str, Any] = {"shape": name, "variant": variant, "batch": batch, "context": context}
+        original = random_model(config_of("MHA", options.shapes[name]), options.device)
+        for variant in ("GQA-8", "MQA", "CLA2", "MLA"):
+            model = random_model(config_of(variant, options.shapes[name]), options.device)
+            runs = [(False, sizes) for sizes in options.settings["batches"]]
+            runs += [(True, sizes) for sizes in options.settings["compiled_batches"]]
+            for compiled, (batch, context) in runs:
+                settings = BenchmarkSettings(batches=(batch,), contexts=(context,), compile=compiled, **common)
+                row: dict[str, Any] = {"shape": name, "variant": variant, "compiled": compiled}
                 try:
-                    row |= _decode(model, batch, context, options)
-                except torch.OutOfMemoryError:  # no failure: that MHA does not fit is why one converts
-                    yield row | {"out_of_memory": True}
-                    continue
-                if variant == "MHA":
-                    baseline[batch, context] = row
-                if mha := baseline.get((batch, context)):
-                    row["time_to_mha"] = row["milliseconds"] / mha["milliseconds"]
-                    moved = [each["weight_bytes"] + each["cache_bytes"] for each in (row, mha)]
-                    row["bytes_to_mha"] = moved[0] / moved[1]
-                yield row
+                    timed = benchmark_models(model, original, settings, names=(variant, "MHA"))
+                except torch.OutOfMemoryError:  # neither fits
+                    yield row | {"batch": batch, "context": context, "out_of_memory": True}
+                else:
+                    yield row | asdict(timed.points[0])
             del model
             if options.device == "cuda":
                 torch.cuda.empty_cache()
-
-
-def _decode(model: Any, batch: int, context: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Steps of one token each, after a context that is there at once: random keys and values."""
-    import torch
-    from kvconvert.convert.runtime.transformers_interface import CACHE_NAME, cache_of
-    from transformers import DynamicCache
-
-    token = torch.full((batch, 1), 3, device=options.device)
-    with torch.inference_mode():
-        one_token = cache_of(model(token, use_cache=True))
-        cache: Any = DynamicCache(config=model.config)
-        for layer, states in enumerate(one_token.layers):
-            if getattr(states, "keys", None) is None or states.keys.numel() == 0:
-                continue  # it reads another's
-            filled = [
-                torch.randn(*part.shape[:2], context, part.shape[3], dtype=torch.bfloat16, device=options.device)
-                for part in (states.keys, states.values)
-            ]
-            cache.update(*filled, layer)
-        num_steps = 3 + options.settings["steps"]  # of which the first three warm up
-        seconds = [_timed(model, token, {CACHE_NAME: cache}, options) for _ in range(num_steps)][3:]
-    return {
-        "milliseconds": 1000 * median(seconds),
-        "least_milliseconds": 1000 * min(seconds),
-        "weight_bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
-        "cache_bytes": _cache_bytes(cache),
-    }
-
-
-def _timed(model: Any, token: Any, cache: dict[str, Any], options: argparse.Namespace) -> float:
-    import torch
-
-    began = time.perf_counter()
-    model(token, use_cache=True, **cache)
-    if options.device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def _cache_bytes(cache: Any) -> int:
-    parts = [part for layer in cache.layers for part in (layer.keys, layer.values) if part is not None]
-    return sum(part.numel() * part.element_size() for part in parts)
+        del original
 
 
 def conversion(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
