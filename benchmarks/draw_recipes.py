@@ -1,6 +1,9 @@
 """Draws what compare_recipes.py printed: excess over tokens, and over compute, for each model; prints it as a table.
 
-python benchmarks/draw_recipes.py rows.jsonl picture.png
+    python benchmarks/draw_recipes.py rows.jsonl picture.png
+
+A model whose name ends in -mean is the same model from the mean of its heads, and is drawn in its panels; with the
+recipe "pretraining" that is the paper's recipe.
 """
 
 from __future__ import annotations
@@ -10,36 +13,33 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from kvconvert.convert.errors import InputError
+from kvconvert.measure.pictures import RecipeRun, draw_recipes, require_matplotlib
 
 
 def main() -> None:
     source, picture = map(Path, sys.argv[1:3])
-    rows: list[dict[str, Any]] = [json.loads(line) for line in source.read_text().splitlines()]
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    names = list(dict.fromkeys(_name(row) for row in rows))
-    figure = Figure(figsize=(4 * len(models), 7), layout="constrained")
-    axes = figure.subplots(2, len(models), squeeze=False)
-    for column, model in enumerate(models):
-        for row in (row for row in rows if row["model"] == model):
-            tokens = [point[0] for point in row["curve"]]
-            thousands = [count / 1000 for count in tokens]
-            excess = [point[1] for point in row["curve"]]
-            color = f"C{names.index(_name(row)) % 10}"
-            style = "-" if names.index(_name(row)) < 10 else "--"
-            axes[0][column].plot(thousands, excess, style, color=color, label=_name(row))
-            spent = [count / row["tokens"] * row["compute"] for count in tokens]
-            axes[1][column].plot(spent, excess, style, color=color)
-        axes[0][column].set(title=model, xlabel="tokens (thousands)", ylim=(0, None))
-        axes[1][column].set(xlabel="compute (cross-entropy for all tokens = 1)", ylim=(0, None))
-    for line in axes:
-        line[0].set_ylabel("excess, nats per held-out token")
-    handles: dict[str, Any] = {}
-    for axis in axes[0]:
-        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
-    figure.savefig(picture, dpi=80)
-    print(table(rows, models))
+    try:
+        require_matplotlib()
+        rows: list[dict[str, Any]] = [json.loads(line) for line in source.read_text().splitlines()]
+        draw_recipes(picture, [run_of(row) for row in rows])
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from error
+    print(table(rows, list(dict.fromkeys(row["model"] for row in rows))))
+
+
+def run_of(row: dict[str, Any]) -> RecipeRun:
+    """A row of compare_recipes.py as a line of the picture."""
+    model = row["model"].removesuffix("-mean")
+    from_mean = model != row["model"]
+    of_the_paper = from_mean and row["recipe"] == "pretraining"
+    label = f"{row['recipe']}{' from the mean' if from_mean else ''}, lr {row['lr']:g}"
+    if "compute" not in row:
+        raise InputError(f"{row['model']}, {label}: the row has no compute, which older versions did not print")
+    tokens, excess = zip(*row["curve"], strict=True)
+    return RecipeRun(
+        model, f"the paper: {label}" if of_the_paper else label, tokens, excess, row["compute"], of_the_paper
+    )
 
 
 def table(rows: list[dict[str, Any]], models: list[str]) -> str:
@@ -52,10 +52,6 @@ def table(rows: list[dict[str, Any]], models: list[str]) -> str:
         spent = " to ".join(dict.fromkeys((compute[0], compute[-1])))
         lines.append(f"| {key[0]} | {key[1]:g} | {spent} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _name(row: dict[str, Any]) -> str:
-    return f"{row['recipe']}, {row['lr']:g}"
 
 
 if __name__ == "__main__":

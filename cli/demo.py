@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -24,6 +24,9 @@ from ..convert.text.sources import TextSource
 from .console import Terminal
 from .inspect import show_inspection
 from .options import DryRun, Json, Quiet
+
+if TYPE_CHECKING:
+    from ..measure.pictures import Point
 
 __all__ = ["demo"]
 
@@ -82,6 +85,9 @@ def demo(
 
     Example: kvconvert demo --output kvconvert-demo
     """
+    from ..measure.pictures import require_matplotlib
+
+    require_matplotlib()
     terminal = Terminal(as_json=as_json, quiet=quiet)
     size = _Size(steps or _uptraining_steps(), max_windows, calibration_tokens)
     variants = (
@@ -179,7 +185,7 @@ def _run(variants: tuple[_Variant, ...], output: Path, size: _Size, terminal: Te
         rows.append(asdict(variant) | {"cache_bytes_per_token": plan.cache_bytes_per_token[1]})
 
     from ..measure.held_out import load_windows
-    from ..measure.picture import Curve, Point, draw_recovery
+    from ..measure.pictures import Curve, Point, draw_recovery
 
     held_out = TextSource(str(_HELD_OUT_TEXT))
     windows = load_windows(_MODEL, held_out, window=_SEQUENCE_LENGTH, max_windows=size.max_windows)
@@ -203,17 +209,10 @@ def _run(variants: tuple[_Variant, ...], output: Path, size: _Size, terminal: Te
     }
     draw_recovery(
         output / _PICTURE_NAME,
-        original=Point(original["label"], original["cache_bytes_per_token"], original["perplexity"]),
+        original=Point(original["label"], original["cache_bytes_per_token"], before=0.0),
+        original_perplexity=original["perplexity"],
         curves=curves,
-        points=[
-            Point(
-                row["label"],
-                row["cache_bytes_per_token"],
-                row["before"]["perplexity"],
-                row["after"]["perplexity"] if row["after"] else None,
-            )
-            for row in rows
-        ],
+        points=[_point_of(row) for row in rows],
     )
     return {
         "settings": _settings_of(variants, size),
@@ -224,6 +223,20 @@ def _run(variants: tuple[_Variant, ...], output: Path, size: _Size, terminal: Te
         "picture": str(output / _PICTURE_NAME),
         "seconds": round(time.monotonic() - start, 1),
     }
+
+
+def _point_of(row: dict[str, Any]) -> Point:
+    """What the picture shows of a model, by its row of the results."""
+    from ..measure.pictures import Point
+
+    before, after = row["before"]["against"], row["after"]["against"] if row["after"] else None
+    return Point(
+        row["label"],
+        row["cache_bytes_per_token"],
+        before["excess_nats_per_token"],
+        after["excess_nats_per_token"] if after else None,
+        (after or before)["excess_standard_error"],
+    )
 
 
 def _convert(variant: _Variant, output: Path, size: _Size, terminal: Terminal) -> Conversion:

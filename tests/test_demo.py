@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from conftest import Command, RunHere
 from kvconvert.configs import DEMO
-from kvconvert.measure.picture import Curve, Point, draw_recovery
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -72,13 +71,3 @@ def test_a_directory_that_is_not_a_demos_is_left_alone(force: list[str], invoke:
     assert outcome.returncode == 2
     assert outcome.stderr.startswith(f"error: {tmp_path / 'mine'} exists and is not a demo's\nhint: ")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["file"]
-
-
-def test_the_picture_is_a_png_for_one_curve_and_for_two(tmp_path: Path) -> None:
-    points = [Point("GQA", 1024, 120.0, 22.0), Point("MQA", 512, 140.0)]
-    curves = [Curve("GQA", [0, 1000], [120.0, 22.0]), Curve("MQA", [0, 1000], [140.0, 24.0])]
-    for count in (1, 2):
-        path = tmp_path / f"{count}.png"
-        draw_recovery(path, original=Point("original", 4096, 21.0), curves=curves[:count], points=points)
-        assert path.read_bytes().startswith(PNG_SIGNATURE)
-    assert (tmp_path / "1.png").read_bytes() != (tmp_path / "2.png").read_bytes()  # the second curve is drawn
