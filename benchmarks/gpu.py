@@ -200,7 +200,7 @@ def decoding(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             runs += [(True, sizes) for sizes in options.settings["compiled_batches"]]
             for compiled, (batch, context) in runs:
                 settings = BenchmarkSettings(batches=(batch,), contexts=(context,), compile=compiled, **common)
-                row: dict[str, Any] = {"shape": name, "variant": variant, "compiled": compiled}
+                row: dict[str, Any] = {"shape": name, "variant": variant, "dtype": "bfloat16", "compiled": compiled}
                 try:
                     timed = benchmark_models(model, original, settings, names=(variant, "MHA"))
                 except torch.OutOfMemoryError:  # neither fits
