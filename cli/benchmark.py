@@ -38,7 +38,9 @@ _SETTINGS = SettingsOptions(
     bounds={"tokens": 1, "warm_up": 0, "repeats": 1},
 )
 
+_ABOVE = "the step does more than it has to, such as copying a cache that grows, and the larger one pays more for it"
 _NOISE = "rounds disagree by more than half; leave the machine alone, or take more --repeats and --tokens"
+
 Cell = Callable[["Timing"], str]
 Columns = dict[str, Callable[["Point"], str]]
 
@@ -104,10 +106,13 @@ def _show(model: str, against: str | None, settings: BenchmarkSettings, timed: B
     console.print("decoding, ms for a token of each sequence: median (90th percentile)")
     _print_table(_decoding(both), timed.points, console)
     if both:
+        console.print("  gain: the median over rounds, original over result; in rounds: the least and the greatest")
         console.print("  bound: the bytes a step has to read, weights and cache, of the original over the result's")
-        noisy = [gain for point in timed.points if (gain := point.decode_gain) and gain.is_noisy]
-        if noisy:
-            console.print(f"  {len(noisy)} of {len(timed.points)} gains are noise in part: {_NOISE}")
+        gains = [point.decode_gain for point in timed.points if point.decode_gain]
+        if any((gain.of_bound or 0) > 1 for gain in gains):
+            console.print(f"  above the bound: {_ABOVE}")
+        if noisy := sum(gain.is_noisy for gain in gains):
+            console.print(f"  noise: in {noisy} of {len(gains)} lines {_NOISE}")
     if settings.prefill:
         console.print("prefill, ms for the prompts of the batch: median (90th percentile)")
         _print_table(_prefill(both), timed.points, console)

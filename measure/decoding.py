@@ -58,10 +58,7 @@ class Decoder:
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.weight_bytes = _bytes_of((*model.parameters(), *model.buffers()))
         self.read_weight_bytes = self.weight_bytes - _bytes_of(_looked_up(model))
-        self.notes: tuple[str, ...] = ()
-        if any("expert" in parameter for parameter, _ in model.named_parameters()):
-            note = "all its experts count as read in a step, and of a small batch some are not, so the bound is rough"
-            self.notes = (f"{name}: {note}",)
+        self.notes = tuple(f"{name}: {note}" for note in _notes(model))
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
         self._step = model
         self._cache: Any = None  # a static one stays from turn to turn, since compiled code knows its place in memory
@@ -240,6 +237,14 @@ def _looked_up(model: Any) -> list[Tensor]:
     head = model.get_output_embeddings()
     tables = (module.weight for module in model.modules() if isinstance(module, nn.Embedding))
     return [table for table in tables if head is None or table is not head.weight]
+
+
+def _notes(model: Any) -> Iterator[str]:
+    """What a reader of the timings of a model should know of its class."""
+    if any("expert" in name for name, _ in model.named_parameters()):
+        yield "all experts count as read in a step, and of a small batch some are not, so the bound is rough"
+    if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None):
+        yield "transformers expands the latent of all tokens in every step; engines with kernels for it do not"
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -164,10 +164,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class Gain:
-    """How many times faster the result is than its original: the ratio of their medians.
+    """How many times faster the result is than its original: the median of the ratios of single rounds.
 
-    least and greatest: of the ratios of single rounds. bound: the ratio of the bytes that a step has to read, more than
-    which no step that waits for its memory can gain; None where no gain follows from bytes. of_bound: ratio / bound.
+    least and greatest: of those ratios. bound: the ratio of the bytes that a step has to read; None where no gain
+    follows from bytes. of_bound: ratio / bound. A step that reads nothing else cannot gain more than the bound; one
+    that copies the cache as it grows, which eager code of transformers does, can, since the larger cache is copied too.
     """
 
     ratio: float
@@ -183,8 +184,9 @@ class Gain:
 
     @classmethod
     def between(cls, original: Rounds, result: Rounds, *, bound: float | None = None) -> Gain:
-        ratio = original.durations.median / result.durations.median
+        """The gain from the rounds of both, which took turns: what slows the machine down for a while slows both."""
         single = [before / after for before, after in zip(original.medians, result.medians, strict=True)]
+        ratio = statistics.median(single)
         return cls(ratio, min(single), max(single), bound, None if bound is None else ratio / bound)
 
 

@@ -45,10 +45,12 @@ def test_the_median_and_the_90th_percentile_are_those_of_the_seconds() -> None:
     assert Durations.of([0.5]) == Durations(0.5, 0.5, (0.5,))
 
 
-def test_a_gain_is_that_of_medians_with_the_range_of_rounds_and_its_part_of_the_bound() -> None:
-    original, result = Rounds(((4.0, 4.0, 9.0), (6.0, 6.0, 6.0))), Rounds(((2.0, 2.0, 2.0), (2.0, 2.0, 1.0)))
-    assert Gain.between(original, result, bound=4.0) == Gain(3.0, 2.0, 3.0, 4.0, 0.75)
-    assert Gain.between(original, result) == Gain(3.0, 2.0, 3.0, None, None)
+def test_a_gain_is_the_median_over_rounds_with_their_range_and_its_part_of_the_bound() -> None:
+    """Of rounds whose medians are 4, 6 and 50 against 2, 2 and 10: one slow spell that hits both changes nothing."""
+    original = Rounds(((4.0, 4.0, 9.0), (6.0, 6.0, 6.0), (50.0,)))
+    result = Rounds(((2.0, 2.0, 2.0), (2.0, 2.0, 1.0), (10.0,)))
+    assert Gain.between(original, result, bound=4.0) == Gain(3.0, 2.0, 5.0, 4.0, 0.75)
+    assert Gain.between(original, result) == Gain(3.0, 2.0, 5.0, None, None)
 
 
 def test_rounds_that_disagree_are_called_noisy() -> None:
@@ -135,6 +137,21 @@ def test_a_turn_decodes_the_tokens_that_generate_does(monkeypatch: pytest.Monkey
     assert torch.equal(torch.cat(fed[1:], dim=1), expected[:, :4])
 
 
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "note"),
+    [
+        ("mixtral", {}, "tiny: all experts count as read in a step"),
+        ("deepseek_v3", LATENT, "tiny: transformers expands the latent of all tokens in every step"),
+        ("llama", {}, None),
+    ],
+)
+def test_what_makes_a_timing_or_its_bound_rough_is_said(
+    model_type: str, overrides: dict[str, Any], note: str | None
+) -> None:
+    notes = Decoder(build_model(model_type, **overrides), name="tiny", compiled=False).notes
+    assert notes == () if note is None else any(each.startswith(note) for each in notes)
+
+
 def test_the_weights_that_a_step_reads_leave_out_the_table_of_the_embedding() -> None:
     table = VOCAB_SIZE * NUM_HEADS * HEAD_DIM * 4
     untied, tied = (Decoder(build_model(tie_word_embeddings=tie), name="", compiled=False) for tie in (False, True))
@@ -182,7 +199,7 @@ def test_a_result_is_timed_beside_its_original(converted: tuple[Path, Path]) -> 
         assert before.prefill_tokens_per_second == point.batch * 9 / before.prefill.median
         gain = point.decode_gain
         assert gain is not None
-        assert gain.ratio == before.decode.median / after.decode.median
+        assert gain.least <= gain.ratio <= gain.greatest
         assert gain.bound == before.step_bytes / after.step_bytes  # type: ignore[operator]
         assert point.prefill_gain is not None
         assert point.prefill_gain.bound is None
