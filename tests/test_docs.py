@@ -23,7 +23,7 @@ def test_the_code_of_the_library_page_runs(
         (tmp_path / name).write_text("\n".join(lines) + "\n")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "library.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 10
+    assert len(blocks) == 12
     printed: list[tuple[Any, ...]] = []
     scope: dict[str, Any] = {"print": lambda *values: printed.append(values)}
     for block in blocks:

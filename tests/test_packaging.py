@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-FOLDERS = ("cli", "configs", "convert", "measure", "uptrain")
+FOLDERS = ("cli", "configs", "convert", "measure", "pipeline", "uptrain")
 
 
 def test_every_package_of_the_tree_is_installed() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # from the ground up: a room imports itself and what stands before it
-TOP = ("convert", "measure", "uptrain", "cli")
+TOP = ("convert", "measure", "uptrain", "pipeline", "cli")
 CONVERT = (
     "errors",
     "printable",

@@ -142,7 +142,7 @@ def test_what_is_missing_is_named_with_the_versions(
 def test_only_the_interface_names_the_cache() -> None:
     """Elsewhere CACHE_NAME, cache_of and positions stand for it, so that the next renaming changes one file."""
     allowed = {"convert/runtime", "tests/test_transformers_interface.py"}
-    folders = ("cli", "convert", "measure", "uptrain", "scripts", "benchmarks", "tests")
+    folders = ("cli", "convert", "measure", "pipeline", "uptrain", "scripts", "benchmarks", "tests")
     for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
         name = str(path.relative_to(ROOT))
         if not any(name.startswith(start) for start in allowed):
