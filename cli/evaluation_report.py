@@ -102,11 +102,16 @@ def _show_recovery(recovery: Recovery, console: Console) -> None:
 
 
 def _show_sample(sample: Sample, console: Console) -> None:
-    console.print(f"prompt        {sample.prompt}")
-    console.print(f"  this        {sample.continuation}")
+    console.print(f"prompt        {_in_a_line(sample.prompt)}")
+    console.print(f"  this        {_in_a_line(sample.continuation)}")
     if sample.original is not None:
-        console.print(f"  original    {sample.original}")
+        console.print(f"  original    {_in_a_line(sample.original)}")
         console.print(f"  equal       the first {sample.equal_tokens} tokens")
+
+
+def _in_a_line(text: str) -> str:
+    """A text with its line breaks as signs."""
+    return text.replace("\n", " ⏎ ")
 
 
 def _show_loss(evaluation: Evaluation, console: Console, indent: str = "  ") -> None:
