@@ -109,7 +109,9 @@ def benchmark_models(
     with progress("benchmarking", len(shapes) * len(decoders) * (1 + settings.repeats)) as advance:
         points = tuple(_points(decoders, shapes, settings, advance))
     notes = tuple(note for decoder in decoders for note in decoder.notes)
-    return Benchmark(dtypes[0], describe_machine(decoders[0].device), versions(), _method(settings), notes, points)
+    return Benchmark(
+        dtypes[0], describe_machine(decoders[0].device), versions(), _method(settings, len(decoders)), notes, points
+    )
 
 
 def _points(
@@ -213,12 +215,13 @@ def _timing(batch: int, context: int, decoder: Decoder, turns: list[Turn], setti
     )
 
 
-def _method(settings: BenchmarkSettings) -> str:
+def _method(settings: BenchmarkSettings, num_models: int) -> str:
     rounds = f"{settings.repeats} rounds" if settings.repeats > 1 else "1 round"
+    rounds += ", the models in turn," if num_models > 1 else ""
     steps = f"{settings.tokens} steps timed after {settings.warm_up} that warm up"
     cache = "compiled decoding step over a static cache" if settings.compile else "eager"
     prompt = "prompts of random tokens" if settings.prefill else "a cache filled with copies of one token's state"
-    return f"transformers, {cache}; {rounds}, the models in turn, of {steps}; {prompt}"
+    return f"transformers, {cache}; {rounds} of {steps}; {prompt}"
 
 
 def _auto_dtype() -> str:

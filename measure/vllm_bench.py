@@ -79,8 +79,9 @@ def benchmark_vllm(
                     runs[which].append(taken)
                     advance(1)
             points.append(_point(batch, context, runs, settings))
+    in_turn = ", the models in turn," if len(directories) > 1 else ""
     method = (
-        f"vLLM, `bench latency`, compiled as it does by default; {settings.repeats} rounds, the models in turn, of "
+        f"vLLM, `bench latency`, compiled as it does by default; {settings.repeats} rounds{in_turn} of "
         f"{_ITERATIONS} runs after {settings.warm_up} that warm up; decoding is {settings.tokens} tokens, the time of "
         "prompts with them less that of prompts alone"
     )

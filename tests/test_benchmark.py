@@ -353,12 +353,14 @@ def test_the_command_shows_both_models_and_the_bound(converted: tuple[Path, Path
         ],
     ]
     assert "no gain is to be expected here" in shown
+    assert "2 rounds, the models in turn, of 3 steps timed after 1 that warm up; prompts of random tokens" in shown
     assert sum(bool(re.match(r"  +[12] +9 ", line)) for line in shown.splitlines()) == 6
 
 
 def test_alone_and_without_prefill_there_is_less_to_show(converted: tuple[Path, Path], invoke: Command) -> None:
     shown = invoke("benchmark", converted[0], *SIZES, "--no-prefill").stdout
     assert "gain" not in shown
+    assert "2 rounds of 3 steps timed after 1 that warm up; a cache filled with copies of one token's state" in shown
     assert "original" not in shown
     assert not any(line.startswith("prefill") for line in shown.splitlines())
 
