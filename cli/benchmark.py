@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
@@ -103,27 +103,39 @@ def _show(model: str, against: str | None, settings: BenchmarkSettings, timed: B
     console.print(f"  method        {timed.method}")
     for note in timed.notes:
         console.print(f"  note          {note}")
-    console.print("decoding, ms for a token of each sequence: median (90th percentile)")
+    console.print("decoding, ms per step, which gives each sequence a token: median (90th percentile)")
     _print_table(_decoding(both), timed.points, console)
-    if both:
-        console.print("  gain: the median over rounds, original over result; in rounds: the least and the greatest")
-        console.print("  bound: the bytes a step has to read, weights and cache, of the original over the result's")
-        gains = [point.decode_gain for point in timed.points if point.decode_gain]
-        if any((gain.of_bound or 0) > 1 for gain in gains):
-            console.print(f"  above the bound: {_ABOVE}")
-        if noisy := sum(gain.is_noisy for gain in gains):
-            console.print(f"  noise: in {noisy} of {len(gains)} lines {_NOISE}")
+    for line in _about_gains(timed) if both else ():
+        console.print(f"  {line}")
     if settings.prefill:
         console.print("prefill, ms for the prompts of the batch: median (90th percentile)")
         _print_table(_prefill(both), timed.points, console)
         if both:
-            console.print("  no gain is to be expected here: keys and values of a prompt are computed, not read")
-    console.print("memory")
+            console.print("  no gain is to be expected here: keys and values of a prompt are computed, not read;")
+            console.print("  what differs is noise, or that the projections are smaller")
+    console.print(f"memory, in {timed.dtype}")
     _print_table(_memory(both, settings), timed.points, console)
     if settings.engine == "vllm":
         console.print("  blocks, tokens and the sequences that fit at once: as vLLM says when it starts")
-    else:
-        console.print("  cache: of live tensors after the prompt; peak: weights, cache and all else")
+        return
+    console.print("  cache: of the batch, from live tensors after the prompt")
+    console.print("  peak: weights, cache and what a turn needs besides, most of it for the prompt")
+    if settings.memory_bytes is not None:
+        console.print("  sequences: of the context, beside the weights, with nothing left for anything else")
+
+
+def _about_gains(timed: Benchmark) -> Iterator[str]:
+    """How gains are meant, and how sure they are."""
+    yield "gain: how many times faster the result is, the median over rounds; in rounds: the least and the greatest"
+    yield "(milliseconds are medians of all steps, so that their ratio need not be the gain)"
+    yield "bound: the bytes a step has to read, weights and cache, of the original over the result's"
+    gains = [point.decode_gain for point in timed.points if point.decode_gain]
+    if any((gain.of_bound or 0) > 1 for gain in gains):
+        yield f"above the bound: {_ABOVE}"
+    if unclear := sum(gain.least < 1 < gain.greatest for gain in gains):
+        yield f"in {unclear} of {len(gains)} lines rounds lie on both sides of 1: no difference is shown there"
+    if noisy := sum(gain.is_noisy for gain in gains):
+        yield f"noise: in {noisy} of {len(gains)} lines {_NOISE}"
 
 
 def _decoding(both: bool) -> Columns:
@@ -132,7 +144,7 @@ def _decoding(both: bool) -> Columns:
     if both:
         columns |= _gained(lambda point: point.decode_gain)
         columns["bound"] = lambda point: _of_gain(point.decode_gain, lambda gain: _decimal(gain.bound))
-        columns["of bound"] = lambda point: _of_gain(point.decode_gain, lambda gain: _percent(gain.of_bound))
+        columns["gain/bound"] = lambda point: _of_gain(point.decode_gain, lambda gain: _percent(gain.of_bound))
     return columns
 
 
@@ -152,7 +164,7 @@ def _memory(both: bool, settings: BenchmarkSettings) -> Columns:
         return columns
     columns |= _each(both, "peak", lambda timing: _bytes(timing.peak_bytes))
     if settings.memory_bytes is not None:
-        fit = f"fit in {human_bytes(settings.memory_bytes)}"
+        fit = f"sequences in {human_bytes(settings.memory_bytes)}"
         columns |= _each(both, fit, lambda timing: _number(timing.largest_batch))
     return columns
 

@@ -30,7 +30,7 @@ def show_evaluation(evaluation: Evaluation, gates: Sequence[Gate], names: Names,
     """Print an evaluation for a person."""
     console.print(names.model)
     _show_loss(evaluation, console)
-    console.print(f"  method        {evaluation.method}")
+    console.print(f"  method        {evaluation.method}; ±: one standard error over windows")
     if evaluation.against is not None:
         console.print(f"against {names.against}")
         _show_comparison(evaluation.against, console)
@@ -47,10 +47,13 @@ def show_evaluation(evaluation: Evaluation, gates: Sequence[Gate], names: Names,
         _show_sample(sample, console)
     for score in evaluation.tasks:
         console.print(f"task {score.task}: {_task_in_short(score)}")
+    if gates and evaluation.by_source:
+        console.print("gates are on all texts together")
     for gate in gates:
         name = gate.name if gate.task is None else f"{gate.name}, {gate.task}"
         value, threshold = _GATES[gate.name].format(gate.value), _GATES[gate.name].format(gate.threshold)
-        console.print(f"gate {name}: {value}, limit {threshold}: {'passed' if gate.passed else 'failed'}")
+        limit = "at least" if gate.name == "min_recovery" else "at most"
+        console.print(f"gate {name}: {value}{_spread(gate)}, {limit} {threshold}: {_verdict(gate)}")
 
 
 def describe_failure(gate: Gate) -> str:
@@ -67,29 +70,39 @@ def describe_failure(gate: Gate) -> str:
     return f"{what}, more than the allowed {threshold}"
 
 
+def _spread(gate: Gate) -> str:
+    if gate.standard_error is None or math.isnan(gate.standard_error):
+        return ""
+    return f" ± {_GATES[gate.name].format(gate.standard_error)}"
+
+
+def _verdict(gate: Gate) -> str:
+    """Passed or failed, and whether the value is nearer to the limit than its standard error."""
+    verdict = "passed" if gate.passed else "failed"
+    is_near = gate.standard_error is not None and abs(gate.value - gate.threshold) < gate.standard_error
+    return f"{verdict}, within a standard error of the limit" if is_near else verdict
+
+
 def _show_sources(by_source: Mapping[str, Evaluation], console: Console) -> None:
     console.print("by text")
     for text, alone in by_source.items():
         console.print(f"  {text}")
         _show_loss(alone, console, indent="    ")
         if alone.against is not None:
-            _show_excess(alone.against, console, indent="    ")
+            console.print("    against the original")
+            _show_comparison(alone.against, console, indent="      ")
 
 
-def _show_comparison(comparison: Comparison, console: Console) -> None:
-    perplexity = f"{comparison.original_perplexity:.4g}, this is {comparison.perplexity_increase:+.1%}"
-    console.print(f"  perplexity    {perplexity}")
+def _show_comparison(comparison: Comparison, console: Console, indent: str = "  ") -> None:
+    perplexity = f"{comparison.original_perplexity:.4g} of the original, this is {comparison.perplexity_increase:+.1%}"
+    console.print(f"{indent}perplexity    {perplexity}")
     if comparison.original_bits_per_byte is not None:
-        console.print(f"  bits/byte     {comparison.original_bits_per_byte:.4f}")
-    _show_excess(comparison, console)
-    divergence = _with_error(comparison.kl_nats_per_token, comparison.kl_standard_error)
-    console.print(f"  KL            {divergence} nats/token")
-    console.print(f"  top-1 agrees  {comparison.top1_agreement:.1%}")
-
-
-def _show_excess(comparison: Comparison, console: Console, indent: str = "  ") -> None:
+        console.print(f"{indent}bits/byte     {comparison.original_bits_per_byte:.4f} of the original")
     excess = _with_error(comparison.excess_nats_per_token, comparison.excess_standard_error)
-    console.print(f"{indent}excess loss   {excess} nats/token")
+    console.print(f"{indent}excess loss   {excess} nats/token above the original, windows paired")
+    divergence = _with_error(comparison.kl_nats_per_token, comparison.kl_standard_error)
+    console.print(f"{indent}KL            {divergence} nats/token")
+    console.print(f"{indent}top-1 agrees  {comparison.top1_agreement:.1%} of tokens")
 
 
 def _show_recovery(recovery: Recovery, console: Console) -> None:

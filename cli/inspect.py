@@ -88,8 +88,8 @@ def _as_data(plan: CachePlan) -> dict[str, Any]:
 _READING_A_TEXT = ("mha2cla", "mha2mla")  # and mha2gqa, of the same models
 # docs/measurements.md, "The calibration text"
 _WORTH_OF_A_TEXT = (
-    "best on text like what the model will see (--calibration): for Wikipedia, text of its kind left an excess of 0.49 "
-    "nats, the default text 0.90 (SmolLM2-135M, 3 K/V heads become 1 by --method svd --fit-steps 0)"
+    "best on text like what the model will see (--calibration). An example: SmolLM2-135M with 1 of 3 K/V heads lost "
+    "0.90 nats/token on Wikipedia with the default text, 0.49 with Wikipedia's own (--method svd --fit-steps 0)"
 )
 
 
@@ -210,9 +210,10 @@ def _plan_notes(plan: CachePlan) -> Iterable[str]:
     if plan.memory_bytes is not None and plan.usable_bytes is not None:
         yield (
             f"sequences that fit: beside the weights in {human_bytes(plan.usable_bytes)}, "
-            f"{100 * plan.memory_fraction:g} % of {human_bytes(plan.memory_bytes)}; activations and the engine's own "
-            "memory come out of the rest"
+            f"{100 * plan.memory_fraction:g} % of {human_bytes(plan.memory_bytes)}; the rest is for activations and "
+            "the engine"
         )
+    yield "what a conversion, or a smaller format, loses is not planned here: kvconvert evaluate measures it"
     yield from (f"{each.name}: {each.engines}" for each in plan.formats[1:])
     more = [
         f"{human_bytes(model.bytes_per_sequence_in_transformers)} {model.name}"

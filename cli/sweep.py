@@ -202,10 +202,8 @@ def _default_output(model: str) -> Path:
 
 
 def _show(found: Sweep, console: Console) -> None:
-    console.print(f"{found.model}, excess over it in nats per token; in bold what no other target beats")
-    for line in found.table().splitlines():
+    for line in found.report().splitlines():
         console.print(line)
-    console.print(f"{found.method}")
     for row in found.rows:
         if row.output is not None:
             console.print(f"{row.target}: {row.output}")

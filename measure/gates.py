@@ -38,21 +38,27 @@ class Limits:
 
 @dataclass(frozen=True)
 class Gate:
-    """A limit, the value that it is for, of a task if it is of one, and whether the value keeps it."""
+    """A limit, the value that it is for, of a task if it is of one, and whether the value keeps it.
+
+    The value's standard error, where it is known, decides nothing: it says how sure the verdict is.
+    """
 
     name: str
     value: float
     threshold: float
     passed: bool
+    standard_error: float | None = None
     task: str | None = None
 
     @classmethod
-    def at_most(cls, name: str, value: float, threshold: float) -> Gate:
-        return cls(name, value, threshold, value <= threshold)  # which a value that is not a number is not
+    def at_most(cls, name: str, value: float, threshold: float, error: float | None = None) -> Gate:
+        return cls(name, value, threshold, value <= threshold, error)  # which a value that is not a number is not
 
     @classmethod
-    def at_least(cls, name: str, value: float, threshold: float, task: str | None = None) -> Gate:
-        return cls(name, value, threshold, value >= threshold, task)
+    def at_least(
+        cls, name: str, value: float, threshold: float, error: float | None = None, task: str | None = None
+    ) -> Gate:
+        return cls(name, value, threshold, value >= threshold, error, task)
 
 
 def check_limits(evaluation: Evaluation, limits: Limits) -> tuple[Gate, ...]:
@@ -63,11 +69,13 @@ def check_limits(evaluation: Evaluation, limits: Limits) -> tuple[Gate, ...]:
     """
     gates: list[Gate] = []
     if limits.max_ppl_increase is not None:
-        increase = _of_original(evaluation, "max_ppl_increase").perplexity_increase
-        gates.append(Gate.at_most("max_ppl_increase", increase, limits.max_ppl_increase))
+        against = _of_original(evaluation, "max_ppl_increase")
+        increase = against.perplexity_increase
+        error = (1 + increase) * against.excess_standard_error
+        gates.append(Gate.at_most("max_ppl_increase", increase, limits.max_ppl_increase, error))
     if limits.max_kl is not None:
-        kl = _of_original(evaluation, "max_kl").kl_nats_per_token
-        gates.append(Gate.at_most("max_kl", kl, limits.max_kl))
+        against = _of_original(evaluation, "max_kl")
+        gates.append(Gate.at_most("max_kl", against.kl_nats_per_token, limits.max_kl, against.kl_standard_error))
     if limits.min_recovery is not None:
         gates += _recovery_gates(evaluation, limits.min_recovery)
     if limits.baseline is not None:
@@ -102,12 +110,13 @@ def _of_original(evaluation: Evaluation, name: str) -> Comparison:
 def _recovery_gates(evaluation: Evaluation, threshold: float) -> list[Gate]:
     """Of the excess since before uptraining, and of each task's score beside the original's."""
     gates = [
-        Gate.at_least("min_recovery", score.kept, threshold, score.task)
+        Gate.at_least("min_recovery", score.kept, threshold, task=score.task)
         for score in evaluation.tasks
         if score.kept is not None
     ]
     if evaluation.recovery is not None:
-        gates.insert(0, Gate.at_least("min_recovery", evaluation.recovery.recovered, threshold))
+        found = evaluation.recovery
+        gates.insert(0, Gate.at_least("min_recovery", found.recovered, threshold, found.standard_error))
     if not gates:
         raise InputError(
             "a recovery is since a checkpoint before uptraining, or of tasks beside the original's",
@@ -130,4 +139,4 @@ def _baseline_gate(evaluation: Evaluation, baseline: Mapping[str, Any]) -> Gate:
     if len(differences) > 1:
         variance = sum((each - mean) ** 2 for each in differences) / (len(differences) - 1)
         error = math.sqrt(variance / len(differences))
-    return Gate.at_most("baseline", mean, max(2 * error, _LEAST_SLACK))
+    return Gate.at_most("baseline", mean, max(2 * error, _LEAST_SLACK), error)

@@ -86,7 +86,7 @@ def as_table(rows: Sequence[SweepRow], original_cache: int, original_perplexity:
     headings = ["target", "B/token", "of the cache", "perplexity", "excess, nats/token", "KL"]
     headings += ["perplexity after", "excess after", "KL after"] if uptrained else []
     shapes = dict.fromkeys((speed.batch, speed.context) for row in rows for speed in row.speed)
-    headings += [f"decode, {batch} × {context}" for batch, context in shapes]
+    headings += [f"times faster, batch {batch}, context {context}" for batch, context in shapes]
     lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
     first = ["original", str(original_cache), "1", f"{original_perplexity:.4g}", "0", "0"]
     lines.append(f"| {' | '.join(first + [''] * (len(headings) - len(first)))} |")
@@ -135,7 +135,7 @@ def _gain_cell(row: SweepRow, shape: tuple[int, int]) -> str:
     found = next((each for each in row.speed if (each.batch, each.context) == shape), None)
     if found is None or found.gain is None:
         return ""
-    return f"{found.gain:.2f} ×" + ("" if found.bound is None else f" (bound {found.bound:.2f})")
+    return f"{found.gain:.2f}" + ("" if found.bound is None else f" (bound {found.bound:.2f})")
 
 
 def _share(cache: int, original: int) -> str:

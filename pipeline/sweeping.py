@@ -66,9 +66,18 @@ class Sweep:
         content = asdict(self)
         return content | {"files": [str(path) for path in self.files]}
 
-    def table(self) -> str:
-        """The rows in Markdown."""
-        return as_table(self.rows, self.original_cache_bytes_per_token, self.original_perplexity)
+    def report(self) -> str:
+        """The rows in Markdown, with what they are of, and how they are to be read."""
+        lines = [
+            f"{self.model} and what it can become; excess is the loss above it, in nats per token ± standard error.",
+            "B/token: cache in 16 bits. Bold: no other target takes as little cache and loses less.",
+        ]
+        if any(row.speed for row in self.rows):
+            lines.append(
+                "Times faster: decoding, in turn with the original; bound: the ratio of the bytes that a step reads."
+            )
+        table = as_table(self.rows, self.original_cache_bytes_per_token, self.original_perplexity)
+        return "\n".join([*lines, "", table, "", f"Scored: {self.method}."])
 
 
 def sweep(
@@ -377,7 +386,7 @@ def _write(place: Path, result: Sweep, *, picture: bool) -> tuple[Path, ...]:
     """Write tables and picture, and return where they are."""
     files = [place / f"{_RESULTS}{ending}" for ending in (".json", ".csv", ".md")]
     write_text(files[1], as_csv(result.rows))
-    write_text(files[2], f"{result.table()}\n")
+    write_text(files[2], f"{result.report()}\n")
     if picture:
         from ..measure.pictures import Point, draw_quality
 

@@ -343,12 +343,12 @@ def test_the_command_shows_both_models_and_the_bound(converted: tuple[Path, Path
     heads = [re.split(r"\s{2,}", line.strip()) for line in shown.splitlines() if line.startswith("  batch")]
     both = [f"{which} {what}" for what in ("ms", "tokens/s") for which in ("original", "result")]
     assert heads == [
-        ["batch", "context", *both, "gain", "in rounds", "bound", "of bound"],
+        ["batch", "context", *both, "gain", "in rounds", "bound", "gain/bound"],
         ["batch", "context", *both, "gain", "in rounds"],
         ["batch", "context"]
         + [
             f"{which} {what}"
-            for what in ("weights", "cache", "peak", "fit in 10 MB")
+            for what in ("weights", "cache", "peak", "sequences in 10 MB")
             for which in ("original", "result")
         ],
     ]

@@ -42,7 +42,7 @@ def test_a_card_says_what_the_result_is(make_checkpoint: CheckpointFactory, run_
     assert "8 K/V heads in each layer became 2" in card.text
     assert "takes 128 bytes per token in 16 bits, where it took 512." in card.text
     assert "It has not been uptrained" in card.text
-    assert "Served by: transformers (run), vLLM (run), SGLang (read)." in card.text
+    assert "Served by: transformers (tested), vLLM (tested), SGLang (by its source, untested)." in card.text
     assert "The original" not in card.text
 
 

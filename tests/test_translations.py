@@ -364,8 +364,10 @@ def test_inspect_shows_the_class_of_each_conversion(make_checkpoint: CheckpointF
     shown = invoke("inspect", make_checkpoint("gpt2", **GPT2)).stdout
     assert re.search(r"mha2gqa +--groups 2 or 4, as grouped_decoder$", shown, re.MULTILINE)
     assert re.search(r"mha2mqa +8 K/V heads become 1, as gpt_bigcode$", shown, re.MULTILINE)
-    assert re.search(r"^ +gpt_bigcode +transformers \(run\), vLLM", shown, re.MULTILINE)
-    assert re.search(r"^ +grouped_decoder +transformers \(run: with trust_remote_code, or after", shown, re.MULTILINE)
+    assert re.search(r"^ +gpt_bigcode +transformers \(tested\), vLLM", shown, re.MULTILINE)
+    assert re.search(
+        r"^ +grouped_decoder +transformers \(tested: with trust_remote_code, or after", shown, re.MULTILINE
+    )
 
 
 def test_an_mqa_checkpoint_is_recognised(make_checkpoint: CheckpointFactory) -> None:

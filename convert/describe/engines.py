@@ -226,10 +226,13 @@ def _grouped_decoder_in_vllm(config: Mapping[str, Any] | None) -> Serving:
     return Serving("vLLM", True, "run", "with --trust-remote-code")
 
 
+_EVIDENCE = {"run": "tested", "read": "by its source, untested"}
+
+
 def engines_line(engines: Iterable[Serving]) -> str:
     """Return the engines that serve a class, with evidence and conditions, as one line of text."""
     return ", ".join(
-        f"{engine.engine} ({engine.evidence}{': ' + engine.how if engine.how else ''})"
+        f"{engine.engine} ({_EVIDENCE[engine.evidence]}{': ' + engine.how if engine.how else ''})"
         for engine in engines
         if engine.works
     )
