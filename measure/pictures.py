@@ -219,9 +219,9 @@ def draw_recipes(path: Path, runs: Sequence[RecipeRun]) -> None:
 def draw_retention(path: Path, reports: Sequence[LayerReport]) -> None:
     """Draw heat maps, a row for each merge of layers: what it kept of keys and values, and its error around the fit.
 
-    Energies kept are in per cent, for each group of heads. The error is that of hidden states once attention is added,
-    relative to them, before and after gradient steps. Raises InputError as `draw_quality` does, and where there is no
-    report, as after a merge that measures nothing.
+    Energies kept are in per cent, for each group of heads. The error is the squared one of hidden states once attention
+    is added, relative to them, before and after gradient steps. Raises InputError as `draw_quality` does, and where
+    there is no report, as after a merge that measures nothing.
     """
     if not reports:
         raise InputError(
@@ -240,6 +240,7 @@ def draw_retention(path: Path, reports: Sequence[LayerReport]) -> None:
     rows_height = min(10.0, 0.32 * len(reports))
     size = {"height": 1.8 + rows_height, "width": min(_WIDTH, 4.5 + 0.7 * sum(widths))}
     with _picture(path, "What each layer kept", **size) as figure:
+        figure.set_layout_engine("constrained", wspace=0.06)  # so that the ends of the two scales stay apart
         scales: list[Any] = ["energy", "energy", "scale of errors"][: len(maps)]
         panels = figure.subplot_mosaic([maps, scales], width_ratios=widths, height_ratios=[rows_height, 0.15])
         least = min(kept for row in keys + values for kept in row if math.isfinite(kept))
@@ -253,7 +254,7 @@ def draw_retention(path: Path, reports: Sequence[LayerReport]) -> None:
             image = _draw_map(panels["errors"], errors, "{:#.2g}", "cividis_r", (0.0, worst))
             panels["errors"].set(title="error of the layer", xlabel="gradient steps")
             panels["errors"].set_xticks(range(2), ["before", "after"])
-            scale, label = panels["scale of errors"], "relative error"
+            scale, label = panels["scale of errors"], "relative squared error"
             figure.colorbar(image, cax=scale, orientation="horizontal", label=label)
         every = math.ceil(len(reports) / 40)
         panels["keys"].set_ylabel("layer")

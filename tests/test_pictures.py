@@ -112,7 +112,7 @@ def places(lines: Iterable[Any]) -> list[list[tuple[float, float]]]:
         ),
         (
             "retention",
-            {"layer", "keys", "values", "group of heads", "energy kept (%)", "gradient steps", "relative error"}
+            {"layer", "keys", "values", "group of heads", "energy kept (%)", "gradient steps", "relative squared error"}
             | {"95.0", "90.0", "80.0", "70.1", "0.075", "0.047", "before", "after"},
         ),
         (
@@ -274,7 +274,7 @@ def test_layers_that_share_are_a_row_and_no_steps_no_panel(tmp_path: Path) -> No
     draw_retention(tmp_path / "picture.svg", [report])
     written = texts(tmp_path / "picture.svg")
     assert "2–3" in written
-    assert "relative error" not in written
+    assert "relative squared error" not in written
 
 
 @pytest.mark.parametrize(
