@@ -49,6 +49,7 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 _DASHES = ("-", (0, (6, 2)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 _GREY, _PALE = "#555555", "#bbbbbb"
+_FADED = 0.45  # of what another point beats
 _SETTINGS = {
     "figure.dpi": 150,
     "savefig.dpi": "figure",
@@ -303,15 +304,16 @@ def _draw_quality(figure: Figure, axes: Axes, original: Point, points: Sequence[
     axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", color=_PALE, linewidth=3, zorder=1)
     marks = axes.plot(original.cache_bytes_per_token, original.last, color="black", marker="*", markersize=12)
     for index, point in enumerate(points):
-        x, look = point.cache_bytes_per_token, _look(index)
+        x, look = point.cache_bytes_per_token, _look(index) | {"alpha": 1 if point in front else _FADED}
         spot: dict[str, Any] = {**look, "linestyle": "none", "markersize": 7}
         marks += axes.plot(x, point.before, markerfacecolor="white", **spot)
         if point.after is not None:
-            arrow = {"arrowstyle": "->", "color": look["color"], "shrinkA": 4, "shrinkB": 4}
+            arrow = {"arrowstyle": "->", "shrinkA": 4, "shrinkB": 4} | {name: look[name] for name in ("color", "alpha")}
             axes.annotate("", (x, point.after), (x, point.before), arrowprops=arrow).set_in_layout(False)
             marks[-1:] = axes.plot(x, point.after, **spot)
         if point.error is not None:
-            axes.errorbar(x, point.last, yerr=point.error, color=look["color"], capsize=4, linestyle="none", zorder=1.5)
+            bar = {name: look[name] for name in ("color", "alpha")}
+            axes.errorbar(x, point.last, yerr=point.error, capsize=4, linestyle="none", zorder=1.5, **bar)
     axes.set_xscale("log", base=2)
     axes.set_xlim(min(sizes) / 2, 2 * max(sizes))
     axes.xaxis.set_major_formatter(lambda size, _: _binary(size))
@@ -331,7 +333,9 @@ def _explain_marks(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
     if any(point.after is not None for point in points):
         handles += axes.plot([], [], label="uptrained", **spot)
     handles += axes.plot([], [], color="black", marker="*", markersize=12, linestyle="none", label="original")
-    handles += axes.plot([], [], color=_PALE, linewidth=3, label="Pareto front")
+    handles += axes.plot([], [], color=_PALE, linewidth=3, label="best for its cache")
+    if len(pareto_front(points)) < len(points):
+        handles += axes.plot([], [], markerfacecolor="white", label="beaten by another", **(spot | {"alpha": _FADED}))
     if any(point.error is not None for point in points):
         handles += axes.plot([], [], color=_GREY, marker="|", markersize=12, linestyle="none", label="± standard error")
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
@@ -443,6 +447,7 @@ def _set_scale(axes: Axes, values: Sequence[float]) -> None:
     else:
         threshold = 10.0 ** math.floor(math.log10(max(min(sizes), max(sizes) / 1000)))
         axes.set_yscale("symlog", linthresh=threshold, linscale=0.5, subs=range(2, 10))
+        axes.set_ylabel(f"{axes.get_ylabel()}\nlog scale, linear below {threshold:g}; less is better")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
 

@@ -103,7 +103,7 @@ def places(lines: Iterable[Any]) -> list[list[tuple[float, float]]]:
         (
             "quality",
             {"K/V cache per token (bytes, log₂ scale)", "excess loss (nats per token)", "512 B", "4 KiB"}
-            | {"original", "gqa:2", "mqa", "converted", "uptrained", "Pareto front", "± standard error"},
+            | {"original", "gqa:2", "mqa", "converted", "uptrained", "best for its cache", "± standard error"},
         ),
         (
             "recipes",
