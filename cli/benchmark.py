@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -57,6 +58,14 @@ class Request:
             rich_help_panel="Model",
         ),
     ] = None
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw decode time against context, with its bound, into this .png or .svg file (kvconvert[plot]).",
+            show_default=False,
+            rich_help_panel="Output",
+        ),
+    ] = None
     revision: Revision = None
     trust_remote_code: TrustRemoteCode = False
     as_json: Json = False
@@ -70,6 +79,10 @@ def benchmark(model: Model, settings: Given[BenchmarkSettings], request: Request
     Example: kvconvert benchmark model_dir-gqa8 --against model_dir --batch 1,8 --context 1024,8192 --memory 80GB
     """
     terminal = Terminal(as_json=request.as_json, quiet=request.quiet)
+    if request.picture is not None:
+        from ..measure.pictures import check_picture
+
+        check_picture(request.picture)
     memory = settings.values["memory_bytes"]
     chosen = settings.build(
         batches=_numbers(settings, "batches"),
@@ -79,6 +92,11 @@ def benchmark(model: Model, settings: Given[BenchmarkSettings], request: Request
     timed = measure.benchmark(
         model, against=request.against, settings=chosen, revision=request.revision, progress=terminal.progress
     )
+    if request.picture is not None:
+        from ..measure.pictures import decode_times, draw_decode
+
+        draw_decode(request.picture, decode_times(timed))
+        terminal.remark(f"wrote {request.picture}")
     summary = {"model": model, "against": request.against, "settings": asdict(chosen)} | asdict(timed)
     terminal.result(summary, lambda console: _show(model, request.against, chosen, timed, console))
 

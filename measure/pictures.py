@@ -29,12 +29,15 @@ if TYPE_CHECKING:
     from matplotlib.transforms import Bbox
 
     from ..convert.methods.prepared import LayerReport
+    from .speed import Benchmark
 
 __all__ = [
     "Curve",
     "DecodeTime",
     "Point",
     "RecipeRun",
+    "check_picture",
+    "decode_times",
     "draw_decode",
     "draw_quality",
     "draw_recipes",
@@ -142,6 +145,33 @@ def require_matplotlib() -> None:
         raise InputError(
             "pictures are drawn by matplotlib, which is not installed", hint="pip install 'kvconvert[plot]'"
         )
+
+
+def check_picture(path: Path) -> None:
+    """Raise InputError where a picture cannot be drawn there. Commands call this before any work begins."""
+    require_matplotlib()
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise InputError(f"{path}: cannot be a picture", hint="end its name in .png or .svg")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"{path}: there is no such directory", hint="make it, or name another")
+
+
+def decode_times(timed: Benchmark) -> list[DecodeTime]:
+    """What a benchmark measured, as lines of `draw_decode`: of each batch one for the model and one for its original.
+
+    The bound of the model is the original's time over the ratio of the bytes that a step has to read.
+    """
+    rows: list[DecodeTime] = []
+    for point in timed.points:
+        batch, bound = f"batch {point.batch}", None
+        if point.original is not None:
+            before = 1e3 * point.original.decode.median
+            rows.append(DecodeTime(f"original, {batch}", point.context, before))
+            gain = point.decode_gain
+            bound = None if gain is None or gain.bound is None else before / gain.bound
+        if point.result is not None:
+            rows.append(DecodeTime(f"model, {batch}", point.context, 1e3 * point.result.decode.median, bound))
+    return rows
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
@@ -290,7 +320,9 @@ def draw_decode(path: Path, rows: Sequence[DecodeTime]) -> None:
             handles += axes.plot([], [], color="black", linestyle="--", linewidth=1, label="bound from bytes moved")
         bounds = [row.bound_milliseconds for row in rows if row.bound_milliseconds is not None]
         _set_scale(axes, [*(row.milliseconds for row in rows), *bounds])
-        axes.set(xlabel="context length (tokens, log₂ scale)", ylabel="decode time (ms per token)")
+        axes.set(
+            xlabel="context length (tokens, log₂ scale)", ylabel="decode time (ms per step, a token of each sequence)"
+        )
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1024:g}k" if tokens >= 1024 else f"{tokens:g}")
         figure.legend(handles=handles, loc="outside lower center", ncols=4)
@@ -471,10 +503,8 @@ def _binary(size: float) -> str:
 @contextmanager
 def _picture(path: Path, title: str, *, height: float, width: float = _WIDTH) -> Iterator[Figure]:
     """Yield a figure of a size in inches to draw in, and write it to `path` at the end, whole or not at all."""
-    require_matplotlib()
+    check_picture(path)
     form = path.suffix.lower().removeprefix(".")
-    if form not in ("png", "svg"):
-        raise InputError(f"{path}: cannot be a picture", hint="end its name in .png or .svg")
     from matplotlib import style
     from matplotlib.figure import Figure  # not pyplot: no window system is asked for
 

@@ -500,3 +500,21 @@ def test_vllm_is_shown_with_what_it_says_of_its_cache(
     heads = [re.split(r"\s{2,}", line.strip()) for line in shown.splitlines() if line.startswith("  batch")]
     assert heads[-1] == ["batch", "context", "weights", "cache", "blocks", "tokens", "at once"]
     assert re.search(r"\n +2 +9 +1\.07 GB +9\.22 kB +– +2,097,152 +9\.50\n", shown)
+
+
+def test_the_command_draws_what_it_timed(converted: tuple[Path, Path], invoke: Command, tmp_path: Path) -> None:
+    result, original = converted
+    options = ["--against", original, "--batch", "1,2", "--context", "9,18", "--tokens", 2, "--repeats", 1]
+    outcome = invoke("benchmark", result, *options, "--picture", tmp_path / "decode.svg", "--json")
+    assert f"wrote {tmp_path / 'decode.svg'}" in outcome.stderr
+    drawn = (tmp_path / "decode.svg").read_text()
+    for label in ("original, batch 1", "model, batch 2", "bound from bytes moved"):
+        assert label in drawn
+    rows = [
+        row for point in outcome.printed["points"] for row in (point["original"]["decode"], point["result"]["decode"])
+    ]
+    assert len(rows) == 8
+    for place, message in (("decode.pdf", "end its name in .png or .svg"), ("no/decode.png", "no such directory")):
+        refused = invoke("benchmark", result, *options, "--picture", tmp_path / place)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert message in refused.stderr

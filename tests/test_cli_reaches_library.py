@@ -295,7 +295,8 @@ def timed(monkeypatch: pytest.MonkeyPatch, options: list[str]) -> object:
 
 def test_every_option_of_benchmark_has_a_row() -> None:
     parameters = {parameter.name for parameter in get_command(app).commands["benchmark"].params}  # type: ignore[attr-defined]
-    assert parameters - {"help"} == {*BENCHMARK, "as_json", "quiet"}  # how it talks is in tests/test_benchmark.py
+    # how it talks and draws is in tests/test_benchmark.py
+    assert parameters - {"help"} == {*BENCHMARK, "as_json", "quiet", "picture"}
 
 
 @pytest.mark.parametrize("name", BENCHMARK)

@@ -117,7 +117,11 @@ def places(lines: Iterable[Any]) -> list[list[tuple[float, float]]]:
         ),
         (
             "decode",
-            {"context length (tokens, log₂ scale)", "decode time (ms per token)", "bound from bytes moved"}
+            {
+                "context length (tokens, log₂ scale)",
+                "decode time (ms per step, a token of each sequence)",
+                "bound from bytes moved",
+            }
             | {"1k", "4k", "MHA", "MQA"},
         ),
     ],
@@ -304,7 +308,7 @@ def test_a_point_without_a_place_is_refused() -> None:
 
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"missing/picture\.png: cannot be written \(No such file or directory\)"):
+    with pytest.raises(OutputError, match=r"missing/picture\.png: there is no such directory"):
         draw_decode(tmp_path / "missing" / "picture.png", TIMES)
 
 
