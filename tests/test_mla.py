@@ -960,7 +960,7 @@ def test_the_command_end_to_end(
     assert provenance["calibration"]["latent_norm"] == "calibrated"
     card = (result / "README.md").read_text()
     assert "a latent of 20 numbers and a rotary key of 4" in card
-    assert f"vLLM (read: {ALL_HEADS}: no kernel for these sizes)." in card
+    assert f"vLLM (by its source, untested: {ALL_HEADS}: no kernel for these sizes)." in card
     assert "SGLang" not in card
 
     inspected = json.loads(invoke("inspect", result, "--json").stdout)
