@@ -19,7 +19,7 @@ from .options import Data, Given, Json, Model, Quiet, Revision, SettingsOptions,
 from .values import parse_percentage
 
 if TYPE_CHECKING:
-    from ..measure import Limits
+    from ..measure import Gate, Limits
 
 __all__ = ["evaluate"]
 
@@ -155,16 +155,23 @@ def evaluate(
         progress=terminal.progress,
         remark=terminal.remark,
     )
-    gates = measure.check_limits(evaluation, limits)
+    gates: tuple[Gate, ...] = ()
+    refusal: InputError | None = None
+    try:
+        gates = measure.check_limits(evaluation, limits)
+    except InputError as error:  # of a baseline of another text; what was measured is not lost for it
+        refusal = error
     summary = {"model": model, "data": data, "dtype": chosen.precision} | asdict(evaluation)
     summary |= {"gates": [asdict(gate) for gate in gates]}
-    written = [] if request.output is None else [write_evaluation(request.output, summary)]
-    if request.hub_results and request.output is not None:
-        written += write_hub_results(request.output, evaluation.tasks)
+    if request.output is not None:
+        terminal.remark(f"wrote {write_evaluation(request.output, summary)}")
     names = Names(model, request.against, request.before)
     terminal.result(summary, lambda console: show_evaluation(evaluation, gates, names, console))
-    for path in written:
-        terminal.remark(f"wrote {path}")
+    if request.hub_results and request.output is not None:
+        for path in write_hub_results(request.output, evaluation.tasks):
+            terminal.remark(f"wrote {path}")
+    if refusal is not None:
+        raise refusal
     failed = [gate for gate in gates if not gate.passed]
     if failed:
         raise QualityGateError("; ".join(map(describe_failure, failed)))

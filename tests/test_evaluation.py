@@ -341,6 +341,10 @@ def test_the_command_compares_with_what_it_printed_before(invoke: Command, tmp_p
     assert worse.returncode == 3
     assert "nats per token above the baseline's, more than the allowed" in worse.stderr
     assert [gate["passed"] for gate in json.loads(worse.stdout)["gates"]] == [False]
+    others = ["--data", DEMO / "heldout.jsonl", "--window", 32, "--max-windows", 4, "--json"]
+    refused = invoke("evaluate", DEMO / "model", *others, "--baseline", tmp_path / "before.json")
+    assert (refused.returncode, "of other tokens or other windows" in refused.stderr) == (2, True)
+    assert json.loads(refused.stdout)["num_windows"] == 4  # what was measured is not lost
 
 
 def test_options_of_tasks_reach_the_library(invoke: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
