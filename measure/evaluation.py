@@ -142,6 +142,7 @@ def evaluate(
     import torch
 
     from ..convert.checkpoint.tokenizer import load_tokenizer
+    from ..convert.text.tokens import check_tokenizers
     from .held_out import check_window, default_window, load_checked, load_windows, score_checkpoint
     from .perplexity import recovery, summarise
     from .samples import write_samples
@@ -157,6 +158,8 @@ def evaluate(
     directory = _opened(model, revision)
     original = None if against is None else _opened(against)
     converted = None if before is None else _opened(before)
+    if converted is not None:
+        check_tokenizers(converted, original)
     window, stride = settings.cut(default_window(directory, original))
     check_window(window, directory, original)
     texts = [str(data)] if isinstance(data, str | Path) else list(dict.fromkeys(map(str, data)))
@@ -180,17 +183,17 @@ def evaluate(
     names = str(directory), str(original)
     with progress("evaluating", len(windows.input_ids) * (1 if converted is None else 2)) as advance:
         loaded, reference = load_checked(directory, windows, against=original, dtype=dtype)
-        scores = {
-            text: score(loaded, each, original=reference, batch_size=settings.batch_size, names=names, progress=advance)
-            for text, each in by_text.items()
-        }
         tokenizer = load_tokenizer(directory)
-        samples = write_samples(loaded, windows, tokenizer, settings.samples, reference) if settings.samples else ()
-        found = [
+        found = [  # first, since a task whose data is missing is refused
             run_tasks(each, tokenizer, tasks, manager, name=str(name), batch_size=settings.batch_size, output=output)
             for each, name in ((loaded, model), (reference, against))
             if tasks.tasks and each is not None
         ]
+        scores = {
+            text: score(loaded, each, original=reference, batch_size=settings.batch_size, names=names, progress=advance)
+            for text, each in by_text.items()
+        }
+        samples = write_samples(loaded, windows, tokenizer, settings.samples, reference) if settings.samples else ()
         del loaded, reference  # before another model is loaded
         together = Scores.joined(scores.values())
         recovered = None

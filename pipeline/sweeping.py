@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..configs import CALIBRATION_TEXT
+from ..convert.architectures.context import longest_context
 from ..convert.checkpoint.files import write_text
 from ..convert.checkpoint.json_files import read_object
 from ..convert.checkpoint.opening import open_checkpoint
@@ -19,6 +20,8 @@ from ..convert.conversion import Calibration, Progress, convert, no_progress
 from ..convert.describe.inspection import inspect_checkpoint
 from ..convert.errors import InputError, OutputError
 from ..convert.printable import jsonable
+from ..convert.text.documents import check_text
+from ..convert.text.sources import TextSource
 from ..measure.benchmarking import benchmark
 from ..measure.evaluation import EvaluationSettings, evaluate
 from ..measure.speed import BenchmarkSettings
@@ -104,9 +107,11 @@ def sweep(
     holds those of the front so far and one more. A target whose row is there is not done again, and a conversion or
     an uptraining that was ended goes on where it was: the same call ends with the same table. `calibration` is for
     targets that measure; by default it is the text that ships with kvconvert. With `speed` decoding is timed too, in
-    turn with the original's. Raises InputError for targets that the
-    model cannot become, before any work, and OutputError for a directory that holds anything else, or a sweep with
-    other settings.
+    turn with the original's.
+
+    Raises InputError, before any work, for targets that the model cannot become, for texts that cannot be read and for
+    contexts longer than it takes, and OutputError for a directory that holds anything else, or a sweep with other
+    settings.
     """
     if keep not in get_args(Keep):
         raise InputError(f"keep is {keep!r}, expected one of {', '.join(get_args(Keep))}", settings=("keep",))
@@ -125,6 +130,7 @@ def sweep(
     evaluation = evaluation or EvaluationSettings()
     for target in chosen:
         _check(source, target, calibration)
+    _check_texts(source, texts, evaluation, uptraining, speed)
     settings = _settings(source, texts, merge, calibration, evaluation, uptraining, speed)
     _claim(place, settings)
     job = _Job(str(model), source, texts, place, calibration, evaluation, uptraining, speed, keep, progress, remark)
@@ -312,6 +318,36 @@ def _check(source: Path, target: Target, calibration: Calibration) -> None:
                 raise InputError(target.method.text_need)
     except InputError as error:
         raise InputError(f"{target.name}: {error}", hint=error.hint, settings=("targets",)) from error
+
+
+def _check_texts(
+    source: Path,
+    texts: Sequence[str],
+    evaluation: EvaluationSettings,
+    uptraining: Uptraining | None,
+    speed: BenchmarkSettings | None,
+) -> None:
+    """Raise InputError where a text cannot be read, or a context is too long: hours before they would be needed."""
+    from ..measure.held_out import check_window, default_window, load_windows
+
+    window, stride = evaluation.cut(default_window(source, None))
+    check_window(window, source, None)
+    for text in texts:
+        load_windows(source, evaluation.source(text), window=window, stride=stride, bos=evaluation.bos, max_windows=1)
+    if speed is not None:
+        longest, needed = longest_context(source), max(speed.contexts) + speed.num_new_tokens
+        if longest is not None and needed > longest:
+            raise InputError(
+                f"a context of {max(speed.contexts)} and {speed.num_new_tokens} new tokens do not fit {source}, which "
+                f"takes {longest}",
+                hint=f"time contexts of {longest - speed.num_new_tokens} or less",
+                settings=("benchmark",),
+            )
+    if uptraining is not None:
+        from ..uptrain.data.sources import parse_source
+
+        for text in uptraining.data:
+            check_text(parse_source(text, TextSource("", usual_split="train")).text)
 
 
 def _quality(evaluation: Evaluation) -> Quality:

@@ -378,3 +378,10 @@ def test_options_without_what_they_need_are_refused(options: list[str], message:
     outcome = invoke("evaluate", "m", "--data", "d", *options)
     assert (outcome.returncode, outcome.stdout) == (2, "")
     assert message in outcome.stderr
+
+
+def test_what_was_before_has_the_same_tokens(make_checkpoint: CheckpointFactory, prose_file: Path) -> None:
+    """Token ids of another vocabulary would give a recovery of nothing."""
+    model = make_checkpoint(with_tokenizer=True)
+    with pytest.raises(InputError, match="token"):
+        evaluate(model, prose_file, against=model, before=DEMO / "model", settings=EvaluationSettings(window=32))

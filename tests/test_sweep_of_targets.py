@@ -230,7 +230,7 @@ def test_decoding_is_timed_where_that_is_asked_for(run: Run, model: Path, tmp_pa
     assert again.rows == found.rows
 
 
-def test_what_cannot_be_done_is_refused_before_any_work(run: Run, prose_file: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_done_is_refused_before_any_work(run: Run, model: Path, tmp_path: Path) -> None:
     for targets, message in (
         (("mqa", "gqa:3"), "gqa:3: "),
         (("mqa", "mla:2+2000"), "mla:2\\+2000: "),
@@ -240,6 +240,15 @@ def test_what_cannot_be_done_is_refused_before_any_work(run: Run, prose_file: Pa
             run(*targets)
     with pytest.raises(InputError, match="keep is 'some'"):
         run("mqa", keep="some")
+    with pytest.raises(InputError, match=r"missing\.txt"):
+        run("mqa", uptraining=Uptraining((str(tmp_path / "missing.txt"),), 2048))
+    with pytest.raises(InputError, match="new tokens do not fit"):
+        run("mqa", speed=BenchmarkSettings((1,), (2**20,)))
+    with pytest.raises(InputError, match="does not fit"):
+        run("mqa", evaluation=EvaluationSettings(window=2**20))
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(InputError, match=r"empty\.txt"):
+        sweep(model, ["mqa"], tmp_path / "empty.txt", tmp_path / "out", merge="mean", picture=False)
     assert not (tmp_path / "out").exists()
 
 
