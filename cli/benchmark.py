@@ -14,9 +14,9 @@ from rich.console import Console
 from .. import measure
 from ..convert.errors import InputError
 from ..measure.speed import BenchmarkSettings
+from ..pipeline import option_groups
 from .console import Terminal, human_bytes
 from .options import Given, Json, Model, Quiet, Revision, SettingsOptions, TrustRemoteCode, accepts
-from .values import parse_size
 
 if TYPE_CHECKING:
     from ..measure.speed import Benchmark, Durations, Gain, Point, Timing
@@ -26,17 +26,10 @@ __all__ = ["benchmark"]
 _DEFAULTS = BenchmarkSettings()
 _SETTINGS = SettingsOptions(
     "settings",
-    BenchmarkSettings,
+    option_groups.BENCHMARK,
     "Timing",
-    flags={
-        "batches": ("--batch",),
-        "contexts": ("--context",),
-        "prefill": ("--no-prefill",),
-        "memory_bytes": ("--memory",),
-    },
-    types={"batches": list[str], "contexts": list[str], "memory_bytes": str | None},
+    types={"batches": list[str], "contexts": list[str]},
     defaults={name: list(map(str, getattr(_DEFAULTS, name))) for name in ("batches", "contexts")},
-    bounds={"tokens": 1, "warm_up": 0, "repeats": 1},
 )
 
 _ABOVE = "the step does more than it has to, such as copying a cache that grows, and the larger one pays more for it"
@@ -83,12 +76,7 @@ def benchmark(model: Model, settings: Given[BenchmarkSettings], request: Request
         from ..measure.pictures import check_picture
 
         check_picture(request.picture)
-    memory = settings.values["memory_bytes"]
-    chosen = settings.build(
-        batches=_numbers(settings, "batches"),
-        contexts=_numbers(settings, "contexts"),
-        memory_bytes=None if memory is None else parse_size(memory),
-    )
+    chosen = settings.build(batches=_numbers(settings, "batches"), contexts=_numbers(settings, "contexts"))
     timed = measure.benchmark(
         model, against=request.against, settings=chosen, revision=request.revision, progress=terminal.progress
     )

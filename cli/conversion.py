@@ -11,15 +11,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .. import configs
 from ..convert.conversion import Calibration, Conversion, Method, convert
-from ..convert.errors import InputError
 from ..convert.methods.prepared import LayerReport
+from ..pipeline import option_groups
+from ..pipeline.conversion_options import calibration_of
+from ..pipeline.values import parse_size
 from .console import Terminal, human_bytes, show_left_behind
 from .options import DryRun, Force, Given, Json, Output, Quiet, Revision, SettingsOptions, TrustRemoteCode
-from .values import parse_size
 
-__all__ = ["ConversionRequest", "refuse", "run_conversion", "text_options"]
+__all__ = ["ConversionRequest", "run_conversion", "text_options"]
 
 
 @dataclass(frozen=True)
@@ -69,31 +69,15 @@ def text_options(*, omit: tuple[str, ...] = ()) -> SettingsOptions[Calibration]:
     """The options that say what to measure on."""
     return SettingsOptions(
         "text",
-        Calibration,
+        option_groups.TEXT.without(*omit),
         "Text",
-        flags={
-            "data": ("--calibration",),
-            "num_tokens": ("--calibration-tokens",),
-            "sequence_length": ("--calibration-sequence-length",),
-            "config": ("--data-config",),
-            "weights_only": ("--no-calibration",),
-            "writing_seed": ("--calibration-seed",),
-        },
         types={"data": str | None},
         help={
             "data": "Text to measure on: files as for --data, or a dataset name. self: the model writes one half "
             "first, the other is the default (a file of that name is ./self). Default: a text of many kinds that ships "
             "with kvconvert; text like what the model will see is better.",
         },
-        bounds={"num_tokens": 1, "sequence_length": 2},
-        omit=omit,
     )
-
-
-def refuse(options: list[str], belongs_to: str) -> None:
-    """Raise InputError for the first of these options, which would be ignored without `belongs_to`."""
-    for option in options:
-        raise InputError(f"{option} belongs to {belongs_to}", hint=f"add {belongs_to}, or leave it out")
 
 
 def run_conversion(model: str, method: Method, text: Given[Calibration], request: ConversionRequest) -> None:
@@ -101,7 +85,7 @@ def run_conversion(model: str, method: Method, text: Given[Calibration], request
     terminal = Terminal(as_json=request.as_json, quiet=request.quiet)
     calibration, is_default = None, False
     if method.needs_measurements:
-        calibration, is_default = _calibration(text, dry_run=request.dry_run)
+        calibration, is_default = calibration_of(text, dry_run=request.dry_run)
     said = not is_default
 
     def progress(what: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
@@ -130,22 +114,6 @@ def run_conversion(model: str, method: Method, text: Given[Calibration], request
     plan = result.plan
     if plan.method == "mean" and plan.changes_cache and not plan.source.cross_attention and not request.dry_run:
         terminal.remark("the mean harms a decoder before uptraining; --method svd, on a text, keeps most of it")
-
-
-def _calibration(text: Given[Calibration], *, dry_run: bool) -> tuple[Calibration, bool]:
-    """What to measure on, and whether nobody chose it."""
-    values = text.values
-    statistics, weights_only = values.get("statistics"), values.get("weights_only", False)
-    if (values["data"] is not None) + (statistics is not None) + weights_only > 1:
-        raise InputError("give one of --calibration, --statistics and --no-calibration")
-    if values.get("save_statistics") is not None:
-        if statistics is not None or weights_only:
-            raise InputError("--save-statistics needs text to measure on", hint="give --calibration")
-        if dry_run:
-            raise InputError("--dry-run writes nothing, --save-statistics does", hint="leave out one of them")
-    if values["data"] is not None or statistics is not None or weights_only:
-        return text.build(), False
-    return text.build(data=str(configs.CALIBRATION_TEXT)), True
 
 
 def _fit_of(layer: LayerReport) -> str:

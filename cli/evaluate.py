@@ -13,10 +13,11 @@ from ..convert.errors import InputError, QualityGateError
 from ..measure.evaluation import EvaluationSettings
 from ..measure.results import make_directory, write_evaluation, write_hub_results
 from ..measure.tasks import TaskSettings
+from ..pipeline import option_groups
+from ..pipeline.values import parse_percentage
 from .console import Terminal
 from .evaluation_report import Names, describe_failure, show_evaluation
 from .options import Data, Given, Json, Model, Quiet, Revision, SettingsOptions, TrustRemoteCode, accepts
-from .values import parse_percentage
 
 if TYPE_CHECKING:
     from ..measure import Gate, Limits
@@ -25,21 +26,18 @@ __all__ = ["evaluate"]
 
 _SETTINGS = SettingsOptions(
     "settings",
-    EvaluationSettings,
+    option_groups.EVALUATION,
     "Scoring",
-    flags={"config": ("--data-config",)},
-    bounds={"window": 2, "stride": 1, "context": 2, "max_windows": 1, "batch_size": 1, "samples": 0},
 )
 
 
 _TASKS = SettingsOptions(
     "tasks",
-    TaskSettings,
+    option_groups.TASKS,
     "Tasks",
     types={"tasks": str | None},
     defaults={"tasks": None},
     help={"tasks": "Tasks of lm-evaluation-harness, separated by commas, for example hellaswag,arc_easy."},
-    bounds={"task_limit": 1, "num_fewshot": 0},
 )
 
 

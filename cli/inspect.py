@@ -13,9 +13,9 @@ from .. import convert as library
 from ..convert.describe.cache_planning import CachePlan, PlannedModel
 from ..convert.describe.engines import engines_line, latent_kernels
 from ..convert.describe.inspection import Inspection, Target
+from ..pipeline.values import parse_memory
 from .console import Terminal, human_bytes, human_count
 from .options import Json, Model, Quiet, Revision
-from .values import parse_memory
 
 __all__ = ["inspect"]
 

@@ -15,6 +15,7 @@ from typing_extensions import Doc
 
 from ..convert.checkpoint.remote_code import allow_remote_code
 from ..convert.device import default_precision
+from ..pipeline.option_groups import OptionGroup
 from .console import stdout_errors
 
 __all__ = [
@@ -122,34 +123,32 @@ class Command(TyperCommand):
 class SettingsOptions(Generic[Settings]):
     """Options that fill the fields of a settings class of the library, and stand under `panel` in the help.
 
-    Name, type, default and help of an option are those of the field, unless `flags` declares another name ("--groups",
-    or "--no-refit" for a field that is true by default), `types` and `defaults` what is typed in place of what the
-    field holds, `help` another text, or `bounds` the least value. Fields in `omit` get no option.
+    Name, default, least value and help of an option are those of the field in its group, and so is its type, text where
+    the group has a parser for it. `short` adds a letter, `types` and `defaults` say what is typed in place of what the
+    field holds, and `help` is another text.
     """
 
     name: str
-    settings: type[Settings]
+    group: OptionGroup[Settings]
     panel: str
-    flags: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    short: Mapping[str, str] = field(default_factory=dict)
     types: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     help: Mapping[str, str] = field(default_factory=dict)
-    bounds: Mapping[str, float] = field(default_factory=dict)
-    omit: Sequence[str] = ()
 
     @property
     def fields(self) -> dict[str, inspect.Parameter]:
         """The parameters of a command, by the names of the fields that they fill."""
-        hints = get_type_hints(self.settings, include_extras=True)
+        hints = get_type_hints(self.group.settings, include_extras=True)
+        defaults = {each.name: each.default for each in fields(self.group.settings)}  # type: ignore[arg-type]
         return {
-            each.name: self._parameter(each.name, hints[each.name], self.defaults.get(each.name, each.default))
-            for each in fields(self.settings)  # type: ignore[arg-type]
-            if each.name not in self.omit
+            name: self._parameter(name, hints[name], self.defaults.get(name, defaults[name]))
+            for name in self.group.fields
         }
 
     def flag(self, name: str) -> str:
         """The option of a field as people type it."""
-        return next(iter(self.flags.get(name, ())), f"--{name.replace('_', '-')}")
+        return f"--{self.group.name(name).replace('_', '-')}"
 
     def given(self, arguments: dict[str, Any]) -> Given[Settings]:
         """Take the values of these options out of a command's arguments."""
@@ -158,7 +157,8 @@ class SettingsOptions(Generic[Settings]):
     def _parameter(self, name: str, hint: Any, default: Any) -> inspect.Parameter:
         described, documents = (get_args(hint)[0], get_args(hint)[1:]) if get_origin(hint) is Annotated else (hint, ())
         text = next((document.documentation for document in documents if isinstance(document, Doc)), None)
-        flags = list(self.flags.get(name, (f"--{name.replace('_', '-')}",)))
+        flags = [self.flag(name), *([self.short[name]] if name in self.short else [])]
+        described = str | None if name in self.group.parsers else described
         if described is bool and default is True:
             flags = [f" /{flag}" for flag in flags]  # only the option that switches it off
         option = typer.Option(
@@ -166,7 +166,7 @@ class SettingsOptions(Generic[Settings]):
             help=self.help.get(name, text),
             rich_help_panel=self.panel,
             show_default=default is not MISSING and default is not None and not isinstance(default, bool),
-            min=self.bounds.get(name),
+            min=self.group.bounds.get(name),
         )
         return inspect.Parameter(
             name,
@@ -184,14 +184,23 @@ class Given(Generic[Settings]):
     values: Mapping[str, Any]
 
     def build(self, **more: Any) -> Settings:
-        """The settings, some fields of which the command says itself."""
-        return self.options.settings(**{**self.values, **more})
+        """The settings, some fields of which the command says itself. Raises InputError for text that is no value."""
+        group = self.options.group
+        read = {name: group.parsers[name](typed) for name, typed in self.values.items() if self._is_text(name)}
+        return group.settings(**{**self.values, **read, **more})
+
+    def _is_text(self, name: str) -> bool:
+        return name in self.options.group.parsers and self.values[name] is not None
 
     def typed(self, names: Sequence[str] | None = None) -> list[str]:
         """The options, of all or of these fields, whose value is not the default, in the order of their names."""
         parameters = self.options.fields
         chosen = parameters if names is None else names
         return [self.options.flag(name) for name in sorted(chosen) if self.values[name] != parameters[name].default]
+
+    def spell(self, name: str, value: object = None) -> str:
+        """The option of a field as people type it, with a value if one is given."""
+        return self.options.flag(name) + ("" if value is None else f" {value}")
 
 
 def accepts(*groups: type | SettingsOptions[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:

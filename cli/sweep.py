@@ -13,11 +13,12 @@ from .. import configs, measure, pipeline
 from ..convert.conversion import Calibration
 from ..convert.errors import InputError
 from ..measure.evaluation import EvaluationSettings
+from ..pipeline import option_groups
 from ..pipeline.targets import GRAMMAR
+from ..pipeline.values import parse_count
 from .console import Terminal
 from .conversion import text_options
 from .options import Data, Given, Json, Model, Quiet, Revision, SettingsOptions, TrustRemoteCode, accepts
-from .values import parse_count
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,11 +30,8 @@ __all__ = ["sweep"]
 
 _EVALUATION = SettingsOptions(
     "settings",
-    EvaluationSettings,
+    option_groups.EVALUATION.without("samples"),
     "Scoring",
-    flags={"config": ("--data-config",), "dtype": ("--dtype",)},
-    bounds={"window": 2, "stride": 1, "context": 2, "max_windows": 1, "batch_size": 1},
-    omit=("samples",),
 )
 # what says how a text is read is that of --data; a calibration text that needs other settings says them in brackets
 _CALIBRATION = text_options(

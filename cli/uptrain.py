@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from ..convert.errors import InputError
+from ..pipeline import option_groups
 from ..uptrain.request import (
     Length,
     Machine,
@@ -35,49 +37,23 @@ from .options import (
     TrustRemoteCode,
     accepts,
 )
-from .values import parse_count, parse_duration, parse_percentage
 
 if TYPE_CHECKING:
     from ..uptrain import UptrainPlan, UptrainResult
 
 __all__ = ["resume_command", "take_over_fsdp", "uptrain"]
 
-_TYPED = str | None
-_LENGTH = SettingsOptions(
-    "length",
-    Length,
-    "Length",
-    types={"tokens": _TYPED, "fraction": _TYPED, "pretraining_tokens": _TYPED},
-    bounds={"steps": 1},
-)
-_TEXT = SettingsOptions("text", TextSettings, "Text", bounds={"validation_fraction": 0})
-_SETTINGS = SettingsOptions(
-    "settings",
-    UptrainSettings,
-    "Training",
-    types={"global_batch_tokens": _TYPED},
-    bounds=dict.fromkeys(
-        (
-            *("kl_weight", "ce_weight", "layerwise_fraction", "lr_sweep", "body_lr_multiplier", "warmup_fraction"),
-            *("weight_decay", "max_grad_norm"),
-        ),
-        0,
-    ),
-)
+_LENGTH = SettingsOptions("length", option_groups.LENGTH, "Length")
+_TEXT = SettingsOptions("text", option_groups.TRAINING_TEXT, "Text")
+_SETTINGS = SettingsOptions("settings", option_groups.TRAINING, "Training")
 _MACHINE = SettingsOptions(
     "machine",
-    Machine,
+    option_groups.MACHINE,
     "Machine",
-    types={"micro_batch": _TYPED, "report_to": list[Tracker] | None},
+    types={"micro_batch": str | None, "report_to": list[Tracker] | None},
     defaults={"report_to": None},
 )
-_MONITORING = SettingsOptions(
-    "monitoring",
-    Monitoring,
-    "Monitoring",
-    types={"max_time": _TYPED},
-    bounds=dict.fromkeys(("eval_steps", "save_steps", "log_steps"), 1),
-)
+_MONITORING = SettingsOptions("monitoring", option_groups.MONITORING, "Monitoring")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,19 +110,15 @@ def uptrain(
         output=request.output,
         teacher=request.teacher,
         revision=request.revision,
-        length=length.build(
-            tokens=_read(length, "tokens", parse_count),
-            fraction=_read(length, "fraction", parse_percentage),
-            pretraining_tokens=_read(length, "pretraining_tokens", parse_count),
-        ),
+        length=length.build(),
         text=text.build(),
-        settings=settings.build(global_batch_tokens=_read(settings, "global_batch_tokens", parse_count)),
+        settings=settings.build(),
         machine=machine.build(
-            micro_batch=_read(machine, "micro_batch", _parse_micro_batch),
+            micro_batch=_micro_batch(machine.values["micro_batch"]),
             report_to=tuple(machine.values["report_to"] or ()),
             fsdp=take_over_fsdp() or machine.values["fsdp"],
         ),
-        monitoring=monitoring.build(max_time=_read(monitoring, "max_time", parse_duration)),
+        monitoring=monitoring.build(),
         force=request.force,
     )
 
@@ -178,17 +150,11 @@ def uptrain(
     terminal.result(_summary(plan, result) | outcome, lambda console: _show(result, console))
 
 
-def _read(given: Given[Any], name: str, parse: Any) -> Any:
-    """The value of an option that is typed as text, None if it is not given."""
-    typed = given.values[name]
-    return None if typed is None else parse(typed)
-
-
-def _parse_micro_batch(text: str) -> int | Literal["auto"]:
-    if text == "auto":
-        return "auto"
+def _micro_batch(text: str | None) -> int | Literal["auto"] | None:
+    if text is None or text == "auto":
+        return text  # type: ignore[return-value]
     if not text.isdigit() or int(text) == 0:
-        raise typer.BadParameter(f"{text!r} is not a number of sequences, nor auto")
+        raise InputError(f"{text!r} is not a number of sequences, nor auto")
     return int(text)
 
 

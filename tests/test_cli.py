@@ -20,13 +20,12 @@ from pathlib import Path
 import pytest
 from conftest import KVCONVERT, CheckpointFactory, Command, Outcome, RunHere
 from kvconvert.cli.main import app
-from kvconvert.cli.values import parse_percentage, parse_size
 from kvconvert.configs import DEMO
 from kvconvert.convert import Checkpoint
 from kvconvert.convert import errors as errors_module
-from kvconvert.convert.errors import KvConvertError
+from kvconvert.convert.errors import InputError, KvConvertError
+from kvconvert.pipeline.values import parse_percentage, parse_size
 from transformers import AutoModelForCausalLM
-from typer import BadParameter
 from typer.main import get_command
 
 README = Path(__file__).parents[1] / "README.md"
@@ -384,7 +383,7 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "5XB", "-1GB", "0GB", "GB"])
 def test_what_is_not_a_size(text: str) -> None:
-    with pytest.raises(BadParameter, match="is not a size; write for example 5GB"):
+    with pytest.raises(InputError, match="is not a size; write for example 5GB"):
         parse_size(text)
 
 
@@ -392,7 +391,7 @@ def test_percentages() -> None:
     assert parse_percentage("5%") == parse_percentage("0.05") == 0.05
     assert parse_percentage("500%") == 5
     for text in ("five", "5%%", "-5%", "5"):
-        with pytest.raises(BadParameter, match="is not a percentage"):
+        with pytest.raises(InputError, match="is not a percentage"):
             parse_percentage(text)
 
 

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
-import typer
 from hypothesis import given
 from hypothesis import strategies as st
-from kvconvert.cli.values import parse_count, parse_duration
+from kvconvert.convert.errors import InputError
+from kvconvert.pipeline.values import parse_count, parse_duration
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_counts(text: str, count: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "B", "-1B", "0", "1.5", "1,5B", "1_B", "1__0", "1e-3", "1BB", "1G", "5%", "nan"])
 def test_what_is_no_count(text: str) -> None:
-    with pytest.raises(typer.BadParameter, match=r"is not a count; write for example 300M, 1B or 1\.5e9"):
+    with pytest.raises(InputError, match=r"is not a count; write for example 300M, 1B or 1\.5e9"):
         parse_count(text)
 
 
@@ -50,7 +50,7 @@ def test_durations(text: str, seconds: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "0s", "90", "45m5h", "1h1h", "-1h", "1.5h", "5 h", "1w"])
 def test_what_is_no_duration(text: str) -> None:
-    with pytest.raises(typer.BadParameter, match="is not a duration; write for example 5h45m, 30m or 90s"):
+    with pytest.raises(InputError, match="is not a duration; write for example 5h45m, 30m or 90s"):
         parse_duration(text)
 
 
