@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,12 +11,13 @@ import typer
 from .. import measure
 from ..convert.errors import InputError, QualityGateError
 from ..measure.evaluation import EvaluationSettings
-from ..measure.results import make_directory, write_evaluation, write_hub_results
+from ..measure.gates import describe_failure
+from ..measure.results import evaluation_summary, make_directory, write_evaluation, write_hub_results
 from ..measure.tasks import TaskSettings
 from ..pipeline import option_groups
 from ..pipeline.values import parse_percentage
 from .console import Terminal
-from .evaluation_report import Names, describe_failure, show_evaluation
+from .evaluation_report import Names, show_evaluation
 from .options import Data, Given, Json, Model, Quiet, Revision, SettingsOptions, TrustRemoteCode, accepts
 
 if TYPE_CHECKING:
@@ -159,8 +160,7 @@ def evaluate(
         gates = measure.check_limits(evaluation, limits)
     except InputError as error:  # of a baseline of another text; what was measured is not lost for it
         refusal = error
-    summary = {"model": model, "data": data, "dtype": chosen.precision} | asdict(evaluation)
-    summary |= {"gates": [asdict(gate) for gate in gates]}
+    summary = evaluation_summary(model, data, chosen, evaluation, gates)
     if request.output is not None:
         terminal.remark(f"wrote {write_evaluation(request.output, summary)}")
     names = Names(model, request.against, request.before)

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..measure.gates import GATE_FORMATS
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..measure import Comparison, Evaluation, Gate, PositionLoss, Recovery, Sample, TaskScore
 
-__all__ = ["Names", "describe_failure", "show_evaluation"]
-
-_GATES = {"max_ppl_increase": "{:.1%}", "min_recovery": "{:.1%}", "max_kl": "{:.4f}", "baseline": "{:.4f}"}
+__all__ = ["Names", "show_evaluation"]
 
 
 @dataclass(frozen=True)
@@ -51,29 +51,15 @@ def show_evaluation(evaluation: Evaluation, gates: Sequence[Gate], names: Names,
         console.print("gates are on all texts together")
     for gate in gates:
         name = gate.name if gate.task is None else f"{gate.name}, {gate.task}"
-        value, threshold = _GATES[gate.name].format(gate.value), _GATES[gate.name].format(gate.threshold)
+        value, threshold = GATE_FORMATS[gate.name].format(gate.value), GATE_FORMATS[gate.name].format(gate.threshold)
         limit = "at least" if gate.name == "min_recovery" else "at most"
         console.print(f"gate {name}: {value}{_spread(gate)}, {limit} {threshold}: {_verdict(gate)}")
-
-
-def describe_failure(gate: Gate) -> str:
-    """Say which limit was not kept, and by what."""
-    value, threshold = _GATES[gate.name].format(gate.value), _GATES[gate.name].format(gate.threshold)
-    if gate.name == "min_recovery":
-        what = "of the excess came back" if gate.task is None else f"of the original's score on {gate.task} is kept"
-        return f"{value} {what}, less than the required {threshold}"
-    what = {
-        "max_ppl_increase": f"perplexity is {value} above the original",
-        "max_kl": f"the KL to the original is {value} nats per token",
-        "baseline": f"the loss is {value} nats per token above the baseline's",
-    }[gate.name]
-    return f"{what}, more than the allowed {threshold}"
 
 
 def _spread(gate: Gate) -> str:
     if gate.standard_error is None or math.isnan(gate.standard_error):
         return ""
-    return f" ± {_GATES[gate.name].format(gate.standard_error)}"
+    return f" ± {GATE_FORMATS[gate.name].format(gate.standard_error)}"
 
 
 def _verdict(gate: Gate) -> str:

@@ -25,6 +25,7 @@ from .mha2gqa import mha2gqa, mha2mqa
 from .mha2mla import mha2mla
 from .options import Command
 from .refresh import refresh
+from .run import run, schema
 from .sweep import sweep
 from .uptrain import uptrain
 from .verify import verify
@@ -65,7 +66,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Convert a multi-head-attention checkpoint into one with a smaller K/V cache, then uptrain it.",
 )
-_COMMANDS = (inspect, mha2gqa, mha2mqa, mha2cla, mha2mla, uptrain, evaluate, benchmark, sweep, verify, refresh, demo)
+_COMMANDS = (
+    *(inspect, mha2gqa, mha2mqa, mha2cla, mha2mla, uptrain, evaluate, benchmark, sweep, run, schema, verify, refresh),
+    demo,
+)
 for command in _COMMANDS:
     app.command(cls=Command)(command)
 

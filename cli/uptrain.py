@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -41,7 +41,7 @@ from .options import (
 if TYPE_CHECKING:
     from ..uptrain import UptrainPlan, UptrainResult
 
-__all__ = ["resume_command", "take_over_fsdp", "uptrain"]
+__all__ = ["metrics_line", "resume_command", "take_over_fsdp", "uptrain"]
 
 _LENGTH = SettingsOptions("length", option_groups.LENGTH, "Length")
 _TEXT = SettingsOptions("text", option_groups.TRAINING_TEXT, "Text")
@@ -122,32 +122,23 @@ def uptrain(
         force=request.force,
     )
 
-    from ..uptrain import carry_out, joined_processes, plan_uptraining
+    from ..uptrain import carry_out, joined_processes, plan_uptraining, summarise
 
     plan = plan_uptraining(asked, remark=terminal.remark)
     if request.dry_run:
         if plan.cost.warning is not None:
             terminal.remark(plan.cost.warning)
-        terminal.result(_summary(plan) | {"dry_run": True}, lambda console: _show_plan(plan, console))
+        terminal.result(summarise(plan), lambda console: _show_plan(plan, console))
         return
     with joined_processes():
         result = carry_out(
             plan,
             progress=terminal.progress,
             remark=terminal.remark,
-            show=lambda record: terminal.remark(_metrics_line(record)),
+            show=lambda record: terminal.remark(metrics_line(record)),
             command=resume_command(),
         )
-    outcome = {
-        "passes": result.passes,
-        "held_out_nats_per_token": {"before": result.held_out_before, "after": result.held_out},
-        "kept_step": result.kept_step,
-        "start": None if result.start is None else asdict(result.start),
-        "seconds": round(result.seconds, 1),
-        "left_behind": dict(result.left_behind),
-        "dry_run": False,
-    }
-    terminal.result(_summary(plan, result) | outcome, lambda console: _show(result, console))
+    terminal.result(summarise(plan, result), lambda console: _show(result, console))
 
 
 def _micro_batch(text: str | None) -> int | Literal["auto"] | None:
@@ -179,7 +170,7 @@ def resume_command() -> str:
     return shlex.join([*program, *(word for word in arguments if word != "--force")])
 
 
-def _metrics_line(record: dict[str, Any]) -> str:
+def metrics_line(record: dict[str, Any]) -> str:
     if "eval_nats_per_token" in record:
         return f"step {record['step']}: held-out {record['eval_nats_per_token']:.4f} nats/token"
     line = f"step {record['step']}: loss {record['loss']:.4f}, lr {record['learning_rate']:.2e}"
@@ -190,25 +181,6 @@ def _metrics_line(record: dict[str, Any]) -> str:
     if record.get("eta_seconds") is not None:
         line += f", {record['eta_seconds'] / 60:.0f} min left"
     return line
-
-
-def _summary(plan: UptrainPlan, result: UptrainResult | None = None) -> dict[str, Any]:
-    """What `--json` prints: of a run with the settings that it had in the end, as a sweep chooses a rate."""
-    job, budget = plan.job, plan.budget
-    settings = job.settings if result is None else result.settings
-    return {
-        "model": job.checkpoint.name,
-        "output": str(job.output),
-        "objective": job.objective,
-        "teacher": job.teacher,
-        "tokens": budget.tokens,
-        "budget": asdict(budget) | {"fraction_of_pretraining": budget.fraction_of_pretraining},
-        "stages": [asdict(stage) for stage in settings.stages],
-        "settings": asdict(settings),
-        "trials": [{"learning_rate": trial.learning_rate, "steps": trial.steps} for trial in plan.trials],
-        "execution": asdict(job.execution),
-        "cost": asdict(plan.cost),
-    }
 
 
 def _show_plan(plan: UptrainPlan, console: Console) -> None:

@@ -14,7 +14,10 @@ from ..convert.errors import InputError
 if TYPE_CHECKING:
     from .perplexity import Comparison, Evaluation
 
-__all__ = ["Gate", "Limits", "check_limits", "read_baseline"]
+__all__ = ["GATE_FORMATS", "Gate", "Limits", "check_limits", "describe_failure", "read_baseline"]
+
+GATE_FORMATS = {"max_ppl_increase": "{:.1%}", "min_recovery": "{:.1%}", "max_kl": "{:.4f}", "baseline": "{:.4f}"}
+"""How the value and the limit of each gate are written for people."""
 
 _LEAST_SLACK = 1e-3  # nats per token: other machines round otherwise
 
@@ -81,6 +84,20 @@ def check_limits(evaluation: Evaluation, limits: Limits) -> tuple[Gate, ...]:
     if limits.baseline is not None:
         gates.append(_baseline_gate(evaluation, limits.baseline))
     return tuple(gates)
+
+
+def describe_failure(gate: Gate) -> str:
+    """Say which limit was not kept, and by what."""
+    value, threshold = GATE_FORMATS[gate.name].format(gate.value), GATE_FORMATS[gate.name].format(gate.threshold)
+    if gate.name == "min_recovery":
+        what = "of the excess came back" if gate.task is None else f"of the original's score on {gate.task} is kept"
+        return f"{value} {what}, less than the required {threshold}"
+    what = {
+        "max_ppl_increase": f"perplexity is {value} above the original",
+        "max_kl": f"the KL to the original is {value} nats per token",
+        "baseline": f"the loss is {value} nats per token above the baseline's",
+    }[gate.name]
+    return f"{what}, more than the allowed {threshold}"
 
 
 def read_baseline(path: str | Path) -> dict[str, Any]:

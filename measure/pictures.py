@@ -43,6 +43,7 @@ __all__ = [
     "draw_recipes",
     "draw_recovery",
     "draw_retention",
+    "draw_training",
     "pareto_front",
     "require_matplotlib",
 ]
@@ -212,6 +213,27 @@ def draw_quality(path: Path, original: Point, points: Sequence[Point]) -> None:
     """
     with _picture(path, "Quality against cache", height=6.0) as figure:
         _draw_quality(figure, figure.subplots(), original, points)
+
+
+def draw_training(path: Path, objective: str, losses: Sequence[tuple[int, float]], held_out: Curve | None) -> None:
+    """Draw the loss that was minimised over tokens, and beside it the perplexity of held-out text where it was scored.
+
+    `losses` are pairs of tokens and nats per token. Raises InputError as `draw_quality` does, and where there is none.
+    """
+    if not losses:
+        raise InputError("there is no loss to draw")
+    with _picture(path, "Loss while training", height=4.5) as figure:
+        panels = list(figure.subplots(1, 1 if held_out is None else 2, squeeze=False)[0])
+        unit, name = (1e6, "millions") if losses[-1][0] >= 1e6 else (1e3, "thousands")
+        panels[0].plot([tokens / unit for tokens, _ in losses], [loss for _, loss in losses], **_look(0))
+        _set_scale(panels[0], [loss for _, loss in losses])
+        panels[0].set(title=_plain(f"What was minimised: {objective}"), ylabel="nats per token of the batch")
+        if held_out is not None:
+            panels[1].plot([tokens / unit for tokens in held_out.tokens], held_out.perplexities, **_look(1))
+            _set_scale(panels[1], held_out.perplexities)
+            panels[1].set(title=_plain(held_out.label), ylabel="perplexity")
+        for axes in panels:
+            axes.set(xlabel=f"uptraining tokens ({name})")
 
 
 def draw_recipes(path: Path, runs: Sequence[RecipeRun]) -> None:

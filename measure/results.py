@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -15,7 +16,24 @@ from ..convert.errors import OutputError
 from ..convert.printable import jsonable
 from .tasks import TaskScore, hub_results
 
-__all__ = ["make_directory", "write_evaluation", "write_hub_results"]
+if TYPE_CHECKING:
+    from .evaluation import EvaluationSettings
+    from .gates import Gate
+    from .perplexity import Evaluation
+
+__all__ = ["evaluation_summary", "make_directory", "write_evaluation", "write_hub_results"]
+
+
+def evaluation_summary(
+    model: str,
+    data: Sequence[str],
+    settings: EvaluationSettings,
+    evaluation: Evaluation,
+    gates: Sequence[Gate],
+) -> dict[str, Any]:
+    """All that an evaluation says, as an object for JSON: what `evaluate --json` prints and a run of a recipe keeps."""
+    about = {"model": model, "data": list(data), "dtype": settings.precision}
+    return about | asdict(evaluation) | {"gates": [asdict(gate) for gate in gates]}
 
 
 def make_directory(directory: Path) -> None:

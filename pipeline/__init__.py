@@ -1,10 +1,11 @@
 """Several steps as one: what converts, uptrains and measures in one call, and can be ended and gone on with.
 
-    from kvconvert.pipeline import sweep
+    from kvconvert.pipeline import run, sweep
 
+    run("recipe.yaml").model
     sweep("model_dir", ["gqa:2", "mqa", "cla2"], "held_out.jsonl", "sweep").rows
 
-Prints nothing; docs/sweep.md explains it.
+Prints nothing; docs/recipes.md and docs/sweep.md explain it.
 """
 
 from __future__ import annotations
@@ -13,19 +14,48 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .recipe_file import RecipeFile, read_recipe
+    from .recipe_schema import Recipe, json_schema
+    from .run_plan import RunPlan, StagePlan, plan_run
+    from .running import Run, run
     from .sweep_rows import SweepRow
     from .sweeping import Sweep, Uptraining, sweep
     from .targets import Target, parse_target
 
-__all__ = ["Sweep", "SweepRow", "Target", "Uptraining", "parse_target", "sweep"]
+__all__ = [
+    "Recipe",
+    "RecipeFile",
+    "Run",
+    "RunPlan",
+    "StagePlan",
+    "Sweep",
+    "SweepRow",
+    "Target",
+    "Uptraining",
+    "json_schema",
+    "parse_target",
+    "plan_run",
+    "read_recipe",
+    "run",
+    "sweep",
+]
 
 # where each name is defined: most of it needs torch, which takes seconds, and is imported when asked for
 _HOMES = {
+    "Recipe": ".recipe_schema",
+    "RecipeFile": ".recipe_file",
+    "Run": ".running",
+    "RunPlan": ".run_plan",
+    "StagePlan": ".run_plan",
     "Sweep": ".sweeping",
     "SweepRow": ".sweep_rows",
     "Target": ".targets",
     "Uptraining": ".sweeping",
+    "json_schema": ".recipe_schema",
     "parse_target": ".targets",
+    "plan_run": ".run_plan",
+    "read_recipe": ".recipe_file",
+    "run": ".running",
     "sweep": ".sweeping",
 }
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..convert.text.sources import TextSource
     from .data.sources import WeightedSource
-    from .plan import UptrainPlan, carry_out, plan_uptraining, uptrain
+    from .plan import UptrainPlan, carry_out, plan_uptraining, summarise, uptrain
     from .recipe import Recipe, Trained
     from .request import Length, Machine, Monitoring, Schedule, TextSettings, Tracker, UptrainRequest, UptrainSettings
     from .run import UptrainResult
@@ -39,6 +39,7 @@ __all__ = [
     "carry_out",
     "joined_processes",
     "plan_uptraining",
+    "summarise",
     "uptrain",
 ]
 
@@ -47,7 +48,7 @@ _HOMES = {
     "TextSource": "..convert.text.sources",
     "WeightedSource": ".data.sources",
     "joined_processes": ".training.processes",
-    **dict.fromkeys(("UptrainPlan", "carry_out", "plan_uptraining", "uptrain"), ".plan"),
+    **dict.fromkeys(("UptrainPlan", "carry_out", "plan_uptraining", "summarise", "uptrain"), ".plan"),
     **dict.fromkeys(("Recipe", "Trained"), ".recipe"),
     **dict.fromkeys(
         (

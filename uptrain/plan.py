@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from .settings import Execution, RunSettings, default_learning_rate, default_seq
 from .sweep import check_sweep, sweep_learning_rates
 from .teacher import as_teacher
 
-__all__ = ["UptrainPlan", "carry_out", "plan_uptraining", "uptrain"]
+__all__ = ["UptrainPlan", "carry_out", "plan_uptraining", "summarise", "uptrain"]
 
 _EVAL_WINDOWS = 64
 _DEFAULT_VALIDATION_FRACTION = 0.01
@@ -215,6 +215,39 @@ def carry_out(
         _tell(trials, job.settings.learning_rate, remark)
     with progress("uptraining", job.settings.steps) as advance:
         return run_checked(job, replace(watch, progress=advance), force=plan.force)
+
+
+def summarise(plan: UptrainPlan, result: UptrainResult | None = None) -> dict[str, Any]:
+    """What a plan is, and what it ended with if it was carried out, as an object for JSON.
+
+    The settings are those that the run had in the end, as a sweep chooses a rate.
+    """
+    job, budget = plan.job, plan.budget
+    settings = job.settings if result is None else result.settings
+    summary = {
+        "model": job.checkpoint.name,
+        "output": str(job.output),
+        "objective": job.objective,
+        "teacher": job.teacher,
+        "tokens": budget.tokens,
+        "budget": asdict(budget) | {"fraction_of_pretraining": budget.fraction_of_pretraining},
+        "stages": [asdict(stage) for stage in settings.stages],
+        "settings": asdict(settings),
+        "trials": [{"learning_rate": trial.learning_rate, "steps": trial.steps} for trial in plan.trials],
+        "execution": asdict(job.execution),
+        "cost": asdict(plan.cost),
+        "dry_run": result is None,
+    }
+    if result is None:
+        return summary
+    return summary | {
+        "passes": result.passes,
+        "held_out_nats_per_token": {"before": result.held_out_before, "after": result.held_out},
+        "kept_step": result.kept_step,
+        "start": None if result.start is None else asdict(result.start),
+        "seconds": round(result.seconds, 1),
+        "left_behind": dict(result.left_behind),
+    }
 
 
 def _tell(trials: Sequence[Trial], chosen: float, remark: Callable[[str], object]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..calibration.fitting import FitOutcome
 from ..calibration.statistics import LayerStatistics
@@ -55,6 +55,17 @@ class LayerReport:
     keys_retained: tuple[float, ...]
     values_retained: tuple[float, ...]
     fits: tuple[FitOutcome, ...] = ()
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> LayerReport:
+        """The report that `asdict` made into an object."""
+        return cls(
+            layers=tuple(content["layers"]),
+            groups=tuple(map(tuple, content["groups"])),
+            keys_retained=tuple(content["keys_retained"]),
+            values_retained=tuple(content["values_retained"]),
+            fits=tuple(FitOutcome(**fit) for fit in content["fits"]),
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,121 @@
+"""kvconvert run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ..measure.gates import GATE_FORMATS
+from .console import Terminal, human_bytes
+from .options import DryRun, Json, Quiet
+from .uptrain import metrics_line, resume_command
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..pipeline import Run, RunPlan
+
+__all__ = ["run", "schema"]
+
+_Stage = Literal["convert", "uptrain", "evaluate", "benchmark", "report"]
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, a YAML file (kvconvert schema).")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change the recipe, as uptrain.tokens=1B; null takes a key away. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    first: Annotated[
+        _Stage | None,
+        typer.Option("--from", help="Make this stage again, and all after it.", show_default=False),
+    ] = None,
+    last: Annotated[_Stage | None, typer.Option("--until", help="Stop after this stage.", show_default=False)] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Directory of the run. Default: the recipe's output, or its file's name in the current directory.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Carry out a recipe: convert, uptrain, evaluate, benchmark, report. The same command goes on after an end.
+
+    Example: kvconvert run recipe.yaml --set uptrain.tokens=1B
+    """
+    from .. import pipeline
+
+    terminal = Terminal(as_json=as_json, quiet=quiet)
+    if dry_run:
+        plan = pipeline.plan_run(recipe, overrides=overrides or (), output=output, remark=terminal.remark)
+        terminal.result(plan.to_json(), lambda console: _show_plan(plan, console))
+        return
+    result = pipeline.run(
+        recipe,
+        overrides=overrides or (),
+        output=output,
+        first=first,
+        last=last,
+        command=resume_command(),
+        progress=terminal.progress,
+        remark=terminal.remark,
+        show=lambda record: terminal.remark(metrics_line(record)),
+    )
+    terminal.result(result.to_json(), lambda console: _show(result, console))
+
+
+def schema() -> None:
+    """Print what a recipe may say, as a JSON schema, with which editors complete and check recipes.
+
+    Example: kvconvert schema > recipe.schema.json
+    """
+    from .. import pipeline
+
+    Terminal(as_json=True).result(pipeline.json_schema(), lambda console: None)
+
+
+def _show_plan(plan: RunPlan, console: Console) -> None:
+    console.print(f"{plan.recipe}: would write to {plan.output}, at most {human_bytes(plan.disk_bytes)}")
+    for stage in plan.stages:
+        console.print(f"  {stage.name:<10} {'done before' if stage.done_before else stage.why}")
+        for name, value in stage.facts.items():
+            if value not in (None, [], {}):
+                console.print(f"    {name.replace('_', ' '):<22} {_in_words(name, value)}")
+
+
+def _in_words(name: str, value: Any) -> str:
+    if isinstance(value, dict):
+        arrow = {"source", "result"} == value.keys()
+        return (
+            " → ".join(map(str, value.values())) if arrow else ", ".join(f"{key} {one}" for key, one in value.items())
+        )
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if name.endswith("_bytes"):
+        return human_bytes(value)
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return str(value)
+
+
+def _show(result: Run, console: Console) -> None:
+    for name, record in result.stages.items():
+        console.print(f"{name:<10} {record.seconds:.0f} s")
+    for gate in result.gates:
+        form = GATE_FORMATS[gate.name].format
+        console.print(f"gate {gate.name}: {form(gate.value)}, limit {form(gate.threshold)}: passed")
+    console.print(f"model      {result.model}")
+    for path in result.files:
+        console.print(f"report     {path}")
