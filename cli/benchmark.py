@@ -15,6 +15,7 @@ from .. import measure
 from ..convert.errors import InputError
 from ..measure.speed import BenchmarkSettings
 from ..pipeline import option_groups
+from ..pipeline.defaults import against_of
 from .console import Terminal, human_bytes
 from .options import Given, Json, Model, Quiet, Revision, SettingsOptions, TrustRemoteCode, accepts
 
@@ -46,11 +47,16 @@ class Request:
     against: Annotated[
         str | None,
         typer.Option(
-            help="The original, timed in turn with MODEL: adds what is gained, and how much could be.",
+            help="The original, timed in turn with MODEL: adds what is gained, and how much could be. Default: the "
+            "original that the manifest of MODEL names, where it still is what was converted.",
             show_default=False,
             rich_help_panel="Model",
         ),
     ] = None
+    no_against: Annotated[
+        bool,
+        typer.Option("--no-against", help="Time MODEL alone.", rich_help_panel="Model"),
+    ] = False
     picture: Annotated[
         Path | None,
         typer.Option(
@@ -77,16 +83,17 @@ def benchmark(model: Model, settings: Given[BenchmarkSettings], request: Request
 
         check_picture(request.picture)
     chosen = settings.build(batches=_numbers(settings, "batches"), contexts=_numbers(settings, "contexts"))
+    against = against_of(model, request.against, request.no_against, terminal.remark)
     timed = measure.benchmark(
-        model, against=request.against, settings=chosen, revision=request.revision, progress=terminal.progress
+        model, against=against, settings=chosen, revision=request.revision, progress=terminal.progress
     )
     if request.picture is not None:
         from ..measure.pictures import decode_times, draw_decode
 
         draw_decode(request.picture, decode_times(timed))
         terminal.remark(f"wrote {request.picture}")
-    summary = {"model": model, "against": request.against, "settings": asdict(chosen)} | asdict(timed)
-    terminal.result(summary, lambda console: _show(model, request.against, chosen, timed, console))
+    summary = {"model": model, "against": against, "settings": asdict(chosen)} | asdict(timed)
+    terminal.result(summary, lambda console: _show(model, against, chosen, timed, console))
 
 
 def _numbers(settings: Given[BenchmarkSettings], name: str) -> tuple[int, ...]:

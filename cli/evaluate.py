@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ from ..measure.gates import describe_failure
 from ..measure.results import evaluation_summary, make_directory, write_evaluation, write_hub_results
 from ..measure.tasks import TaskSettings
 from ..pipeline import option_groups
+from ..pipeline.defaults import against_of
 from ..pipeline.values import parse_percentage
 from .console import Terminal
 from .evaluation_report import Names, show_evaluation
@@ -53,9 +54,16 @@ class Request:
     against: Annotated[
         str | None,
         typer.Option(
-            help="The original: adds KL, top-1 agreement and excess loss.", show_default=False, rich_help_panel="Model"
+            help="The original: adds KL, top-1 agreement and excess loss. Default: the original that the manifest of "
+            "MODEL names, where it still is what was converted.",
+            show_default=False,
+            rich_help_panel="Model",
         ),
     ] = None
+    no_against: Annotated[
+        bool,
+        typer.Option("--no-against", help="Score MODEL alone.", rich_help_panel="Model"),
+    ] = False
     before: Annotated[
         str | None,
         typer.Option(
@@ -136,6 +144,7 @@ def evaluate(
     """
     terminal = Terminal(as_json=request.as_json, quiet=request.quiet)
     chosen = settings.build()
+    request = replace(request, against=against_of(model, request.against, request.no_against, terminal.remark))
     named = tasks.build(tasks=tuple(filter(None, map(str.strip, (tasks.values["tasks"] or "").split(",")))))
     limits = request.limits(with_tasks=bool(named.tasks))
     if request.hub_results and (request.output is None or not named.tasks):

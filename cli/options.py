@@ -150,9 +150,9 @@ class SettingsOptions(Generic[Settings]):
         """The option of a field as people type it."""
         return f"--{self.group.name(name).replace('_', '-')}"
 
-    def given(self, arguments: dict[str, Any]) -> Given[Settings]:
+    def given(self, arguments: dict[str, Any], on_command_line: frozenset[str]) -> Given[Settings]:
         """Take the values of these options out of a command's arguments."""
-        return Given(self, {name: arguments.pop(name) for name in self.fields})
+        return Given(self, {name: arguments.pop(name) for name in self.fields}, on_command_line)
 
     def _parameter(self, name: str, hint: Any, default: Any) -> inspect.Parameter:
         described, documents = (get_args(hint)[0], get_args(hint)[1:]) if get_origin(hint) is Annotated else (hint, ())
@@ -182,6 +182,16 @@ class Given(Generic[Settings]):
 
     options: SettingsOptions[Settings]
     values: Mapping[str, Any]
+    on_command_line: frozenset[str] = frozenset()
+
+    def chosen(self) -> dict[str, tuple[str, Any]]:
+        """What was typed and not left at its default, by the names of options with underscores: flag and value."""
+        group = self.options.group
+        return {
+            group.name(name): (self.options.flag(name), self.values[name])
+            for name in group.fields
+            if name in self.on_command_line
+        }
 
     def build(self, **more: Any) -> Settings:
         """The settings, some fields of which the command says itself. Raises InputError for text that is no value."""
@@ -213,28 +223,39 @@ def accepts(*groups: type | SettingsOptions[Any]) -> Callable[[Callable[..., Non
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(command, include_extras=True)
         names = {group.name if isinstance(group, SettingsOptions) else "request" for group in groups}
-        own = [parameter for name, parameter in inspect.signature(command).parameters.items() if name not in names]
+        of_command = [
+            parameter for name, parameter in inspect.signature(command).parameters.items() if name not in names
+        ]
         parameters = [
             parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[parameter.name])
-            for parameter in own
+            for parameter in of_command
         ]
         for group in groups:
             parameters += group.fields.values() if isinstance(group, SettingsOptions) else _of_dataclass(group)
 
-        def accepting(**arguments: Any) -> None:
+        def accepting(command_line: typer.Context, **arguments: Any) -> None:
+            typed = frozenset(name for name in arguments if _is_typed(command_line, name))
             for group in groups:
                 if isinstance(group, SettingsOptions):
-                    arguments[group.name] = group.given(arguments)
+                    arguments[group.name] = group.given(arguments, typed)
                 else:
                     arguments["request"] = group(**{each.name: arguments.pop(each.name) for each in fields(group)})
             command(**arguments)
 
+        own = inspect.Parameter("command_line", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+        parameters.insert(0, own)
         accepting.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         accepting.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         accepting.__name__, accepting.__doc__ = command.__name__, command.__doc__
         return accepting
 
     return decorate
+
+
+def _is_typed(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line, be its value the default or not."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _of_dataclass(options: type) -> list[inspect.Parameter]:

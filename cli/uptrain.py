@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -14,6 +16,8 @@ from rich.console import Console
 
 from ..convert.errors import InputError
 from ..pipeline import option_groups
+from ..pipeline.defaults import config_file, converted_here, original_of, uptraining_from_recipe
+from ..uptrain.recipe import Recipe
 from ..uptrain.request import (
     Length,
     Machine,
@@ -29,7 +33,6 @@ from .options import (
     Force,
     Given,
     Json,
-    Model,
     Output,
     Quiet,
     Revision,
@@ -60,25 +63,48 @@ _MONITORING = SettingsOptions("monitoring", option_groups.MONITORING, "Monitorin
 class Request:
     """The options of `kvconvert uptrain` beside those of the library's settings."""
 
-    model: Model
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="A checkpoint directory, or a hub id such as org/name. Default: that of the recipe, or the current "
+            "directory if it is a converted checkpoint.",
+            show_default=False,
+        ),
+    ] = None
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="A recipe, whose model and section uptrain hold for what is not typed. Default: kvconvert.yaml in the "
+            "current directory, where MODEL or --data is not typed.",
+            show_default=False,
+            rich_help_panel="Model",
+        ),
+    ] = None
     data: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--data",
             help="Text to train on: a file of text, JSON or parquet rows, a directory of them, or a dataset name; "
             "repeatable. A source may end in its weight, as a.jsonl:0.7, and before it say its own split, field, "
             "config and revision, as org/name[split=train,field=content]:0.3.",
+            show_default=False,
             rich_help_panel="Text",
         ),
-    ]
+    ] = None
     teacher: Annotated[
         str | None,
         typer.Option(
-            help="The original, or a larger model of its vocabulary, whose predictions the student learns.",
+            help="The original, or a larger model of its vocabulary, whose predictions the student learns. Default: "
+            "the original that the manifest of MODEL names, where it still is what was converted.",
             show_default=False,
             rich_help_panel="Model",
         ),
     ] = None
+    no_teacher: Annotated[
+        bool,
+        typer.Option("--no-teacher", help="Learn from the text alone, by cross-entropy.", rich_help_panel="Model"),
+    ] = False
     output: Output = None
     revision: Revision = None
     trust_remote_code: TrustRemoteCode = False
@@ -101,26 +127,14 @@ def uptrain(
 
     The same command again goes on with a run that was stopped.
 
-    Example: kvconvert uptrain model_dir-gqa8 --data text.jsonl --teacher model_dir --tokens 1B
+    Example: kvconvert uptrain model_dir-gqa8 --data text.jsonl --tokens 1B
     """
     terminal = Terminal(as_json=request.as_json, quiet=request.quiet)
-    asked = UptrainRequest(
-        model=request.model,
-        data=tuple(request.data),
-        output=request.output,
-        teacher=request.teacher,
-        revision=request.revision,
-        length=length.build(),
-        text=text.build(),
-        settings=settings.build(),
-        machine=machine.build(
-            micro_batch=_micro_batch(machine.values["micro_batch"]),
-            report_to=tuple(machine.values["report_to"] or ()),
-            fsdp=take_over_fsdp() or machine.values["fsdp"],
-        ),
-        monitoring=monitoring.build(),
-        force=request.force,
-    )
+    groups = (length, text, settings, machine, monitoring)
+    asked = _from_recipe(request, groups) or _as_typed(request, *groups, terminal=terminal)
+    if take_over_fsdp():
+        asked = replace(asked, machine=replace(asked.machine, fsdp=True))
+    asked = replace(asked, force=request.force)
 
     from ..uptrain import carry_out, joined_processes, plan_uptraining, summarise
 
@@ -139,6 +153,69 @@ def uptrain(
             command=resume_command(),
         )
     terminal.result(summarise(plan, result), lambda console: _show(result, console))
+
+
+def _from_recipe(request: Request, groups: Sequence[Given[Any]]) -> UptrainRequest | None:
+    """What a recipe asks, and the command line changes of it; None where there is no recipe."""
+    recipe = request.config
+    if recipe is None and (request.model is None or not request.data):
+        recipe = config_file()
+    if recipe is None:
+        return None
+    typed = {name: value for group in groups for name, value in group.chosen().items()}
+    if "micro_batch" in typed:
+        typed["micro_batch"] = ("--micro-batch", _micro_batch(typed["micro_batch"][1]))
+    if request.data:
+        typed["data"] = ("--data", request.data)
+    if request.teacher is not None:
+        typed["teacher"] = ("--teacher", request.teacher)
+    if request.no_teacher:
+        typed["no_teacher"] = ("--no-teacher", True)
+    return uptraining_from_recipe(recipe, typed, model=request.model, output=request.output)
+
+
+def _as_typed(
+    request: Request,
+    length: Given[Length],
+    text: Given[TextSettings],
+    settings: Given[UptrainSettings],
+    machine: Given[Machine],
+    monitoring: Given[Monitoring],
+    *,
+    terminal: Terminal,
+) -> UptrainRequest:
+    """What is typed, with the model and the original that the current directory and its manifest name."""
+    model = request.model or converted_here()
+    if model is None:
+        raise InputError(
+            "MODEL is missing: there is no kvconvert.yaml here, and this directory is no converted checkpoint",
+            hint="name a converted checkpoint, or a recipe with --config",
+        )
+    if not request.data:
+        raise InputError(
+            "--data is missing: there is no text to train on", hint="name a text, or a recipe with --config"
+        )
+    if request.no_teacher and request.teacher is not None:
+        raise InputError("--teacher and --no-teacher rule each other out", hint="leave out one of them")
+    chosen = settings.build()
+    teacher: str | Path | None = request.teacher
+    if teacher is None and not request.no_teacher and chosen.recipe is not Recipe.pretraining:
+        teacher = original_of(model, terminal.remark)
+    return UptrainRequest(
+        model=model,
+        data=tuple(request.data),
+        output=request.output,
+        teacher=teacher,
+        revision=request.revision,
+        length=length.build(),
+        text=text.build(),
+        settings=chosen,
+        machine=machine.build(
+            micro_batch=_micro_batch(machine.values["micro_batch"]),
+            report_to=tuple(machine.values["report_to"] or ()),
+        ),
+        monitoring=monitoring.build(),
+    )
 
 
 def _micro_batch(text: str | None) -> int | Literal["auto"] | None:

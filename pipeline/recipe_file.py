@@ -82,8 +82,12 @@ class RecipeFile:
         return InputError(f"{self.where(*keys)}: {'.'.join(keys)}: {error}", hint=error.hint)
 
 
-def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
+def read_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, values: Mapping[str, tuple[str, Any]] | None = None
+) -> RecipeFile:
     """Read and check a recipe; `overrides` are as `uptrain.tokens=1B`, of which null takes a key away.
+
+    `values` are overrides that are read already: by the key, as "uptrain.tokens", how it was typed, and the value.
 
     Places in the file are relative to the file, those in overrides to the current directory. Raises InputError, which
     names file, line and key, for what is no YAML, for unknown keys, values of another type, and files that are missing.
@@ -97,6 +101,10 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
         keys, value = _parse_override(override)
         _put(content, keys, value, override)
         typed[keys] = f"--set {override}"
+    for name, (spelled, value) in (values or {}).items():
+        keys = tuple(name.split("."))
+        _put(content, keys, value, spelled)
+        typed[keys] = spelled
     try:
         recipe = Recipe.model_validate_json(json.dumps(content, default=str))
     except ValidationError as error:

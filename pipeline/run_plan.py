@@ -11,6 +11,7 @@ from typing import Any
 from ..convert.architectures.source import Source
 from ..convert.errors import InputError
 from ..convert.methods.method import Method
+from .recipe_file import read_recipe
 from .run_records import RunStatus, differences
 from .run_stages import RunJob, Stage
 
@@ -68,7 +69,8 @@ def plan_run(
     with the original in the place of the converted model where that is not there yet: its cost is at most that. Raises
     InputError for whatever `run` would refuse before any work.
     """
-    job = RunJob.of(recipe, overrides=overrides, output=output, headers_only=True, remark=remark)
+    job = RunJob.of(read_recipe(recipe, overrides), output=output, headers_only=True, remark=remark)
+    job.check()
     status = RunStatus.read(job.place) if job.place.is_dir() else None
     facts = {"convert": _conversion, "uptrain": _uptraining, "evaluate": _evaluation, "benchmark": _benchmark}
     plans = []

@@ -29,7 +29,7 @@ from ..measure.gates import Limits, check_limits, read_baseline
 from ..measure.results import evaluation_summary, write_hub_results
 from .conversion_options import calibration_of, cla_of, gqa_of, mla_of, mqa_of
 from .option_groups import BENCHMARK, EVALUATION, LENGTH, MACHINE, MONITORING, TASKS, TRAINING, TRAINING_TEXT
-from .recipe_file import RecipeFile, read_recipe, recipe_text
+from .recipe_file import RecipeFile, recipe_text
 from .recipe_schema import CONVERSIONS, RecipeOptions
 
 if TYPE_CHECKING:
@@ -65,10 +65,14 @@ class Stage:
 
 @dataclass
 class RunJob:
-    """A recipe with its models and its place: everything that a run needs, checked before any work."""
+    """A recipe with its models and its place; `converted` is what its conversion makes, or what was converted before.
+
+    `original` is None where nothing says what was converted, and `method` where nothing is converted.
+    """
 
     file: RecipeFile
     place: Path
+    converted: Path
     command: str
     original: Checkpoint | None
     method: Method | None
@@ -79,9 +83,9 @@ class RunJob:
     @classmethod
     def of(
         cls,
-        recipe: str | Path,
+        file: RecipeFile,
         *,
-        overrides: Sequence[str] = (),
+        model: str | None = None,
         output: str | Path | None = None,
         headers_only: bool = False,
         command: str = "",
@@ -89,32 +93,33 @@ class RunJob:
         remark: Callable[[str], object] = lambda text: None,
         show: Callable[[dict[str, Any]], object] = lambda record: None,
     ) -> RunJob:
-        """Read and check a recipe, and open its original. Raises InputError for what is wrong by then."""
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise InputError(
-                "a run of a recipe is one process, and a launcher has started several",
-                hint="convert with --until convert, launch kvconvert uptrain --config RECIPE, then run goes on there",
-            )
-        file = read_recipe(recipe, overrides)
+        """Open the original of a recipe; `model` is a checkpoint that is converted already, in place of the recipe's.
+
+        Raises InputError for what is wrong by then.
+        """
         allow_remote_code(file.recipe.trust_remote_code)
-        if not any(getattr(file.recipe, name, None) for name in STAGES[:-1]):
-            raise InputError(f"{file.path}: has none of the sections {', '.join(STAGES[:-1])}")
-        if file.recipe.gates is not None and file.recipe.evaluate is None:
-            raise InputError(f"{file.where('gates')}: gates are of an evaluation", hint="add a section evaluate")
         place = Path(output) if output is not None else default_place(file)
         original, method = None, None
-        if file.recipe.convert is not None:
+        converted = file.recipe.model if model is None else model
+        if file.recipe.convert is None or model is not None:
+            original = find_original(converted)
+            if original is not None:
+                remark(
+                    f"the original is {original.directory}, as the manifest of {converted} says, with the same digests"
+                )
+        else:
             method = conversion_of(file)[0]
             original = open_checkpoint(file.recipe.model, revision=file.recipe.revision, headers_only=headers_only)
-        else:
-            original = find_original(file.recipe.model)
-        job = cls(file, place, command, original, method, progress, remark, show)
-        job.check()
-        return job
+            converted = str(place / CONVERTED)
+        return cls(file, place, Path(converted), command, original, method, progress, remark, show)
 
     def check(self) -> None:
         """Raise InputError for what would only be found hours later: settings, texts, gates, what is not installed."""
         recipe, file = self.file.recipe, self.file
+        if not any(getattr(recipe, name) for name in STAGES[:-1]):
+            raise InputError(f"{file.path}: has none of the sections {', '.join(STAGES[:-1])}")
+        if recipe.gates is not None and recipe.evaluate is None:
+            raise InputError(f"{file.where('gates')}: gates are of an evaluation", hint="add a section evaluate")
         if recipe.convert is not None:
             assert self.original is not None
             assert self.method is not None
@@ -142,11 +147,6 @@ class RunJob:
 
             with _named(file, "report"):
                 require_matplotlib()
-
-    @property
-    def converted(self) -> Path:
-        """The checkpoint that the conversion makes, or the recipe's model where there is none."""
-        return self.place / CONVERTED if self.file.recipe.convert is not None else Path(self.file.recipe.model)
 
     @property
     def model(self) -> Path:

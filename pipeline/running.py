@@ -19,6 +19,7 @@ from ..convert.conversion import Progress, no_progress
 from ..convert.errors import InputError, KvConvertError, OutputError, PreemptedError, QualityGateError
 from ..convert.printable import jsonable
 from ..measure.gates import Gate, describe_failure
+from .recipe_file import read_recipe
 from .report import write_report
 from .run_records import STATUS_NAME, RunStatus, StageRecord, differences, see_files
 from .run_stages import CONVERTED, RECIPE_NAME, UPTRAINED, WORK, RunJob, Stage
@@ -78,9 +79,14 @@ def run(
     Raises InputError before any work for whatever is wrong by then, QualityGateError at the end, when the report is
     written, for a gate that failed, and what conversions and uptraining raise, such as PreemptedError.
     """
-    job = RunJob.of(
-        recipe, overrides=overrides, output=output, progress=progress, remark=remark, show=show, command=command
-    )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "a run of a recipe is one process, and a launcher has started several",
+            hint="convert with --until convert, launch kvconvert uptrain --config RECIPE, then run goes on there",
+        )
+    file = read_recipe(recipe, overrides)
+    job = RunJob.of(file, output=output, progress=progress, remark=remark, show=show, command=command)
+    job.check()
     return run_job(job, first=first, last=last)
 
 

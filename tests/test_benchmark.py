@@ -358,7 +358,7 @@ def test_the_command_shows_both_models_and_the_bound(converted: tuple[Path, Path
 
 
 def test_alone_and_without_prefill_there_is_less_to_show(converted: tuple[Path, Path], invoke: Command) -> None:
-    shown = invoke("benchmark", converted[0], *SIZES, "--no-prefill").stdout
+    shown = invoke("benchmark", converted[0], *SIZES, "--no-prefill", "--no-against").stdout
     assert "gain" not in shown
     assert "2 rounds of 3 steps timed after 1 that warm up; a cache filled with copies of one token's state" in shown
     assert "original" not in shown

@@ -220,7 +220,7 @@ def test_every_option_is_in_the_table(command: str) -> None:
     # without --skip-bad-lines the run that would show its effect is refused (test_text_formats.py); the others need
     # what an earlier run wrote, or a package of an extra (test_evaluation.py)
     elsewhere = {"help", "skip_bad_lines", "baseline", "tasks", "task_directory", "task_limit", "num_fewshot"}
-    elsewhere |= {"hub_results"} if command == "evaluate" else set()
+    elsewhere |= {"hub_results", "no_against"} if command == "evaluate" else set()  # also tests/test_defaults.py
     assert {parameter.name for parameter in parameters} - elsewhere == set(EFFECTS[command])
 
 

@@ -231,6 +231,7 @@ UPTRAIN: dict[str, tuple[list[str], str, object]] = {
     "max_time": (["--max-time", "5h45m"], "monitoring.max_time", 5 * 3600 + 45 * 60),
 }
 TALK = {"trust_remote_code", "dry_run", "as_json", "quiet"}  # tests/test_cli_uptrain.py and tests/test_cli.py
+NOT_TYPED = {"config", "no_teacher"}  # tests/test_defaults.py
 
 
 def asked(monkeypatch: pytest.MonkeyPatch, options: list[str]) -> object:
@@ -249,7 +250,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, options: list[str]) -> object:
 
 def test_every_option_of_uptrain_has_a_row() -> None:
     parameters = {parameter.name for parameter in get_command(app).commands["uptrain"].params}  # type: ignore[attr-defined]
-    assert parameters - {"help"} == {*UPTRAIN, *TALK}
+    assert parameters - {"help"} == {*UPTRAIN, *TALK, *NOT_TYPED}
 
 
 @pytest.mark.parametrize("name", UPTRAIN)
@@ -295,8 +296,8 @@ def timed(monkeypatch: pytest.MonkeyPatch, options: list[str]) -> object:
 
 def test_every_option_of_benchmark_has_a_row() -> None:
     parameters = {parameter.name for parameter in get_command(app).commands["benchmark"].params}  # type: ignore[attr-defined]
-    # how it talks and draws is in tests/test_benchmark.py
-    assert parameters - {"help"} == {*BENCHMARK, "as_json", "quiet", "picture"}
+    # how it talks and draws is in tests/test_benchmark.py, and its default original in tests/test_defaults.py
+    assert parameters - {"help"} == {*BENCHMARK, "as_json", "quiet", "picture", "no_against"}
 
 
 @pytest.mark.parametrize("name", BENCHMARK)
