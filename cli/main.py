@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from ..convert.checkpoint.hub import without_secrets
 from ..convert.errors import InputError, KvConvertError, first_line, is_out_of_memory
 from .benchmark import benchmark
 from .console import say, stdout_errors
@@ -24,6 +25,7 @@ from .mha2cla import mha2cla
 from .mha2gqa import mha2gqa, mha2mqa
 from .mha2mla import mha2mla
 from .options import Command
+from .push import push
 from .refresh import refresh
 from .run import run, schema
 from .sweep import sweep
@@ -67,8 +69,8 @@ app = typer.Typer(
     help="Convert a multi-head-attention checkpoint into one with a smaller K/V cache, then uptrain it.",
 )
 _COMMANDS = (
-    *(inspect, mha2gqa, mha2mqa, mha2cla, mha2mla, uptrain, evaluate, benchmark, sweep, run, schema, verify, refresh),
-    demo,
+    *(inspect, mha2gqa, mha2mqa, mha2cla, mha2mla, uptrain, evaluate, benchmark, sweep),
+    *(run, schema, verify, push, refresh, demo),
 )
 for command in _COMMANDS:
     app.command(cls=Command)(command)
@@ -148,9 +150,9 @@ def _is_usage_error(error: BaseException) -> bool:
 
 
 def _fail(message: str, hint: str | None, exit_code: int, debug: bool) -> NoReturn:
-    if debug:
-        traceback.print_exc()
-    say(f"error: {' '.join(message.split())}")
+    if debug and sys.stderr is not None:
+        sys.stderr.write(without_secrets(traceback.format_exc()))
+    say(f"error: {without_secrets(' '.join(message.split()))}")
     if hint:
         say(f"hint: {' '.join(hint.split())}")
     raise typer.Exit(exit_code)

@@ -1,11 +1,12 @@
 """Several steps as one: what converts, uptrains and measures in one call, and can be ended and gone on with.
 
-    from kvconvert.pipeline import run, sweep
+    from kvconvert.pipeline import push, run, sweep
 
-    run("recipe.yaml").model
+    model = run("recipe.yaml").model
+    push(model, "org/name", dry_run=True)
     sweep("model_dir", ["gqa:2", "mqa", "cla2"], "held_out.jsonl", "sweep").rows
 
-Prints nothing; docs/recipes.md and docs/sweep.md explain it.
+Prints nothing; docs/recipes.md explains the run, docs/sweep.md the sweep, docs/ci.md the push.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .pushing import Push, PushedFile, push
     from .recipe_file import RecipeFile, read_recipe
     from .recipe_schema import Recipe, json_schema
     from .run_plan import RunPlan, StagePlan, plan_run
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from .targets import Target, parse_target
 
 __all__ = [
+    "Push",
+    "PushedFile",
     "Recipe",
     "RecipeFile",
     "Run",
@@ -35,6 +39,7 @@ __all__ = [
     "json_schema",
     "parse_target",
     "plan_run",
+    "push",
     "read_recipe",
     "run",
     "sweep",
@@ -42,6 +47,8 @@ __all__ = [
 
 # where each name is defined: most of it needs torch, which takes seconds, and is imported when asked for
 _HOMES = {
+    "Push": ".pushing",
+    "PushedFile": ".pushing",
     "Recipe": ".recipe_schema",
     "RecipeFile": ".recipe_file",
     "Run": ".running",
@@ -54,6 +61,7 @@ _HOMES = {
     "json_schema": ".recipe_schema",
     "parse_target": ".targets",
     "plan_run": ".run_plan",
+    "push": ".pushing",
     "read_recipe": ".recipe_file",
     "run": ".running",
     "sweep": ".sweeping",

@@ -1,16 +1,42 @@
-"""Why the hub did not give what was asked for, in words."""
+"""The hub: why it did not give or take what it was asked for, in words, how long it is waited for, and its token."""
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
-from ..errors import first_line
+from ..errors import InputError, first_line
 
-__all__ = ["ANSWER_SECONDS", "hub_refusal", "is_final_refusal", "is_unreachable", "quiet_hub"]
+__all__ = [
+    "ANSWER_SECONDS",
+    "hub_refusal",
+    "is_final_refusal",
+    "is_unreachable",
+    "patient_hub",
+    "push_refusal",
+    "quiet_hub",
+    "without_secrets",
+    "write_token",
+]
 
 ANSWER_SECONDS = 10.0  # without an answer, after which the hub counts as out of reach
+_UPLOAD_ANSWER_SECONDS = 120.0  # while files are sent: the hub looks at all of a commit before it answers
 
+_TOKEN_HINT = (
+    "make a token with write permission at https://huggingface.co/settings/tokens, and set HF_TOKEN to it or log in "
+    "with `hf auth login`"
+)
+_AGAIN_HINT = "run it again: what was sent is not sent again"
+_TOKEN_CHARACTERS = re.compile(r"[!-~]+")  # what a header of HTTP takes; libraries print one that has others
+_SECRETS = (
+    (re.compile(r"(?i)\bbearer [^\s'\"\\]+"), "Bearer ***"),
+    (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), "hf_***"),  # no name in a traceback is as long without another underscore
+    (re.compile(r"(X-Amz-(?:Signature|Credential|Security-Token)=)[^&\s'\"]+"), r"\1***"),  # of places to send to
+)
 _ACCESS_HINT = "ask for access on its page, and log in with `hf auth login` or set HF_TOKEN"
 # huggingface_hub's classes, the more special ones first: what each means, and what to do
 _MEANINGS: dict[str, tuple[str, str | None]] = {
@@ -47,13 +73,78 @@ def hub_refusal(error: BaseException, kind: str, revision: str | None = None) ->
     if status is not None:
         return _meaning_of(status, kind, first_line(error))
     if is_unreachable(error):
-        silent = any(_is_timeout(cause) for cause in causes)
-        why = f"no answer within {ANSWER_SECONDS:g} s" if silent else first_line(causes[-1])
-        return (
-            f"the hub cannot be reached ({why})",
-            "check the network and its proxy, or bring it into the cache of this machine",
-        )
+        return _out_of_reach(causes), "check the network and its proxy, or bring it into the cache of this machine"
     return f"the hub did not give it ({first_line(error)})", None
+
+
+def push_refusal(error: BaseException) -> tuple[str, str | None]:
+    """Return a clause that says why huggingface_hub raised `error` where something was written, and a hint or None."""
+    causes = list(_causes(error))
+    names = {base.__name__ for cause in causes for base in type(cause).__mro__}
+    if "OfflineModeIsEnabled" in names:
+        return "HF_HUB_OFFLINE forbids to ask the hub", "unset HF_HUB_OFFLINE"
+    if "HFValidationError" in names:
+        return f"this is no name of a repository on the hub ({first_line(error)})", "give it as org/name"
+    status = next((status for cause in causes if (status := _status(cause)) is not None), None)
+    if status is not None:
+        return _meaning_for_writing(status, next(filter(None, map(_message_of_the_hub, causes)), None))
+    if is_unreachable(error):
+        return _out_of_reach(causes, _UPLOAD_ANSWER_SECONDS), f"check the network and its proxy, and {_AGAIN_HINT}"
+    lines = dict.fromkeys(first_line(cause).rstrip(".") for cause in (error, causes[-1]))
+    return f"the hub did not take it ({': '.join(lines)})", _AGAIN_HINT
+
+
+def write_token() -> str:
+    """Return the token with which the hub is written to: of the environment, or of the hub's own store.
+
+    Raises InputError where there is none, and for one with characters that no token has; it is never shown.
+    """
+    from huggingface_hub import get_token
+
+    try:
+        token = get_token()
+    except Exception as error:  # of an exchange with the hub, which HF_OIDC_RESOURCE asks for
+        raise InputError(f"no token for the hub ({first_line(error)})", hint=_TOKEN_HINT) from error
+    if not token:
+        raise InputError("no token for the hub", hint=_TOKEN_HINT)
+    if not _TOKEN_CHARACTERS.fullmatch(token):
+        raise InputError("the token for the hub holds characters that no token has", hint=_TOKEN_HINT)
+    return token
+
+
+def without_secrets(text: str) -> str:
+    """Return a text with *** in the place of this user's token, of any other, and of signatures of places to send to.
+
+    What the hub or a library says in an error may hold them.
+    """
+    for token in _known_tokens():
+        text = text.replace(token, "***")
+    for secret, replacement in _SECRETS:
+        text = secret.sub(replacement, text)
+    return text
+
+
+def _known_tokens() -> Iterator[str]:
+    """The tokens of the environment and of the hub's own store, which is a file, where the hub's library was used."""
+    yield from filter(None, (os.environ.get(name, "").strip() for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")))
+    constants = sys.modules.get("huggingface_hub.constants")
+    if constants is not None:
+        with suppress(OSError, UnicodeError):
+            yield from Path(constants.HF_TOKEN_PATH).read_text(encoding="utf-8").split()
+
+
+@contextmanager
+def patient_hub() -> Iterator[None]:
+    """Let huggingface_hub give up inside the block where no byte comes for two minutes; alone it waits for ever."""
+    from huggingface_hub import get_session
+
+    session = get_session()
+    before = session.timeout
+    session.timeout = _UPLOAD_ANSWER_SECONDS
+    try:
+        yield
+    finally:
+        session.timeout = before
 
 
 @contextmanager
@@ -92,6 +183,36 @@ def _meaning_of(status: int, kind: str, message: str) -> tuple[str, str | None]:
     if status == 404:
         return f"the {kind} on the hub lacks a file that is needed ({message})", None
     return f"the hub answered with an error (HTTP {status})", "try again later"
+
+
+def _meaning_for_writing(status: int, message: str | None) -> tuple[str, str | None]:
+    """What an HTTP status means where something is written, with what the hub says of it, and what to do."""
+    said = f": {message}" if message else ""
+    if status == 401:
+        return f"the hub does not accept the token (HTTP 401{said})", _TOKEN_HINT
+    if status in (402, 403):
+        return f"the hub does not let this token write there (HTTP {status}{said})", _TOKEN_HINT
+    if status == 404:
+        return f"the hub has no such place, or does not show it to this token (HTTP 404{said})", "check the spelling"
+    if status in (409, 412):
+        return f"it was changed by somebody else at the same time (HTTP {status}{said})", _AGAIN_HINT
+    if status < 500 and status not in (408, 429):
+        return f"the hub does not take it (HTTP {status}{said})", None
+    return f"the hub answered with an error (HTTP {status}{said})", f"later, {_AGAIN_HINT}"
+
+
+def _message_of_the_hub(error: BaseException) -> str | None:
+    """What the hub says of a refusal, where huggingface_hub keeps that."""
+    message = getattr(error, "server_message", None)
+    return " ".join(message.split()) if isinstance(message, str) and message.strip() else None
+
+
+def _out_of_reach(causes: list[BaseException], seconds: float | None = None) -> str:
+    """The clause for a hub that did not answer; `seconds` is how long it was waited for."""
+    waited = ANSWER_SECONDS if seconds is None else seconds
+    silent = any(_is_timeout(cause) for cause in causes)
+    why = f"no answer within {waited:g} s" if silent else first_line(causes[-1])
+    return f"the hub cannot be reached ({why})"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
