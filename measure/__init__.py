@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .benchmarking import benchmark
+    from .card_results import add_results
     from .evaluation import EvaluationSettings, evaluate
     from .gates import Gate, Limits, check_limits, read_baseline
     from .perplexity import Comparison, Evaluation, PositionLoss, Recovery
@@ -36,6 +37,7 @@ __all__ = [
     "TaskScore",
     "TaskSettings",
     "Verification",
+    "add_results",
     "benchmark",
     "check_limits",
     "evaluate",
@@ -58,6 +60,7 @@ _HOMES = {
     "TaskScore": ".tasks",
     "TaskSettings": ".tasks",
     "Verification": ".verification",
+    "add_results": ".card_results",
     "benchmark": ".benchmarking",
     "check_limits": ".gates",
     "evaluate": ".evaluation",

@@ -18,7 +18,7 @@ from .input_files import is_file, leads_outside, open_regular
 from .json_files import read_json
 from .layout import WEIGHT_SUFFIXES
 from .manifest import PROVENANCE_NAME, FileDigest, digest_file
-from .output import CARD_NAME
+from .output import CARD_NAME, RECIPE_NAME
 from .tensors import CONFIG_NAME, Checkpoint
 
 __all__ = ["Companions", "copy_companions", "find_companions", "link_companions"]
@@ -54,7 +54,7 @@ _TRAINING_NAMES = (
     *("random_states_*", "global_step*", "latest", "zero_to_fp32.py", "pytorch_model_fsdp*", "checkpoint-*"),
     *("*_results.json", "trainer_log.jsonl", "training_loss.*", "training_eval_loss.*", "events.out.tfevents.*"),
     *("runs", "wandb", "mlruns"),
-    *("metrics.jsonl", "run_status.json", "run_files.json", "lr_sweep.json"),  # of kvconvert uptrain
+    *("metrics.jsonl", "run_status.json", "run_files.json", "lr_sweep.json", RECIPE_NAME),  # of kvconvert uptrain
 )
 _WEIGHT_NAMES = ("*.ckpt.*", "*.safetensors.index*.json", "*.bin.index*.json", *(f"*{end}" for end in WEIGHT_SUFFIXES))
 _CODE_NAMES = ("configuration_*.py", "modeling_*.py")

@@ -94,11 +94,13 @@ def _write_record(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def renew_entries(directory: Path, names: Sequence[str]) -> None:
-    """Write the digests of files that were replaced on purpose into a manifest that lists its files."""
+    """Write the digests of files that were replaced or added on purpose into a manifest that lists its files."""
     record = read_provenance(directory)
     listed = listed_files(record)
     if listed is not None:
+        added = [name for name in names if name not in {file.name for file in listed}]
         renewed = [digest_file(directory, file.name) if file.name in names else file for file in listed]
+        renewed += [digest_file(directory, name) for name in added]
         _write_record(directory / PROVENANCE_NAME, {**record, "files": [file.to_json() for file in renewed]})
 
 

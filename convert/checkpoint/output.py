@@ -15,6 +15,7 @@ from .manifest import unlike_manifest
 __all__ = [
     "CARD_NAME",
     "ELSEWHERE",
+    "RECIPE_NAME",
     "at_work",
     "check_apart",
     "check_file",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 CARD_NAME = "README.md"
+RECIPE_NAME = "recipe.yaml"  # that a result was made by
 
 ELSEWHERE = "choose another output"
 

@@ -22,6 +22,7 @@ __all__ = [
     "engines_line",
     "head_kernels",
     "latent_kernels",
+    "serve_command",
     "serving",
 ]
 
@@ -227,6 +228,28 @@ def _grouped_decoder_in_vllm(config: Mapping[str, Any] | None) -> Serving:
 
 
 _EVIDENCE = {"run": "tested", "read": "by its source, untested"}
+
+
+_COMMANDS = {
+    "vLLM": "vllm serve MODEL",
+    "SGLang": "python -m sglang.launch_server --model-path MODEL",
+    "llama.cpp": "python convert_hf_to_gguf.py MODEL --outfile model.gguf && llama-server -m model.gguf",
+}
+_OPTIONS = ("--model-impl transformers", "--trust-remote-code")
+_VARIABLES = ("VLLM_MLA_DISABLE=1",)
+
+
+def serve_command(entry: Serving, model_type: str) -> str | None:
+    """Return what to type to serve a checkpoint called MODEL, with the options and variables that `how` names.
+
+    None where the engine does not serve it, where that is not known, and for transformers, which is a library.
+    """
+    if not entry.works or entry.engine not in _COMMANDS:
+        return None
+    named = [option for option in _OPTIONS if option in entry.how]
+    if model_type in RUNTIME_CLASSES and "--trust-remote-code" not in named and entry.engine != "llama.cpp":
+        named.append("--trust-remote-code")
+    return " ".join([*(name for name in _VARIABLES if name in entry.how), _COMMANDS[entry.engine], *named])
 
 
 def engines_line(engines: Iterable[Serving]) -> str:
