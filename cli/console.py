@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -20,14 +22,15 @@ from ..convert.printable import jsonable, printable
 __all__ = ["Terminal", "human_bytes", "human_count", "say", "show_left_behind", "stdout_errors"]
 
 _NOBODY_READS = 141  # as of a program that SIGPIPE ends
-_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_LINES = 30.0  # where there is no terminal: a log of a day has 2880 of them
 _NAMES_OF_A_LINE = 6
 
 
 class Terminal:
     """How one command talks: `as_json` puts one JSON object on stdout, `quiet` drops progress and remarks.
 
-    Of several processes that a launcher started, only the first talks.
+    Where stderr is no terminal, a line says what is being done whenever nothing else was said for half a minute. Of
+    several processes that a launcher started, only the first talks.
     """
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
@@ -39,12 +42,17 @@ class Terminal:
         self.quiet = quiet
         self.results = _Results(highlight=False, soft_wrap=True, markup=False)
         self.remarks = _Remarks(stderr=True, highlight=False, soft_wrap=True, markup=False, quiet=quiet)
+        self.doing: object = "at work"
+        self.is_live = sys.stderr is not None and sys.stderr.isatty()  # rich believes FORCE_COLOR, too
+        if not (quiet or self.is_live):
+            _begin_pulse(self)
 
     def result(self, data: dict[str, Any], show: Callable[[Console], object]) -> None:
         """Print the result once, as JSON or as `show` draws it. Raises as `stdout_errors` does.
 
         JSON is of ASCII, so that no terminal obeys what is in a name, and a reader finds the name as it is.
         """
+        self.doing = "the result is printed"
         if not self.is_first_process:
             return
         with stdout_errors():
@@ -54,14 +62,15 @@ class Terminal:
                 sys.stdout.write(json.dumps(jsonable(data), indent=2, allow_nan=False) + "\n")
 
     def remark(self, text: str) -> None:
+        self.doing = text
         self.remarks.print(text)
 
     @contextmanager
     def progress(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Yields `advance(count)`: a live bar on a terminal, a line every ten seconds elsewhere."""
+        """Yields `advance(count)`: a live bar on a terminal, a line every thirty seconds elsewhere."""
         if self.quiet:
             yield lambda count: None
-        elif self.remarks.is_terminal:
+        elif self.is_live:
             columns = (
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
@@ -73,7 +82,8 @@ class Terminal:
                 task = bar.add_task(description, total=total)
                 yield lambda count: bar.advance(task, count)
         else:
-            yield _PlainProgress(self.remarks, description, total)
+            plain = self.doing = _PlainProgress(self.remarks, description, total)
+            yield plain
 
 
 class _Results(Console):
@@ -87,13 +97,43 @@ class _Results(Console):
 
 
 class _Remarks(_Results):
-    """Drops what cannot be printed: no conversion ends for a remark."""
+    """Drops what cannot be printed: no conversion ends for a remark. `printed_at` is when something was, last."""
+
+    printed_at = 0.0
 
     def print(self, *objects: Any, **options: Any) -> None:
+        self.printed_at = time.monotonic()
         try:
             super().print(*objects, **options)
         except OSError:
             self.quiet = True
+
+
+def _begin_pulse(terminal: Terminal) -> None:
+    """Say what is being done when nothing was said for long, as long as there is the terminal."""
+    terminal.remarks.printed_at = time.monotonic()
+    threading.Thread(target=_pulse, args=(weakref.ref(terminal),), name="kvconvert-pulse", daemon=True).start()
+
+
+def _pulse(reference: weakref.ref[Terminal]) -> None:
+    pause, doing, since = _SECONDS_BETWEEN_LINES, None, 0.0
+    while True:
+        time.sleep(pause)
+        terminal = reference()
+        if terminal is None or terminal.remarks.quiet:
+            return
+        now = time.monotonic()
+        if terminal.doing is not doing:
+            doing, since = terminal.doing, terminal.remarks.printed_at
+        silent = now - terminal.remarks.printed_at
+        if silent >= _SECONDS_BETWEEN_LINES:
+            try:
+                terminal.remarks.print(f"{doing}: still at work after {now - since:.0f} s")
+            except ValueError:  # stderr was closed
+                return
+            silent = 0.0
+        pause = _SECONDS_BETWEEN_LINES - silent
+        del terminal
 
 
 @contextmanager
@@ -147,7 +187,10 @@ class _PlainProgress:
         now = time.monotonic()
         if now - self._shown_at >= _SECONDS_BETWEEN_LINES or self._done >= self._total:
             self._shown_at = now
-            self._console.print(f"{self._description}: {self._done * 100 // max(self._total, 1)} %")
+            self._console.print(str(self))
+
+    def __str__(self) -> str:
+        return f"{self._description}: {self._done * 100 // max(self._total, 1)} %"
 
 
 def human_bytes(count: int) -> str:

@@ -19,6 +19,7 @@ from ..pipeline.defaults import against_of
 from ..pipeline.values import parse_percentage
 from .console import Terminal
 from .evaluation_report import Names, show_evaluation
+from .github import publish_evaluation
 from .options import Data, Given, Json, Model, Quiet, Revision, SettingsOptions, TrustRemoteCode, accepts
 
 if TYPE_CHECKING:
@@ -173,12 +174,13 @@ def evaluate(
     if request.output is not None:
         terminal.remark(f"wrote {write_evaluation(request.output, summary)}")
     names = Names(model, request.against, request.before)
+    failures = [(gate.name, describe_failure(gate)) for gate in gates if not gate.passed]
+    publish_evaluation(summary, failures, output=request.output)
     terminal.result(summary, lambda console: show_evaluation(evaluation, gates, names, console))
     if request.hub_results and request.output is not None:
         for path in write_hub_results(request.output, evaluation.tasks):
             terminal.remark(f"wrote {path}")
     if refusal is not None:
         raise refusal
-    failed = [gate for gate in gates if not gate.passed]
-    if failed:
-        raise QualityGateError("; ".join(map(describe_failure, failed)))
+    if failures:
+        raise QualityGateError("; ".join(sentence for _, sentence in failures))

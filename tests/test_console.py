@@ -5,8 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +106,112 @@ def test_no_command_ends_for_a_remark(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_error_of_a_file_is_not_one_of_stdout() -> None:
     with pytest.raises(FileNotFoundError), console.stdout_errors():
         Path("/nowhere/at/all").read_text()
+
+
+class _Log(io.StringIO):
+    """A log that no terminal shows, and that can be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grew = threading.Event()
+
+    def write(self, text: str) -> int:
+        written = super().write(text)
+        self.grew.set()
+        return written
+
+
+def log_in_place_of_stderr(monkeypatch: pytest.MonkeyPatch) -> _Log:
+    """In a test's own body: between the phases of a test, pytest puts a stderr of its own."""
+    made = _Log()
+    monkeypatch.setattr(sys, "stderr", made)
+    return made
+
+
+def test_progress_elsewhere_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    log, now = log_in_place_of_stderr(monkeypatch), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with Terminal().progress("merging", 10) as advance:
+        for second in range(0, 100, 10):
+            now[0] = second
+            advance(1)
+    assert log.getvalue().splitlines() == ["merging: 40 %", "merging: 70 %", "merging: 100 %"]
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_a_stage_that_says_nothing_is_told_to_be_at_work(within: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside of a progress that does not advance, and after a remark."""
+    log = log_in_place_of_stderr(monkeypatch)
+    monkeypatch.setattr(console, "_SECONDS_BETWEEN_LINES", 0.05)
+    terminal = Terminal()
+    if within:
+        with terminal.progress("merging", 10):
+            assert log.grew.wait(30)
+    else:
+        terminal.remark("checking weights")
+        log.grew.clear()
+        assert log.grew.wait(30)
+    what = "merging: 0 %" if within else "checking weights"
+    assert re.search(rf"^{what}: still at work after \d+ s$", log.getvalue(), re.MULTILINE)
+
+
+def test_no_line_comes_where_none_is_wanted_or_after_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pulses() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "kvconvert-pulse"]
+
+    monkeypatch.setattr(console, "_SECONDS_BETWEEN_LINES", 0.05)
+    before = set(pulses())
+    Terminal(quiet=True)
+    assert set(pulses()) == before
+    terminal = Terminal()
+    (pulse,) = set(pulses()) - before
+    del terminal
+    pulse.join(30)
+    assert not pulse.is_alive()
+
+
+@pytest.mark.parametrize("variables", [{"FORCE_COLOR": "1"}, {"NO_COLOR": "1"}, {"TTY_COMPATIBLE": "1"}])
+def test_a_log_has_no_ansi_whatever_the_environment_says(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """CI sets them, and a live bar in a log is a line for each of its frames."""
+    log = log_in_place_of_stderr(monkeypatch)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    terminal = Terminal()
+    with terminal.progress("merging", 2) as advance:
+        advance(2)
+    terminal.remark("done")
+    terminal.result({}, lambda results: results.print("[bold]12 %[/bold]"))
+    assert log.getvalue() == "merging: 100 %\ndone\n"
+    assert capsys.readouterr().out == "[bold]12 %[/bold]\n"
+
+
+def test_a_terminal_has_a_bar_and_no_colour_where_none_is_wanted(kvconvert_on_a_terminal: Callable[..., bytes]) -> None:
+    shown = kvconvert_on_a_terminal(NO_COLOR="1")
+    assert b"merging" in shown
+    assert b"\x1b[?25l" in shown  # a bar hides the cursor
+    assert re.search(rb"\x1b\[[\d;]*m", shown) is None
+    assert re.search(rb"\x1b\[[\d;]*m", kvconvert_on_a_terminal()) is not None  # the control
+
+
+@pytest.fixture
+def kvconvert_on_a_terminal() -> Callable[..., bytes]:
+    """What a terminal gets of a command's progress, in a process of its own."""
+
+    def run(**variables: str) -> bytes:
+        program = (
+            "from kvconvert.cli.console import Terminal\nwith Terminal().progress('merging', 2) as advance: advance(2)"
+        )
+        leader, follower = os.openpty()
+        environment = {**os.environ, "TERM": "xterm-256color", **variables}
+        subprocess.run([sys.executable, "-c", program], stderr=follower, env=environment, check=True)
+        os.close(follower)
+        shown = os.read(leader, 2**16)
+        os.close(leader)
+        return shown
+
+    return run
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
