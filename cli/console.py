@@ -62,7 +62,8 @@ class Terminal:
                 sys.stdout.write(json.dumps(jsonable(data), indent=2, allow_nan=False) + "\n")
 
     def remark(self, text: str) -> None:
-        self.doing = text
+        if not isinstance(self.doing, _PlainProgress):
+            self.doing = text
         self.remarks.print(text)
 
     @contextmanager
@@ -84,6 +85,7 @@ class Terminal:
         else:
             plain = self.doing = _PlainProgress(self.remarks, description, total)
             yield plain
+            self.doing = f"{description} is done"
 
 
 class _Results(Console):

@@ -146,6 +146,8 @@ def test_a_stage_that_says_nothing_is_told_to_be_at_work(within: bool, monkeypat
     terminal = Terminal()
     if within:
         with terminal.progress("merging", 10):
+            terminal.remark("a remark in between")
+            log.grew.clear()
             assert log.grew.wait(30)
     else:
         terminal.remark("checking weights")
