@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..measure.gates import GATE_FORMATS
+from ..measure.gates import GATE_FORMATS, describe_failure
 from .console import Terminal, human_bytes
+from .github import publish_evaluation
 from .options import DryRun, Json, Quiet
 from .uptrain import metrics_line, resume_command
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["run", "schema"]
 
-_Stage = Literal["convert", "uptrain", "evaluate", "benchmark", "report"]
+_Stage = Literal["convert", "uptrain", "evaluate", "benchmark", "report", "push"]
 
 
 def run(
@@ -62,18 +63,22 @@ def run(
         plan = pipeline.plan_run(recipe, overrides=overrides or (), output=output, remark=terminal.remark)
         terminal.result(plan.to_json(), lambda console: _show_plan(plan, console))
         return
-    result = pipeline.run(
-        recipe,
-        overrides=overrides or (),
-        output=output,
-        first=first,
-        last=last,
-        command=resume_command(),
-        progress=terminal.progress,
-        remark=terminal.remark,
-        show=lambda record: terminal.remark(metrics_line(record)),
-    )
-    terminal.result(result.to_json(), lambda console: _show(result, console))
+    try:
+        result = pipeline.run(
+            recipe,
+            overrides=overrides or (),
+            output=output,
+            first=first,
+            last=last,
+            command=resume_command(),
+            progress=terminal.progress,
+            remark=terminal.remark,
+            show=lambda record: terminal.remark(metrics_line(record)),
+        )
+    except pipeline.FailedGatesError as error:  # all is done and written, and shown before the verdict
+        _tell(error.run, terminal)
+        raise
+    _tell(result, terminal)
 
 
 def schema() -> None:
@@ -84,6 +89,18 @@ def schema() -> None:
     from .. import pipeline
 
     Terminal(as_json=True).result(pipeline.json_schema(), lambda console: None)
+
+
+def _tell(result: Run, terminal: Terminal) -> None:
+    _tell_github(result)
+    terminal.result(result.to_json(), lambda console: _show(result, console))
+
+
+def _tell_github(result: Run) -> None:
+    """Write figures as summary and outputs of a step of GitHub Actions, and annotations of gates that failed."""
+    if result.evaluation is not None:
+        failures = [(gate.name, describe_failure(gate)) for gate in result.gates if not gate.passed]
+        publish_evaluation(result.evaluation, failures, output=result.output, model=result.model)
 
 
 def _show_plan(plan: RunPlan, console: Console) -> None:
@@ -114,8 +131,8 @@ def _show(result: Run, console: Console) -> None:
     for name, record in result.stages.items():
         console.print(f"{name:<10} {record.seconds:.0f} s")
     for gate in result.gates:
-        form = GATE_FORMATS[gate.name].format
-        console.print(f"gate {gate.name}: {form(gate.value)}, limit {form(gate.threshold)}: passed")
+        form, verdict = GATE_FORMATS[gate.name].format, "passed" if gate.passed else "failed"
+        console.print(f"gate {gate.name}: {form(gate.value)}, limit {form(gate.threshold)}: {verdict}")
     console.print(f"model      {result.model}")
     for path in result.files:
         console.print(f"report     {path}")

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from .recipe_file import RecipeFile, read_recipe
     from .recipe_schema import Recipe, json_schema
     from .run_plan import RunPlan, StagePlan, plan_run
-    from .running import Run, run
+    from .running import FailedGatesError, Run, run
     from .sweep_rows import SweepRow
     from .sweeping import Sweep, Uptraining, sweep
     from .targets import Target, parse_target
 
 __all__ = [
+    "FailedGatesError",
     "Push",
     "PushedFile",
     "Recipe",
@@ -47,6 +48,7 @@ __all__ = [
 
 # where each name is defined: most of it needs torch, which takes seconds, and is imported when asked for
 _HOMES = {
+    "FailedGatesError": ".running",
     "Push": ".pushing",
     "PushedFile": ".pushing",
     "Recipe": ".recipe_schema",

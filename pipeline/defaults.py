@@ -14,8 +14,6 @@ from ..convert.checkpoint.remote_code import allow_remote_code
 from ..convert.checkpoint.tensors import CONFIG_NAME
 from ..convert.errors import InputError
 from ..uptrain.request import UptrainRequest
-from .recipe_file import read_recipe
-from .run_stages import RunJob
 
 __all__ = ["CONFIG_FILE", "against_of", "config_file", "converted_here", "original_of", "uptraining_from_recipe"]
 
@@ -45,6 +43,9 @@ def uptraining_from_recipe(
     `run` would have it. A length that is typed takes the place of the recipe's, however that is said. Raises InputError
     for a recipe that is wrong, and for one that says nothing of uptraining.
     """
+    from .recipe_file import read_recipe  # pydantic takes a tenth of a second, which other commands do not need
+    from .run_stages import RunJob
+
     lengths = dict.fromkeys(_LENGTHS, ("", None)) if any(name in typed for name in _LENGTHS) else {}
     values = {f"uptrain.{key}": value for key, value in {**lengths, **typed}.items()}
     file = read_recipe(recipe, values=values)

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..convert.checkpoint.files import write_text
+from ..convert.describe.card import add_recipe
 from ..convert.methods.prepared import LayerReport
 from ..convert.printable import printable
+from ..measure.card_results import add_results
+from .recipe_file import recipe_text
 from .recipe_schema import Recipe
 from .run_records import RunStatus
 from .run_stages import EVALUATION_NAME, PICTURES, UPTRAINED
@@ -28,11 +31,19 @@ _METRICS_NAME = "metrics.jsonl"
 
 
 def write_report(place: Path, recipe: Recipe, status: RunStatus, resolved: str, model: Path) -> tuple[Path, ...]:
-    """Write the report of a run whose stages are done, with its pictures, and return the files."""
+    """Write the report of a run whose stages are done, with its pictures, and return the files.
+
+    The model card of what the run has made gets the figures and the recipe, which is written beside the weights too.
+    """
     story = story_of(place, recipe, status, resolved, model)
     pictures = _draw(place, status) if recipe.report.pictures else {}
     for name, text in render_report(story, pictures).items():
         write_text(place / name, text)
+    if model.absolute().parent == place.absolute():  # which this run has made
+        if "evaluate" in status.stages:
+            add_results(model, json.loads((place / EVALUATION_NAME).read_text()))
+        heading = resolved.partition("model:")[0].replace("# ", "").strip()
+        add_recipe(model, recipe_text(recipe.model_copy(update={"output": None}), model, heading))
     return tuple(place / name for name in (MARKDOWN_NAME, PAGE_NAME))
 
 

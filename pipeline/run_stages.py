@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["STAGES", "RunJob", "Stage", "conversion_of"]
 
-STAGES = ("convert", "uptrain", "evaluate", "benchmark", "report")
+STAGES = ("convert", "uptrain", "evaluate", "benchmark", "report", "push")
 """The stages of a run, in order; those that the recipe does not mention are left out."""
 
 RECIPE_NAME = "recipe.yaml"
@@ -116,8 +116,8 @@ class RunJob:
     def check(self) -> None:
         """Raise InputError for what would only be found hours later: settings, texts, gates, what is not installed."""
         recipe, file = self.file.recipe, self.file
-        if not any(getattr(recipe, name) for name in STAGES[:-1]):
-            raise InputError(f"{file.path}: has none of the sections {', '.join(STAGES[:-1])}")
+        if not any(getattr(recipe, name) for name in STAGES[:-2]):
+            raise InputError(f"{file.path}: has none of the sections {', '.join(STAGES[:-2])}")
         if recipe.gates is not None and recipe.evaluate is None:
             raise InputError(f"{file.where('gates')}: gates are of an evaluation", hint="add a section evaluate")
         if recipe.convert is not None:

@@ -13,21 +13,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..convert.checkpoint.files import write_text
+from ..convert.checkpoint.json_files import read_object
 from ..convert.checkpoint.output import disk_errors
 from ..convert.checkpoint.staging import discard
 from ..convert.conversion import Progress, no_progress
 from ..convert.errors import InputError, KvConvertError, OutputError, PreemptedError, QualityGateError
 from ..convert.printable import jsonable
 from ..measure.gates import Gate, describe_failure
+from .pushing import push
 from .recipe_file import read_recipe
 from .report import write_report
 from .run_records import STATUS_NAME, RunStatus, StageRecord, differences, see_files
-from .run_stages import CONVERTED, RECIPE_NAME, UPTRAINED, WORK, RunJob, Stage
+from .run_stages import CONVERTED, EVALUATION_NAME, RECIPE_NAME, UPTRAINED, WORK, RunJob, Stage
 
 if TYPE_CHECKING:
     pass
 
-__all__ = ["Run", "run", "run_job"]
+__all__ = ["FailedGatesError", "Run", "run", "run_job"]
 
 _LOCK = ".lock"
 _KEPT_STAGES = ("convert", "uptrain")  # which are never made again unasked
@@ -43,6 +45,11 @@ class Run:
     gates: tuple[Gate, ...]
     files: tuple[Path, ...]
 
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        """What the evaluation found, as `evaluation.json` has it; None where quality was not measured."""
+        return read_object(self.output / EVALUATION_NAME) if "evaluate" in self.stages else None
+
     def to_json(self) -> dict[str, Any]:
         """The run as an object for JSON."""
         return {
@@ -52,6 +59,14 @@ class Run:
             "gates": [asdict(gate) for gate in self.gates],
             "files": [str(path) for path in self.files],
         }
+
+
+class FailedGatesError(QualityGateError):
+    """A quality gate that a run did not pass: `run` says what it ended with, as all of it is done and kept."""
+
+    def __init__(self, message: str, run: Run) -> None:
+        super().__init__(message)
+        self.run = run
 
 
 def run(
@@ -76,7 +91,7 @@ def run(
     again, with all after it. `last` names the one after which to stop. `overrides` are as for `read_recipe`, and
     `command` is what a person types to go on, for the status.
 
-    Raises InputError before any work for whatever is wrong by then, QualityGateError at the end, when the report is
+    Raises InputError before any work for whatever is wrong by then, FailedGatesError at the end, when the report is
     written, for a gate that failed, and what conversions and uptraining raise, such as PreemptedError.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -93,7 +108,7 @@ def run(
 def run_job(job: RunJob, *, first: str | None = None, last: str | None = None) -> Run:
     """Carry out the stages of a job from `first` to `last`, as `run` says."""
     stages = job.stages
-    names = [*(stage.name for stage in stages), "report"]
+    names = [*(stage.name for stage in stages), "report", *(["push"] if job.file.recipe.push else [])]
     for name, option in ((first, "--from"), (last, "--until")):
         if name is not None and name not in names:
             raise InputError(
@@ -118,7 +133,13 @@ def run_job(job: RunJob, *, first: str | None = None, last: str | None = None) -
             files = write_report(job.place, job.file.recipe, status, job.resolved, job.model)
             failed = [gate for gate in _gates(status) if not gate.passed]
             if failed:
-                raise QualityGateError("; ".join(map(describe_failure, failed)))
+                raise FailedGatesError("; ".join(map(describe_failure, failed)), _result(job, status, files))
+            if last != names[-1] and last is not None:
+                status.state, status.exit_code = "stopped", 0
+                status.write(job.place)
+                return _result(job, status, files)
+            if job.file.recipe.push is not None:
+                _push(job, status)
             status.state, status.exit_code, status.stage = "finished", 0, None
             status.write(job.place)
         except BaseException as error:
@@ -157,6 +178,31 @@ def _carry_out(job: RunJob, stage: Stage, status: RunStatus) -> None:
         kvconvert_version=version("kvconvert"),
     )
     status.write(job.place)
+
+
+def _push(job: RunJob, status: RunStatus) -> None:
+    """Publish the model; what the hub has already is not sent again."""
+    section = job.file.recipe.push
+    assert section is not None
+    status.stage = "push"
+    status.write(job.place)
+    begun = time.monotonic()
+    done = push(
+        job.model,
+        section.repo,
+        create_pr=section.create_pr,
+        private=section.private,
+        progress=job.progress,
+        remark=job.remark,
+    )
+    status.stages["push"] = StageRecord(
+        settings=section.model_dump(mode="json"),
+        inputs=(),
+        outputs=(),
+        seconds=round(time.monotonic() - begun, 1),
+        summary={"repository": done.repository, "private": done.private, "commit": done.commit, "url": done.url},
+        kvconvert_version=version("kvconvert"),
+    )
 
 
 def _start_over(place: Path, status: RunStatus, names: Sequence[str], first: str | None) -> None:
