@@ -1,8 +1,8 @@
-"""Write the tables of supported architectures in README.md and docs/architectures.md from the code.
+"""Write the tables of docs/architectures.md, what becomes of what and which engines serve it, from the code.
 
     python scripts/generate_support_table.py [--check]
 
-With --check, say whether the files are what the code says, and exit with 1 if not.
+With --check, say whether the page is what the code says, and exit with 1 if not.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from kvconvert.convert.translations.cross_layer import CROSS_LAYER, CROSS_LAYER_
 from kvconvert.convert.translations.routes import routes_of
 
 (LATENT,) = LATENT_ARCHITECTURES
-ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- begin: scripts/generate_support_table.py -->", "<!-- end -->"
+PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
+END = "<!-- end -->"
 
 
 def classes(model_type: str, num_key_value_heads: int) -> tuple[str, ...]:
@@ -78,22 +78,22 @@ def cell(engine: Serving) -> str:
     return f"{works}: {engine.how}" if engine.how else works
 
 
-def with_table(text: str, table: str) -> str:
-    """The text with what stands between the markers replaced."""
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{table}\n{END}{rest.partition(END)[2]}"
+def with_table(text: str, name: str, table: str) -> str:
+    """The page with the table in the place of what stands between its markers."""
+    begin = f"<!-- begin: {name}, by scripts/generate_support_table.py -->"
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n\n{table}\n{END}{rest.partition(END)[2]}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    check = parser.parse_args().check
-    for path, table in ((ROOT / "README.md", sources_table()), (ROOT / "docs" / "architectures.md", engines_table())):
-        text = path.read_text()
-        if not check:
-            path.write_text(with_table(text, table))
-        elif text != with_table(text, table):
-            sys.exit(f"{path.name} is not what the code says; run scripts/generate_support_table.py")
+    text = PAGE.read_text()
+    renewed = with_table(with_table(text, "sources", sources_table()), "engines", engines_table())
+    if not parser.parse_args().check:
+        PAGE.write_text(renewed)
+    elif text != renewed:
+        sys.exit(f"{PAGE.name} is not what the code says; run scripts/generate_support_table.py")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -220,7 +218,7 @@ def test_bytes_in_each_format(name: str, of_heads: int, of_a_latent: int | None)
 
 def test_blocks_are_those_that_vllm_made() -> None:
     """Blocks of 128 tokens, as on a CPU, in 1 GiB, before and after each conversion of the published table."""
-    section = (DOCS / "measurements.md").read_text().partition("## Served by vLLM")[2].partition("\n## ")[0]
+    section = (DOCS / "measurement-log.md").read_text().partition("## Served by vLLM")[2].partition("\n## ")[0]
     rows = re.findall(r"\| (\d+) → (\d+) \| (\d+) → (\d+) \|$", section, re.MULTILINE)
     assert len(rows) == 10
     for row in rows:
@@ -353,45 +351,3 @@ def test_planning_imports_neither_torch_nor_transformers() -> None:
     modules = imported("inspect", str(DEMO), "--batch", "64", "--gpu-memory", "80GB")
     assert "kvconvert.convert.describe.cache_planning" in modules
     assert modules.isdisjoint({"torch", "transformers"})
-
-
-def write_llama_2_7b(directory: Path) -> None:
-    """A config and a header of 13.5 GB of weights, which the file has as a hole."""
-    directory.mkdir()
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": "bfloat16",
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "vocab_size": 32000,
-        "max_position_embeddings": 32768,
-    }
-    (directory / "config.json").write_text(json.dumps(config))
-    sizes = {"self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (4096, 4096), "self_attn.v_proj": (4096, 4096)}
-    sizes |= {"self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (11008, 4096), "mlp.up_proj": (11008, 4096)}
-    sizes |= {"mlp.down_proj": (4096, 11008), "input_layernorm": (4096, 1), "post_attention_layernorm": (4096, 1)}
-    shapes = {"model.embed_tokens": (32000, 4096), "lm_head": (32000, 4096), "model.norm": (4096, 1)}
-    shapes |= {f"model.layers.{layer}.{name}": shape for layer in range(32) for name, shape in sizes.items()}
-    header: dict[str, Any] = {}
-    end = 0
-    for name, (rows, columns) in shapes.items():
-        begin, end = end, end + 2 * rows * columns
-        shape = [rows] if "norm" in name else [rows, columns]
-        header[f"{name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
-    encoded = json.dumps(header).encode()
-    with (directory / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        file.truncate(8 + len(encoded) + end)
-
-
-def test_the_docs_show_what_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invoke: Command) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_llama_2_7b(tmp_path / "llama-2-7b")
-    block = (DOCS / "cache.md").read_text().partition("    $ kvconvert ")[2].partition("\n\n")[0]
-    command, dots, *shown = [line.removeprefix("    ") for line in block.splitlines()]
-    assert dots == "…"
-    assert shown == invoke(*command.split()).stdout.splitlines()[-len(shown) :]
-    assert shown[0] == "plan for 64 sequences of 32768 tokens"
