@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,22 +19,25 @@ if TYPE_CHECKING:
 
     from ..pipeline import Run, RunPlan
 
-__all__ = ["run", "schema"]
+__all__ = ["Overrides", "carry_out", "run", "schema"]
 
 _Stage = Literal["convert", "uptrain", "evaluate", "benchmark", "report", "push"]
 
 
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change the recipe, as uptrain.tokens=1B; null takes a key away. Repeatable.",
+        show_default=False,
+    ),
+]
+
+
 def run(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, a YAML file (kvconvert schema).")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Change the recipe, as uptrain.tokens=1B; null takes a key away. Repeatable.",
-            show_default=False,
-        ),
-    ] = None,
+    overrides: Overrides = None,
     first: Annotated[
         _Stage | None,
         typer.Option("--from", help="Make this stage again, and all after it.", show_default=False),
@@ -56,17 +60,41 @@ def run(
 
     Example: kvconvert run recipe.yaml --set uptrain.tokens=1B
     """
+    carry_out(
+        recipe,
+        overrides or (),
+        output=output,
+        first=first,
+        last=last,
+        dry_run=dry_run,
+        as_json=as_json,
+        quiet=quiet,
+    )
+
+
+def carry_out(
+    recipe: Path,
+    overrides: Sequence[str],
+    *,
+    output: Path | None,
+    first: str | None = None,
+    last: str | None = None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Run a recipe, or plan it, and show what came of it."""
     from .. import pipeline
 
     terminal = Terminal(as_json=as_json, quiet=quiet)
     if dry_run:
-        plan = pipeline.plan_run(recipe, overrides=overrides or (), output=output, remark=terminal.remark)
+        plan = pipeline.plan_run(recipe, overrides=overrides, output=output, remark=terminal.remark)
         terminal.result(plan.to_json(), lambda console: _show_plan(plan, console))
         return
     try:
         result = pipeline.run(
             recipe,
-            overrides=overrides or (),
+            overrides=overrides,
             output=output,
             first=first,
             last=last,
@@ -128,11 +156,13 @@ def _in_words(name: str, value: Any) -> str:
 
 
 def _show(result: Run, console: Console) -> None:
-    for name, record in result.stages.items():
-        console.print(f"{name:<10} {record.seconds:.0f} s")
+    for fact in result.headline:
+        console.print(f"{fact.label:<18} {fact.value}{f' ({fact.note})' if fact.note else ''}")
     for gate in result.gates:
         form, verdict = GATE_FORMATS[gate.name].format, "passed" if gate.passed else "failed"
-        console.print(f"gate {gate.name}: {form(gate.value)}, limit {form(gate.threshold)}: {verdict}")
-    console.print(f"model      {result.model}")
+        console.print(f"{'gate':<18} {gate.name}: {form(gate.value)}, limit {form(gate.threshold)}: {verdict}")
+    seconds = ", ".join(f"{name} {record.seconds:.0f}" for name, record in result.stages.items())
+    console.print(f"{'seconds':<18} {seconds}")
+    console.print(f"{'model':<18} {result.model}")
     for path in result.files:
-        console.print(f"report     {path}")
+        console.print(f"{'report':<18} {path}")

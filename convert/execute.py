@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from threading import Lock
 
 from .cache_check import check_cache
 from .checkpoint.companions import Companions, copy_companions, find_companions, link_companions
+from .checkpoint.files import copy_file
 from .checkpoint.finite import check_computed
 from .checkpoint.loading import check_accepts, check_opens, check_source, knows_class
 from .checkpoint.manifest import FileDigest, write_manifest
@@ -33,9 +35,10 @@ from .record import conversion_record
 from .runtime import RUNTIME_CLASSES
 from .translations.routes import translated
 
-__all__ = ["DEFAULT_MAX_SHARD_BYTES", "ExecutionResult", "check_preparation", "execute", "rehearse"]
+__all__ = ["DEFAULT_MAX_SHARD_BYTES", "ExecutionResult", "check_preparation", "execute", "rehearse", "sketched"]
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000
+_SMALL_COMPANION_BYTES = 2**26  # a tokenizer has less
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,29 @@ def rehearse(
     companions = None if source.original.path is None else find_companions(source.original)
     _check(plan, source, output, overlay, companions, force=force, inputs=inputs)
     return _rehearse_companions(plan, source, companions, output)
+
+
+@contextmanager
+def sketched(plan: ConversionPlan, source: Checkpoint) -> Iterator[Path]:
+    """Yield a temporary directory that looks like the result of a plan to whoever reads headers, config and tokenizer.
+
+    Its files of weights are holes of the right size, which take no disk. `source` is translated already.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        for name in find_companions(source.original).copied:
+            path = source.directory / name
+            if path.is_file() and "/" not in name and path.stat().st_size <= _SMALL_COMPANION_BYTES:
+                copy_file(path, place / name)
+        _complete_companions(plan, source, place, place)
+        shards = plan_shards([step.writes for step in plan.steps], max_shard_bytes=DEFAULT_MAX_SHARD_BYTES)
+        for shard in shards:
+            with (place / shard.name).open("wb") as file:
+                for spec in shard.write_tensors(file):
+                    file.seek(spec.num_bytes, os.SEEK_CUR)
+                file.truncate(file.tell())
+        write_index(place, shards)
+        yield place
 
 
 def check_preparation(plan: ConversionPlan, source: Checkpoint, output: Path) -> None:

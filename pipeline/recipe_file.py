@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,16 +27,16 @@ _MAX_BYTES = 2**20
 _MAX_VALUES = 20_000  # an alias is written once and read often
 _Keys = tuple[str | int, ...]
 
-# keys that name a place: a checkpoint or a file, or a text, which may say its part and its weight behind its name
+# keys that name a place: a file, or what may be on the hub too: a text, with its part and its weight, or a model
 _PLACES: Mapping[str, str] = {
-    "model": "file",
+    "model": "name",
     "output": "file",
     "convert.calibration": "text",
     "convert.statistics": "file",
     "convert.save_statistics": "file",
     "uptrain.data": "text",
     "uptrain.eval_data": "text",
-    "uptrain.teacher": "file",
+    "uptrain.teacher": "name",
     "evaluate.data": "text",
     "evaluate.task_directory": "file",
     "gates.baseline": "file",
@@ -94,8 +95,7 @@ def read_recipe(
     """
     file = Path(path)
     content, lines = _read_yaml(file)
-    base = Path(os.path.relpath(file.parent))
-    content = _moved(content, base)
+    content = _moved(content, file.parent, Path())
     typed: dict[_Keys, str] = {}
     for override in overrides:
         keys, value = _parse_override(override)
@@ -120,7 +120,7 @@ def recipe_text(recipe: Recipe, directory: Path, heading: str = "") -> str:
     from ruamel.yaml import YAML
 
     content = json.loads(recipe.model_dump_json(exclude_none=True))
-    content = _moved(content, Path(os.path.relpath(Path.cwd(), directory)))
+    content = _moved(content, Path(), directory)
     text = io.StringIO()
     writer = YAML(typ="safe", pure=True)
     writer.default_flow_style = False
@@ -146,7 +146,8 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[_Keys, int]]:
     if len(data) > _MAX_BYTES:
         raise InputError(f"{file}: has more than {_MAX_BYTES} bytes, which no recipe has")
     try:
-        found = YAML(typ="rt").load(text)
+        with warnings.catch_warnings(action="ignore"):  # of an anchor that is used again
+            found = YAML(typ="rt").load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark is not None else ""
@@ -205,9 +206,9 @@ def _put(content: dict[str, Any], keys: _Keys, value: Any, typed: str) -> None:
         content[str(keys[-1])] = value
 
 
-def _moved(content: dict[str, Any], base: Path) -> dict[str, Any]:
-    """The content with its relative places read from another directory."""
-    if base == Path():
+def _moved(content: dict[str, Any], source: Path, target: Path) -> dict[str, Any]:
+    """The content, whose relative places are from one directory, with places from another."""
+    if source.absolute() == target.absolute():
         return content
     moved = dict(content)
     for name, kind in _PLACES.items():
@@ -220,19 +221,19 @@ def _moved(content: dict[str, Any], base: Path) -> dict[str, Any]:
             holder = holder[section]
         else:
             if isinstance(holder.get(key), str):
-                holder[key] = _move(holder[key], kind, base, key)
+                holder[key] = _move(holder[key], kind, source, target)
             elif isinstance(holder.get(key), list):
-                holder[key] = [_move(each, kind, base, key) if isinstance(each, str) else each for each in holder[key]]
+                texts: list[Any] = holder[key]
+                holder[key] = [_move(each, kind, source, target) if isinstance(each, str) else each for each in texts]
     return moved
 
 
-def _move(place: str, kind: str, base: Path, key: str) -> str:
-    path, suffix = _split(place) if kind == "text" else (place, "")
-    if path.startswith("~") or Path(path).is_absolute() or (key == "calibration" and place == "self"):
+def _move(place: str, kind: str, source: Path, target: Path) -> str:
+    path, suffix = (place, "") if kind == "file" or os.path.lexists(source / place) else _split(place)
+    if path.startswith("~") or Path(path).is_absolute() or place == "self":
         return place
-    there = os.path.normpath(base / path)
-    is_place = kind == "file" and key not in ("model", "teacher")
-    return there + suffix if is_place or os.path.lexists(there) or _is_path(path) else place
+    there = os.path.relpath(source / path, target)
+    return there + suffix if kind == "file" or os.path.lexists(source / path) or _is_path(path) else place
 
 
 def _split(text: str) -> tuple[str, str]:

@@ -87,7 +87,7 @@ def _is_switched_off(group: OptionGroup[Any], name: str) -> bool:
 # how a number is written so that its parser reads it again
 _WRITERS: Mapping[Callable[[str], Any], Callable[[Any], str]] = {
     parse_percentage: lambda value: f"{format(100 * Decimal(str(value)), 'f')}%",
-    parse_duration: lambda value: f"{value}s",
+    parse_duration: lambda value: f"{value:.0f}s",
 }
 
 
@@ -283,7 +283,7 @@ class Recipe(_Section):
     evaluate: EvaluateSection = Field(None, description="How quality is measured against the original.")
     benchmark: BenchmarkSection = Field(None, description="How speed is measured against the original.")
     gates: Gates | None = Field(None, description="What the result has to keep.")
-    report: Report = Field(default_factory=lambda: Report.model_validate({}), description="How the report looks.")
+    report: Report = Field(default_factory=lambda: Report.model_validate({}), description="Title and pictures.")
     push: Push | None = Field(None, description="Where the result is published.")
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..convert.architectures.source import Source
 from ..convert.errors import InputError
+from ..convert.execute import sketched
 from ..convert.methods.method import Method
 from .recipe_file import read_recipe
 from .run_records import RunStatus, differences
@@ -65,9 +66,8 @@ def plan_run(
 ) -> RunPlan:
     """Say what `run` would do with the same arguments; nothing is written, and no weight is read.
 
-    What a conversion measures is not measured, so that its plan is of sizes alone. The cost of uptraining is planned
-    with the original in the place of the converted model where that is not there yet: its cost is at most that. Raises
-    InputError for whatever `run` would refuse before any work.
+    What a conversion measures is not measured, so that its plan is of sizes alone. Raises InputError for whatever `run`
+    would refuse before any work, and for a cost that is not known before a text has chosen what is converted.
     """
     job = RunJob.of(read_recipe(recipe, overrides), output=output, headers_only=True, remark=remark)
     job.check()
@@ -108,21 +108,32 @@ def _cache(method: Method, source: Source) -> dict[str, Any]:
 
 def _uptraining(job: RunJob, stage: Stage) -> tuple[dict[str, Any], int]:
     request = job.uptraining_request()
-    there = request.model if Path(request.model).is_dir() else None
-    if there is None:
-        assert job.original is not None
-        if not job.original.directory.is_dir():
-            raise InputError(f"{job.original.name}: its weights are not on this machine, so that no run can be planned")
-        request = replace(request, model=job.original.directory)
-    plan = job.uptraining_plan(request)
+    with ExitStack() as stack:
+        if not Path(request.model).is_dir():
+            request = replace(request, model=stack.enter_context(_converted(job)))
+        plan = job.uptraining_plan(request)
     cost = asdict(plan.cost)
-    facts = {
-        "objective": plan.job.objective,
-        "steps": plan.budget.steps,
-        "planned_with": "the converted model" if there is not None else "the original, which is larger",
-        **{name: cost[name] for name in ("tokens", "flops", "h100_hours", "gpu_name", "gpu_hours", "memory_bytes")},
-    }
+    names = ("tokens", "flops", "h100_hours", "gpu_name", "gpu_hours", "memory_bytes")
+    facts = {"objective": plan.job.objective, "steps": plan.budget.steps, **{name: cost[name] for name in names}}
     return facts, int(cost["disk_bytes"])
+
+
+@contextmanager
+def _converted(job: RunJob) -> Iterator[Path]:
+    """What the conversion would make, as far as headers say it. Raises InputError where that is not known before."""
+    assert job.original is not None
+    assert job.method is not None
+    if not job.original.directory.is_dir():
+        raise InputError(f"{job.original.name}: its files are not on this machine, so that no training can be planned")
+    if job.method.needs_choice:
+        raise InputError(
+            f"{job.place} is not converted yet, and which layers share is chosen on a text, so that no training can be "
+            "planned",
+            hint="convert first: --until convert",
+        )
+    with ExitStack() as stack:
+        source = stack.enter_context(job.method.source(job.original))
+        yield stack.enter_context(sketched(job.method.resolve(source).plan(source), source.checkpoint))
 
 
 def _evaluation(job: RunJob, stage: Stage) -> tuple[dict[str, Any], int]:

@@ -25,6 +25,7 @@ from .recipe_file import read_recipe
 from .report import write_report
 from .run_records import STATUS_NAME, RunStatus, StageRecord, differences, see_files
 from .run_stages import CONVERTED, EVALUATION_NAME, RECIPE_NAME, UPTRAINED, WORK, RunJob, Stage
+from .story import Fact, story_of
 
 if TYPE_CHECKING:
     pass
@@ -37,12 +38,16 @@ _KEPT_STAGES = ("convert", "uptrain")  # which are never made again unasked
 
 @dataclass(frozen=True)
 class Run:
-    """What a run ended with: where everything is, the model that it made, what each stage says, and the gates."""
+    """What a run ended with: where everything is, the model that it made, what each stage says, and the gates.
+
+    `headline` has the figures that matter most, as the report begins with them.
+    """
 
     output: Path
     model: Path
     stages: Mapping[str, StageRecord]
     gates: tuple[Gate, ...]
+    headline: tuple[Fact, ...]
     files: tuple[Path, ...]
 
     @property
@@ -56,6 +61,7 @@ class Run:
             "output": str(self.output),
             "model": str(self.model),
             "stages": {name: {"seconds": each.seconds, **each.summary} for name, each in self.stages.items()},
+            "headline": [asdict(fact) for fact in self.headline],
             "gates": [asdict(gate) for gate in self.gates],
             "files": [str(path) for path in self.files],
         }
@@ -223,7 +229,7 @@ def _start_over(place: Path, status: RunStatus, names: Sequence[str], first: str
 def _claim(place: Path) -> None:
     """Make the directory that of a run. Raises OutputError where it holds anything else."""
     is_run = (place / STATUS_NAME).exists()
-    is_empty = place.is_dir() and all(entry.name == _LOCK for entry in os.scandir(place))
+    is_empty = place.is_dir() and {path.name for path in place.iterdir()} <= {_LOCK}
     if os.path.lexists(place) and not is_run and not is_empty:
         raise OutputError(f"{place} exists and is not a run's", hint="choose another place with --output")
     try:
@@ -251,7 +257,10 @@ def _locked(place: Path) -> Iterator[None]:
 
 
 def _result(job: RunJob, status: RunStatus, files: Sequence[Path]) -> Run:
-    return Run(job.place, job.model, dict(status.stages), _gates(status), tuple(files))
+    headline: tuple[Fact, ...] = ()
+    if files:  # the report is written, so that all is there to be told
+        headline = story_of(job.place, job.file.recipe, status, job.resolved, job.model).headline
+    return Run(job.place, job.model, dict(status.stages), _gates(status), headline, tuple(files))
 
 
 def _fail(status: RunStatus, error: BaseException) -> None:

@@ -1,50 +1,51 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from conftest import Command, RunHere
-from kvconvert.configs import DEMO
+from conftest import Command, RunHere, weights
+from kvconvert.configs import DEMO, RECIPES
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+SHORT = {
+    "convert.calibration_tokens": 8192,
+    "uptrain.fraction": "null",
+    "uptrain.steps": 8,
+    "uptrain.eval_steps": 8,
+    "evaluate.max_windows": 32,
+    "benchmark.context": "[32]",
+    "benchmark.repeats": 1,
+    "benchmark.tokens": 2,
+    "gates.max_ppl_increase": "15%",
+}
 
 
 @pytest.mark.slow
 def test_the_demo_runs_from_end_to_end_and_once(kvconvert: Command, invoke: Command, tmp_path: Path) -> None:
+    """The demo's own recipe, in small: what it says, what it leaves, and that a second call only shows it again."""
     output = tmp_path / "demo"
-    short = ("--steps", 8, "--max-windows", 32, "--calibration-tokens", 8192)
-    results = kvconvert("demo", "--output", output, *short, "--json").printed
-    assert (output / "recovery.png").read_bytes().startswith(PNG_SIGNATURE)
-    assert {path.name for path in output.iterdir()} == {
-        ".kvconvert-demo",
-        "gqa2-mean",
-        "gqa2-svd",
-        "gqa2-svd-uptrained",
-        "mqa-mean",
-        "mqa-svd",
-        "recovery.png",
-        "results.json",
+    short = [word for key, value in SHORT.items() for word in ("--set", f"{key}={value}")]
+    ran = kvconvert("demo", "--output", output, *short, "--json")
+    assert ran.returncode == 0, ran.stderr
+    evaluation = json.loads((output / "evaluation.json").read_text())
+    against = evaluation["against"]
+    assert against["original_perplexity"] < evaluation["perplexity"] < 1.1 * against["original_perplexity"]
+    facts = {fact["label"]: fact for fact in ran.printed["headline"]}
+    assert facts["K/V cache"]["value"] == "1024 bytes per token"
+    assert facts["K/V cache"]["note"] == "1/4 of 4096, in 16 bits"
+    assert facts["Perplexity"]["value"] == f"{evaluation['perplexity']:.4g}"
+    kept = {path.name for path in output.iterdir()}
+    assert kept >= {"converted", "uptrained", "evaluation.json", "benchmark.json", "recipe.yaml", "report.html"}
+    assert {path.name for path in (output / "pictures").iterdir()} == {
+        *("decode.png", "layers.png", "quality.png", "training.png")
     }
-    original = results["original"]
-    gqa_mean, gqa, mqa_mean, mqa = results["converted"]
-    bytes_per_token = [row["cache_bytes_per_token"] for row in (original, *results["converted"])]
-    assert bytes_per_token == [4096, 1024, 1024, 512, 512]
-    assert original["perplexity"] < gqa["after"]["perplexity"] < 1.15 * original["perplexity"]
-    assert gqa["before"]["perplexity"] < mqa["before"]["perplexity"] < 1.3 * original["perplexity"]
-    assert 4 * original["perplexity"] < gqa_mean["before"]["perplexity"] < mqa_mean["before"]["perplexity"]
-    assert [row["after"] is None for row in results["converted"]] == [True, False, True, True]
-    assert [tokens for tokens, _ in gqa["recovery"]] == [0, 8 * 4096]
-
-    written = (output / "gqa2-svd-uptrained" / "model.safetensors").stat().st_mtime_ns
-    second = invoke("demo", "--output", output, *short)
-    assert second.returncode == 0
-    assert "holds finished results; --force runs the demo again" in second.stderr
-    row = next(line for line in second.stdout.splitlines() if "gqa2-svd " in line)
-    shown = [cell.strip() for cell in row.strip("│").split("│")]
-    figures = [f"{gqa[stage]['perplexity']:.1f}" for stage in ("before", "after")]
-    figures += [f"{gqa[stage]['against']['kl_nats_per_token']:.3f}" for stage in ("before", "after")]
-    assert shown == ["gqa2-svd", "2", "1024", *figures]
-    assert (output / "gqa2-svd-uptrained" / "model.safetensors").stat().st_mtime_ns == written
+    before = weights(output / "uptrained")
+    again = invoke("demo", "--output", output, *short)
+    assert again.returncode == 0
+    done = [line for line in again.stderr.splitlines() if line.endswith("done before")]
+    assert done == [f"{stage}: done before" for stage in ("convert", "uptrain", "evaluate", "benchmark")]
+    assert f"{evaluation['perplexity']:.4g}" in again.stdout
+    assert all((before[name] == tensor).all() for name, tensor in weights(output / "uptrained").items())
 
 
 @pytest.mark.slow
@@ -63,11 +64,19 @@ def test_the_demo_checkpoint_recovers(run_here: RunHere, tmp_path: Path) -> None
     assert after < 0.7 * before
 
 
+def test_the_demo_is_planned_without_a_weight(run_here: RunHere) -> None:
+    plan = run_here("demo", "--dry-run")
+    assert plan["recipe"] == str(RECIPES / "demo.yaml")
+    stages = {stage["name"]: stage["facts"] for stage in plan["stages"]}
+    assert stages["convert"]["cache_bytes_per_token"] == {"source": 4096, "result": 1024}
+    assert stages["uptrain"]["steps"] == 103  # 2 % of 20 971 520 tokens, at 4096 a step
+
+
 @pytest.mark.parametrize("force", [[], ["--force"]])
 def test_a_directory_that_is_not_a_demos_is_left_alone(force: list[str], invoke: Command, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").touch()
     outcome = invoke("demo", "--output", tmp_path / "mine", *force)
     assert outcome.returncode == 2
-    assert outcome.stderr.startswith(f"error: {tmp_path / 'mine'} exists and is not a demo's\nhint: ")
+    assert outcome.stderr.startswith(f"error: {tmp_path / 'mine'} exists and is not a run's\nhint: ")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["file"]

@@ -43,13 +43,16 @@ def test_every_file_of_configs_is_package_data() -> None:
 def test_data_beside_code_is_package_data() -> None:
     """What is missing from the list works in an editable install and is absent from the wheel."""
     listed = {
-        ROOT / package.removeprefix("kvconvert.").replace(".", "/") / name
-        for package, names in PROJECT["tool"]["setuptools"]["package-data"].items()
-        for name in names
+        path
+        for package, patterns in PROJECT["tool"]["setuptools"]["package-data"].items()
+        for pattern in patterns
+        for path in (ROOT / package.removeprefix("kvconvert.").replace(".", "/")).glob(pattern)
     }
-    found = {path for folder in FOLDERS if folder != "configs" for path in (ROOT / folder).rglob("*.json")}
-    assert found
-    assert found <= listed
+    code = [ROOT / folder for folder in FOLDERS if folder != "configs"]
+    for kind in ("*.json", "*.j2"):
+        found = {path for folder in code for path in folder.rglob(kind)}
+        assert found
+        assert found <= listed
 
 
 def test_demo_sizes() -> None:

@@ -337,8 +337,9 @@ def test_the_demo_asks_for_matplotlib_by_name(
     monkeypatch.setattr(pictures, "find_spec", lambda name: None)
     outcome = invoke("demo", "--output", tmp_path / "demo", *options)
     assert outcome.returncode == 2
-    assert outcome.stderr == (
-        "error: pictures are drawn by matplotlib, which is not installed\nhint: pip install 'kvconvert[plot]'\n"
+    assert outcome.stderr.endswith(
+        "demo.yaml:30: report: pictures are drawn by matplotlib, which is not installed\n"
+        "hint: pip install 'kvconvert[plot]'\n"
     )
     assert outcome.stdout == ""
     assert not (tmp_path / "demo").exists()
