@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -94,6 +95,49 @@ def test_public_names_exist() -> None:
 def test_the_version_is_written_once() -> None:
     assert version("kvconvert") == PROJECT["project"]["version"]
     assert f"## {version('kvconvert')}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("tag", "changes", "error"),
+    [
+        (None, "Unreleased", None),
+        ("v1.2.3", "1.2.3 (2026-11-28)", None),
+        ("nightly", "Unreleased", None),
+        (
+            "v1.2.4",
+            "1.2.3",
+            "HEAD has the tag v1.2.4, pyproject.toml the version 1.2.3, and CHANGELOG.md begins with 1.2.3",
+        ),
+        (
+            "v1.2.3",
+            "Unreleased",
+            "HEAD has the tag v1.2.3, pyproject.toml the version 1.2.3, and CHANGELOG.md begins with",
+        ),
+    ],
+)
+def test_a_wheel_of_a_tag_has_its_version(tag: str | None, changes: str, error: str | None, tmp_path: Path) -> None:
+    """In a repository of one commit, with stand-ins for what sets up and builds."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts/build_wheel", tmp_path / "scripts")
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "x"\nversion = "1.2.3"\n')
+    (tmp_path / "CHANGELOG.md").write_text(f"# Changes\n\n## {changes}\n\n## 1.2.2\n")
+    for name in ("scripts/setup", ".venv/bin/python"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("#!/bin/sh\necho $0 >&2\n")
+        (tmp_path / name).chmod(0o755)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"], *([["tag", tag]] if tag else [])):
+        subprocess.run([*git, *arguments], cwd=tmp_path, check=True)
+    done = subprocess.run(["scripts/build_wheel"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (tmp_path / "build/wheel.log").exists() is (error is None)
+    assert done.returncode == (0 if error is None else 2)
+    assert error is None or done.stderr.startswith(f"error: {error}")
+
+
+def test_all_is_every_extra_of_a_feature() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    (every,) = extras["all"]
+    assert every == f"kvconvert[{','.join(sorted(extras.keys() - {'all', 'dev', 'docs', 'fuzz', 'test'}))}]"
 
 
 @pytest.mark.parametrize("stem", ["grouped_decoder", "grouped_seq2seq"])
