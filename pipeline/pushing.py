@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from ..convert.checkpoint.manifest import (
     listed_files,
     read_provenance,
 )
+from ..convert.checkpoint.output import CARD_NAME
 from ..convert.checkpoint.tensors import CONFIG_NAME
 from ..convert.conversion import Progress, no_progress
 from ..convert.errors import CheckpointError, InputError, KvConvertError
@@ -132,14 +134,15 @@ def push(
         planned = _planned(place, repository, files, before, is_private, visibility)
         if dry_run:
             return planned
+        missing = {file.name for file in planned.files if not file.was_there}
+        if before is not None and not missing and not planned.removed:
+            return _finished(planned, before.sha, f"{api.endpoint}/{repository}")
         # 4. the files, which nobody sees before the commit
-        if before is None:
-            with _refusals(repository):
+        _check_card(place, repository)
+        with _refusals(repository):
+            if before is None:
                 api.create_repo(repository, private=is_private)
                 before = api.model_info(repository, files_metadata=True, timeout=ANSWER_SECONDS)
-        missing = {file.name for file in planned.files if not file.was_there}
-        if not missing and not planned.removed:
-            return _finished(planned, before.sha, f"{api.endpoint}/{repository}")
         with _refusals(repository), _not_finished():
             commit = _send(api, planned, [file for file in files if file.name in missing], before, create_pr, progress)
         # 5. whether the hub holds what was sent
@@ -252,6 +255,31 @@ def _check_verified(directory: Path, *, run: bool, remark: Callable[[str], objec
             f"{directory} is not as kvconvert wrote it, so nothing was sent: {found.problems[0]}{more}",
             hint="convert or uptrain it again; a card is best changed on the hub, after the push",
         )
+
+
+def _check_card(directory: Path, repository: str) -> None:
+    """Raise InputError for a card whose metadata the hub would refuse in the commit, after hours of sending."""
+    from huggingface_hub import ModelCard
+
+    path = directory / CARD_NAME
+    if not path.exists():
+        return
+    with _refusals(repository):
+        try:
+            ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).validate("model")
+        except ValueError as error:
+            raise InputError(
+                f"{repository}: the hub does not take the metadata of {path} ({_said_of_card(str(error))})",
+                hint="where it is of the source's card, mend it there and convert again",
+            ) from error
+
+
+def _said_of_card(answer: str) -> str:
+    """The messages in the hub's answer about a card, which is JSON."""
+    try:
+        return "; ".join(str(error["message"]) for error in json.loads(answer)["errors"])
+    except (ValueError, KeyError, TypeError):
+        return " ".join(answer.split())
 
 
 def _planned(

@@ -76,10 +76,13 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         for (method, part), (status, message) in self.hub.refusals.items():
             if method == self.command and part in url.path:
-                return self._send(status, {"error": message}, {"X-Error-Message": message})
+                content = {"error": message, "errors": [{"message": message}]}
+                return self._send(status, content, {"X-Error-Message": message})
         if url.path.startswith("/store/"):  # a place with a signature of its own, without the token
             self.hub.stored[url.path.rpartition("/")[2]] = body
             return self._send(200, {})
+        if url.path == "/api/validate-yaml":  # which anybody may ask
+            return self._send(200, {"errors": [], "warnings": [{"message": "a warning of the hub"}]})
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             message = "Invalid credentials in Authorization header"
             return self._send(401, {"error": message}, {"X-Error-Message": message})
@@ -96,8 +99,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self, path: str, query: dict[str, list[str]], body: bytes) -> None:
         if path == "/api/whoami-v2":
             return self._send(200, {"name": "me", "auth": {"accessToken": {"role": self.hub.role}}})
-        if path == "/api/validate-yaml":
-            return self._send(200, {"errors": [], "warnings": [{"message": "a warning of the hub"}]})
         if path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -274,6 +275,14 @@ def test_refusals_are_one_line_and_say_what_to_do(
     assert error.startswith(f"error: {NAME}: {clause}")
     assert advice.startswith(f"hint: {hint}")
     assert all(repository.num_commits == 0 for repository in hub.repositories.values())
+
+
+def test_a_card_that_the_hub_refuses_is_told_before_anything_is_sent(hub: StandIn, result: Path) -> None:
+    hub.refusals["POST", "/api/validate-yaml"] = (400, '"license" must be one of a list')
+    wanted = f'the hub does not take the metadata of {result}/README.md ("license" must be one of a list)'
+    with pytest.raises(InputError, match=re.escape(wanted)):
+        push(result, NAME, run=False)
+    assert hub.repositories == {}
 
 
 def test_a_token_that_may_only_read_is_told_at_once(hub: StandIn, result: Path) -> None:

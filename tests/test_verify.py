@@ -76,6 +76,14 @@ def test_a_manifest_says_nothing_of_where_and_how_fast(jobs: int, source: Path, 
     }
 
 
+@pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "sub/../../outside"])
+def test_a_manifest_lists_no_file_of_elsewhere(name: str, result: Path) -> None:
+    """Which `push` would send, from the machine of whoever pushes a directory of somebody else's."""
+    entry = {"name": name, "algorithm": "sha256", "digest": hashlib.sha256(b"").hexdigest(), "size": 0}
+    rewrite(result, lambda record: record["files"].append(entry))
+    assert unlike_manifest(result, digests=True) == ["kvconvert.json does not list its files"]
+
+
 def test_a_manifest_has_every_option(source: Path, tmp_path: Path) -> None:
     output = convert(source, Gqa(2, merge="random", seed=7), tmp_path / "out").output
     options = json.loads((output / "kvconvert.json").read_text())["options"]

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import CheckpointError
@@ -115,6 +115,8 @@ def listed_files(record: Mapping[str, Any]) -> list[FileDigest] | None:
             return None
         name, size, digest = entry.get("name"), entry.get("size"), entry.get("digest")
         if not isinstance(name, str) or not isinstance(digest, str) or not isinstance(size, int):
+            return None
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:  # of somebody who wants another file
             return None
         found.append(FileDigest(name, size, digest))
     return found
