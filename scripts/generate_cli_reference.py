@@ -6,6 +6,7 @@ With --check, say whether the page is what the commands say, and exit with 1 if 
 """
 
 import argparse
+import html
 import inspect
 import os
 import re
@@ -65,7 +66,7 @@ def page() -> str:
     group: Any = get_command(app)
     context = group.make_context("kvconvert", [], resilient_parsing=True)
     own = [parameter.get_help_record(context) for parameter in group.get_params(context)]
-    lines = [HEAD, "## kvconvert\n\n", group.help, "\n\n", *table([record for record in own if record])]
+    lines = [HEAD, "## kvconvert\n\n", group.help, "\n\n", *table("Options", [record for record in own if record])]
     for name in group.list_commands(context):
         lines += section(group.get_command(context, name), name)
     return "".join([*lines, TAIL])
@@ -92,21 +93,20 @@ def section(command: Any, name: str) -> Iterator[str]:
             panel = "Arguments" if argument else getattr(parameter, "rich_help_panel", None) or "Options"
             panels.setdefault(panel, []).append(record)
     for panel, records in panels.items():
-        yield f"**{panel}**\n\n"
-        yield from table(records)
+        yield from table(panel, records)
 
 
-def table(records: list[tuple[str, str]]) -> Iterator[str]:
-    yield "| | |\n|---|---|\n"
+def table(heading: str, records: list[tuple[str, str]]) -> Iterator[str]:
+    yield f"| {heading} | |\n|---|---|\n"
     for names, text in records:
         yield f"| `{names.removeprefix(' / ').replace('|', chr(92) + '|')}` | {cell(text)} |\n"
     yield "\n"
 
 
 def cell(text: str) -> str:
-    """Markdown of a help text: what would be a mark-up of its own is escaped, and bounds are set apart."""
-    text = re.sub(r"([|<>*_\[\]])", r"\\\1", " ".join(text.split()))
-    return re.sub(r"\\\[((?:default|required|x\\?[<>]|\d).*?)\\\]$", r"*\1*", text)
+    """Markdown of a help text: what would be mark-up of its own is escaped, and defaults and bounds are set apart."""
+    text = html.escape(re.sub(r"([|*_\[\]])", r"\\\1", " ".join(text.split())), quote=False)
+    return re.sub(r"\\\[([^\\]*)\\\]$", r"*\1*", text)
 
 
 def main() -> None:

@@ -38,10 +38,9 @@ class Block:
     @property
     def commands(self) -> list[list[str]]:
         """The commands of a `bash` or `console` block, as words: comments are left out and variables filled in."""
+        lines = self.text.replace("\\\n", " ").splitlines()
         if self.language == "console":
-            lines = [line.removeprefix("$ ") for line in self.text.splitlines() if line.startswith("$ ")]
-        else:
-            lines = self.text.replace("\\\n", " ").splitlines()
+            lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
         variables: dict[str, str] = {}
         found = []
         for line in _whole(lines):
@@ -59,7 +58,8 @@ class Block:
     @property
     def output(self) -> str:
         """What a `console` block shows behind its commands."""
-        return "\n".join(line for line in self.text.splitlines() if not line.startswith("$ "))
+        lines = self.text.replace("\\\n", " ").splitlines()
+        return "\n".join(line for line in lines if not line.startswith("$ "))
 
 
 def blocks_of(path: Path) -> list[Block]:

@@ -28,6 +28,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.glob("*.md"), *(ROOT / "configs").glob("*/README.md"), ROOT / "README.md"])
 # What pages take for granted: a checkpoint with more than the 8 heads that most of them reduce it to, and text
 HEADS = {"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 8, "num_hidden_layers": 2}
+FOLDERS = ("cli", "convert", "measure", "pipeline", "uptrain")
 HEADERS = {"llama-2-7b": 32, "llama-2-7b-gqa8": 8}  # K/V heads of checkpoints of which only headers are read
 MADE = {
     "gqa2": ("mha2gqa", "configs/demo/model", "--groups", "2", "--output", "gqa2"),
@@ -229,6 +230,14 @@ def test_the_page_of_the_api_has_every_exported_name_once() -> None:
     listed = re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
     modules = (convert, uptrain, measure, pipeline)
     assert sorted(listed) == sorted(f"{module.__name__}.{name}" for module in modules for name in module.__all__)
+
+
+def test_messages_that_are_explained_are_ones_that_are_written() -> None:
+    sources = "".join(path.read_text() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+    cells = re.findall(r"^\| ([^|]+) \|", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    messages = [message for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
+    assert len(messages) > 30
+    assert [message for message in messages if message not in sources] == []
 
 
 @pytest.fixture(scope="module")
