@@ -22,7 +22,7 @@ __all__ = [
 
 
 _MAX_DEFAULT_SEQUENCE_LENGTH = 2048
-_KL_OF_WHOLE_RATE = 0.3  # nats per token; with it the demo's starts get about their best rate (docs/measurements.md)
+_KL_OF_WHOLE_RATE = 0.3  # nats per token; with it the demo's starts get about their best rate (docs/measurement-log.md)
 _LEAST_PART_OF_RATE = 0.05  # which starts within 0.00075 nats per token get
 
 
@@ -133,7 +133,7 @@ def default_learning_rate(checkpoint: Checkpoint, recipe: Recipe) -> float:
 
     It is at or below what models of these sizes were pretrained with (Pythia-70M 1e-3, Llama-2-7B 3e-4), half of it for
     the demo checkpoint (2e-3). For cross-entropy after a merge on calibration text, which leaves little to recover, it
-    is a quarter of that: at the whole rate it unlearns more than it recovers at first (docs/measurements.md).
+    is a quarter of that: at the whole rate it unlearns more than it recovers at first (docs/measurement-log.md).
     """
     size = checkpoint.num_parameters
     peak = 1e-3 if size < 1e8 else 3e-4 if size < 3e9 else 1e-4
@@ -146,7 +146,7 @@ def rate_for_start(peak: float, kl: float) -> float:
 
     It falls with the root of the divergence, which is about quadratic in the distance of the weights: an optimizer that
     moves every weight by its rate in a step overshoots a shorter way sooner. At 1e-3 the demo with 2 K/V heads, which
-    starts at 0.064, is twice as far from its original after 16 steps as before (docs/measurements.md). Two digits, so
+    starts at 0.064, is twice as far from its original after 16 steps as before (docs/measurement-log.md). Two digits, so
     that rounding on another machine changes nothing; a start without any divergence gets the least rate, not 0.
     """
     part = math.sqrt(max(kl, 0.0) / _KL_OF_WHOLE_RATE)

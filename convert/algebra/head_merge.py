@@ -39,7 +39,7 @@ __all__ = [
     "predicted_input",
 ]
 
-PREDICTION_PULL = 1.0  # times the mean diagonal of the moments; docs/measurements.md compares other values
+PREDICTION_PULL = 1.0  # times the mean diagonal of the moments; docs/measurement-log.md compares other values
 
 
 @dataclass(frozen=True)
