@@ -240,6 +240,14 @@ def test_messages_that_are_explained_are_ones_that_are_written() -> None:
     assert [message for message in messages if message not in sources] == []
 
 
+def test_every_figure_of_the_results_is_in_the_log() -> None:
+    """The log has its command; a figure that is changed in one of the two pages is changed in both."""
+    results, log = ((DOCS / f"{name}.md").read_text() for name in ("measurements", "measurement-log"))
+    figures = set(re.findall(r"(?<![\w.])\d+\.\d{2,}", results))
+    assert len(figures) > 100
+    assert figures <= set(re.findall(r"(?<![\w.])\d+\.\d{2,}", log))
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built site: mkdocs.yml makes every warning, broken link and missing anchor an error."""

@@ -146,8 +146,8 @@ def rate_for_start(peak: float, kl: float) -> float:
 
     It falls with the root of the divergence, which is about quadratic in the distance of the weights: an optimizer that
     moves every weight by its rate in a step overshoots a shorter way sooner. At 1e-3 the demo with 2 K/V heads, which
-    starts at 0.064, is twice as far from its original after 16 steps as before (docs/measurement-log.md). Two digits, so
-    that rounding on another machine changes nothing; a start without any divergence gets the least rate, not 0.
+    starts at 0.064, is twice as far from its original after 16 steps as before (docs/measurement-log.md). Two digits,
+    so that rounding on another machine changes nothing; a start without any divergence gets the least rate, not 0.
     """
     part = math.sqrt(max(kl, 0.0) / _KL_OF_WHOLE_RATE)
     return float(f"{peak * min(max(part, _LEAST_PART_OF_RATE), 1.0):.1e}")
