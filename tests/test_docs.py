@@ -248,20 +248,39 @@ def test_every_figure_of_the_results_is_in_the_log() -> None:
     assert figures <= set(re.findall(r"(?<![\w.])\d+\.\d{2,}", log))
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built site: mkdocs.yml makes every warning, broken link and missing anchor an error."""
-    directory = tmp_path_factory.mktemp("site")
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(directory)],
+def build_site(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Build a site. Not with --quiet, which hides warnings from the strict mode too."""
+    return subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(directory), *arguments],
         cwd=ROOT,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site: mkdocs.yml makes every warning, broken link and missing anchor an error."""
+    directory = tmp_path_factory.mktemp("site")
+    done = build_site(directory)
     assert done.returncode == 0, done.stdout + done.stderr
     return directory
+
+
+@pytest.mark.parametrize("link", ["#no-anchor", "no-page.md", "page.md#no-anchor"])
+def test_a_broken_link_fails_the_build(link: str, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text(f"# Start\n\n[A link]({link}) and [another](page.md#part)\n")
+    (tmp_path / "docs" / "page.md").write_text("# Page\n\n## Part\n")
+    inherited = f"INHERIT: {ROOT / 'mkdocs.yml'}\n"
+    (tmp_path / "mkdocs.yml").write_text(
+        inherited + "docs_dir: docs\nnav: [index.md, page.md]\nhooks: []\nplugins: []\nwatch: []\n"
+    )
+    done = build_site(tmp_path / "site", "--config-file", str(tmp_path / "mkdocs.yml"))
+    assert done.returncode == 1
+    assert f"contains a link '{link}'" in done.stderr
 
 
 def test_the_site_builds_and_needs_no_network(site: Path) -> None:
