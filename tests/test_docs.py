@@ -130,7 +130,7 @@ def assert_shows(printed: str, shown: str) -> None:
 @pytest.fixture
 def reader(make_checkpoint: CheckpointFactory, invoke: Command, working_directory: Path) -> Reader:
     make_checkpoint(name="cwd/model_dir", with_tokenizer=True, **HEADS)
-    for name, numbers in (("text.jsonl", range(40)), ("held_out.jsonl", range(100, 110))):
+    for name, numbers in (("text.jsonl", range(16)), ("held_out.jsonl", range(100, 110))):
         lines = [json.dumps({"text": f"Chapter {number}. {PROSE}"}) for number in numbers]
         (working_directory / name).write_text("\n".join(lines) + "\n")
     (working_directory / "configs").symlink_to(ROOT / "configs")
