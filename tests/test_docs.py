@@ -248,6 +248,16 @@ def test_every_figure_of_the_results_is_in_the_log() -> None:
     assert figures <= set(re.findall(r"(?<![\w.])\d+\.\d{2,}", log))
 
 
+def test_the_picture_of_uptraining_has_the_figures_of_the_results(tmp_path: Path) -> None:
+    script, page = ROOT / "benchmarks" / "draw_uptrained.py", DOCS / "measurements.md"
+    rows = runpy.run_path(str(script))["rows_of"](page.read_text())
+    assert [str(row.cache) for row in rows] == ["1/2", "1/2", "1/4", "1/4", "1/8"]
+    assert rows[-1].excesses == ((1.8947, 0.2038), (0.2156, 0.0340))
+    assert rows[-2].excesses == (None, (0.0682, 0.0078))
+    subprocess.run([sys.executable, script, page, tmp_path / "picture.png"], check=True)
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
 def build_site(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Build a site. Not with --quiet, which hides warnings from the strict mode too."""
     return subprocess.run(
