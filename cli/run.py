@@ -112,7 +112,7 @@ def carry_out(
 def schema() -> None:
     """Print what a recipe may say, as a JSON schema, with which editors complete and check recipes.
 
-    Example: kvconvert schema > recipe.schema.json
+    Example: kvconvert schema
     """
     from .. import pipeline
 

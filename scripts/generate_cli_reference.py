@@ -57,9 +57,10 @@ RUN_WITH = {
     "mha2gqa": "--fit-steps 1",
     "mha2mla": "--kv-lora-rank 24 --qk-rope-head-dim 4 --fit-steps 1",
     "sweep": "--targets gqa:8,mqa --method mean --window 64 --no-picture",
+    "run": "--dry-run",
     "uptrain": "--dry-run",
 }
-NOT_RUN = {"demo": "takes 20 minutes"}
+NOT_RUN = {"demo": "takes minutes", "push": "needs the hub"}
 
 
 def page() -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from doc_blocks import blocks_of
 from kvconvert.cli.main import app
 from typer.main import get_command
 
@@ -32,7 +33,7 @@ def calls(text: str) -> list[list[str]]:
 
 def blocks(page: Path) -> str:
     """The lines of a page that are to be typed."""
-    return "\n".join(line for line in page.read_text().splitlines() if line.startswith("    "))
+    return "\n".join(block.text for block in blocks_of(page) if block.language == "bash")
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
