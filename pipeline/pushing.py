@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..convert.checkpoint.hub import (
     ANSWER_SECONDS,
+    UPLOAD_ANSWER_SECONDS,
     hub_refusal,
     patient_hub,
     push_refusal,
@@ -121,9 +122,9 @@ def push(
         raise InputError(f"{repository!r} is no name of a repository on the hub", hint="give it as org/name")
     files = _files(place)
     api = HfApi(token=write_token())
-    with quiet_hub(), _quiet_bars(), patient_hub():
+    with quiet_hub(), _quiet_bars():
         # 2. what is there, and whether it may be changed
-        with _refusals(repository):
+        with _refusals(repository, ANSWER_SECONDS):
             _check_may_write(api)
             before = _model_info(api, repository)
         is_private, visibility = _visibility(api, read_provenance(place), private, before, repository)
@@ -139,16 +140,20 @@ def push(
             return _finished(planned, before.sha, f"{api.endpoint}/{repository}")
         # 4. the files, which nobody sees before the commit
         _check_card(place, repository)
-        with _refusals(repository):
+        with _refusals(repository, UPLOAD_ANSWER_SECONDS):
             if before is None:
                 api.create_repo(repository, private=is_private)
-                before = api.model_info(repository, files_metadata=True, timeout=ANSWER_SECONDS)
-        with _refusals(repository), _not_finished():
+                before = api.model_info(repository, files_metadata=True, timeout=UPLOAD_ANSWER_SECONDS)
+        with _refusals(repository, UPLOAD_ANSWER_SECONDS), _not_finished():
             commit = _send(api, planned, [file for file in files if file.name in missing], before, create_pr, progress)
         # 5. whether the hub holds what was sent
-        with _refusals(f"{repository}, where {commit.commit_url} was made"):
-            revision = commit.pr_revision or commit.oid
-            after = api.model_info(repository, revision=revision, files_metadata=True, timeout=ANSWER_SECONDS)
+        with _refusals(f"{repository}, where {commit.commit_url} was made", UPLOAD_ANSWER_SECONDS):
+            after = api.model_info(
+                repository,
+                revision=commit.pr_revision or commit.oid,
+                files_metadata=True,
+                timeout=UPLOAD_ANSWER_SECONDS,
+            )
         absent = [file.name for file in files if not _is_there(place, file, _by_name(after))]
         if absent:
             raise InputError(
@@ -174,7 +179,14 @@ def _files(directory: Path) -> list[FileDigest]:
 
 def _check_may_write(api: HfApi) -> None:
     """Raise InputError for a token that can only read, before hours of work."""
-    role = ((api.whoami().get("auth") or {}).get("accessToken") or {}).get("role")
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        role = ((api.whoami().get("auth") or {}).get("accessToken") or {}).get("role")
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (403, 429):
+            raise
+        return  # the token may not ask, or the hub was asked too often, of which it takes little: writing will tell
     if role == "read":
         raise InputError(
             "the token for the hub may only read",
@@ -186,7 +198,7 @@ def _model_info(api: HfApi, repository: str) -> ModelInfo | None:
     """What the hub says of a repository, None where it has none or does not show it."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    try:
+    try:  # with a timeout of its own, without which it waits for ever, whatever the session's is
         return api.model_info(repository, files_metadata=True, timeout=ANSWER_SECONDS)
     except RepositoryNotFoundError:
         return None
@@ -264,7 +276,7 @@ def _check_card(directory: Path, repository: str) -> None:
     path = directory / CARD_NAME
     if not path.exists():
         return
-    with _refusals(repository):
+    with _refusals(repository, UPLOAD_ANSWER_SECONDS):
         try:
             ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).validate("model")
         except ValueError as error:
@@ -373,14 +385,18 @@ def _finished(planned: Push, commit: str | None, url: str) -> Push:
 
 
 @contextmanager
-def _refusals(repository: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one line: why it could not ask for a repository, make it or write to it."""
+def _refusals(repository: str, seconds: float) -> Iterator[None]:
+    """Turn what huggingface_hub raises into one line: why it could not ask for a repository, make it or write to it.
+
+    seconds: how long each answer is waited for.
+    """
     try:
-        yield
+        with patient_hub(seconds):
+            yield
     except KvConvertError:
         raise
     except Exception as error:
-        clause, hint = push_refusal(error)
+        clause, hint = push_refusal(error, seconds)
         raise InputError(f"{repository}: {without_secrets(clause)}", hint=hint) from error
 
 

@@ -16,7 +16,6 @@ import pytest
 from conftest import CheckpointFactory, Command, Outcome
 from hub_stand_in import TOKEN, Repository, StandIn, stand_in
 from kvconvert.convert import Gqa, convert
-from kvconvert.convert.checkpoint import hub as hub_module
 from kvconvert.convert.checkpoint.hub import without_secrets
 from kvconvert.convert.checkpoint.manifest import renew_entries
 from kvconvert.convert.errors import CheckpointError, InputError
@@ -292,6 +291,23 @@ def test_a_token_that_may_only_read_is_told_at_once(hub: StandIn, result: Path) 
     assert hub.asked == ["GET /api/whoami-v2"]
 
 
+@pytest.mark.parametrize("status", [403, 429])
+def test_a_hub_that_does_not_say_whose_token_it_is_is_written_to(status: int, hub: StandIn, result: Path) -> None:
+    hub.refusals["GET", "/api/whoami-v2"] = (status, "not now")
+    assert push(result, NAME, run=False).commit is not None
+
+
+def test_a_hub_that_falls_silent_while_files_are_sent(
+    hub: StandIn, result: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pushing, "UPLOAD_ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "create_repo", lambda *arguments, **options: setattr(hub, "silent", True)
+    )
+    with pytest.raises(InputError, match=rf"{NAME}: the hub cannot be reached \(no answer within 0\.2 s\)"):
+        push(result, NAME, run=False)
+
+
 def test_no_token(command: Command, result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
     outcome = command("push", result, NAME)
@@ -312,7 +328,7 @@ def test_a_hub_that_does_not_answer(
     command: Command, hub: StandIn, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.silent = True
-    monkeypatch.setattr(hub_module, "_UPLOAD_ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(pushing, "ANSWER_SECONDS", 0.2)
     outcome = command("push", result, NAME)
     assert outcome.returncode == 2
     assert outcome.stderr.splitlines()[0] == f"error: {NAME}: the hub cannot be reached (no answer within 0.2 s)"

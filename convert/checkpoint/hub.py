@@ -13,6 +13,7 @@ from ..errors import InputError, first_line
 
 __all__ = [
     "ANSWER_SECONDS",
+    "UPLOAD_ANSWER_SECONDS",
     "hub_refusal",
     "is_final_refusal",
     "is_unreachable",
@@ -24,7 +25,7 @@ __all__ = [
 ]
 
 ANSWER_SECONDS = 10.0  # without an answer, after which the hub counts as out of reach
-_UPLOAD_ANSWER_SECONDS = 120.0  # while files are sent: the hub looks at all of a commit before it answers
+UPLOAD_ANSWER_SECONDS = 120.0  # while files are sent: the hub looks at all of a commit before it answers
 
 _TOKEN_HINT = (
     "make a token with write permission at https://huggingface.co/settings/tokens, and set HF_TOKEN to it or log in "
@@ -73,12 +74,17 @@ def hub_refusal(error: BaseException, kind: str, revision: str | None = None) ->
     if status is not None:
         return _meaning_of(status, kind, first_line(error))
     if is_unreachable(error):
-        return _out_of_reach(causes), "check the network and its proxy, or bring it into the cache of this machine"
+        return _out_of_reach(
+            causes, ANSWER_SECONDS
+        ), "check the network and its proxy, or bring it into the cache of this machine"
     return f"the hub did not give it ({first_line(error)})", None
 
 
-def push_refusal(error: BaseException) -> tuple[str, str | None]:
-    """Return a clause that says why huggingface_hub raised `error` where something was written, and a hint or None."""
+def push_refusal(error: BaseException, seconds: float) -> tuple[str, str | None]:
+    """Return a clause that says why huggingface_hub raised `error` where something is written, and a hint or None.
+
+    seconds: how long an answer was waited for.
+    """
     causes = list(_causes(error))
     names = {base.__name__ for cause in causes for base in type(cause).__mro__}
     if "OfflineModeIsEnabled" in names:
@@ -89,7 +95,7 @@ def push_refusal(error: BaseException) -> tuple[str, str | None]:
     if status is not None:
         return _meaning_for_writing(status, next(filter(None, map(_message_of_the_hub, causes)), None))
     if is_unreachable(error):
-        return _out_of_reach(causes, _UPLOAD_ANSWER_SECONDS), f"check the network and its proxy, and {_AGAIN_HINT}"
+        return _out_of_reach(causes, seconds), f"check the network and its proxy, and {_AGAIN_HINT}"
     lines = dict.fromkeys(first_line(cause).rstrip(".") for cause in (error, causes[-1]))
     return f"the hub did not take it ({': '.join(lines)})", _AGAIN_HINT
 
@@ -134,13 +140,13 @@ def _known_tokens() -> Iterator[str]:
 
 
 @contextmanager
-def patient_hub() -> Iterator[None]:
-    """Let huggingface_hub give up inside the block where no byte comes for two minutes; alone it waits for ever."""
+def patient_hub(seconds: float) -> Iterator[None]:
+    """Let huggingface_hub give up inside the block where no byte comes for so long; alone it waits for ever."""
     from huggingface_hub import get_session
 
     session = get_session()
     before = session.timeout
-    session.timeout = _UPLOAD_ANSWER_SECONDS
+    session.timeout = seconds
     try:
         yield
     finally:
@@ -207,11 +213,10 @@ def _message_of_the_hub(error: BaseException) -> str | None:
     return " ".join(message.split()) if isinstance(message, str) and message.strip() else None
 
 
-def _out_of_reach(causes: list[BaseException], seconds: float | None = None) -> str:
+def _out_of_reach(causes: list[BaseException], seconds: float) -> str:
     """The clause for a hub that did not answer; `seconds` is how long it was waited for."""
-    waited = ANSWER_SECONDS if seconds is None else seconds
     silent = any(_is_timeout(cause) for cause in causes)
-    why = f"no answer within {waited:g} s" if silent else first_line(causes[-1])
+    why = f"no answer within {seconds:g} s" if silent else first_line(causes[-1])
     return f"the hub cannot be reached ({why})"
 
 
