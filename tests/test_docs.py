@@ -92,10 +92,13 @@ class Reader:
         shown = ""
         for words in block.commands:
             assert words[0] == "kvconvert", f"nothing here runs {words[0]}: say why the block is not run"
-            words = replaced(words, block.run_with)
-            self.provide(words)
-            outcome = self.invoke(*words[1:])
-            assert outcome.returncode == block.exits_with, f"{' '.join(words)}\n{outcome.stdout}{outcome.stderr}"
+            end = words.index(">") if ">" in words else len(words)
+            command, files = replaced(words[:end], block.run_with), words[end + 1 :]
+            self.provide(command)
+            outcome = self.invoke(*command[1:])
+            for file in files:
+                (self.directory / file).write_text(outcome.stdout)
+            assert outcome.returncode == block.exits_with, f"{' '.join(command)}\n{outcome.stdout}{outcome.stderr}"
             shown += outcome.stderr + outcome.stdout if block.exits_with else outcome.stdout
         if block.language == "console":
             assert_shows(shown, block.output)
