@@ -31,7 +31,7 @@ from typer.main import get_command
 README = Path(__file__).parents[1] / "README.md"
 COMMANDS = (
     *("inspect", "mha2gqa", "mha2mqa", "mha2cla", "mha2mla"),
-    *("uptrain", "evaluate", "benchmark", "sweep", "verify", "push", "refresh", "demo"),
+    *("uptrain", "evaluate", "benchmark", "sweep", "run", "schema", "verify", "push", "refresh", "demo"),
 )
 
 
