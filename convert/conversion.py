@@ -253,6 +253,7 @@ def convert(
             kept_in = None if work_dir is None else Path(work_dir)
             job = _Measuring(source, target, calibration, kept_in, progress=progress, remark=remark)
             made = job.run(method, made, stack)
+            _remark_on_steps(method, calibration, made.prepared, remark)
         resolved, plan, prepared, record = made.method, made.plan, made.prepared, made.record
         # 3. the result
         assert plan is not None
@@ -290,6 +291,15 @@ def convert(
         result.unchecked_tokenizer,
         result.shared_bytes,
     )
+
+
+def _remark_on_steps(
+    method: Method, calibration: Calibration, prepared: Prepared, remark: Callable[[str], object]
+) -> None:
+    """Say that a text was too short for the gradient steps that are the default, so that none were taken."""
+    asked = getattr(method, "refit", False) and getattr(method, "fit_steps", 0) is None
+    if asked and calibration.data is not None and prepared.reports and not any(each.fits for each in prepared.reports):
+        remark(f"{calibration.num_tokens} tokens are too few to take and to judge gradient steps: none was taken")
 
 
 def default_output(checkpoint: Checkpoint, suffix: str) -> Path:

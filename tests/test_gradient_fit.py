@@ -370,6 +370,16 @@ def test_the_command_says_of_each_layer_what_the_steps_did(
         assert line.endswith(error + rest)
 
 
+@pytest.mark.parametrize(("num_tokens", "said"), [(512, True), (1024, False)])
+def test_a_text_that_is_too_short_for_steps_is_told(num_tokens: int, said: bool, tmp_path: Path) -> None:
+    text = Calibration(configs.DEMO / "uptrain.jsonl", num_tokens=num_tokens, sequence_length=256)
+    remarks: list[str] = []
+    convert(configs.DEMO / "model", Gqa(4, merge="svd"), tmp_path / "out", calibration=text, remark=remarks.append)
+    assert [line for line in remarks if line.endswith("none was taken")] == (
+        ["512 tokens are too few to take and to judge gradient steps: none was taken"] if said else []
+    )
+
+
 def test_the_fit_keeps_more_of_a_trained_model(tmp_path: Path) -> None:
     """The demo's checkpoint with one K/V head, on text that was not fitted to; the manifest has the number of steps."""
     text = Calibration(data=str(configs.DEMO / "uptrain.jsonl"), num_tokens=8192, sequence_length=256)

@@ -242,6 +242,7 @@ class Mla(Method):
             raise UnsupportedError(
                 f"{name}: qk_rope_head_dim = {rope_dim}, and its heads have {rotary_dims} rotary dims",
                 hint=f"use up to {rotary_dims * per_frequency}{more}",
+                settings=("qk_rope_head_dim", *(["rope_selection"] if more else [])),
             )
         most = min(shape.hidden_size, 2 * shape.num_key_value_heads * shape.head_dim) + self.constant
         least = 1 + self.constant
