@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -13,6 +14,7 @@ import torch
 import yaml
 from conftest import LATENT, CheckpointFactory, Command, RunHere
 from huggingface_hub import ModelCard
+from kvconvert.configs import CALIBRATION_TEXT
 from kvconvert.convert import Gqa, convert
 from kvconvert.convert.checkpoint.loading import load_model
 from kvconvert.convert.describe import card as card_module
@@ -94,7 +96,21 @@ def test_a_card_says_what_to_type_for_each_engine(config: dict[str, Any], comman
     """With the options without which the engine would compute something else, or nothing."""
     (tmp_path / "config.json").write_text(json.dumps(config))
     write_card(tmp_path, tmp_path, PROVENANCE)
-    assert f"```bash\n{command}\n```" in (tmp_path / "README.md").read_text()
+    assert f"\n{command}\n```\n" in (tmp_path / "README.md").read_text()
+
+
+def test_the_text_that_ships_with_kvconvert_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    own = {"data": "text.jsonl.gz", "num_tokens": 8, "data_files": [_digest(CALIBRATION_TEXT)]}
+    for calibration, name in ((own, "the text that ships with kvconvert"), (own | {"data_files": []}, "text.jsonl.gz")):
+        write_card(tmp_path, tmp_path, PROVENANCE | {"calibration": calibration})
+        assert f"Its heads were fitted to 8 tokens of {name}." in (tmp_path / "README.md").read_text()
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    return {"name": path.name, "algorithm": "sha256", "digest": digest, "size": len(content)}
 
 
 def test_the_python_of_a_card_opens_the_result(

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...configs import CALIBRATION_TEXT
 from ..architectures.table import known_architecture
 from ..checkpoint.files import write_text
 from ..checkpoint.input_files import leads_outside, open_regular
-from ..checkpoint.manifest import renew_entries
+from ..checkpoint.manifest import digest_file, renew_entries
 from ..checkpoint.output import CARD_NAME, RECIPE_NAME
 from ..checkpoint.tensors import CONFIG_NAME
 from ..errors import CheckpointError
@@ -232,8 +233,8 @@ def _limits(
         found.append("It has not been uptrained, which recovers the quality that the conversion cost.")
     if calibration and calibration.get("data"):
         found.append(
-            f"Its heads were fitted to {calibration['num_tokens']} tokens of {calibration['data']}. On text of another "
-            "kind it can lose more than on that."
+            f"Its heads were fitted to {calibration['num_tokens']} tokens of {_text_name(calibration)}. On text of "
+            "another kind it can lose more than on that."
         )
     elif calibration:
         found.append("It was merged by the weights alone, without a text to fit it to, which loses more than with one.")
@@ -252,6 +253,12 @@ def _limits(
     if provenance.get("nonfinite_values"):
         found.append(f"{len(provenance['nonfinite_values'])} of its tensors have values that are not finite.")
     return found + [f"{entry.engine} does not serve it: {entry.how}." for entry in engines if entry.works is False]
+
+
+def _text_name(calibration: Mapping[str, Any]) -> str:
+    """What the text of a calibration is called, which has a name of no meaning where it is kvconvert's own."""
+    own = digest_file(CALIBRATION_TEXT.parent, CALIBRATION_TEXT.name).to_json()
+    return "the text that ships with kvconvert" if calibration.get("data_files") == [own] else str(calibration["data"])
 
 
 def _context(config: Mapping[str, Any]) -> int | None:
@@ -276,7 +283,7 @@ def _serving(engines: Sequence[Serving], config: Mapping[str, Any]) -> list[str]
     for entry in engines:
         command = serve_command(entry, model_type)
         if command is not None:
-            lines += ["```bash", command, "```", ""]
+            lines += ["```bash", f"# {engines_line([entry])}", command, "```", ""]
     return ["", *lines]
 
 
