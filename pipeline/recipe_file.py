@@ -21,7 +21,7 @@ from ..convert.printable import printable
 from ..convert.text.sources import TextSource
 from .recipe_schema import Recipe
 
-__all__ = ["RecipeFile", "read_recipe", "recipe_text"]
+__all__ = ["RecipeFile", "read_recipe", "recipe_text", "split_text"]
 
 _MAX_BYTES = 2**20
 _MAX_VALUES = 20_000  # an alias is written once and read often
@@ -229,14 +229,14 @@ def _moved(content: dict[str, Any], source: Path, target: Path) -> dict[str, Any
 
 
 def _move(place: str, kind: str, source: Path, target: Path) -> str:
-    path, suffix = (place, "") if kind == "file" or os.path.lexists(source / place) else _split(place)
+    path, suffix = (place, "") if kind == "file" or os.path.lexists(source / place) else split_text(place)
     if path.startswith("~") or Path(path).is_absolute() or place == "self":
         return place
     there = os.path.relpath(source / path, target)
     return there + suffix if kind == "file" or os.path.lexists(source / path) or _is_path(path) else place
 
 
-def _split(text: str) -> tuple[str, str]:
+def split_text(text: str) -> tuple[str, str]:
     """The place of a text, and what it says of its part and its weight."""
     match = _SUFFIX.fullmatch(text)
     return (match[1], match[2]) if match else (text, "")
@@ -261,7 +261,7 @@ def _places(content: Mapping[str, Any]) -> Iterator[tuple[_Keys, str]]:
 
 def _check_exists(found: RecipeFile, keys: _Keys, place: str) -> None:
     name = ".".join(str(key) for key in keys if isinstance(key, str))
-    path = _split(place)[0] if _PLACES[name] == "text" else place
+    path = split_text(place)[0] if _PLACES[name] == "text" else place
     is_local = name in ("evaluate.task_directory", "gates.baseline", "convert.statistics") or _is_path(path)
     exists = os.path.lexists(TextSource(place).path) or os.path.lexists(TextSource(path).path)
     if name in (*_READ, "model", "uptrain.teacher") and is_local and not exists:

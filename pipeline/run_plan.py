@@ -70,8 +70,10 @@ def plan_run(
     would refuse before any work, and for a cost that is not known before a text has chosen what is converted.
     """
     job = RunJob.of(read_recipe(recipe, overrides), output=output, headers_only=True, remark=remark)
-    job.check()
     status = RunStatus.read(job.place) if job.place.is_dir() else None
+    if status is not None:
+        job.pin()
+    job.check()
     facts = {"convert": _conversion, "uptrain": _uptraining, "evaluate": _evaluation, "benchmark": _benchmark}
     plans = []
     for stage in job.stages:

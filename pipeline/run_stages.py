@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from ..measure.gates import Limits, check_limits, read_baseline
 from ..measure.results import evaluation_summary, write_hub_results
 from .conversion_options import calibration_of, cla_of, gqa_of, mla_of, mqa_of
 from .option_groups import BENCHMARK, EVALUATION, LENGTH, MACHINE, MONITORING, TASKS, TRAINING, TRAINING_TEXT
+from .pins import known_pins, pinned
 from .recipe_file import RecipeFile, recipe_text
 from .recipe_schema import CONVERSIONS, RecipeOptions
 
@@ -112,6 +113,11 @@ class RunJob:
             original = open_checkpoint(file.recipe.model, revision=file.recipe.revision, headers_only=headers_only)
             converted = str(place / CONVERTED)
         return cls(file, place, Path(converted), command, original, method, progress, remark, show)
+
+    def pin(self) -> None:
+        """Read from the hub what is there now, or what an earlier part of the run has read."""
+        recipe = pinned(self.file.recipe, self.original, known_pins(self.place / RECIPE_NAME), self.remark)
+        self.file = replace(self.file, recipe=recipe)
 
     def check(self) -> None:
         """Raise InputError for what would only be found hours later: settings, texts, gates, what is not installed."""

@@ -107,6 +107,7 @@ def run(
         )
     file = read_recipe(recipe, overrides)
     job = RunJob.of(file, output=output, progress=progress, remark=remark, show=show, command=command)
+    job.pin()
     job.check()
     return run_job(job, first=first, last=last)
 

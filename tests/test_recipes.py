@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from kvconvert.cli.main import app
 from kvconvert.configs import RECIPES
 from kvconvert.convert.errors import InputError
 from kvconvert.pipeline import Recipe, json_schema, read_recipe
+from kvconvert.pipeline.pins import known_pins, pinned
 from kvconvert.pipeline.recipe_file import recipe_text
 from kvconvert.pipeline.recipe_schema import CONVERSIONS, RecipeOptions
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -338,3 +341,24 @@ def test_a_recipe_that_ships_is_planned_on_headers(
 def test_every_recipe_is_read_by_the_schema_alone() -> None:
     assert {path.stem for path in RECIPES.glob("*.yaml")} == set(CACHES)
     assert all(isinstance(read_recipe(path).recipe, Recipe) for path in RECIPES.glob("*.yaml"))
+
+
+def test_texts_of_the_hub_are_read_at_one_commit(
+    recipe: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They keep it when the run goes on, whatever the hub has by then; files and what is pinned stay as they are."""
+    texts = '["org/a:0.7", "org/b[split=train]", "org/c[revision=v1,field=x]:2", "./text.jsonl:0.3"]'
+    text = re.sub(r"data: \[.*\]", f"data: {texts}", BASE)
+    first = read_recipe(recipe(text)).recipe
+    commits = iter("abcdef")
+    monkeypatch.setattr(
+        "kvconvert.pipeline.pins.pin_revision", lambda source, remark: replace(source, revision=next(commits))
+    )
+    found = pinned(first, None, {}, print)
+    expected = ["org/a[revision=a]:0.7", "org/b[split=train,revision=b]", "org/c[revision=v1,field=x]:2"]
+    assert found.uptrain.data == [*expected, first.uptrain.data[3]]
+    assert (found.convert, found.evaluate) == (first.convert, first.evaluate)
+    kept = tmp_path / "kept.yaml"
+    kept.write_text(recipe_text(found, tmp_path))
+    assert pinned(first, None, known_pins(kept), print).uptrain.data == found.uptrain.data
+    assert pinned(first, None, known_pins(tmp_path / "none.yaml"), print).uptrain.data[0] == "org/a[revision=c]:0.7"
