@@ -13,6 +13,7 @@ from .. import convert as library
 from ..convert.describe.cache_planning import CachePlan, PlannedModel
 from ..convert.describe.engines import engines_line, latent_kernels
 from ..convert.describe.inspection import Inspection, Target
+from ..convert.errors import InputError
 from ..pipeline.values import parse_memory
 from .console import Terminal, human_bytes, human_count
 from .options import Json, Model, Quiet, Revision
@@ -21,6 +22,13 @@ __all__ = ["inspect"]
 
 _MOST_TOKENS = 2**40
 _MOST_SEQUENCES = 2**30
+
+
+def _memory(text: str) -> int:
+    try:
+        return parse_memory(text)
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def inspect(
@@ -47,7 +55,7 @@ def inspect(
     gpu_memory: Annotated[
         int | None,
         typer.Option(
-            parser=parse_memory,
+            parser=_memory,
             metavar="SIZE",
             help="Say how many sequences fit into a GPU of this memory, as 80GB or 80GiB, now and after each "
             "conversion: 90 % of it are for weights and caches.",

@@ -20,7 +20,6 @@ _CLA = SettingsOptions(
     option_groups.CLA,
     "Layers and heads",
     short={"num_key_value_heads": "-g"},
-    help={"refit": "svd: keep the closed form; fit nothing to the text."},
 )
 _TEXT = text_options(omit=("statistics", "save_statistics", "weights_only"))
 

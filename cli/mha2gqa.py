@@ -11,12 +11,8 @@ from .options import Given, Model, SettingsOptions, accepts
 
 __all__ = ["mha2gqa", "mha2mqa"]
 
-_HELP = {
-    "refit": "svd: keep the closed form; fit nothing to the text.",
-    "allow_same": "Accept as many heads as the source has; none is pooled then.",
-}
-_GQA = SettingsOptions("gqa", option_groups.GQA, "Heads", short={"num_key_value_heads": "-g"}, help=_HELP)
-_MQA = SettingsOptions("gqa", option_groups.MQA, "Heads", help=_HELP)
+_GQA = SettingsOptions("gqa", option_groups.GQA, "Heads", short={"num_key_value_heads": "-g"})
+_MQA = SettingsOptions("gqa", option_groups.MQA, "Heads")
 _TEXT = text_options()
 
 

@@ -26,7 +26,6 @@ _MLA = SettingsOptions(
     types={"rope_interleave": RopeLayout},
     defaults={"rope_interleave": RopeLayout.interleaved},
     help={
-        "refit": "Keep the closed form; fit nothing to the text.",
         "rope_interleave": "Order of rotary pairs. half-split is for transformers and vLLM's Transformers backend.",
     },
 )

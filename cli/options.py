@@ -163,7 +163,7 @@ class SettingsOptions(Generic[Settings]):
             flags = [f" /{flag}" for flag in flags]  # only the option that switches it off
         option = typer.Option(
             *flags,
-            help=self.help.get(name, text),
+            help=self.help.get(name) or self.group.help.get(name, text),
             rich_help_panel=self.panel,
             show_default=default is not MISSING and default is not None and not isinstance(default, bool),
             min=self.group.bounds.get(name),

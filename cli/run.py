@@ -88,7 +88,9 @@ def carry_out(
 
     terminal = Terminal(as_json=as_json, quiet=quiet)
     if dry_run:
-        plan = pipeline.plan_run(recipe, overrides=overrides, output=output, remark=terminal.remark)
+        plan = pipeline.plan_run(
+            recipe, overrides=overrides, output=output, first=first, last=last, remark=terminal.remark
+        )
         terminal.result(plan.to_json(), lambda console: _show_plan(plan, console))
         return
     try:
@@ -112,7 +114,7 @@ def carry_out(
 def schema() -> None:
     """Print what a recipe may say, as a JSON schema, with which editors complete and check recipes.
 
-    Example: kvconvert schema
+    Example: kvconvert schema > recipe.schema.json
     """
     from .. import pipeline
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ..convert.errors import InputError
 from ..pipeline import option_groups
-from ..pipeline.defaults import config_file, converted_here, original_of, uptraining_from_recipe
+from ..pipeline.defaults import config_file, converted_here, teacher_of, uptraining_from_recipe
 from ..uptrain.recipe import Recipe
 from ..uptrain.request import (
     Length,
@@ -200,7 +200,7 @@ def _as_typed(
     chosen = settings.build()
     teacher: str | Path | None = request.teacher
     if teacher is None and not request.no_teacher and chosen.recipe is not Recipe.pretraining:
-        teacher = original_of(model, terminal.remark)
+        teacher = teacher_of(model, terminal.remark)
     return UptrainRequest(
         model=model,
         data=tuple(request.data),

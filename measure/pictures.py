@@ -36,6 +36,7 @@ __all__ = [
     "DecodeTime",
     "Point",
     "RecipeRun",
+    "UptrainedRow",
     "check_picture",
     "decode_times",
     "draw_decode",
@@ -44,6 +45,7 @@ __all__ = [
     "draw_recovery",
     "draw_retention",
     "draw_training",
+    "draw_uptrained",
     "pareto_front",
     "require_matplotlib",
 ]
@@ -74,6 +76,7 @@ _LINEAR_RANGE = 8  # values with a larger ratio between them are drawn on a loga
 _MAX_NUMBERED_ROWS, _MAX_NUMBERED_COLUMNS = 40, 8
 _WIDTH = 10.0  # inches: shown 800 pixels wide, letters of 10 points are 11 pixels high
 _EXCESS = "excess loss (nats per token)"
+_OURS = "kvconvert: svd, then KL to the original"
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,18 @@ class RecipeRun:
 
 
 @dataclass(frozen=True)
+class UptrainedRow:
+    """A result and its cache in parts of the original's, with its excess before and after uptraining by two recipes.
+
+    The first is the GQA paper's, the second ours; None where it was not measured. Nats per held-out token.
+    """
+
+    result: str
+    cache: str
+    excesses: tuple[tuple[float, float] | None, tuple[float, float] | None]
+
+
+@dataclass(frozen=True)
 class DecodeTime:
     """Milliseconds for one token of each sequence at a context length, and the least that moving its bytes takes."""
 
@@ -158,9 +173,9 @@ def check_picture(path: Path) -> None:
 
 
 def decode_times(timed: Benchmark) -> list[DecodeTime]:
-    """What a benchmark measured, as lines of `draw_decode`: of each batch one for the model and one for its original.
+    """What a benchmark measured, as lines of `draw_decode`: of each batch one for the result and one for its original.
 
-    The bound of the model is the original's time over the ratio of the bytes that a step has to read.
+    The bound of the result is the original's time over the ratio of the bytes that a step has to read.
     """
     rows: list[DecodeTime] = []
     for point in timed.points:
@@ -171,7 +186,7 @@ def decode_times(timed: Benchmark) -> list[DecodeTime]:
             gain = point.decode_gain
             bound = None if gain is None or gain.bound is None else before / gain.bound
         if point.result is not None:
-            rows.append(DecodeTime(f"model, {batch}", point.context, 1e3 * point.result.decode.median, bound))
+            rows.append(DecodeTime(f"result, {batch}", point.context, 1e3 * point.result.decode.median, bound))
     return rows
 
 
@@ -234,6 +249,41 @@ def draw_training(path: Path, objective: str, losses: Sequence[tuple[int, float]
             panels[1].set(title=_plain(held_out.label), ylabel="perplexity")
         for axes in panels:
             axes.set(xlabel=f"uptraining tokens ({name})")
+
+
+def draw_uptrained(path: Path, rows: Sequence[UptrainedRow]) -> None:
+    """Draw excess loss before and after uptraining by two recipes: an arrow from hollow to full for each result.
+
+    Raises InputError as `draw_quality` does, and where there is no row.
+    """
+    if not rows:
+        raise InputError("there is no result to draw")
+    recipes = (("the GQA paper: mean, then cross-entropy", _COLOURS[6], 0.16), (_OURS, _COLOURS[1], -0.16))
+    with _picture(path, "Before and after uptraining", height=4.2) as figure:
+        axes, handles = figure.subplots(), []
+        for index, (label, colour, above) in enumerate(recipes):
+            for place, row in enumerate(reversed(rows)):
+                pair = row.excesses[index]
+                if pair is None:
+                    continue
+                y, (before, after) = place + above, pair
+                arrow = {"arrowstyle": "->", "color": colour, "linewidth": 1.5, "shrinkA": 4, "shrinkB": 4}
+                axes.annotate("", (after, y), (before, y), arrowprops=arrow)
+                axes.plot(before, y, "o", color=colour, markerfacecolor="white", markersize=8)
+                axes.plot(after, y, "o", color=colour, markersize=8)
+                axes.annotate(f"{after:.4f}", (after, y), (-8, 0), textcoords="offset points", ha="right", va="center")
+            handles += axes.plot([], [], "o", color=colour, label=label)
+        handles += axes.plot([], [], "o", color="black", markerfacecolor="white", label="converted, nothing trained")
+        handles += axes.plot([], [], "o", color="black", label="uptrained")
+        found = [excess for row in rows for pair in row.excesses if pair is not None for excess in pair]
+        axes.set_xscale("log")
+        axes.set_xlim(min(found) / 2.5, 1.5 * max(found))  # room for the figures, to the left
+        axes.xaxis.set_major_formatter(lambda excess, _: f"{excess:g}")
+        names = [f"{_plain(row.result)}\n{row.cache} of the cache" for row in reversed(rows)]
+        axes.set_yticks(range(len(rows)), names)
+        axes.set(xlabel=f"{_EXCESS}, log scale", title="Before and after uptraining for 5 % of the pretraining tokens")
+        axes.grid(axis="y", visible=False)
+        figure.legend(handles=handles, loc="outside lower center", ncols=2)
 
 
 def draw_recipes(path: Path, runs: Sequence[RecipeRun]) -> None:

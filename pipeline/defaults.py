@@ -15,7 +15,15 @@ from ..convert.checkpoint.tensors import CONFIG_NAME
 from ..convert.errors import InputError
 from ..uptrain.request import UptrainRequest
 
-__all__ = ["CONFIG_FILE", "against_of", "config_file", "converted_here", "original_of", "uptraining_from_recipe"]
+__all__ = [
+    "CONFIG_FILE",
+    "against_of",
+    "config_file",
+    "converted_here",
+    "original_of",
+    "teacher_of",
+    "uptraining_from_recipe",
+]
 
 CONFIG_FILE = "kvconvert.yaml"
 """The recipe that is read where none is named, if it is in the current directory."""
@@ -71,20 +79,35 @@ def against_of(model: str | Path, named: str | None, alone: bool, remark: Callab
     """
     if alone and named is not None:
         raise InputError("--against and --no-against rule each other out", hint="leave out one of them")
-    found = None if alone or named is not None else original_of(model, remark)
-    return named if found is None else str(found)
+    if alone or named is not None:
+        return named
+    try:
+        found = original_of(model, remark)
+    except InputError as error:
+        remark(f"not compared with the original: {error}")
+        return None
+    return None if found is None else str(found)
+
+
+def teacher_of(model: str | Path, remark: Callable[[str], object]) -> Path | None:
+    """The original that the manifest of a converted checkpoint names, as its teacher; None where none was converted.
+
+    Raises InputError where it is gone: another objective than its predictions is for a person to choose.
+    """
+    try:
+        return original_of(model, remark)
+    except InputError as error:
+        raise InputError(
+            f"no teacher: {error}", hint="name it with --teacher, or learn from the text alone with --no-teacher"
+        ) from error
 
 
 def original_of(model: str | Path, remark: Callable[[str], object]) -> Path | None:
-    """The original that the manifest of a converted checkpoint names, where it still is what was converted.
+    """The original that the manifest of a converted checkpoint names; None for one that was not converted.
 
-    `remark` is told which it is, or why there is none although one is named.
+    `remark` is told which it is. Raises InputError where it is gone, or is not what was converted.
     """
-    try:
-        found = find_original(model)
-    except InputError as error:
-        remark(f"not compared with an original: {error}")
-        return None
+    found = find_original(model)
     if found is None:
         return None
     remark(f"the original is {found.directory}: {Path(model) / PROVENANCE_NAME} says so, and its digests agree")

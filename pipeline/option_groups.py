@@ -48,7 +48,7 @@ class OptionGroup(Generic[Settings]):
 
     An option has its field's name, unless `names` says another; one that begins with no_ switches off a field that is
     true by default. `parsers` read fields that may be typed as text, such as 1B for a count. `bounds` are the least
-    values, and fields in `omit` cannot be typed.
+    values, and fields in `omit` cannot be typed. `help` describes an option otherwise than its field is described.
     """
 
     settings: type[Settings]
@@ -56,6 +56,7 @@ class OptionGroup(Generic[Settings]):
     parsers: Mapping[str, Parser] = field(default_factory=dict)
     bounds: Mapping[str, float] = field(default_factory=dict)
     omit: Sequence[str] = ()
+    help: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -92,6 +93,10 @@ GQA = OptionGroup(
     names={**_METHOD, "num_key_value_heads": "groups"},
     bounds={"num_key_value_heads": 1, "head_dim": 2},
     omit=("refit_ridge",),
+    help={
+        "refit": "svd: keep the closed form; fit nothing to the text.",
+        "allow_same": "Accept as many heads as the source has; none is pooled then.",
+    },
 )
 MQA = GQA.without("num_key_value_heads", "grouping")
 CLA = OptionGroup(
@@ -104,12 +109,14 @@ CLA = OptionGroup(
     },
     bounds={"num_key_value_heads": 1, "num_key_value_layers": 1, "share": 2, "keep_first": 0, "keep_last": 0},
     omit=("layers", "refit_ridge"),
+    help={"refit": "svd: keep the closed form; fit nothing to the text."},
 )
 MLA = OptionGroup(
     Mla,
     names={"refit": "no_refit", "rope_interleave": "rope_layout"},
     bounds={"kv_lora_rank": 1, "qk_rope_head_dim": 1, "v_head_dim": 1},
     omit=("rope_pairs", "refit_ridge"),
+    help={"refit": "Keep the closed form; fit nothing to the text."},
 )
 TEXT = OptionGroup(
     Calibration,

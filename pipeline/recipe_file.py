@@ -286,6 +286,10 @@ def _in_words(error: ValidationError, content: Mapping[str, Any], where: Callabl
     keys, kind, given = _known(first["loc"], content), first["type"], first["input"]
     name = ".".join(map(str, keys))
     if kind == "extra_forbidden":
+        targets = _keys_of_targets() if keys[:-1] == ("convert",) else {}
+        others = [target for target, names in targets.items() if keys[-1] in names]
+        if others:
+            return InputError(f"{where(keys)}: {name} belongs to target: {' or '.join(others)}", hint="leave it out")
         close = difflib.get_close_matches(str(keys[-1]), sorted(_allowed(keys[:-1], content)), n=1, cutoff=0.5)
         section = f"section {name.rpartition('.')[0]}" if "." in name else "a recipe"
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(_allowed(keys[:-1], content)))}"
@@ -367,3 +371,9 @@ def _shown(value: object) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "empty"}[value]
     return printable(repr(value)[:80])
+
+
+def _keys_of_targets() -> dict[str, set[str]]:
+    """The keys that the section convert has for each target."""
+    sections = _sections(Recipe.model_fields["convert"].annotation)
+    return {get_args(each.model_fields["target"].annotation)[0]: set(each.model_fields) for each in sections}

@@ -126,7 +126,7 @@ def _keys(*groups: OptionGroup[Any]) -> dict[str, Any]:
             default = False if switched_off else ... if defaults[name] is MISSING else defaults[name]
             found[group.name(name)] = (
                 kind,
-                Field(default, description=f"Not: {text}" if switched_off else text, ge=group.bounds.get(name)),
+                Field(default, description=group.help.get(name, text), ge=group.bounds.get(name)),
             )
     return found
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..convert.architectures.source import Source
-from ..convert.errors import InputError
-from ..convert.execute import sketched
 from ..convert.methods.method import Method
 from .recipe_file import read_recipe
-from .run_records import RunStatus, differences
-from .run_stages import RunJob, Stage
+from .run_records import RunStatus
+from .run_stages import RunJob
+from .running import check_done_before, stage_names, why_again
 
 __all__ = ["RunPlan", "StagePlan", "plan_run"]
 
@@ -62,6 +61,8 @@ def plan_run(
     *,
     overrides: Sequence[str] = (),
     output: str | Path | None = None,
+    first: str | None = None,
+    last: str | None = None,
     remark: Callable[[str], object] = lambda text: None,
 ) -> RunPlan:
     """Say what `run` would do with the same arguments; nothing is written, and no weight is read.
@@ -74,18 +75,28 @@ def plan_run(
     if status is not None:
         job.pin()
     job.check()
+    names = stage_names(job, first, last)
+    check_done_before(status, names, first)
+    if status is not None and first is not None:
+        kept = names[: names.index(first)]
+        status.stages = {name: record for name, record in status.stages.items() if name in kept}
     facts = {"convert": _conversion, "uptrain": _uptraining, "evaluate": _evaluation, "benchmark": _benchmark}
-    plans = []
+    plans: list[StagePlan] = []
     for stage in job.stages:
-        record = None if status is None else status.stages.get(stage.name)
-        found = ["not done yet"] if record is None else differences(record, stage.settings, stage.texts, job.place)
-        what, disk = facts[stage.name](job, stage)
-        plans.append(StagePlan(stage.name, not found, "; ".join(found[:4]), what, disk))
+        why = why_again(job, stage, status)
+        if why is None and any(not before.done_before for before in plans[:2]):
+            why = "it depends on what is made before it"
+        what, disk = facts[stage.name](job, made_again=why is not None and first is not None)
+        plans.append(StagePlan(stage.name, why is None, why or "", what, disk))
     plans.append(StagePlan("report", False, "always written", {}, 0))
-    return RunPlan(job.file.path, job.place, tuple(plans))
+    if job.file.recipe.push is not None:
+        section = job.file.recipe.push
+        plans.append(StagePlan("push", False, "once all gates are passed", {"repository": section.repo}, 0))
+    chosen = plans if last is None else plans[: names.index(last) + 1]
+    return RunPlan(job.file.path, job.place, tuple(chosen))
 
 
-def _conversion(job: RunJob, stage: Stage) -> tuple[dict[str, Any], int]:
+def _conversion(job: RunJob, *, made_again: bool) -> tuple[dict[str, Any], int]:
     assert job.original is not None
     assert job.method is not None
     with ExitStack() as stack:
@@ -108,43 +119,22 @@ def _cache(method: Method, source: Source) -> dict[str, Any]:
     return {"cache_bytes_per_token": {"source": before, "result": after}}
 
 
-def _uptraining(job: RunJob, stage: Stage) -> tuple[dict[str, Any], int]:
-    request = job.uptraining_request()
-    with ExitStack() as stack:
-        if not Path(request.model).is_dir():
-            request = replace(request, model=stack.enter_context(_converted(job)))
-        plan = job.uptraining_plan(request)
+def _uptraining(job: RunJob, *, made_again: bool) -> tuple[dict[str, Any], int]:
+    with job.sketched() as model:
+        plan = job.uptraining_plan(replace(job.uptraining_request(), model=model, force=made_again))
     cost = asdict(plan.cost)
     names = ("tokens", "flops", "h100_hours", "gpu_name", "gpu_hours", "memory_bytes")
     facts = {"objective": plan.job.objective, "steps": plan.budget.steps, **{name: cost[name] for name in names}}
     return facts, int(cost["disk_bytes"])
 
 
-@contextmanager
-def _converted(job: RunJob) -> Iterator[Path]:
-    """What the conversion would make, as far as headers say it. Raises InputError where that is not known before."""
-    assert job.original is not None
-    assert job.method is not None
-    if not job.original.directory.is_dir():
-        raise InputError(f"{job.original.name}: its files are not on this machine, so that no training can be planned")
-    if job.method.needs_choice:
-        raise InputError(
-            f"{job.place} is not converted yet, and which layers share is chosen on a text, so that no training can be "
-            "planned",
-            hint="convert first: --until convert",
-        )
-    with ExitStack() as stack:
-        source = stack.enter_context(job.method.source(job.original))
-        yield stack.enter_context(sketched(job.method.resolve(source).plan(source), source.checkpoint))
-
-
-def _evaluation(job: RunJob, stage: Stage) -> tuple[dict[str, Any], int]:
+def _evaluation(job: RunJob, *, made_again: bool) -> tuple[dict[str, Any], int]:
     section, gates = job.file.recipe.evaluate, job.file.recipe.gates
     limits = {} if gates is None else gates.model_dump(mode="json", exclude_none=True)
     windows = section.max_windows or "all"
     return {"data": section.data, "windows": windows, "tasks": list(section.tasks), "gates": limits}, 0
 
 
-def _benchmark(job: RunJob, stage: Stage) -> tuple[dict[str, Any], int]:
+def _benchmark(job: RunJob, *, made_again: bool) -> tuple[dict[str, Any], int]:
     section = job.file.recipe.benchmark
     return {"batch": list(section.batch), "context": list(section.context), "repeats": section.repeats}, 0

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..convert.architectures.context import longest_context
 from ..convert.checkpoint.files import write_text
+from ..convert.checkpoint.hub import write_token
 from ..convert.checkpoint.manifest import PROVENANCE_NAME, listed_files, read_provenance
 from ..convert.checkpoint.opening import open_checkpoint
 from ..convert.checkpoint.original import find_original
@@ -21,12 +23,14 @@ from ..convert.checkpoint.source_files import weight_files
 from ..convert.checkpoint.tensors import Checkpoint
 from ..convert.conversion import Calibration, Progress, convert, no_progress
 from ..convert.errors import InputError
+from ..convert.execute import sketched
 from ..convert.methods.method import Method
 from ..convert.printable import jsonable
 from ..measure.benchmarking import benchmark
 from ..measure.evaluation import evaluate
 from ..measure.gates import Limits, check_limits, read_baseline
 from ..measure.results import evaluation_summary, write_hub_results
+from ..uptrain.estimate.cost import require_consent
 from .conversion_options import calibration_of, cla_of, gqa_of, mla_of, mqa_of
 from .option_groups import BENCHMARK, EVALUATION, LENGTH, MACHINE, MONITORING, TASKS, TRAINING, TRAINING_TEXT
 from .pins import known_pins, pinned
@@ -133,26 +137,81 @@ class RunJob:
                 self.method.check(source)
         if recipe.uptrain is not None:
             with _named(file, "uptrain"):
+                _check_length(recipe.uptrain)
                 self.uptraining_request()
         if recipe.evaluate is not None:
-            with _named(file, "evaluate"):
-                settings, tasks = self._evaluation_settings()
-                for text in recipe.evaluate.data:
-                    settings.source(text)
-                if tasks.tasks:
-                    from ..measure.tasks import load_tasks
-
-                    load_tasks(tasks)
-            with _named(file, "gates"):
-                self._limits()
+            self._check_evaluation()
         if recipe.benchmark is not None:
             with _named(file, "benchmark"):
-                RecipeOptions(BENCHMARK, recipe.benchmark).build()
+                self._check_contexts(RecipeOptions(BENCHMARK, recipe.benchmark).build())
+        if recipe.push is not None:
+            with _named(file, "push"):
+                write_token()
         if recipe.report.pictures:
             from ..measure.pictures import require_matplotlib
 
             with _named(file, "report"):
                 require_matplotlib()
+
+    def _check_evaluation(self) -> None:
+        with _named(self.file, "evaluate"):
+            settings, tasks = self._evaluation_settings()
+            for text in self.file.recipe.evaluate.data:
+                settings.source(text)
+            if tasks.tasks:
+                from ..measure.tasks import load_tasks
+
+                load_tasks(tasks)
+        with _named(self.file, "gates"):
+            self._limits()
+
+    def check_uptraining(self) -> None:
+        """Raise InputError for what would be refused when the uptraining begins, hours of converting later.
+
+        It is planned with a sketch of the converted model, where that is not there yet and headers are enough to know
+        what it will be.
+        """
+        if self.method is not None and self.method.needs_choice and not self.converted.is_dir():
+            return
+        with _named(self.file, "uptrain"), self.sketched() as model:
+            request = replace(self.uptraining_request(), model=model)
+            plan = self.uptraining_plan(request)
+            require_consent(plan.cost, plan.budget.explicit, request.length.yes)
+
+    @contextmanager
+    def sketched(self) -> Iterator[Path]:
+        """The converted model, or as far as headers say it what the conversion will make.
+
+        Raises InputError where that is not known before: which layers share is chosen on a text.
+        """
+        if self.converted.is_dir() or self.method is None or self.original is None:
+            yield self.converted
+            return
+        if self.original.path is None:
+            raise InputError(
+                f"{self.original.name}: its files are not on this machine, so that no training can be planned"
+            )
+        if self.method.needs_choice:
+            raise InputError(
+                f"{self.place} is not converted yet, and which layers share is chosen on a text, so that no training "
+                "can be planned",
+                hint="convert first: --until convert",
+            )
+        with ExitStack() as stack:
+            source = stack.enter_context(self.method.source(self.original))
+            yield stack.enter_context(sketched(self.method.resolve(source).plan(source), source.checkpoint))
+
+    def _check_contexts(self, settings: Any) -> None:
+        """Raise InputError for a context that the model does not take."""
+        if self.original is None or self.original.path is None:
+            return
+        longest, needed = longest_context(self.original.directory), max(settings.contexts) + settings.num_new_tokens
+        if longest is not None and needed > longest:
+            raise InputError(
+                f"a context of {max(settings.contexts)} and {settings.num_new_tokens} new tokens do not fit the model, "
+                f"which takes {longest}",
+                hint=f"time contexts of {longest - settings.num_new_tokens} or less",
+            )
 
     @property
     def model(self) -> Path:
@@ -203,6 +262,8 @@ class RunJob:
                 progress=self.progress,
                 remark=self.remark,
             )
+            if result.plan.method == "mean" and result.plan.changes_cache and not result.plan.source.cross_attention:
+                self.remark("the mean of heads harms a decoder before uptraining; method: svd keeps most of it")
             return result.to_json() | {"output": CONVERTED}
 
         return Stage(
@@ -343,7 +404,12 @@ class RunJob:
         """The checked plan of the uptraining."""
         from ..uptrain import plan_uptraining
 
-        return plan_uptraining(request, remark=self.remark)
+        try:
+            return plan_uptraining(request, remark=self.remark)
+        except InputError as error:
+            if error.hint is not None and "--force" in error.hint:  # which a run does not have
+                error.hint = "--from uptrain makes it again; or choose another --output"
+            raise
 
     def _evaluation_settings(self) -> tuple[Any, Any]:
         section = self.file.recipe.evaluate
@@ -389,6 +455,15 @@ def conversion_of(file: RecipeFile) -> tuple[Method, Calibration | None, dict[st
             method = {"gqa": gqa_of, "mqa": mqa_of, "mla": mla_of}[section.target](chosen, text)
         calibration = calibration_of(text)[0] if method.needs_measurements else None
     return method, calibration, section.model_dump(mode="json", exclude={"jobs", "save_statistics"})
+
+
+def _check_length(section: Any) -> None:
+    given = [name for name in ("steps", "tokens", "fraction") if getattr(section, name) is not None]
+    if len(given) > 1:
+        raise InputError(
+            f"{' and '.join(given)} each say how long it is",
+            hint=f"leave out one of them; --set uptrain.{given[0]}=null takes it away",
+        )
 
 
 @contextmanager

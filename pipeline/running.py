@@ -22,7 +22,7 @@ from ..convert.printable import jsonable
 from ..measure.gates import Gate, describe_failure
 from .pushing import push
 from .recipe_file import read_recipe
-from .report import write_report
+from .report import PAGE_NAME, write_report
 from .run_records import STATUS_NAME, RunStatus, StageRecord, differences, see_files
 from .run_stages import CONVERTED, EVALUATION_NAME, RECIPE_NAME, UPTRAINED, WORK, RunJob, Stage
 from .story import Fact, story_of
@@ -30,7 +30,7 @@ from .story import Fact, story_of
 if TYPE_CHECKING:
     pass
 
-__all__ = ["FailedGatesError", "Run", "run", "run_job"]
+__all__ = ["FailedGatesError", "Run", "check_done_before", "run", "run_job", "stage_names", "why_again"]
 
 _LOCK = ".lock"
 _KEPT_STAGES = ("convert", "uptrain")  # which are never made again unasked
@@ -115,12 +115,7 @@ def run(
 def run_job(job: RunJob, *, first: str | None = None, last: str | None = None) -> Run:
     """Carry out the stages of a job from `first` to `last`, as `run` says."""
     stages = job.stages
-    names = [*(stage.name for stage in stages), "report", *(["push"] if job.file.recipe.push else [])]
-    for name, option in ((first, "--from"), (last, "--until")):
-        if name is not None and name not in names:
-            raise InputError(
-                f"{option} {name}: the recipe has no such stage", hint=f"its stages are {', '.join(names)}"
-            )
+    names = stage_names(job, first, last)
     _claim(job.place)
     with disk_errors(job.place), _locked(job.place):
         status = RunStatus.read(job.place) or RunStatus(str(job.file.path), job.command)
@@ -128,6 +123,11 @@ def run_job(job: RunJob, *, first: str | None = None, last: str | None = None) -
         status.command, status.process_id = job.command, os.getpid()
         try:
             _start_over(job.place, status, names, first)
+            status.stages = {name: record for name, record in status.stages.items() if name in names}
+            for stage in stages:
+                why_again(job, stage, status)  # what is refused is refused before any work
+            if "uptrain" not in status.stages and job.file.recipe.uptrain is not None:
+                job.check_uptraining()
             write_text(job.place / RECIPE_NAME, job.resolved)
             for stage in stages:
                 _carry_out(job, stage, status)
@@ -146,6 +146,7 @@ def run_job(job: RunJob, *, first: str | None = None, last: str | None = None) -
                 status.write(job.place)
                 return _result(job, status, files)
             if job.file.recipe.push is not None:
+                job.remark(f"{job.place / PAGE_NAME} is written; pushing to {job.file.recipe.push.repo} …")
                 _push(job, status)
             status.state, status.exit_code, status.stage = "finished", 0, None
             status.write(job.place)
@@ -156,20 +157,49 @@ def run_job(job: RunJob, *, first: str | None = None, last: str | None = None) -
         return _result(job, status, files)
 
 
-def _carry_out(job: RunJob, stage: Stage, status: RunStatus) -> None:
-    """Do a stage, unless it was done before of the same. Raises OutputError for one that must not be done again."""
-    record = status.stages.get(stage.name)
-    if record is not None:
-        found = differences(record, stage.settings, stage.texts, job.place)
-        if not found:
-            job.remark(f"{stage.name}: done before")
-            return
-        if stage.name in _KEPT_STAGES:
-            raise OutputError(
-                f"{job.place}: {stage.name} was carried out otherwise: {'; '.join(found[:4])}",
-                hint=f"--from {stage.name} makes it again, with all after it; or choose another --output",
+def stage_names(job: RunJob, first: str | None = None, last: str | None = None) -> list[str]:
+    """The stages of a run in order. Raises InputError for a first or a last one that is none of them."""
+    names = [*(stage.name for stage in job.stages), "report", *(["push"] if job.file.recipe.push else [])]
+    for name, option in ((first, "--from"), (last, "--until")):
+        if name is not None and name not in names:
+            raise InputError(
+                f"{option} {name}: the recipe has no such stage", hint=f"its stages are {', '.join(names)}"
             )
-        job.remark(f"{stage.name}: again, as {found[0]}")
+    return names
+
+
+def check_done_before(status: RunStatus | None, names: Sequence[str], first: str | None) -> None:
+    """Raise InputError where a stage before the first one that is to be made again is not done."""
+    for name in names[: names.index(first)] if first is not None else ():
+        if status is None or name not in status.stages:
+            raise InputError(f"--from {first}: {name} is not done yet", hint="leave --from out")
+
+
+def why_again(job: RunJob, stage: Stage, status: RunStatus | None) -> str | None:
+    """Why a stage has to be carried out, in a few words; None where it was done before of the same.
+
+    Raises OutputError for one that was carried out otherwise, and is not to be made again unasked.
+    """
+    record = None if status is None else status.stages.get(stage.name)
+    if record is None:
+        return "not done yet"
+    found = differences(record, stage.settings, stage.texts, job.place)
+    if found and stage.name in _KEPT_STAGES:
+        raise OutputError(
+            f"{job.place}: {stage.name} was carried out otherwise: {'; '.join(found[:4])}",
+            hint=f"--from {stage.name} makes it again, with all after it; or choose another --output",
+        )
+    return found[0] if found else None
+
+
+def _carry_out(job: RunJob, stage: Stage, status: RunStatus) -> None:
+    """Do a stage, unless it was done before of the same."""
+    why = why_again(job, stage, status)
+    if why is None:
+        job.remark(f"{stage.name}: done before")
+        return
+    if stage.name in status.stages:
+        job.remark(f"{stage.name}: again, as {why}")
     status.stage = stage.name
     status.stages.pop(stage.name, None)
     status.write(job.place)
@@ -213,12 +243,10 @@ def _push(job: RunJob, status: RunStatus) -> None:
 
 
 def _start_over(place: Path, status: RunStatus, names: Sequence[str], first: str | None) -> None:
-    """Forget the stage that is made again and all after it. Raises InputError where one before it is not done."""
+    """Forget the stage that is made again and all after it."""
+    check_done_before(status, names, first)
     if first is None:
         return
-    for name in names[: names.index(first)]:
-        if name not in status.stages:
-            raise InputError(f"--from {first}: {name} is not done yet", hint="leave --from out")
     made = {"convert": (CONVERTED, WORK), "uptrain": (UPTRAINED, f"{UPTRAINED}.uptraining")}
     for name in names[names.index(first) :]:
         status.stages.pop(name, None)
@@ -261,7 +289,8 @@ def _result(job: RunJob, status: RunStatus, files: Sequence[Path]) -> Run:
     headline: tuple[Fact, ...] = ()
     if files:  # the report is written, so that all is there to be told
         headline = story_of(job.place, job.file.recipe, status, job.resolved, job.model).headline
-    return Run(job.place, job.model, dict(status.stages), _gates(status), headline, tuple(files))
+    model = job.model if job.model.is_dir() else job.converted
+    return Run(job.place, model, dict(status.stages), _gates(status), headline, tuple(files))
 
 
 def _fail(status: RunStatus, error: BaseException) -> None:

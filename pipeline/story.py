@@ -242,7 +242,7 @@ def _quality_section(evaluation: Mapping[str, Any], conversion: Mapping[str, Any
     rows: list[tuple[str, ...]] = []
     if against:
         nats = against["original_nats_per_token"]
-        rows.append((name, f"{against['original_perplexity']:.4g}", f"{nats:.4f}", "0", "0", ""))
+        rows.append(("original", f"{against['original_perplexity']:.4g}", f"{nats:.4f}", "0", "0", ""))
     if recovery:
         before = recovery["before_nats_per_token"]
         excess = f"{recovery['before_excess_nats_per_token']:.4f}"
@@ -338,9 +338,9 @@ def _layers_section(conversion: Mapping[str, Any]) -> Section | None:
             )
         )
     note = (
-        "Energy of keys and values that the worst group of a layer keeps, as queries and outputs see it; error: the "
-        "squared one of hidden states once attention is added, relative to them, before and after gradient steps, on a "
-        "part of the text kept aside."
+        "Kept: the energy of keys and values, as queries and outputs see it, in the worst group of each layer. Error: "
+        "the relative squared error of the hidden states after the layer's attention, before and after gradient steps, "
+        "on a part of the text that was kept aside."
     )
     headings = ("layer", "keys kept", "values kept", "error before", "error after")
     return Section(
@@ -359,7 +359,7 @@ def _training_section(training: Mapping[str, Any]) -> Section | None:
     held_out = training["held_out_nats_per_token"]
     passes = training["passes"]
     facts = [
-        Fact("Objective", training["objective"], f"to {Path(training['teacher']).name}" if _teacher(training) else ""),
+        Fact("Objective", training["objective"], "to the original" if _teacher(training) else ""),
         Fact(
             "Length",
             f"{_count(training['tokens'])} tokens",
@@ -401,7 +401,8 @@ def _speed_section(timed: Mapping[str, Any]) -> Section | None:
         )
     headings = ("batch", "context", "original, ms", "result, ms", "gain", "in rounds", "bound")
     machine = timed["machine"]
-    threads = f", {machine['threads']} threads" if machine.get("threads") else ""
+    count = machine.get("threads")
+    threads = f", {count} thread{'s' * (count > 1)}" if count else ""
     note = (
         f"Decoding, a step of which gives each sequence a token, on {machine['device']}{threads}, {timed['dtype']}; "
         f"{timed['method']}. Bound: the bytes that a step has to read, weights and cache, of the original over the "
@@ -458,7 +459,8 @@ def _cost_section(status: RunStatus, training: Mapping[str, Any]) -> Section:
         facts.append(Fact("Uptraining", f"{cost['flops']:.3g} FLOPs", f"{cost['h100_hours']:.3g} hours of one H100"))
         facts.append(Fact("Tokens", _count(training["tokens"])))
     total = sum(record.seconds for record in status.stages.values())
-    note = f"{total / 3600:.3g} hours in all, by the clock; of a stage that was ended and gone on with, the last part."
+    whole = f"{total / 3600:.3g} hours" if total >= 3600 else f"{total:.0f} seconds"
+    note = f"{whole} in all, by the clock. Of a stage that was interrupted, only the part since it was resumed counts."
     table = Table(("stage", "seconds"), tuple(rows), note)
     return Section("Cost", facts=tuple(facts), tables=(table,))
 

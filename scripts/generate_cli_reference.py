@@ -57,7 +57,7 @@ RUN_WITH = {
     "mha2gqa": "--fit-steps 1",
     "mha2mla": "--kv-lora-rank 24 --qk-rope-head-dim 4 --fit-steps 1",
     "sweep": "--targets gqa:8,mqa --method mean --window 64 --no-picture",
-    "run": "--dry-run",
+    "run": "--dry-run --set uptrain.sequence_length=32 --set evaluate.window=64 --set benchmark.context=[16,64]",
     "uptrain": "--dry-run",
 }
 NOT_RUN = {"demo": "takes minutes", "push": "needs the hub"}

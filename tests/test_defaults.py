@@ -60,6 +60,19 @@ def test_uptrain_as_the_client_types_it(home: Path, within: Callable[..., Any]) 
     assert typed["budget"]["steps"] == 1_000_000 // 32
 
 
+def test_no_teacher_is_a_choice_and_not_what_happens(home: Path, within: Callable[..., Any]) -> None:
+    shutil.move(home / "model_dir", home / "elsewhere")
+    words = ["uptrain", "model_dir-gqa2", "--data", "text.jsonl", "--steps", 1, *LENGTH, "--dry-run", "--json"]
+    outcome = within(home, *words)
+    assert outcome.returncode == 2
+    assert outcome.stderr.startswith(
+        "error: no teacher: model_dir, which model_dir-gqa2 was converted from, is neither"
+    )
+    assert "--teacher, or learn from the text alone with --no-teacher" in outcome.stderr
+    assert planned(within(home, *words, "--no-teacher"))["objective"] == "cross-entropy"
+    assert planned(within(home, *words, "--teacher", "elsewhere"))["objective"] == "forward KL"
+
+
 def test_a_recipe_elsewhere_has_places_of_its_own(home: Path, tmp_path: Path, within: Callable[..., Any]) -> None:
     write_recipe(home, global_batch_tokens=32)
     (tmp_path / "elsewhere").mkdir()

@@ -8,11 +8,11 @@ from conftest import Command, RunHere, weights
 from kvconvert.configs import DEMO, RECIPES
 
 SHORT = {
-    "convert.calibration_tokens": 8192,
+    "convert.calibration_tokens": 4096,
     "uptrain.fraction": "null",
-    "uptrain.steps": 8,
-    "uptrain.eval_steps": 8,
-    "evaluate.max_windows": 32,
+    "uptrain.steps": 4,
+    "uptrain.eval_data": "null",
+    "evaluate.max_windows": 16,
     "benchmark.context": "[32]",
     "benchmark.repeats": 1,
     "benchmark.tokens": 2,

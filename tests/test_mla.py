@@ -495,7 +495,7 @@ def test_a_base_model_becomes_a_base_model(make_checkpoint: CheckpointFactory, t
         ("llama", {}, Mla(66, 8, "exact"), "use 2 to 65"),
         ("llama", {"num_key_value_heads": 1}, Mla(17, 8), "use 1 to 16"),
         ("llama", {}, Mla(16, 7), "use an even number, for example 6"),
-        ("llama", {}, Mla(16, 10), "use up to 8, or 64 where rope_selection is gain"),
+        ("llama", {}, Mla(16, 10), "use up to 8, or 64 with a selection of gain"),
         ("llama", {}, Mla(16, 8, v_head_dim=4), "use 8 or more"),
         ("qwen3", {}, Mla(16, 8), "GQA, MQA and CLA can shrink its cache"),
         ("gemma3_text", {}, Mla(16, 8), "GQA and MQA can shrink its cache"),

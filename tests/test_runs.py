@@ -16,7 +16,7 @@ from conftest import PROSE, CheckpointFactory, Command, KilledError
 from filelock import FileLock
 from kvconvert.convert.errors import InputError, OutputError
 from kvconvert.measure import verify
-from kvconvert.pipeline import FailedGatesError, Run, run
+from kvconvert.pipeline import FailedGatesError, Run, plan_run, run
 
 RECIPE = """\
 model: model_dir
@@ -159,8 +159,7 @@ def test_a_stage_is_done_once_and_again_where_something_differs(home: Path) -> N
 @pytest.mark.slow
 def test_a_run_stops_and_begins_where_it_is_told(home: Path) -> None:
     stopped = carry_out("out", last="convert")
-    assert stopped.model == Path("out/uptrained")
-    assert not stopped.model.exists()
+    assert stopped.model == Path("out/converted")
     assert json.loads((home / "out" / "run_status.json").read_text())["state"] == "stopped"
     with pytest.raises(InputError, match="--from evaluate: uptrain is not done yet"):
         carry_out("out", first="evaluate")
@@ -233,7 +232,7 @@ def test_the_report_says_what_was_measured(home: Path) -> None:
     divergence = f"{against['kl_nats_per_token']:.4f} ± {against['kl_standard_error']:.4f}"
     expected = [
         ["uptrained", f"{evaluation['perplexity']:.4g}", f"{evaluation['nats_per_token']:.4f}", excess, divergence],
-        ["model\\_dir", f"{against['original_perplexity']:.4g}", f"{against['original_nats_per_token']:.4f}", "0", "0"],
+        ["original", f"{against['original_perplexity']:.4g}", f"{against['original_nats_per_token']:.4f}", "0", "0"],
     ]
     for found in expected:
         (row,) = [row for row in rows if row[0] == found[0] and len(row) == 6]
@@ -298,6 +297,10 @@ def test_a_place_that_is_not_a_runs_is_refused(home: Path) -> None:
         ("gates.min_recovery=50%", None),
         ("evaluate=null", "recipe.yaml:29: gates are of an evaluation"),
         ("uptrain.no_teacher=true", None),
+        ("uptrain.tokens=1M", "recipe.yaml:9: uptrain: steps and tokens each say how long it is"),
+        ("convert.share=2", "--set convert.share=2: convert.share belongs to target: cla"),
+        ("benchmark.context=[100000]", "a context of 100000 and 3 new tokens do not fit the model"),
+        ("push.repo=org/name", "push: no token for the hub"),
     ],
 )
 def test_what_is_wrong_is_found_before_any_work(
@@ -309,6 +312,40 @@ def test_what_is_wrong_is_found_before_any_work(
     if message is not None:
         assert message in outcome.stderr
     assert not (home / "out").exists()
+
+
+def test_what_would_be_refused_hours_later_is_refused_before_any_work(home: Path) -> None:
+    with pytest.raises(InputError, match=r"recipe.yaml:9: uptrain: .*40"):
+        carry_out("out", overrides=["uptrain.global_batch_tokens=40"])
+    assert not (home / "out" / "converted").exists()
+
+
+@pytest.mark.slow
+def test_a_plan_says_what_a_run_would_do(home: Path) -> None:
+    """Also what it would refuse, and what is made again because something before it is."""
+
+    def planned(**options: Any) -> dict[str, bool]:
+        changes = [f"{key}={value}" for key, value in FAST.items()] + options.pop("overrides", [])
+        plan = plan_run("recipe.yaml", overrides=changes, output="out", **options)
+        return {stage.name: stage.done_before for stage in plan.stages}
+
+    assert planned() == {"convert": False, "uptrain": False, "evaluate": False, "report": False}
+    carry_out("out")
+    assert planned() == {"convert": True, "uptrain": True, "evaluate": True, "report": False}
+    with pytest.raises(OutputError, match=r"convert was carried out otherwise") as refused:
+        planned(overrides=["convert.groups=4"])
+    with pytest.raises(OutputError) as also_refused:
+        carry_out("out", overrides=["convert.groups=4"])
+    assert str(refused.value) == str(also_refused.value)
+    with pytest.raises(OutputError, match=r"uptrain was carried out otherwise: steps was 4, is 6") as refused:
+        planned(overrides=["uptrain.steps=6"])
+    assert "--from uptrain" in str(refused.value.hint)
+    again = planned(overrides=["uptrain.steps=6"], first="uptrain")
+    assert again == {"convert": True, "uptrain": False, "evaluate": False, "report": False}
+    assert planned(first="convert", last="uptrain") == {"convert": False, "uptrain": False}
+    # what the recipe does not have any more is not told
+    carry_out("out", overrides=["evaluate=null", "gates=null"])
+    assert "Perplexity" not in (home / "out" / "report.md").read_text()
 
 
 def test_a_launcher_is_told_how_to_go_about_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,6 +128,7 @@ def _run(context: RunContext, held: ExitStack, *, force: bool) -> UptrainResult:
         nonlocal begun
         begun = True
         status.reach(*last_saved(job))
+        _tell_resumption(job, watch)
 
     try:
         if processes.is_first:
@@ -192,6 +193,12 @@ def _run(context: RunContext, held: ExitStack, *, force: bool) -> UptrainResult:
         kept_step=kept_step,
         start=start,
     )
+
+
+def _tell_resumption(job: UptrainJob, watch: Observation) -> None:
+    step, _ = last_saved(job)
+    if step:
+        watch.remark(f"resuming from the checkpoint of step {step} of {job.settings.steps}")
 
 
 def _train_stages(context: RunContext) -> tuple[Any, dict[str, torch.Tensor]]:

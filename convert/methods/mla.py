@@ -238,11 +238,11 @@ class Mla(Method):
         per_frequency = 1 if self.rope_selection == "high" else shape.num_key_value_heads
         if rope_dim > rotary_dims * per_frequency:
             most = rotary_dims * shape.num_key_value_heads
-            more = f", or {most} where rope_selection is gain" if per_frequency < shape.num_key_value_heads else ""
+            more = f", or {most} with a selection of gain" if per_frequency < shape.num_key_value_heads else ""
             raise UnsupportedError(
                 f"{name}: qk_rope_head_dim = {rope_dim}, and its heads have {rotary_dims} rotary dims",
                 hint=f"use up to {rotary_dims * per_frequency}{more}",
-                settings=("qk_rope_head_dim", *(["rope_selection"] if more else [])),
+                settings=("qk_rope_head_dim", "rope_selection"),
             )
         most = min(shape.hidden_size, 2 * shape.num_key_value_heads * shape.head_dim) + self.constant
         least = 1 + self.constant
