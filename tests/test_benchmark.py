@@ -508,7 +508,7 @@ def test_the_command_draws_what_it_timed(converted: tuple[Path, Path], invoke: C
     outcome = invoke("benchmark", result, *options, "--picture", tmp_path / "decode.svg", "--json")
     assert f"wrote {tmp_path / 'decode.svg'}" in outcome.stderr
     drawn = (tmp_path / "decode.svg").read_text()
-    for label in ("original, batch 1", "model, batch 2", "bound from bytes moved"):
+    for label in ("original, batch 1", "result, batch 2", "bound from bytes moved"):
         assert label in drawn
     rows = [
         row for point in outcome.printed["points"] for row in (point["original"]["decode"], point["result"]["decode"])

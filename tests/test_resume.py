@@ -316,7 +316,8 @@ def test_a_torn_checkpoint_costs_steps_and_is_told(train: Train, tmp_path: Path)
     remarks: list[str] = []
     begun: list[int] = []
     parts = train("parts", watch=watch(remark=remarks.append, progress=begun.append))
-    assert remarks == [f"{newest} is not complete and was removed"]
+    torn = f"{newest} is not complete and was removed"
+    assert remarks == ["resuming from the checkpoint of step 2 of 6", torn]
     assert begun[0] == 2
     assert same_weights(whole, parts)
 
