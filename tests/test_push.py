@@ -13,13 +13,13 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from conftest import CheckpointFactory, Command, Outcome
+from conftest import PROSE, CheckpointFactory, Command, Outcome
 from hub_stand_in import TOKEN, Repository, StandIn, stand_in
 from kvconvert.convert import Gqa, convert
 from kvconvert.convert.checkpoint.hub import without_secrets
 from kvconvert.convert.checkpoint.manifest import renew_entries
 from kvconvert.convert.errors import CheckpointError, InputError
-from kvconvert.pipeline import push, pushing
+from kvconvert.pipeline import FailedGatesError, push, pushing, run
 
 NAME = "org/model-gqa2"
 
@@ -396,3 +396,31 @@ def test_a_recipe_beside_the_weights_goes_along(hub: StandIn, result: Path) -> N
     renew_entries(result, ["recipe.yaml"])
     push(result, NAME, run=False)
     assert hub.repositories[NAME].files["recipe.yaml"] == b"model: org/original\n"
+
+
+def test_a_run_publishes_its_result_once_all_gates_are_passed(
+    hub: StandIn, make_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    make_checkpoint(name="original", with_tokenizer=True)
+    (tmp_path / "held_out.jsonl").write_text(json.dumps({"text": PROSE}) + "\n")
+    recipe = tmp_path / "recipe.yaml"
+    content_of = {
+        "model": "original",
+        "convert": {"target": "gqa", "groups": 2},
+        "evaluate": {"data": "held_out.jsonl", "window": 16},
+        "report": {"pictures": False},
+        "push": {"repo": NAME},
+    }
+    recipe.write_text(json.dumps(content_of | {"gates": {"max_kl": 0}}))
+    with pytest.raises(FailedGatesError):
+        run(recipe, output=tmp_path / "out")
+    assert NAME not in hub.repositories
+    stopped = run(recipe, overrides=["gates.max_kl=100"], output=tmp_path / "out", last="report")
+    assert NAME not in hub.repositories
+    done = run(recipe, overrides=["gates.max_kl=100"], output=tmp_path / "out")
+    pushed = hub.repositories[NAME]
+    assert {name: data for name, data in pushed.files.items() if name != ".gitattributes"} == content(stopped.model)
+    assert "recipe.yaml" in pushed.files
+    assert done.stages["push"].summary["commit"] == pushed.sha
+    status = json.loads((tmp_path / "out" / "run_status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("finished", 0)
