@@ -68,7 +68,7 @@ def plan_run(
     """Say what `run` would do with the same arguments; nothing is written, and no weight is read.
 
     What a conversion measures is not measured, so that its plan is of sizes alone. Raises InputError for whatever `run`
-    would refuse before any work, and for a cost that is not known before a text has chosen what is converted.
+    would refuse before any work.
     """
     job = RunJob.of(read_recipe(recipe, overrides), output=output, headers_only=True, remark=remark)
     status = RunStatus.read(job.place) if job.place.is_dir() else None
@@ -92,6 +92,8 @@ def plan_run(
     if job.file.recipe.push is not None:
         section = job.file.recipe.push
         plans.append(StagePlan("push", False, "once all gates are passed", {"repository": section.repo}, 0))
+    if last in (None, "push"):
+        job.check_push()
     chosen = plans if last is None else plans[: names.index(last) + 1]
     return RunPlan(job.file.path, job.place, tuple(chosen))
 
@@ -120,6 +122,8 @@ def _cache(method: Method, source: Source) -> dict[str, Any]:
 
 
 def _uptraining(job: RunJob, *, made_again: bool) -> tuple[dict[str, Any], int]:
+    if job.why_no_sketch is not None:
+        return {"cost": job.why_no_sketch}, 0
     with job.sketched() as model:
         plan = job.uptraining_plan(replace(job.uptraining_request(), model=model, force=made_again))
     cost = asdict(plan.cost)

@@ -19,19 +19,21 @@ from ..convert.text.sources import TextSource
 __all__ = ["STATUS_NAME", "RunStatus", "SeenFile", "StageRecord", "differences", "see_files"]
 
 STATUS_NAME = "run_status.json"
+_WHOLE_BYTES = 2**30  # a text of terabytes is not read to know whether it has changed
 
 
 @dataclass(frozen=True)
 class SeenFile:
     """A file as it was when a stage was done: relative to the directory of the run, with its SHA-256.
 
-    A file of the same size and time of change is taken for the same; any other is read.
+    A file of the same size and time of change is taken for the same. Any other is read; where it has no digest, as a
+    text of more than 1 GiB, it is another one.
     """
 
     path: str
     size: int
     modified_ns: int
-    digest: str
+    digest: str | None
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ def differences(record: StageRecord, settings: Mapping[str, Any], inputs: Sequen
 
 def _see(path: Path, place: Path, digest: str | None) -> SeenFile:
     facts = path.stat()
-    digest = digest or digest_file(path.parent, path.name).digest
+    if digest is None and facts.st_size <= _WHOLE_BYTES:
+        digest = digest_file(path.parent, path.name).digest
     return SeenFile(os.path.relpath(path, place), facts.st_size, facts.st_mtime_ns, digest)
 
 
@@ -122,7 +125,9 @@ def _is_same(path: Path, seen: SeenFile) -> bool:
     facts = path.stat()
     if facts.st_size != seen.size:
         return False
-    return facts.st_mtime_ns == seen.modified_ns or digest_file(path.parent, path.name).digest == seen.digest
+    if facts.st_mtime_ns == seen.modified_ns:
+        return True
+    return seen.digest is not None and digest_file(path.parent, path.name).digest == seen.digest
 
 
 def _files_of(place: Path) -> Iterator[Path]:

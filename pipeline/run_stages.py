@@ -144,9 +144,6 @@ class RunJob:
         if recipe.benchmark is not None:
             with _named(file, "benchmark"):
                 self._check_contexts(RecipeOptions(BENCHMARK, recipe.benchmark).build())
-        if recipe.push is not None:
-            with _named(file, "push"):
-                write_token()
         if recipe.report.pictures:
             from ..measure.pictures import require_matplotlib
 
@@ -158,6 +155,8 @@ class RunJob:
             settings, tasks = self._evaluation_settings()
             for text in self.file.recipe.evaluate.data:
                 settings.source(text)
+            if self.file.recipe.evaluate.hub_results and not tasks.tasks:
+                raise InputError("hub_results is about tasks, and none is named", hint="name tasks, or leave it out")
             if tasks.tasks:
                 from ..measure.tasks import load_tasks
 
@@ -165,38 +164,40 @@ class RunJob:
         with _named(self.file, "gates"):
             self._limits()
 
-    def check_uptraining(self) -> None:
+    def check_push(self) -> None:
+        """Raise InputError where the result is to be pushed, and there is no token."""
+        if self.file.recipe.push is not None:
+            with _named(self.file, "push"):
+                write_token()
+
+    @property
+    def why_no_sketch(self) -> str | None:
+        """Why it is not known from headers what the conversion will make, if it is not."""
+        if self.converted.is_dir() or self.method is None or self.original is None:
+            return None
+        if self.original.path is None:
+            return "known once the model is on this machine"
+        return "known once the layers that share are chosen on the text" if self.method.needs_choice else None
+
+    def check_uptraining(self, *, force: bool = False) -> None:
         """Raise InputError for what would be refused when the uptraining begins, hours of converting later.
 
         It is planned with a sketch of the converted model, where that is not there yet and headers are enough to know
-        what it will be.
+        what it will be. With `force` the result of another uptraining may be there.
         """
-        if self.method is not None and self.method.needs_choice and not self.converted.is_dir():
+        if self.why_no_sketch is not None:
             return
         with _named(self.file, "uptrain"), self.sketched() as model:
-            request = replace(self.uptraining_request(), model=model)
+            request = replace(self.uptraining_request(), model=model, force=force)
             plan = self.uptraining_plan(request)
             require_consent(plan.cost, plan.budget.explicit, request.length.yes)
 
     @contextmanager
     def sketched(self) -> Iterator[Path]:
-        """The converted model, or as far as headers say it what the conversion will make.
-
-        Raises InputError where that is not known before: which layers share is chosen on a text.
-        """
+        """The converted model, or as far as headers say it what the conversion will make: `why_no_sketch` is None."""
         if self.converted.is_dir() or self.method is None or self.original is None:
             yield self.converted
             return
-        if self.original.path is None:
-            raise InputError(
-                f"{self.original.name}: its files are not on this machine, so that no training can be planned"
-            )
-        if self.method.needs_choice:
-            raise InputError(
-                f"{self.place} is not converted yet, and which layers share is chosen on a text, so that no training "
-                "can be planned",
-                hint="convert first: --until convert",
-            )
         with ExitStack() as stack:
             source = stack.enter_context(self.method.source(self.original))
             yield stack.enter_context(sketched(self.method.resolve(source).plan(source), source.checkpoint))
@@ -279,8 +280,10 @@ class RunJob:
     def _uptrain_stage(self) -> Stage:
         section = self.file.recipe.uptrain
         request = self.uptraining_request()
-        how_long_it_takes = {"yes", *MACHINE.fields, *MONITORING.fields} - {"keep_best"}
-        settings = section.model_dump(mode="json", exclude=how_long_it_takes)
+        changes_nothing = {"yes", *MACHINE.fields, *MONITORING.fields}
+        if section.keep_best:  # of the steps that are scored
+            changes_nothing -= {"eval_steps"}
+        settings = section.model_dump(mode="json", exclude=changes_nothing)
 
         def do() -> Mapping[str, Any]:
             from ..uptrain import carry_out, joined_processes, summarise
@@ -329,6 +332,7 @@ class RunJob:
             return {"gates": [asdict(gate) for gate in gates]}
 
         models = [self.model, *([before] if before is not None else [])]
+        original = [] if self.original is None else [self.original]
         return Stage(
             name="evaluate",
             settings={
@@ -336,10 +340,16 @@ class RunJob:
                 "gates": None if recipe.gates is None else recipe.gates.model_dump(mode="json"),
             },
             do=do,
-            inputs=lambda: [path for model in models for path in _checkpoint_files(model)],
+            inputs=lambda: [
+                *(path for model in models for path in _checkpoint_files(model)),
+                *(each.directory / name for each in original for name in weight_files(each)),
+            ],
             outputs=lambda: [target],
             texts=[settings.source(text).path for text in section.data],
-            known=lambda: _digests(self.model, [("files", model) for model in models]),
+            known=lambda: _digests(
+                self.model,
+                [*(("files", model) for model in models), *(("source_files", each.directory) for each in original)],
+            ),
         )
 
     def _benchmark_stage(self) -> Stage:

@@ -122,12 +122,17 @@ def run_job(job: RunJob, *, first: str | None = None, last: str | None = None) -
         status.state, status.exit_code, status.reason = "running", None, None
         status.command, status.process_id = job.command, os.getpid()
         try:
-            _start_over(job.place, status, names, first)
-            status.stages = {name: record for name, record in status.stages.items() if name in names}
+            # what is refused is refused before any work, and before anything is removed for it
+            check_done_before(status, names, first)
+            kept = names if first is None else names[: names.index(first)]
+            status.stages = {name: record for name, record in status.stages.items() if name in kept}
             for stage in stages:
-                why_again(job, stage, status)  # what is refused is refused before any work
-            if "uptrain" not in status.stages and job.file.recipe.uptrain is not None:
-                job.check_uptraining()
+                why_again(job, stage, status)
+            if "uptrain" in names[: names.index(last or names[-1]) + 1] and "uptrain" not in status.stages:
+                job.check_uptraining(force=first is not None)
+            if last in (None, "push"):
+                job.check_push()
+            _start_over(job.place, status, names, first)
             write_text(job.place / RECIPE_NAME, job.resolved)
             for stage in stages:
                 _carry_out(job, stage, status)
@@ -205,10 +210,11 @@ def _carry_out(job: RunJob, stage: Stage, status: RunStatus) -> None:
     status.write(job.place)
     job.remark(f"{stage.name} …")
     begun = time.monotonic()
+    texts = see_files(stage.texts, job.place)  # as they are now: what changes meanwhile is not what was read
     summary = stage.do()
     status.stages[stage.name] = StageRecord(
         settings=stage.settings,
-        inputs=see_files([*stage.inputs(), *stage.texts], job.place, known=stage.known()),
+        inputs=(*see_files(stage.inputs(), job.place, known=stage.known()), *texts),
         outputs=see_files(stage.outputs(), job.place, known=stage.known()),
         seconds=round(time.monotonic() - begun, 1),
         summary=dict(json.loads(json.dumps(jsonable(dict(summary)), default=str))),
@@ -243,14 +249,12 @@ def _push(job: RunJob, status: RunStatus) -> None:
 
 
 def _start_over(place: Path, status: RunStatus, names: Sequence[str], first: str | None) -> None:
-    """Forget the stage that is made again and all after it."""
-    check_done_before(status, names, first)
+    """Remove what the stage that is made again has made, and all after it."""
     if first is None:
         return
+    status.write(place)
     made = {"convert": (CONVERTED, WORK), "uptrain": (UPTRAINED, f"{UPTRAINED}.uptraining")}
     for name in names[names.index(first) :]:
-        status.stages.pop(name, None)
-        status.write(place)
         for folder in made.get(name, ()):
             discard(place / folder)
 

@@ -96,7 +96,7 @@ def story_of(place: Path, recipe: Recipe, status: RunStatus, resolved: str, mode
     sections = [
         _gates_section(gates),
         _conversion_section(conversion, manifest),
-        _quality_section(evaluation, conversion, name),
+        _quality_section(evaluation, conversion),
         _layers_section(conversion),
         _training_section(training),
         _speed_section(timed),
@@ -235,7 +235,7 @@ def _calibration(manifest: Mapping[str, Any]) -> str:
     return f"measured on {of}" + (f", {_count(tokens)} tokens" if isinstance(tokens, int) else "") if of else ""
 
 
-def _quality_section(evaluation: Mapping[str, Any], conversion: Mapping[str, Any], name: str) -> Section | None:
+def _quality_section(evaluation: Mapping[str, Any], conversion: Mapping[str, Any]) -> Section | None:
     if not evaluation:
         return None
     against, recovery = evaluation["against"], evaluation["recovery"]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from conftest import PROSE, CheckpointFactory, Command
 from kvconvert.convert import Gqa, convert
@@ -122,6 +123,25 @@ def test_evaluate_compares_with_the_original_of_the_manifest(home: Path, within:
     outcome = within(home, *words, "--no-against", "--against", "model_dir")
     assert outcome.returncode == 2
     assert "rule each other out" in outcome.stderr
+
+
+def test_an_original_of_the_hub_is_taken_from_its_cache_and_not_fetched(
+    make_checkpoint: CheckpointFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, cache = "a" * 40, tmp_path / "hub"
+    snapshot = cache / "models--org--tiny" / "snapshots" / commit
+    shutil.copytree(make_checkpoint(name="source", with_tokenizer=True), snapshot)
+    convert(snapshot, Gqa(num_key_value_heads=2), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "kvconvert.json").read_text())["source"] == "org/tiny"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")  # nobody answers there
+    found = find_original(tmp_path / "out")
+    assert found is not None
+    assert found.directory.resolve() == snapshot.resolve()
+    shutil.rmtree(cache)
+    with pytest.raises(InputError, match=r"org/tiny, which .* was converted from, is not in the hub's cache"):
+        find_original(tmp_path / "out")
 
 
 def test_the_original_is_known_by_its_digests(home: Path) -> None:
